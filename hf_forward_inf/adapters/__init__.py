@@ -1,0 +1,29 @@
+"""One adapter for each kind of model."""
+
+from typing import Any
+
+from torch import nn
+
+from hf_forward_inf.adapters.base import Adapter
+from hf_forward_inf.adapters.seq2seq import Seq2SeqAdapter, is_seq2seq
+
+__all__ = ["Adapter", "Seq2SeqAdapter", "adapter_for"]
+
+
+def adapter_for(model: nn.Module, processor: Any = None) -> Adapter:
+    """Find the adapter for a model.
+
+    Args:
+        model (`torch.nn.Module`): The trained model.
+        processor (*optional*): Its tokenizer.
+
+    Raises:
+        TypeError: If no adapter knows this kind of model.
+    """
+    if is_seq2seq(model):
+        return Seq2SeqAdapter(model, processor)
+    raise TypeError(
+        f"No adapter knows {type(model).__name__}: it has no loss over labels that the library can read. "
+        "Load a seq2seq model with AutoModelForSeq2SeqLM, or write an adapter "
+        "(hf_forward_inf.adapters.Adapter) and pass it as ForwardInf(model, adapter=...)."
+    )

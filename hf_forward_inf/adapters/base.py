@@ -1,0 +1,76 @@
+"""The adapter protocol: what the library must know of one kind of model."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Set
+from typing import Any, TypeAlias
+
+import numpy as np
+from torch import Tensor, nn
+
+Rows: TypeAlias = dict[str, list[Any]]
+"""A slice of a `datasets.Dataset`: column name to values."""
+Batch: TypeAlias = dict[str, Any]
+"""Padded tensors, as the model's forward takes them, and whatever the adapter's loss needs beside them."""
+Forward: TypeAlias = Callable[..., Any]
+"""The model's forward: under its own parameters, or under perturbed ones (`torch.func.functional_call`)."""
+
+
+class Adapter(ABC):
+    """Teaches the library one kind of model.
+
+    A subclass says which columns it reads, how rows become tensors and what the loss of one example is.
+    Everything else (ascent, loss pass, caching, sharding) is written once, against these methods.
+
+    Args:
+        model (`torch.nn.Module`): The trained model, theta. Adapters never change it.
+    """
+
+    columns: tuple[str, ...]
+    """The columns that queries and candidates must have."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    @property
+    @abstractmethod
+    def settings(self) -> str:
+        """Everything but the weights that the losses depend on, as text: part of the cache key."""
+
+    @abstractmethod
+    def encode(self, rows: Rows) -> Rows:
+        """Turn rows into features that Arrow can hold, one list entry a row.
+
+        Beside its own features it returns `terms` (`int`: how many terms the example's loss sums, 0 where
+        there is nothing to predict) and `truncated` (`bool`: whether the row was longer than the model reads).
+        """
+
+    @abstractmethod
+    def lengths(self, features: Rows) -> np.ndarray:
+        """Give the lengths that padding will bring to a common size, `[rows, axes]`.
+
+        Rows are sorted by them, the first axis first: put first the one whose padding costs most.
+        """
+
+    @abstractmethod
+    def collate(self, features: Rows) -> Batch:
+        """Pad features into one batch of CPU tensors."""
+
+    @abstractmethod
+    def term_losses(self, forward: Forward, batch: Batch) -> Tensor:
+        """Give the terms that sum to each example's loss, float32 `[rows, terms]`, 0 where padded."""
+
+    def loss(self, forward: Forward, batch: Batch) -> Tensor:
+        """Give each example's loss, summed over its terms, float32 `[rows]`."""
+        return self.term_losses(forward, batch).sum(dim=1)
+
+    def default_modules(self) -> list[str]:
+        """Name the modules that are perturbed if the user names none: those that carry the answer."""
+        return ["all"]
+
+    def prefix_parameters(self) -> Set[str]:
+        """Name the parameters that `prefix` reads; perturbing none of them allows computing it once."""
+        return frozenset()
+
+    def prefix(self, batch: Batch) -> Batch:
+        """Run what comes before the perturbed modules, and return the batch with its output in place."""
+        return batch

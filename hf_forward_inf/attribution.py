@@ -1,0 +1,205 @@
+"""The result of a trace: scores of queries by candidates, with the way back to the rows."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from datasets import Dataset, Features, List, Value, load_from_disk
+
+from hf_forward_inf import metrics
+
+FORMAT = 1
+"""Version of the folder that `save_to_disk` writes."""
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """Scores that tie each query to the candidates that may have caused it.
+
+    Args:
+        scores (`np.ndarray`): float32, `[queries, candidates]`, or `[queries, top_k]` with `indices`.
+            Higher means a stronger proponent; NaN, ranked last, where there is no score.
+        queries (`datasets.Dataset`): The queries, row for row.
+        candidates (`datasets.Dataset`): The candidates, row for row.
+        indices (`np.ndarray`, *optional*): int64 `[queries, top_k]`: the candidates' row numbers, best first.
+        method (`str`): The attributor's name.
+        config (`dict`): The options that made the scores.
+
+    Raises:
+        ValueError: If the shapes don't fit together.
+    """
+
+    scores: np.ndarray
+    queries: Dataset
+    candidates: Dataset
+    indices: np.ndarray | None = None
+    method: str = "forward_inf"
+    config: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        wanted = (len(self.queries), len(self.candidates)) if self.indices is None else self.indices.shape
+        if self.scores.shape != wanted:
+            raise ValueError(f"scores have shape {self.scores.shape}; {wanted} is what the rows ask for.")
+
+    def __len__(self) -> int:
+        return len(self.queries)
+
+    def __repr__(self) -> str:
+        kept = "all" if self.indices is None else f"top {self.scores.shape[1]}"
+        return f"Attribution({self.method}: {len(self)} queries x {len(self.candidates)} candidates, {kept} kept)"
+
+    def ranking(self, query: int) -> np.ndarray:
+        """Give candidate row numbers, best first; equal scores go by row number, rows without a score last."""
+        if self.indices is not None:
+            return self.indices[query]
+        return _best_first(self.scores[query])
+
+    def keep(self, top_k: int | None) -> "Attribution":
+        """Keep only the best candidates of each query; all of them if `top_k` exceeds their number.
+
+        Raises:
+            ValueError: If `top_k` is below 1, or above what was kept before.
+        """
+        if top_k is None:
+            return self
+        if top_k < 1:
+            raise ValueError(f"top_k={top_k} must be at least 1.")
+        if self.indices is not None and top_k > self.indices.shape[1]:
+            raise ValueError(
+                f"Only the best {self.indices.shape[1]} candidates were kept; top_k={top_k} asks for more."
+            )
+        indices = np.stack([self.ranking(i)[:top_k] for i in range(len(self))])
+        scores = np.stack([self._scores_of(i, rows) for i, rows in enumerate(indices)])
+        return Attribution(scores, self.queries, self.candidates, indices, self.method, self.config)
+
+    def _scores_of(self, query: int, rows: np.ndarray) -> np.ndarray:
+        return self.scores[query][: len(rows)] if self.indices is not None else self.scores[query][rows]
+
+    def top(self, query: int, k: int = 10) -> Dataset:
+        """Give the best candidates of one query.
+
+        Args:
+            query (`int`): Row number of the query.
+            k (`int`, defaults to 10): How many; fewer where fewer have a score.
+
+        Returns:
+            `datasets.Dataset`: The candidates' rows, best first, with `rank` (from 1), `score` and `candidate`
+            (row number).
+        """
+        if not 0 <= query < len(self):
+            raise IndexError(f"There is no query {query}: they go from 0 to {len(self) - 1}.")
+        rows = self.ranking(query)[:k]
+        scores = self._scores_of(query, rows)
+        rows, scores = rows[~np.isnan(scores)], scores[~np.isnan(scores)]
+        found = self.candidates.select(rows)
+        taken = [name for name in ("rank", "score", "candidate") if name in found.column_names]
+        found = found.remove_columns(taken).flatten_indices()
+        found = found.add_column("rank", list(range(1, len(rows) + 1)))
+        found = found.add_column("score", scores.tolist())
+        return found.add_column("candidate", rows.tolist())
+
+    def to_dataset(self, k: int = 10) -> Dataset:
+        """Give all rankings as one table: `query`, `rank`, `candidate` (row numbers), `score`."""
+        ranked = [(i, self.ranking(i)[:k]) for i in range(len(self))]
+        return Dataset.from_dict(
+            {
+                "query": [i for i, rows in ranked for _ in rows],
+                "rank": [rank for _, rows in ranked for rank in range(1, len(rows) + 1)],
+                "candidate": [int(row) for _, rows in ranked for row in rows],
+                "score": [float(s) for i, rows in ranked for s in self._scores_of(i, rows)],
+            },
+            features=Features(
+                {
+                    "query": Value("int64"),
+                    "rank": Value("int64"),
+                    "candidate": Value("int64"),
+                    "score": Value("float32"),
+                }
+            ),
+        )
+
+    def evaluate(self, proponents: Sequence[Sequence[int]], **options: Any) -> dict[str, float]:
+        """Compare with the truth: MRR, precision@k and recall@k as FTRACE has them; see [`metrics.evaluate`].
+
+        Args:
+            proponents (`list[list[int]]`): For each query, the row numbers of its proponents.
+            **options: `ks`, `groups`, `resamples`, `seed` of [`metrics.evaluate`].
+
+        Raises:
+            ValueError: If `proponents` has another length than the queries.
+        """
+        if len(proponents) != len(self):
+            raise ValueError(f"proponents has {len(proponents)} entries for {len(self)} queries.")
+        return metrics.evaluate(self.dense(), proponents, **options)
+
+    def dense(self) -> np.ndarray:
+        """Give scores as float32 `[queries, candidates]`, NaN where a score was not kept."""
+        if self.indices is None:
+            return self.scores
+        scores = np.full((len(self), len(self.candidates)), np.nan, dtype=np.float32)
+        np.put_along_axis(scores, self.indices, self.scores, axis=1)
+        return scores
+
+    def save_to_disk(self, folder: str | Path) -> None:
+        """Write queries, candidates and scores as Arrow, and the rest as JSON; nothing is pickled.
+
+        Raises:
+            OSError: If the folder can't be written.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.queries.save_to_disk(folder / "queries")
+        self.candidates.save_to_disk(folder / "candidates")
+        columns: dict[str, Any] = {"scores": list(self.scores)}
+        features = {"scores": List(Value("float32"))}
+        if self.indices is not None:
+            columns["indices"], features["indices"] = list(self.indices), List(Value("int64"))
+        Dataset.from_dict(columns, features=Features(features)).save_to_disk(folder / "scores")
+        about = {"format": FORMAT, "method": self.method, "config": self.config}
+        (folder / "attribution.json").write_text(json.dumps(about, indent=2))
+
+    @classmethod
+    def load_from_disk(cls, folder: str | Path) -> "Attribution":
+        """Read what [`save_to_disk`] wrote.
+
+        Raises:
+            FileNotFoundError: If the folder holds no attribution.
+            ValueError: If a newer version of the library wrote it.
+        """
+        folder = Path(folder)
+        about = json.loads((folder / "attribution.json").read_text())
+        if about["format"] > FORMAT:
+            raise ValueError(f"{folder} was written by a newer hf_forward_inf (format {about['format']}): update it.")
+        saved = load_from_disk(folder / "scores").with_format("numpy")
+        indices = np.stack(list(saved["indices"])) if "indices" in saved.column_names else None
+        return cls(
+            np.stack(list(saved["scores"])),
+            load_from_disk(folder / "queries"),
+            load_from_disk(folder / "candidates"),
+            indices,
+            about["method"],
+            about["config"],
+        )
+
+    def to_html(self, path: str | Path, **options: Any) -> None:
+        """Write the report, one self-contained page; see [`report.write_report`]."""
+        from hf_forward_inf.report import write_report
+
+        write_report(path, self, **options)
+
+
+class Attributor(Protocol):
+    """Whatever can trace: Forward-INF and every baseline."""
+
+    name: str
+
+    def trace(self, queries: Dataset, candidates: Dataset, top_k: int | None = None) -> Attribution:
+        """Score every candidate for every query."""
+        ...
+
+
+def _best_first(scores: np.ndarray) -> np.ndarray:
+    return np.argsort(-np.nan_to_num(scores, nan=-np.inf), kind="stable")

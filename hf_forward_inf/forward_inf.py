@@ -1,0 +1,166 @@
+"""Forward-INF: Algorithm 1 of "The Mirrored Influence Hypothesis" (Ko et al., CVPR 2024)."""
+
+import copy
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from datasets import Dataset
+from torch import nn
+
+from hf_forward_inf.adapters import Adapter, adapter_for
+from hf_forward_inf.ascent import AscentConfig, Perturbation, evaluating, perturbed_names
+from hf_forward_inf.attribution import Attribution
+from hf_forward_inf.hubs import correct_hubs
+from hf_forward_inf.loss_pass import MAX_BATCH_LENGTH, LossPass, encode, listed
+from hf_forward_inf.tuning import Tuning, tune
+
+
+class ForwardInf:
+    """Finds the training examples that made a model give an output, by forward passes.
+
+    The influence of example i on a query mirrors that of the query on example i (the paper's hypothesis, section 1).
+    So the model is perturbed once for the query, and every candidate's score is how much its loss rises:
+    **higher means a stronger proponent**, about 0 means unrelated, below 0 means that the query's
+    unlearning helps the candidate. The scale is the loss's (nats), and grows with the radius.
+
+    The model is only read: what it is before `trace`, it is after.
+
+    Args:
+        model (`torch.nn.Module`): The trained model, theta, on the device it is to run on.
+        processor (*optional*): Its tokenizer.
+        adapter (`Adapter`, *optional*): Defaults to the one that knows this kind of model.
+        ascent (`AscentConfig`, *optional*): How the model is perturbed. Defaults to one normalised step of
+            radius 1 on the modules that the adapter prefers.
+        reduction (`str`, defaults to `"sum"`): An example's loss is the `"sum"` or the `"mean"` over its
+            target tokens.
+        references (`datasets.Dataset`, *optional*): Reference queries; if given, scores are corrected for
+            candidates that rise for every query ([`hubs.correct_hubs`]).
+        cache_dir (`Path`, *optional*): Where losses are cached. Defaults to `hf_forward_inf` in the Hugging
+            Face home, or `HF_FORWARD_INF_CACHE`.
+        max_batch_length (`int`, defaults to 4096): Padded tokens in one batch of candidates; halved when
+            memory runs out.
+
+    Example:
+
+        >>> tracer = ForwardInf(model, tokenizer)
+        >>> found = tracer.trace(queries, candidates, top_k=10)
+        >>> found.top(0)
+    """
+
+    name = "forward_inf"
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        processor: Any = None,
+        *,
+        adapter: Adapter | None = None,
+        ascent: AscentConfig | None = None,
+        reduction: Literal["sum", "mean"] = "sum",
+        references: Dataset | None = None,
+        cache_dir: str | Path | None = None,
+        max_batch_length: int = MAX_BATCH_LENGTH,
+    ):
+        if adapter is None:
+            if model is None:
+                raise TypeError("ForwardInf needs a model, or an adapter that holds one.")
+            adapter = adapter_for(model, processor)
+        if reduction not in ("sum", "mean"):
+            raise ValueError(f"reduction={reduction!r} must be 'sum' or 'mean'.")
+        self.adapter = adapter
+        self.ascent = ascent or AscentConfig()
+        self.reduction = reduction
+        self.references = references
+        self.cache_dir = None if cache_dir is None else Path(cache_dir)
+        self.max_batch_length = max_batch_length
+        self.tuning: Tuning | None = None
+
+    @classmethod
+    def from_pipe(cls, pipe: Any, **options: Any) -> "ForwardInf":
+        """Trace the outputs of a transformers pipeline: its model, its tokenizer."""
+        return cls(pipe.model, pipe.tokenizer, **options)
+
+    def with_options(self, **options: Any) -> "ForwardInf":
+        """Give the same attributor with other options (`ascent`, `reduction`, `references`, ...)."""
+        other = copy.copy(self)
+        for option, value in options.items():
+            if not hasattr(self, option):
+                raise AttributeError(f"ForwardInf has no option {option!r}.")
+            setattr(other, option, value)
+        return other
+
+    def tune(self, candidates: Dataset, **options: Any) -> "ForwardInf":
+        """Give the same attributor with the settings that self-retrieval finds best; see [`tuning.tune`]."""
+        tuning = tune(self, candidates, **options)
+        return self.with_options(ascent=tuning.best, references=tuning.references, tuning=tuning)
+
+    def trace(
+        self, queries: Dataset, candidates: Dataset, top_k: int | None = None, tune: bool = False
+    ) -> Attribution:
+        """Score every candidate for every query.
+
+        Args:
+            queries (`datasets.Dataset`): Outputs to explain, one a row, with the candidates' columns.
+            candidates (`datasets.Dataset`): Training examples that may have caused them.
+            top_k (`int`, *optional*): Keep only the best candidates of each query; all of them if it exceeds
+                their number. By default every score is kept.
+            tune (`bool`, defaults to `False`): Choose the radius first, by self-retrieval on the candidates.
+
+        Returns:
+            `Attribution`: float32 scores, `[queries, candidates]` or `[queries, top_k]`; NaN, ranked last,
+            where a query has no gradient or a candidate no finite loss (a warning names the rows).
+
+        Raises:
+            ValueError: If there are no rows, a column is missing, or a target is empty.
+        """
+        if tune:
+            return self.tune(candidates).trace(queries, candidates, top_k)
+        scores = self.score(queries, candidates)
+        if self.references is not None:
+            scores = correct_hubs(scores, self.score(self.references, candidates))
+        config = {**asdict(self.ascent), "reduction": self.reduction, "hubs": self.references is not None}
+        return Attribution(scores, queries, candidates, method=self.name, config=config).keep(top_k)
+
+    def score(self, queries: Dataset, candidates: Dataset) -> np.ndarray:
+        """Algorithm 1: float32 scores, `[queries, candidates]`, without what [`trace`] puts around them."""
+        d_tst = encode(self.adapter, queries, "queries", self.cache_dir)
+        names = perturbed_names(self.adapter, self.ascent.modules)
+        scores = np.empty((len(queries), len(candidates)), dtype=np.float32)
+        with evaluating(self.adapter.model):
+            loss = LossPass(self.adapter, candidates, cache_dir=self.cache_dir, max_batch_length=self.max_batch_length)
+            base = loss.base()  # L(theta, D_i)
+            block = loss.queries_a_pass(names)
+            for start in range(0, len(queries), block):
+                rows = slice(start, min(start + block, len(queries)))
+                # K steps of gradient ascent on the loss of each D_tst: theta -> theta_K.
+                theta_k = Perturbation(self.adapter, d_tst[rows], names, self.ascent)
+                title = f"queries {start + 1}-{rows.stop} of {len(queries)}"
+                scores[rows] = loss(theta_k, title) - base  # L(theta_K, D_i) - L(theta, D_i)
+        if self.ascent.mode == "descent":
+            scores = -scores  # unlearning raises a proponent's loss, learning lowers it
+        if self.reduction == "mean":
+            scores /= loss.terms
+        return self._finite_or_nan(scores, loss)
+
+    def _finite_or_nan(self, scores: np.ndarray, loss: LossPass) -> np.ndarray:
+        """Turn what is not finite into NaN, and say which rows it struck and why."""
+        scores[~np.isfinite(scores)] = np.nan
+        lost = np.isnan(scores)
+        queries = np.flatnonzero(lost.all(axis=1))
+        candidates = np.flatnonzero(np.delete(lost, queries, axis=0).any(axis=0))
+        if not loss.state.is_main_process:
+            return scores
+        if len(queries):
+            warnings.warn(
+                f"The gradient of queries {listed(queries)} is zero or not finite, so it moves the model nowhere: "
+                "no scores for them. If the model is in float16, load it in bfloat16 or float32.",
+                stacklevel=4,
+            )
+        if len(candidates):
+            warnings.warn(
+                f"The loss of candidates {listed(candidates)} is NaN or infinite: they are ranked last.", stacklevel=4
+            )
+        return scores

@@ -1,0 +1,26 @@
+"""Correct scores for hubs: candidates that rise for every query, whatever it says."""
+
+import numpy as np
+
+
+def correct_hubs(scores: np.ndarray, references: np.ndarray) -> np.ndarray:
+    """Divide each candidate's scores by how much it rises for reference queries.
+
+    `score / (hub + floor)`, where `hub` is the candidate's mean score over the references, at least 0, its
+    highest one left out (a reference drawn from the candidates would speak against itself), and `floor` the
+    mean of all hubs, which keeps candidates that hardly ever rise from winning by division.
+
+    Args:
+        scores (`np.ndarray`): `[queries, candidates]`.
+        references (`np.ndarray`): Scores of unrelated queries over the same candidates,
+            `[references, candidates]`, at least 2.
+
+    Returns:
+        `np.ndarray`: Corrected scores, without a unit, `[queries, candidates]`.
+    """
+    if len(references) < 2:
+        raise ValueError(f"Correcting hubs takes at least 2 reference queries, not {len(references)}.")
+    known = np.nan_to_num(references, nan=0.0)
+    hub = np.sort(known, axis=0)[:-1].mean(axis=0).clip(min=0)
+    floor = hub.mean() or 1.0
+    return (scores / (hub + floor)).astype(np.float32)

@@ -1,0 +1,257 @@
+"""Step 3 of the algorithm: the loss of every candidate, by forward passes only."""
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import find_executable_batch_size, gather, pad_across_processes
+from datasets import Dataset, Features, List, Value, are_progress_bars_disabled, is_caching_enabled
+from datasets.fingerprint import Hasher
+from datasets.utils import disable_progress_bars, enable_progress_bars
+from huggingface_hub.constants import HF_HOME
+from torch import nn
+
+from hf_forward_inf.adapters.base import Adapter, Rows
+from hf_forward_inf.ascent import Parameters, Perturbation, call, to_device
+
+ROWS_A_STEP = 1024
+"""Candidates handed to one step of `datasets.map`, which cuts them into batches by padded size."""
+MAX_BATCH_LENGTH = 4096
+"""Padded tokens in one batch to begin with; halved when memory runs out."""
+
+
+def default_cache_dir() -> Path:
+    """Where losses are kept: `HF_FORWARD_INF_CACHE`, or `hf_forward_inf` in the Hugging Face home."""
+    return Path(os.environ.get("HF_FORWARD_INF_CACHE", Path(HF_HOME) / "hf_forward_inf"))
+
+
+class LossPass:
+    """Gives the loss of every candidate under perturbed models.
+
+    Candidates are encoded once, sorted by length so that padding wastes little, and shared out over the
+    processes of `accelerate launch`. Each pass is one `datasets.map`, cached under a fingerprint of weights,
+    perturbation, encoded candidates and settings: base losses are computed once, and a run that was
+    interrupted goes on with the first pass that is not finished.
+
+    Args:
+        adapter (`Adapter`): Encodes candidates and gives their losses.
+        candidates (`datasets.Dataset`): Rows to score.
+        cache_dir (`Path`, *optional*): Defaults to [`default_cache_dir`].
+        max_batch_length (`int`, defaults to 4096): Padded tokens (or rows, where nothing is padded) in a
+            batch; halved when memory runs out.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        candidates: Dataset,
+        *,
+        cache_dir: Path | None = None,
+        max_batch_length: int = MAX_BATCH_LENGTH,
+    ):
+        self.adapter = adapter
+        self.cache_dir = cache_dir or default_cache_dir()
+        self.max_batch_length = max_batch_length
+        self.state = PartialState()
+        encoded = encode(adapter, candidates, "candidates", self.cache_dir)
+        self.terms = np.array(encoded["terms"], dtype=np.float32)
+        lengths = adapter.lengths(encoded.with_format(None)[:])
+        # Longest first: if memory runs out, it does so at once. Ties keep their order, so that runs agree.
+        self.order = np.lexsort(-lengths.T[::-1])
+        # Every p-th row: all processes get the same mix of lengths.
+        self.shard = self.order[self.state.process_index :: self.state.num_processes]
+        self.encoded = encoded.select(self.shard)
+        self.weights = fingerprint(adapter.model)
+
+    def base(self) -> np.ndarray:
+        """Compute the base loss of every candidate, L(theta, D_i), summed over its terms: float32 `[candidates]`."""
+        return self._losses([{}], "base", "base losses")[0]
+
+    def __call__(self, perturbation: Perturbation, title: str = "loss pass") -> np.ndarray:
+        """Compute every candidate's loss under each perturbed model, L(theta_K, D_i).
+
+        Args:
+            perturbation (`Perturbation`): A block of queries' models.
+            title (`str`): Heads the progress bar.
+
+        Returns:
+            `np.ndarray`: float32 `[queries, candidates]`, NaN for a query that cannot move the model.
+        """
+        return self._losses(perturbation, perturbation.fingerprint, title)
+
+    def queries_a_pass(self, names: list[str]) -> int:
+        """How many perturbed models are held at once: few enough not to count beside the model itself."""
+        size = {name: p.numel() * p.element_size() for name, p in self.adapter.model.named_parameters()}
+        room = max(64 * 2**20, sum(size.values()) // 10)
+        return max(1, min(32, room // sum(size[name] for name in names)))
+
+    def _losses(self, models: Perturbation | list[Parameters], key: str, title: str) -> np.ndarray:
+        """Run one cached pass over this process's share and put everyone's together."""
+        share = (self.state.process_index, self.state.num_processes)
+        name = Hasher.hash([self.weights, self.adapter.settings, self.encoded._fingerprint, key, share])
+        with quiet_unless(self.state.is_main_process):
+            mapped = self.encoded.map(
+                self._step(models),
+                batched=True,
+                batch_size=ROWS_A_STEP,
+                remove_columns=self.encoded.column_names,
+                features=Features({"losses": List(Value("float32"), length=len(models))}),
+                cache_file_name=_cache_file(self.cache_dir, "losses", name),
+                new_fingerprint=name,
+                desc=title,
+            )
+        local = np.asarray(mapped.with_format("numpy")["losses"][:], dtype=np.float32)
+        losses = np.empty((len(models), len(self.order)), dtype=np.float32)
+        losses[:, self.order] = self._gather(local.reshape(len(mapped), len(models))).T
+        return losses
+
+    def _step(self, models: Perturbation | list[Parameters]) -> Any:
+        """Make the function that `datasets.map` calls; it halves its batches when memory runs out."""
+
+        def halve() -> int:
+            self.max_batch_length //= 2
+            return self.max_batch_length
+
+        @find_executable_batch_size(starting_batch_size=self.max_batch_length, reduce_batch_size_fn=halve)
+        def losses(max_batch_length: int, features: Rows) -> dict[str, np.ndarray]:
+            thetas = models.thetas if isinstance(models, Perturbation) else models
+            return {"losses": self._chunk(features, thetas, max_batch_length)}
+
+        return lambda features: losses(features)
+
+    @torch.no_grad()
+    def _chunk(self, features: Rows, thetas: list, max_batch_length: int) -> np.ndarray:
+        """Losses of some candidates under each model: `[rows, models]`."""
+        adapter, model = self.adapter, self.adapter.model
+        losses = np.full((len(features["terms"]), len(thetas)), np.nan, dtype=np.float32)
+        touched = set().union(*(theta for theta in thetas if theta is not None))
+        for rows in batches(adapter.lengths(features), max_batch_length):
+            part = {key: values[rows] for key, values in features.items()}
+            batch = to_device(adapter.collate(part), model)
+            if not touched & adapter.prefix_parameters():
+                batch = adapter.prefix(batch)  # what no query touches is computed once for all of them
+            for i, theta in enumerate(thetas):
+                if theta is not None:
+                    losses[rows, i] = adapter.loss(partial(call, model, theta), batch).float().cpu().numpy()
+        return losses
+
+    def _gather(self, local: np.ndarray) -> np.ndarray:
+        """Put the processes' shares, `[rows of one share, models]`, together in the order of `self.order`."""
+        if self.state.num_processes == 1:
+            return local
+        padded = pad_across_processes(torch.from_numpy(local).to(self.state.device), pad_index=np.nan)
+        shares = gather(padded).cpu().numpy().reshape(self.state.num_processes, -1, local.shape[1])
+        # Share p holds rows p, p + P, p + 2P, ...: reading across the shares restores their order.
+        return shares.swapaxes(0, 1).reshape(-1, local.shape[1])[: len(self.order)]
+
+
+def encode(adapter: Adapter, rows: Dataset, role: str, cache_dir: Path | None = None) -> Dataset:
+    """Encode rows once, checking every one of them.
+
+    Args:
+        adapter (`Adapter`): Encodes.
+        rows (`datasets.Dataset`): Queries or candidates.
+        role (`str`): `"queries"` or `"candidates"`, for messages.
+        cache_dir (`Path`, *optional*): Defaults to [`default_cache_dir`].
+
+    Returns:
+        `datasets.Dataset`: The features of `Adapter.encode`, row for row.
+
+    Raises:
+        ValueError: If there are no rows, a column is missing, or a row has nothing to predict.
+    """
+    if len(rows) == 0:
+        raise ValueError(f"There are no {role}: the dataset is empty.")
+    for column in adapter.columns:
+        if column not in rows.column_names:
+            raise ValueError(
+                f"The {role} have no column `{column}`; they have {', '.join(rows.column_names)}. "
+                "Rename one (Dataset.rename_column), or name yours when you make the adapter."
+            )
+    state = PartialState()
+    name = Hasher.hash([rows._fingerprint, adapter.settings])
+    with state.main_process_first(), quiet_unless(state.is_main_process):
+        encoded = rows.select_columns(list(adapter.columns)).map(
+            adapter.encode,
+            batched=True,
+            remove_columns=list(adapter.columns),
+            cache_file_name=_cache_file(cache_dir or default_cache_dir(), "encoded", name),
+            new_fingerprint=name,
+            desc=f"encoding {role}",
+        )
+    empty = np.flatnonzero(np.array(encoded["terms"]) == 0)
+    if len(empty):
+        raise ValueError(
+            f"Nothing to predict in {role} {listed(empty)}: `{adapter.columns[-1]}` is empty. Fill it or drop the rows."
+        )
+    truncated = int(np.sum(encoded["truncated"]))
+    if truncated and state.is_main_process:
+        warnings.warn(
+            f"{truncated} of {len(rows)} {role} are longer than the model reads: their ends are cut off.",
+            stacklevel=3,
+        )
+    return encoded.remove_columns("truncated")
+
+
+def batches(lengths: np.ndarray, max_batch_length: int) -> Iterator[slice]:
+    """Cut sorted rows into batches whose padded size, rows x longest, stays within a limit.
+
+    Args:
+        lengths (`np.ndarray`): `[rows, axes]`, from `Adapter.lengths`.
+        max_batch_length (`int`): The limit; a single row may exceed it.
+    """
+    start = 0
+    longest = np.zeros(lengths.shape[1], dtype=int)
+    for i, row in enumerate(lengths):
+        grown = np.maximum(longest, row)
+        if i > start and (i + 1 - start) * grown.sum() > max_batch_length:
+            yield slice(start, i)
+            start, grown = i, row
+        longest = grown
+    yield slice(start, len(lengths))
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hash a model's class, configuration and every parameter and buffer."""
+    config = getattr(model, "config", None)
+    parts = [type(model).__name__.encode(), str(config).encode()]
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, tensor in tensors.items():
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        parts += [f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), data]
+    return Hasher.hash_bytes(parts)
+
+
+def listed(rows: np.ndarray) -> str:
+    """Name rows for a message: the first ten, and how many there are."""
+    named = ", ".join(str(row) for row in rows[:10])
+    return f"row {named}" if len(rows) == 1 else f"rows {named}{', ...' if len(rows) > 10 else ''} ({len(rows)} rows)"
+
+
+@contextmanager
+def quiet_unless(shown: bool) -> Iterator[None]:
+    """Hide datasets' progress bars unless `shown`: one process reports for all."""
+    if shown or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
+def _cache_file(cache_dir: Path, kind: str, name: str) -> str | None:
+    """Name the file that `datasets.map` writes, atomically, and reads if it is there."""
+    if not is_caching_enabled():
+        return None
+    folder = cache_dir / kind
+    folder.mkdir(parents=True, exist_ok=True)
+    return str(folder / f"{name}.arrow")

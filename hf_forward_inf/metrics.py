@@ -1,0 +1,155 @@
+"""Measures of a ranking against known proponents, as FTRACE defines them (Akyürek et al., 2022).
+
+Ties never help: candidates with equal scores stand in no order, and each measure takes its expectation over
+them. Candidates without a score (NaN) share the last place.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+KS = (1, 3, 5, 10, 25)
+"""The cut-offs that FTRACE reports."""
+
+
+def reciprocal_rank(scores: np.ndarray, proponents: Sequence[int]) -> float:
+    """1 / rank of the first proponent; 0 if there is none or none has a score.
+
+    The first proponent's rank, counted from 1, is `above + (tied + 1) / (r + 1)`: `above` candidates score higher
+    than the best proponent, and of `tied` candidates that score the same (itself included) `r` are
+    proponents, the first of which is expected there.
+
+    Args:
+        scores (`np.ndarray`): `[candidates]`.
+        proponents (`Sequence[int]`): Row numbers of the proponents.
+
+    Example:
+
+        >>> reciprocal_rank(np.array([0.1, 0.9, 0.5]), [2])  # one candidate above it
+        0.5
+    """
+    rows = np.asarray(proponents, dtype=int)
+    known = rows[~np.isnan(scores[rows])] if len(rows) else rows
+    if len(known) == 0:
+        return 0.0
+    best = scores[known].max()
+    above = np.sum(scores > best)
+    tied = np.sum(scores == best)
+    r = np.sum(scores[known] == best)
+    return float(1 / (above + (tied + 1) / (r + 1)))
+
+
+def hits_at_k(scores: np.ndarray, proponents: Sequence[int], k: int) -> float:
+    """Number of proponents among the best k, in expectation over ties.
+
+    A group of `tied` candidates with `above` candidates before it, `r` of them proponents, adds
+    `r x clip(k - above, 0, tied) / tied`. Candidates without a score never count.
+    """
+    hits = 0.0
+    rows = np.asarray(proponents, dtype=int)
+    relevant = scores[rows] if len(rows) else np.array([])
+    for value in np.unique(relevant[~np.isnan(relevant)]):
+        above = np.sum(scores > value)
+        tied = np.sum(scores == value)
+        hits += np.sum(relevant == value) * np.clip(k - above, 0, tied) / tied
+    return float(hits)
+
+
+def precision_at_k(scores: np.ndarray, proponents: Sequence[int], k: int) -> float:
+    """Share of the best k candidates that are proponents: hits@k / k."""
+    return hits_at_k(scores, proponents, k) / k
+
+
+def recall_at_k(scores: np.ndarray, proponents: Sequence[int], k: int) -> float:
+    """Share of the proponents that are among the best k candidates: hits@k / number of proponents; 0 if none."""
+    return hits_at_k(scores, proponents, k) / len(proponents) if len(proponents) else 0.0
+
+
+def random_reciprocal_rank(candidates: int, proponents: int) -> float:
+    """Expected reciprocal rank in a random order: the sum over ranks j of P(first proponent at j) / j.
+
+    With r proponents among N candidates, P(first at j) = P(none before j) x r / (N - j + 1), and
+    P(none before j + 1) = P(none before j) x (N - j + 1 - r) / (N - j + 1).
+    """
+    expected, none_before = 0.0, 1.0
+    for j in range(1, candidates - proponents + 2):
+        left = candidates - j + 1
+        expected += none_before * proponents / left / j
+        none_before *= (left - proponents) / left
+    return expected
+
+
+def collapse(
+    scores: np.ndarray, proponents: Sequence[Sequence[int]], groups: Sequence[object]
+) -> tuple[np.ndarray, list[list[int]]]:
+    """Merge candidates of one group (equal sentences), keeping each group's highest score.
+
+    Args:
+        scores (`np.ndarray`): `[queries, candidates]`.
+        proponents (`Sequence[Sequence[int]]`): Row numbers, for each query.
+        groups (`Sequence`): A label for each candidate; equal labels are merged.
+
+    Returns:
+        `tuple`: Scores `[queries, groups]`, and the proponents as group numbers.
+    """
+    number = {label: i for i, label in enumerate(dict.fromkeys(groups))}
+    of_row = np.array([number[label] for label in groups])
+    merged = np.full((len(scores), len(number)), -np.inf, dtype=np.float32)
+    for i, row in enumerate(scores):
+        np.maximum.at(merged[i], of_row, np.nan_to_num(row, nan=-np.inf))
+    merged[np.isneginf(merged)] = np.nan
+    return merged, [sorted({int(of_row[row]) for row in rows}) for rows in proponents]
+
+
+def evaluate(
+    scores: np.ndarray,
+    proponents: Sequence[Sequence[int]],
+    *,
+    ks: Sequence[int] = KS,
+    groups: Sequence[object] | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Average the measures over queries.
+
+    Args:
+        scores (`np.ndarray`): `[queries, candidates]`, NaN where there is none.
+        proponents (`Sequence[Sequence[int]]`): For each query, the row numbers of its proponents.
+        ks (`Sequence[int]`): Cut-offs of precision and recall; those above the number of candidates are left out.
+        groups (`Sequence`, *optional*): Candidates with the same label are merged first ([`collapse`]).
+        resamples (`int`, defaults to 1000): Bootstrap resamples of the queries, for the interval of the MRR.
+        seed (`int`, defaults to 0): Seeds them.
+
+    Returns:
+        `dict[str, float]`: `mrr` with its standard error `mrr_se` and 95% bootstrap interval `mrr_low`, `mrr_high`;
+        `precision@k`, `recall@k`; `tied`, the share of queries whose first proponent shares its score with
+        a candidate that is none; `mrr_random`, the MRR of a random order.
+    """
+    if len(scores) == 0 or len(scores) != len(proponents):
+        raise ValueError(f"{len(proponents)} lists of proponents don't fit {len(scores)} queries (at least one).")
+    if groups is not None:
+        scores, proponents = collapse(scores, proponents, groups)
+    pairs = list(zip(scores, proponents, strict=True))
+    reciprocal = np.array([reciprocal_rank(row, rows) for row, rows in pairs])
+    draws = np.random.default_rng(seed).integers(len(pairs), size=(resamples, len(pairs)))
+    low, high = np.percentile(reciprocal[draws].mean(axis=1), [2.5, 97.5])
+    result = {
+        "mrr": reciprocal.mean(),
+        "mrr_se": reciprocal.std(ddof=1) / len(pairs) ** 0.5 if len(pairs) > 1 else 0.0,
+        "mrr_low": low,
+        "mrr_high": high,
+        "mrr_random": np.mean([random_reciprocal_rank(scores.shape[1], len(rows)) for rows in proponents]),
+        "tied": np.mean([_is_tied(row, rows) for row, rows in pairs]),
+    }
+    for k in (k for k in ks if k <= scores.shape[1]):
+        result[f"precision@{k}"] = np.mean([precision_at_k(row, rows, k) for row, rows in pairs])
+        result[f"recall@{k}"] = np.mean([recall_at_k(row, rows, k) for row, rows in pairs])
+    return {name: float(value) for name, value in result.items()}
+
+
+def _is_tied(scores: np.ndarray, proponents: Sequence[int]) -> bool:
+    rows = np.asarray(proponents, dtype=int)
+    if len(rows) == 0 or np.isnan(scores[rows]).all():
+        return False
+    best = np.nanmax(scores[rows])
+    return bool(np.sum(scores == best) > np.sum(scores[rows] == best))
