@@ -189,7 +189,8 @@ def encode(adapter: Adapter, rows: Dataset, role: str, cache_dir: Path | None = 
     empty = np.flatnonzero(np.array(encoded["terms"]) == 0)
     if len(empty):
         raise ValueError(
-            f"Nothing to predict in {role} {listed(empty)}: `{adapter.columns[-1]}` is empty. Fill it or drop the rows."
+            f"Nothing to predict in {role} {listed(empty)}: `{adapter.columns[-1]}` is empty. "
+            "Fill it or drop the rows."
         )
     truncated = int(np.sum(encoded["truncated"]))
     if truncated and state.is_main_process:
@@ -224,7 +225,7 @@ def fingerprint(model: nn.Module) -> str:
     parts = [type(model).__name__.encode(), str(config).encode()]
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, tensor in tensors.items():
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         parts += [f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), data]
     return Hasher.hash_bytes(parts)
 

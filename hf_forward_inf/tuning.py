@@ -85,25 +85,25 @@ def tune(
     trials = []
     for k in steps:
         for radius in radii:
-            trial = replace(attributor.ascent, radius=radius, learning_rate=None, optimizer="sgd", steps=k)
+            trial = _trial(attributor.ascent, radius, k)
             scores = attributor.with_options(ascent=trial).score(sample, among)
-            corrected = (
-                [correct_hubs(scores[i : i + 1], np.delete(scores, i, axis=0))[0] for i in range(len(scores))]
-                if len(scores) > 2
-                else []
-            )
-            for hubs, found in ((False, scores), (True, corrected)):
-                if len(found):
-                    mrr = np.mean([reciprocal_rank(row, rows) for row, rows in zip(found, selves, strict=True)])
-                    trials.append(
-                        {"radius": radius, "steps": k, "hubs": hubs, "self_mrr": float(mrr), "chosen": False}
-                    )
+            for hubs in (False, True) if len(sample) > 2 else (False,):
+                found = _corrected_by_each_other(scores) if hubs else scores
+                mrr = np.mean([reciprocal_rank(row, rows) for row, rows in zip(found, selves, strict=True)])
+                trials.append({"radius": radius, "steps": k, "hubs": hubs, "self_mrr": float(mrr), "chosen": False})
     best = _choose(trials)
     best["chosen"] = True
-    config = replace(
-        attributor.ascent, radius=best["radius"], learning_rate=None, optimizer="sgd", steps=best["steps"]
-    )
-    return Tuning(config, sample if best["hubs"] else None, trials)
+    return Tuning(_trial(attributor.ascent, best["radius"], best["steps"]), sample if best["hubs"] else None, trials)
+
+
+def _trial(ascent: AscentConfig, radius: float, steps: int) -> AscentConfig:
+    return replace(ascent, radius=radius, learning_rate=None, optimizer="sgd", steps=steps)
+
+
+def _corrected_by_each_other(scores: np.ndarray) -> np.ndarray:
+    """Correct each query's hubs by the other queries."""
+    others = (np.delete(scores, i, axis=0) for i in range(len(scores)))
+    return np.concatenate([correct_hubs(row[None], rest) for row, rest in zip(scores, others, strict=True)])
 
 
 def _choose(trials: list[dict[str, Any]]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Set
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,6 +49,7 @@ class Seq2SeqAdapter(Adapter):
         max_length: int | None = None,
     ):
         super().__init__(model)
+        self.model: Any = model
         if not is_seq2seq(model):
             raise TypeError(
                 f"{type(model).__name__} does not predict labels from an encoder's output. Load it with "
@@ -165,7 +167,7 @@ class Seq2SeqAdapter(Adapter):
         return [answer.strip() for answer in answers]
 
 
-def is_seq2seq(model: nn.Module) -> bool:
+def is_seq2seq(model: Any) -> bool:
     """Whether a model encodes an input and predicts labels with a decoder."""
     has_labels = hasattr(model, "prepare_decoder_input_ids_from_labels")
     return has_labels and model.get_output_embeddings() is not None

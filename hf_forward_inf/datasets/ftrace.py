@@ -1,0 +1,155 @@
+"""Sets in the format of FTRACE-TREx (Akyürek et al., 2022): sentences that state facts, and queries for facts."""
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+
+BM25_NEIGHBOURS = 250
+"""Distractors that look most like a query, by word overlap, as FTRACE takes them."""
+
+
+def load_rows(source: str, role: str) -> Dataset:
+    """Load queries or candidates.
+
+    Args:
+        source (`str`): A parquet, JSON-lines or CSV file, a folder written by `save_to_disk`, a folder in the hub's
+            layout, or a hub name; `name:config` picks a configuration (`ekinakyurek/ftrace:abstracts`).
+            Without one, FTRACE's configuration for the role is taken if the dataset has configurations.
+        role (`str`): `"abstracts"` or `"queries"`.
+
+    Returns:
+        `datasets.Dataset`: The `train` split where there are splits, else the only one.
+
+    Raises:
+        FileNotFoundError: If it looks like a path and nothing is there.
+        ValueError: If it is unclear which split is meant.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return load_dataset(_builder(path), data_files=str(path), split="train")
+    if path.is_dir():
+        if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+            return _only_split(load_from_disk(str(path)), source)
+        return _only_split(_load_named(str(path), role), source)
+    if path.suffix or source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise FileNotFoundError(f"There is no file or folder {source} (nor can it be a dataset on the hub).")
+    return _only_split(_load_named(source, role), source)
+
+
+def _builder(path: Path) -> str:
+    builders = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
+    if path.suffix not in builders:
+        raise ValueError(f"{path} ends in none of {', '.join(builders)}.")
+    return builders[path.suffix]
+
+
+def _load_named(source: str, role: str) -> Any:
+    from datasets import get_dataset_config_names
+
+    name, _, config = source.partition(":")
+    if not config and role in get_dataset_config_names(name):
+        config = role
+    return load_dataset(name, config or None)
+
+
+def _only_split(data: Dataset | DatasetDict, source: str) -> Dataset:
+    if isinstance(data, Dataset):
+        return data
+    if "train" in data:
+        return data["train"]
+    if len(data) == 1:
+        return next(iter(data.values()))
+    raise ValueError(f"{source} has the splits {', '.join(data)}, and none is called train: give one as a file.")
+
+
+def fact_lists(rows: Dataset) -> list[list[str]]:
+    """Give the facts that each row states, as `predicate,object,subject`.
+
+    The column `facts` holds a list or, on the hub, one text with `;` between facts.
+
+    Raises:
+        ValueError: If there is no such column.
+    """
+    if "facts" not in rows.column_names:
+        raise ValueError(f"No column `facts` tells which facts a row states: {', '.join(rows.column_names)}.")
+    return [value.split(";") if isinstance(value, str) else list(value or []) for value in rows["facts"]]
+
+
+def queried_facts(queries: Dataset) -> list[str]:
+    """Give the fact that each query asks for, from `predicate_id`, `obj_uri` and `sub_uri`."""
+    missing = [name for name in ("predicate_id", "obj_uri", "sub_uri") if name not in queries.column_names]
+    if missing:
+        raise ValueError(f"The queries have no column `{missing[0]}`, which says what fact they ask for.")
+    columns = (queries["predicate_id"], queries["obj_uri"], queries["sub_uri"])
+    return [",".join(parts) for parts in zip(*columns, strict=True)]
+
+
+def proponents(queries: Dataset, candidates: Dataset, strict: bool = False) -> list[list[int]]:
+    """Find the candidates that state each query's fact.
+
+    Args:
+        queries (`datasets.Dataset`): With `predicate_id`, `obj_uri`, `sub_uri`.
+        candidates (`datasets.Dataset`): With `facts`.
+        strict (`bool`, defaults to `False`): Count only candidates in which the query's object is masked.
+
+    Returns:
+        `list[list[int]]`: For each query, row numbers of its proponents, ascending.
+    """
+    stating: dict[str, list[int]] = defaultdict(list)
+    for row, facts in enumerate(fact_lists(candidates)):
+        for fact in dict.fromkeys(facts):
+            stating[fact].append(row)
+    found = [stating[fact] for fact in queried_facts(queries)]
+    if strict:
+        masked = candidates["masked_uri"]
+        found = [[r for r in rows if masked[r] == obj] for rows, obj in zip(found, queries["obj_uri"], strict=True)]
+    return found
+
+
+def candidate_pool(
+    queries: Dataset, abstracts: Dataset, num_candidates: int, seed: int = 0
+) -> tuple[Dataset, dict[str, int]]:
+    """Draw one set of candidates for all queries, as FTRACE does: proponents, then distractors.
+
+    In order, until the set is full: every proponent; for each query in turn the rows that look most like it
+    (BM25, the best 250); rows with the same target; rows drawn at random.
+
+    Args:
+        queries (`datasets.Dataset`): The queries that will be traced.
+        abstracts (`datasets.Dataset`): All training sentences.
+        num_candidates (`int`): Size of the set; all rows if there are no more.
+        seed (`int`, defaults to 0): Draws the random rows.
+
+    Returns:
+        `tuple`: The candidates in the order of their rows, and how many came as `proponents`, `bm25`,
+        `same_target`, `random`.
+
+    Raises:
+        ValueError: If not even the proponents fit.
+    """
+    from hf_forward_inf.baselines.bm25 import BM25
+
+    truth = sorted({row for rows in proponents(queries, abstracts) for row in rows})
+    if len(truth) > num_candidates:
+        raise ValueError(
+            f"The {len(queries)} queries have {len(truth)} proponents: num_candidates={num_candidates} can't hold "
+            "them. Raise it, or trace fewer queries."
+        )
+    kinds = {"proponents": truth}
+    if len(abstracts) > num_candidates:
+        nearest = BM25().trace(queries, abstracts, top_k=BM25_NEIGHBOURS).indices
+        assert nearest is not None
+        targets = set(queries["targets_pretokenized"])
+        kinds["bm25"] = nearest.T.ravel().tolist()  # every query's best, then every query's second best, ...
+        kinds["same_target"] = [r for r, target in enumerate(abstracts["targets_pretokenized"]) if target in targets]
+    kinds["random"] = np.random.default_rng(seed).permutation(len(abstracts)).tolist()
+    taken: dict[int, str] = {}
+    for kind, rows in kinds.items():
+        for row in rows:
+            if len(taken) < num_candidates:
+                taken.setdefault(row, kind)
+    counts = {kind: list(taken.values()).count(kind) for kind in kinds}
+    return abstracts.select(sorted(taken)), counts
