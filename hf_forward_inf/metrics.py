@@ -79,6 +79,24 @@ def random_reciprocal_rank(candidates: int, proponents: int) -> float:
     return expected
 
 
+def random_figures(candidates: int, proponents: Sequence[int], ks: Sequence[int] = KS) -> dict[str, float]:
+    """Give the expected measures of a random order, averaged over queries.
+
+    Args:
+        candidates (`int`): Number of candidates, N.
+        proponents (`Sequence[int]`): Each query's number of proponents, r.
+        ks (`Sequence[int]`): Cut-offs of precision and recall.
+
+    Returns:
+        `dict[str, float]`: `mrr` ([`random_reciprocal_rank`]), `precision@k` = mean of r / N, `recall@k` = k / N.
+    """
+    result = {"mrr": float(np.mean([random_reciprocal_rank(candidates, r) for r in proponents]))}
+    for k in (k for k in ks if k <= candidates):
+        result[f"precision@{k}"] = float(np.mean(proponents)) / candidates
+        result[f"recall@{k}"] = k / candidates
+    return result
+
+
 def collapse(
     scores: np.ndarray, proponents: Sequence[Sequence[int]], groups: Sequence[object]
 ) -> tuple[np.ndarray, list[list[int]]]:

@@ -153,3 +153,10 @@ def candidate_pool(
                 taken.setdefault(row, kind)
     counts = {kind: list(taken.values()).count(kind) for kind in kinds}
     return abstracts.select(sorted(taken)), counts
+
+
+def sample_rows(rows: Dataset, count: int, seed: int = 0) -> Dataset:
+    """Draw `count` rows without replacement, in their order; all rows if there are no more."""
+    if len(rows) <= count:
+        return rows
+    return rows.select(np.sort(np.random.default_rng(seed).permutation(len(rows))[:count]))

@@ -1,0 +1,40 @@
+"""The console command: `hf-forward-inf trace --model ... --candidates ... --queries ... --output DIR`."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any, cast
+
+from transformers import HfArgumentParser
+
+from hf_forward_inf.ascent import AscentConfig
+from hf_forward_inf.run import TraceOptions, trace_run
+
+USAGE = """usage: hf-forward-inf <command> [options]
+
+commands:
+  trace    which training examples made a seq2seq model give its answers (--help for its options)
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; give its exit status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["trace"]:
+        return trace(given[1:], "hf-forward-inf trace")
+    print(USAGE, file=sys.stdout if given[:1] in (["-h"], ["--help"]) else sys.stderr, end="")
+    return 0 if given[:1] in (["-h"], ["--help"]) else 2
+
+
+def trace(arguments: Sequence[str] | None = None, program: str | None = None) -> int:
+    """Parse the options of `trace` and run it; a wrong input is told in one line, with exit status 1."""
+    parser = HfArgumentParser(cast(Any, (TraceOptions, AscentConfig)), prog=program, description=TraceOptions.__doc__)
+    try:
+        options, ascent = parser.parse_args_into_dataclasses(args=arguments)
+    except ValueError as error:
+        parser.error(str(error))
+    try:
+        trace_run(options, ascent)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,93 @@
+"""The report: one self-contained HTML page that shows what each query was traced to."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from hf_forward_inf.attribution import Attribution
+from hf_forward_inf.sentinels import SENTINEL, without_sentinels
+
+SHOWN = 10
+"""Candidates shown for each query."""
+
+
+def write_report(
+    path: str | Path,
+    attribution: Attribution,
+    *,
+    proponents: Sequence[Sequence[int]] | None = None,
+    metrics: Mapping[str, Mapping[str, float]] | None = None,
+    title: str = "Which training examples made the model say this?",
+    input_column: str = "inputs_pretokenized",
+    target_column: str = "targets_pretokenized",
+    k: int = SHOWN,
+) -> None:
+    """Write a page with the best candidates of each query. Everything it shows is escaped.
+
+    Args:
+        path (`Path`): The file to write.
+        attribution (`Attribution`): What to show.
+        proponents (`list[list[int]]`, *optional*): For each query, row numbers of its proponents: they are marked.
+        metrics (`dict`, *optional*): Figures by attributor, shown as a table.
+        title (`str`): Heads the page.
+        input_column (`str`): Column of input texts.
+        target_column (`str`): Column of target texts.
+        k (`int`, defaults to 10): Candidates shown for each query.
+    """
+    queries = []
+    for i, query in enumerate(attribution.queries):
+        truth = None if proponents is None else set(proponents[i])
+        found = attribution.top(i, k)
+        top = float(np.max(found["score"], initial=0.0))
+        queries.append(
+            {
+                "parts": _parts(query.get(input_column), query.get(target_column)),
+                "proponents": None if truth is None else len(truth),
+                "rows": [
+                    {
+                        "rank": row["rank"],
+                        "score": row["score"],
+                        "width": max(0.0, 100 * row["score"] / top) if top > 0 else 0.0,
+                        "parts": _parts(row.get(input_column), row.get(target_column)),
+                        "proponent": truth is not None and row["candidate"] in truth,
+                    }
+                    for row in found
+                ],
+            }
+        )
+    environment = Environment(
+        loader=PackageLoader("hf_forward_inf", "report"), autoescape=True, undefined=StrictUndefined
+    )
+    page = environment.get_template("page.html").render(
+        title=title,
+        method=attribution.method,
+        candidates=len(attribution.candidates),
+        config={key: value for key, value in attribution.config.items() if value is not None},
+        metrics=metrics or {},
+        figures=sorted({name for row in (metrics or {}).values() for name in row}, key=_figure_order),
+        queries=queries,
+    )
+    Path(path).write_text(page, encoding="utf-8")
+
+
+def _parts(text: Any, target: Any) -> list[tuple[str, bool]]:
+    """Cut a text at its sentinels and fill the target in: pieces, and whether each is the target's."""
+    plain = str(text or "")
+    answers = [without_sentinels(span) for span in SENTINEL.split(str(target or ""))[1:]]
+    if not SENTINEL.search(plain):
+        return [(plain, False), (without_sentinels(str(target or "")), True)]
+    pieces: list[tuple[str, bool]] = []
+    for i, piece in enumerate(SENTINEL.split(plain)):
+        if i:
+            pieces.append((answers[i - 1] if i <= len(answers) else "…", True))
+        pieces.append((piece, False))
+    return [piece for piece in pieces if piece[0]]
+
+
+def _figure_order(name: str) -> tuple[int, str, int]:
+    kind, _, k = name.partition("@")
+    order = ("mrr", "mrr_se", "precision", "recall")
+    return (order.index(kind) if kind in order else len(order), kind, int(k or 0))
