@@ -51,6 +51,7 @@ class DataAttributionPipeline(Pipeline):
         Args:
             inputs (`str`, `dict`, or a list of them): Input texts, which the model answers, or rows with the
                 candidates' columns, whose targets are taken as the output.
+            *args: None.
             **options: `top_k`, `candidates`.
 
         Returns:

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,8 @@ FIXED_LEARNING_RATES = ((0.1, 1), (1.0, 1), (0.1, 3))
 """Learning rates and steps of the paper's fixed-rate ascent that are tried; the best by its true MRR is reported."""
 OUTPUTS = ("attribution", "report.html", "metrics.json")
 """What a run writes, in this order: a folder with metrics.json holds a finished run."""
+BUILTIN_CANDIDATES = 1200
+"""Candidates traced of the built-in facts, unless the user says how many."""
 TRAINED_QUERIES = 4
 """Queries asked of a model that is yet to be trained, for each one wanted: it will not answer them all."""
 
@@ -47,12 +49,12 @@ class TraceOptions:
     )
     queries: str | None = field(default=None, metadata={"help": "Outputs to explain, as --candidates."})
     train: bool = field(default=False, metadata={"help": "Train a tiny mT5 on the candidates instead of --model."})
-    epochs: int = field(default=30, metadata={"help": "Epochs of that training."})
+    epochs: int = field(default=25, metadata={"help": "Epochs of that training."})
     num_candidates: int | None = field(
         default=None,
         metadata={"help": "Candidates: the queries' proponents, filled up with distractors. All if unset."},
     )
-    num_queries: int = field(default=100, metadata={"help": "Queries traced at most, drawn at random."})
+    num_queries: int = field(default=60, metadata={"help": "Queries traced at most, drawn at random."})
     unanswered: bool = field(default=False, metadata={"help": "Trace also queries that the model answers otherwise."})
     strict: bool = field(
         default=False, metadata={"help": "Proponents are only those in which the queried object is masked."}
@@ -139,36 +141,64 @@ def trace_run(options: TraceOptions, ascent: AscentConfig) -> dict[str, Any]:
 
 def load_task(options: TraceOptions, seed: int) -> Task:
     """Load or train the model, and draw queries that it answers and candidates."""
-    if options.candidates and options.queries:
-        abstracts, queries = load_rows(options.candidates, "abstracts"), load_rows(options.queries, "queries")
-        say(f"Tracing {options.queries} over {options.candidates} with {options.model or 'a tiny mT5'}.")
-    else:
-        corpus = builtin_facts()
-        abstracts, queries = corpus["abstracts"], corpus["queries"]
-        say("Tracing the built-in facts with a tiny mT5 trained on them; --model, --candidates, --queries for yours.")
     if options.model:
-        model = AutoModelForSeq2SeqLM.from_pretrained(options.model).to(PartialState().device).eval()
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
-        queries, figures = answered(model, tokenizer, queries, options)
-        queries = sample_rows(queries, options.num_queries, seed)
-        candidates = draw_candidates(queries, abstracts, options.num_candidates, seed)
+        task = _task_of_model(options, seed)
+    elif options.train:
+        task = _task_of_trained_model(options, seed)
     else:
-        queries = sample_rows(queries, TRAINED_QUERIES * options.num_queries, seed)
-        candidates = draw_candidates(queries, abstracts, options.num_candidates, seed)
-        model, tokenizer = tiny_mt5(candidates, epochs=options.epochs)
-        queries, figures = answered(model, tokenizer, queries, options)
-        queries = sample_rows(queries, options.num_queries, seed)
-    truth = None
-    if "facts" in candidates.column_names and "predicate_id" in queries.column_names:
-        truth = proponents(queries, candidates, options.strict)
-        known = [i for i, rows in enumerate(truth) if rows]
-        if not known:
-            raise ValueError("No candidate states the fact of any query: are these the right candidates?")
-        if len(known) < len(truth):
-            say(f"{len(truth) - len(known)} queries have no proponent among the candidates and are left out.")
-        queries, truth = queries.select(known), [truth[i] for i in known]
-    figures |= {"queries": len(queries), "candidates": len(candidates)}
-    return Task(model, tokenizer, queries, candidates, truth, figures)
+        task = _builtin_task(options, seed)
+    figures = {**task.figures, "queries": len(task.queries), "candidates": len(task.candidates)}
+    return replace(task, figures=figures)
+
+
+def _task_of_model(options: TraceOptions, seed: int) -> Task:
+    abstracts, queries = load_rows(str(options.candidates), "abstracts"), load_rows(str(options.queries), "queries")
+    say(f"Tracing {options.queries} over {options.candidates} with {options.model}.")
+    model = AutoModelForSeq2SeqLM.from_pretrained(str(options.model)).to(PartialState().device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(str(options.model))
+    return _drawn(model, tokenizer, queries, abstracts, options.num_candidates, options, seed)
+
+
+def _builtin_task(options: TraceOptions, seed: int) -> Task:
+    say("Tracing the built-in facts with a tiny mT5 trained on them; --model, --candidates, --queries for yours.")
+    corpus = builtin_facts()
+    model, tokenizer = tiny_mt5(corpus["abstracts"], epochs=options.epochs)
+    count = options.num_candidates or BUILTIN_CANDIDATES
+    return _drawn(model, tokenizer, corpus["queries"], corpus["abstracts"], count, options, seed)
+
+
+def _task_of_trained_model(options: TraceOptions, seed: int) -> Task:
+    """Draw the candidates first: the model is trained on them, and on them alone."""
+    abstracts, queries = load_rows(str(options.candidates), "abstracts"), load_rows(str(options.queries), "queries")
+    say(f"Tracing {options.queries} over {options.candidates} with a tiny mT5 trained on the candidates.")
+    queries = sample_rows(queries, TRAINED_QUERIES * options.num_queries, seed)
+    candidates = draw_candidates(queries, abstracts, options.num_candidates, seed)
+    model, tokenizer = tiny_mt5(candidates, epochs=options.epochs)
+    return _drawn(model, tokenizer, queries, candidates, None, options, seed)
+
+
+def _drawn(
+    model: Any,
+    tokenizer: Any,
+    queries: Dataset,
+    abstracts: Dataset,
+    num_candidates: int | None,
+    options: TraceOptions,
+    seed: int,
+) -> Task:
+    """Draw queries that the model answers, candidates for them, and find the proponents."""
+    queries, figures = answered(model, tokenizer, queries, options)
+    queries = sample_rows(queries, options.num_queries, seed)
+    candidates = draw_candidates(queries, abstracts, num_candidates, seed)
+    if "facts" not in candidates.column_names or "predicate_id" not in queries.column_names:
+        return Task(model, tokenizer, queries, candidates, None, figures)
+    truth = proponents(queries, candidates, options.strict)
+    known = [i for i, rows in enumerate(truth) if rows]
+    if not known:
+        raise ValueError("No candidate states the fact of any query: are these the right candidates?")
+    if len(known) < len(truth):
+        say(f"{len(truth) - len(known)} queries have no proponent among the candidates and are left out.")
+    return Task(model, tokenizer, queries.select(known), candidates, [truth[i] for i in known], figures)
 
 
 def draw_candidates(queries: Dataset, abstracts: Dataset, num_candidates: int | None, seed: int) -> Dataset:

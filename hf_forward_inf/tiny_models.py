@@ -26,7 +26,7 @@ SENTINELS = 4
 def tiny_mt5(
     rows: Dataset,
     *,
-    epochs: int = 30,
+    epochs: int = 25,
     learning_rate: float = 2e-3,
     vocabulary: int = 4096,
     seed: int = 0,
@@ -38,7 +38,7 @@ def tiny_mt5(
 
     Args:
         rows (`datasets.Dataset`): With `inputs_pretokenized` and `targets_pretokenized`.
-        epochs (`int`, defaults to 30): Passes over the rows.
+        epochs (`int`, defaults to 25): Passes over the rows.
         learning_rate (`float`, defaults to 2e-3): Peak of AdamW's one-cycle schedule.
         vocabulary (`int`, defaults to 4096): Most tokens that the tokenizer, which is trained too, may have.
         seed (`int`, defaults to 0): Initial weights and the order of batches.
