@@ -1,6 +1,5 @@
 """Step 2 of the algorithm: move the model up (or down) the loss of one query, on a copy of its parameters."""
 
-import json
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,11 +9,11 @@ from functools import cached_property, partial
 from typing import Any, Literal, TypeAlias
 
 import torch
-from datasets.fingerprint import Hasher
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from hf_forward_inf.adapters.base import Adapter, Batch, Rows
+from hf_forward_inf.fingerprints import fingerprint
 
 Parameters: TypeAlias = dict[str, Tensor]
 """Perturbed parameters by name: theta_K, without what it shares with theta."""
@@ -81,10 +80,6 @@ class AscentConfig:
         if isinstance(self.modules, str):
             object.__setattr__(self, "modules", [self.modules])
 
-    def to_json(self) -> str:
-        """Write the configuration as JSON, keys sorted: equal configurations give equal texts."""
-        return json.dumps(asdict(self), sort_keys=True)
-
 
 def perturbed_names(adapter: Adapter, modules: list[str] | None) -> list[str]:
     """List the parameters that ascent will change.
@@ -137,7 +132,7 @@ class Perturbation:
 
     def __init__(self, adapter: Adapter, queries: Rows, names: list[str], config: AscentConfig):
         self.adapter, self.queries, self.names, self.config = adapter, queries, names, config
-        self.fingerprint = Hasher.hash([queries, names, config.to_json()])
+        self.fingerprint = fingerprint(queries, names, asdict(config))
 
     def __len__(self) -> int:
         return len(self.queries["terms"])

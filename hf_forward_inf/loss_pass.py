@@ -13,13 +13,12 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import find_executable_batch_size, gather, pad_across_processes
 from datasets import Dataset, Features, List, Value, are_progress_bars_disabled, is_caching_enabled
-from datasets.fingerprint import Hasher
 from datasets.utils import disable_progress_bars, enable_progress_bars
 from huggingface_hub.constants import HF_HOME
-from torch import nn
 
 from hf_forward_inf.adapters.base import Adapter, Rows
 from hf_forward_inf.ascent import Parameters, Perturbation, call, to_device
+from hf_forward_inf.fingerprints import fingerprint, fingerprint_of_model
 
 ROWS_A_STEP = 1024
 """Candidates handed to one step of `datasets.map`, which cuts them into batches by padded size."""
@@ -68,7 +67,7 @@ class LossPass:
         # Every p-th row: all processes get the same mix of lengths.
         self.shard = self.order[self.state.process_index :: self.state.num_processes]
         self.encoded = encoded.select(self.shard)
-        self.weights = fingerprint(adapter.model)
+        self.weights = fingerprint_of_model(adapter.model)
 
     def base(self) -> np.ndarray:
         """Compute the base loss of every candidate, L(theta, D_i), summed over its terms: float32 `[candidates]`."""
@@ -95,7 +94,7 @@ class LossPass:
     def _losses(self, models: Perturbation | list[Parameters], key: str, title: str) -> np.ndarray:
         """Run one cached pass over this process's share and put everyone's together."""
         share = (self.state.process_index, self.state.num_processes)
-        name = Hasher.hash([self.weights, self.adapter.settings, self.encoded._fingerprint, key, share])
+        name = fingerprint(self.weights, self.adapter.settings, self.encoded._fingerprint, key, share)
         with quiet_unless(self.state.is_main_process):
             mapped = self.encoded.map(
                 self._step(models),
@@ -176,7 +175,7 @@ def encode(adapter: Adapter, rows: Dataset, role: str, cache_dir: Path | None = 
                 "Rename one (Dataset.rename_column), or name yours when you make the adapter."
             )
     state = PartialState()
-    name = Hasher.hash([rows._fingerprint, adapter.settings])
+    name = fingerprint(rows._fingerprint, adapter.settings)
     with state.main_process_first(), quiet_unless(state.is_main_process):
         encoded = rows.select_columns(list(adapter.columns)).map(
             adapter.encode,
@@ -217,17 +216,6 @@ def batches(lengths: np.ndarray, max_batch_length: int) -> Iterator[slice]:
             start, grown = i, row
         longest = grown
     yield slice(start, len(lengths))
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Hash a model's class, configuration and every parameter and buffer."""
-    config = getattr(model, "config", None)
-    parts = [type(model).__name__.encode(), str(config).encode()]
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for name, tensor in tensors.items():
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        parts += [f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), data]
-    return Hasher.hash_bytes(parts)
 
 
 def listed(rows: np.ndarray) -> str:

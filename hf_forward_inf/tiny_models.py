@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from datasets.fingerprint import Hasher
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tqdm.auto import tqdm
 from transformers import MT5Config, MT5ForConditionalGeneration, PreTrainedTokenizerFast
 
 from hf_forward_inf.adapters.seq2seq import Seq2SeqAdapter
+from hf_forward_inf.fingerprints import fingerprint
 from hf_forward_inf.loss_pass import batches, default_cache_dir, encode
 
 SENTINELS = 4
@@ -49,7 +49,7 @@ def tiny_mt5(
     """
     state = PartialState()
     columns = ["inputs_pretokenized", "targets_pretokenized"]
-    key = Hasher.hash([[rows[column][:] for column in columns], epochs, learning_rate, vocabulary, seed])
+    key = fingerprint([rows[column][:] for column in columns], epochs, learning_rate, vocabulary, seed)
     folder = (cache_dir or default_cache_dir()) / "models" / key
     with state.main_process_first():
         if not folder.exists():

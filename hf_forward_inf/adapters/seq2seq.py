@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from datasets.fingerprint import Hasher
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from hf_forward_inf.adapters.base import Adapter, Batch, Forward, Rows
+from hf_forward_inf.fingerprints import fingerprint
 
 IGNORED = -100
 """The label that transformers' losses skip."""
@@ -66,7 +66,7 @@ class Seq2SeqAdapter(Adapter):
         """Columns, length limit and the tokenizer's whole state."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         vocabulary = backend.to_str() if backend is not None else json.dumps(self.tokenizer.get_vocab())
-        return json.dumps([*self.columns, self.max_length, Hasher.hash(vocabulary)])
+        return fingerprint(self.columns, self.max_length, vocabulary)
 
     def encode(self, rows: Rows) -> Rows:
         """Tokenize inputs and targets; a text beyond `max_length` keeps its beginning and its end token."""

@@ -1,0 +1,26 @@
+"""Names for cached work: equal inputs give equal names, in every process and on every run."""
+
+import json
+from typing import Any
+
+import torch
+from datasets.fingerprint import Hasher
+from torch import nn
+
+
+def fingerprint(*parts: Any) -> str:
+    """Hash values that JSON can hold.
+
+    By their JSON text: a pickle, as `Hasher.hash` makes one, differs with which equal strings are one object.
+    """
+    return Hasher.hash_bytes(json.dumps(parts, sort_keys=True).encode())
+
+
+def fingerprint_of_model(model: nn.Module) -> str:
+    """Hash a model's class, configuration and every parameter and buffer."""
+    parts = [type(model).__name__.encode(), str(getattr(model, "config", None)).encode()]
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, tensor in tensors.items():
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        parts += [f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), data]
+    return Hasher.hash_bytes(parts)

@@ -1,0 +1,84 @@
+import numpy as np
+import pytest
+from datasets import Dataset
+
+from hf_forward_inf import Attribution
+
+QUERIES = Dataset.from_dict({"text": ["q0", "q1"]})
+CANDIDATES = Dataset.from_dict({"text": list("abcd"), "score": [0, 0, 0, 0]})
+SCORES = np.array([[0.5, 2.0, 0.5, -1.0], [np.nan, 1.0, 3.0, np.nan]], dtype=np.float32)
+
+
+@pytest.fixture
+def found():
+    return Attribution(SCORES, QUERIES, CANDIDATES, config={"radius": 1.0})
+
+
+def test_ties_go_by_row_number_and_rows_without_a_score_stand_last(found):
+    assert found.ranking(0).tolist() == [1, 0, 2, 3]
+    assert found.ranking(1).tolist() == [2, 1, 0, 3]
+
+
+def test_top_gives_rows_with_rank_score_and_row_number(found):
+    rows = found.top(0, 2).to_list()
+    assert rows == [
+        {"text": "b", "rank": 1, "score": 2.0, "candidate": 1},
+        {"text": "a", "rank": 2, "score": 0.5, "candidate": 0},
+    ]
+
+
+def test_top_leaves_out_rows_without_a_score(found):
+    assert found.top(1)["text"][:] == ["c", "b"]
+
+
+def test_a_query_that_is_not_there_is_refused(found):
+    with pytest.raises(IndexError, match="no query 2: they go from 0 to 1"):
+        found.top(2)
+
+
+def test_to_dataset_is_one_table(found):
+    table = found.to_dataset(2)
+    assert table["query"][:] == [0, 0, 1, 1]
+    assert table["candidate"][:] == [1, 0, 2, 1]
+    assert table["rank"][:] == [1, 2, 1, 2]
+
+
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_it_comes_back_from_disk(found, tmp_path, top_k):
+    kept = found.keep(top_k)
+    kept.save_to_disk(tmp_path / "saved")
+    again = Attribution.load_from_disk(tmp_path / "saved")
+    np.testing.assert_array_equal(again.scores, kept.scores)
+    assert (again.indices is None) == (top_k is None)
+    assert again.candidates.to_list() == CANDIDATES.to_list()
+    assert again.top(0, 2).to_list() == kept.top(0, 2).to_list()
+    assert (again.method, again.config) == (kept.method, kept.config)
+    assert not list(tmp_path.rglob("*.pkl")) and not list(tmp_path.rglob("*.pt"))
+
+
+def test_a_folder_of_a_newer_version_is_refused(found, tmp_path):
+    found.save_to_disk(tmp_path)
+    about = tmp_path / "attribution.json"
+    about.write_text(about.read_text().replace('"format": 1', '"format": 99'))
+    with pytest.raises(ValueError, match="newer hf_forward_inf"):
+        Attribution.load_from_disk(tmp_path)
+
+
+def test_kept_scores_are_evaluated_as_all_are_where_they_were_kept(found):
+    assert found.keep(2).evaluate([[0], [2]], ks=(1,))["mrr"] == pytest.approx((1 / 2 + 1) / 2)
+    assert found.evaluate([[0], [2]], ks=(1,))["mrr"] == pytest.approx((1 / 2.5 + 1) / 2)  # tied with row 2
+
+
+def test_wrong_numbers_are_refused(found):
+    with pytest.raises(ValueError, match="top_k=0 must be at least 1"):
+        found.keep(0)
+    with pytest.raises(ValueError, match="Only the best 2 candidates were kept"):
+        found.keep(2).keep(3)
+    with pytest.raises(ValueError, match="proponents has 1 entries for 2 queries"):
+        found.evaluate([[0]])
+    with pytest.raises(ValueError, match=r"scores have shape \(1, 4\)"):
+        Attribution(SCORES[:1], QUERIES, CANDIDATES)
+
+
+def test_it_tells_what_it_is(found):
+    assert repr(found.keep(3)) == "Attribution(forward_inf: 2 queries x 4 candidates, top 3 kept)"

@@ -1,0 +1,57 @@
+import numpy as np
+import pytest
+
+from hf_forward_inf import ForwardInf
+from hf_forward_inf.tuning import _choose
+from tests.line import points
+
+
+def trial(radius, mrr, steps=1, hubs=False):
+    return {"radius": radius, "steps": steps, "hubs": hubs, "self_mrr": mrr, "chosen": False}
+
+
+def test_the_best_retrieval_wins():
+    assert _choose([trial(0.1, 0.5), trial(1, 0.9), trial(10, 0.4)])["radius"] == 1
+
+
+def test_of_equals_the_uncorrected_the_fewer_steps_and_the_middle_radius_win():
+    equal = [trial(r, 1.0, steps, hubs) for r in (0.1, 1, 10) for steps in (1, 3) for hubs in (True, False)]
+    assert _choose(equal) == trial(1, 1.0)
+
+
+def test_when_nothing_is_retrieved_it_is_said():
+    with pytest.raises(ValueError, match="No setting retrieves anything"):
+        _choose([trial(1, 0.0)])
+
+
+def test_training_examples_find_themselves_and_the_trials_are_shown(model, tokenizer, candidates):
+    tracer = ForwardInf(model, tokenizer).tune(candidates, radii=(0.3, 3.0), queries=6)
+    assert tracer.ascent.radius in (0.3, 3.0)
+    assert len(tracer.tuning.trials) == 4
+    assert sum(trial["chosen"] for trial in tracer.tuning.trials) == 1
+    assert str(tracer.tuning).count("\n") == 4
+    chosen = next(trial for trial in tracer.tuning.trials if trial["chosen"])
+    assert chosen["self_mrr"] == max(trial["self_mrr"] for trial in tracer.tuning.trials)
+    assert chosen["self_mrr"] > 0.5
+
+
+def test_the_hub_correction_is_on_only_if_it_was_chosen(model, tokenizer, queries, candidates):
+    tracer = ForwardInf(model, tokenizer).tune(candidates, radii=(1.0,), queries=6)
+    assert (tracer.references is not None) == next(t["hubs"] for t in tracer.tuning.trials if t["chosen"])
+
+
+def test_tuning_goes_by_the_same_rows_every_time(model, tokenizer, candidates):
+    trials = [ForwardInf(model, tokenizer).tune(candidates, radii=(1.0,), queries=5).tuning.trials for _ in range(2)]
+    assert trials[0] == trials[1]
+
+
+def test_tune_is_one_argument_of_trace(line):
+    rows = points(((3, 1), 0), ((1, -3), 1), ((0, 2), 2), ((2, 2), -1))
+    found = ForwardInf(adapter=line).trace(rows.select([0]), rows, tune=True)
+    assert found.config["radius"] in (0.1, 0.3, 1.0, 3.0, 10.0)
+    assert np.isfinite(found.scores).all()
+
+
+def test_one_candidate_is_not_enough(line):
+    with pytest.raises(ValueError, match="at least 2 candidates"):
+        ForwardInf(adapter=line).tune(points(((3, 1), 0)))
