@@ -13,8 +13,9 @@ from torch import nn
 from hf_forward_inf.adapters import Adapter, adapter_for
 from hf_forward_inf.ascent import AscentConfig, Perturbation, evaluating, perturbed_names
 from hf_forward_inf.attribution import Attribution
+from hf_forward_inf.checks import listed
 from hf_forward_inf.hubs import correct_hubs
-from hf_forward_inf.loss_pass import MAX_BATCH_LENGTH, LossPass, encode, listed
+from hf_forward_inf.loss_pass import MAX_BATCH_LENGTH, LossPass, encode
 from hf_forward_inf.tuning import Tuning, tune
 
 
@@ -129,7 +130,7 @@ class ForwardInf:
         d_tst = encode(self.adapter, queries, "queries", self.cache_dir)
         names = perturbed_names(self.adapter, self.ascent.modules)
         scores = np.empty((len(queries), len(candidates)), dtype=np.float32)
-        with evaluating(self.adapter.model):
+        with evaluating(self.adapter.model), np.errstate(invalid="ignore"):
             loss = LossPass(self.adapter, candidates, cache_dir=self.cache_dir, max_batch_length=self.max_batch_length)
             base = loss.base()  # L(theta, D_i)
             block = loss.queries_a_pass(names)

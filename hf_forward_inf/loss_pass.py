@@ -18,6 +18,7 @@ from huggingface_hub.constants import HF_HOME
 
 from hf_forward_inf.adapters.base import Adapter, Rows
 from hf_forward_inf.ascent import Parameters, Perturbation, call, to_device
+from hf_forward_inf.checks import check_rows, listed
 from hf_forward_inf.fingerprints import fingerprint, fingerprint_of_model
 
 ROWS_A_STEP = 1024
@@ -166,14 +167,7 @@ def encode(adapter: Adapter, rows: Dataset, role: str, cache_dir: Path | None = 
     Raises:
         ValueError: If there are no rows, a column is missing, or a row has nothing to predict.
     """
-    if len(rows) == 0:
-        raise ValueError(f"There are no {role}: the dataset is empty.")
-    for column in adapter.columns:
-        if column not in rows.column_names:
-            raise ValueError(
-                f"The {role} have no column `{column}`; they have {', '.join(rows.column_names)}. "
-                "Rename one (Dataset.rename_column), or name yours when you make the adapter."
-            )
+    check_rows(rows, adapter.columns, role)
     state = PartialState()
     name = fingerprint(rows._fingerprint, adapter.settings)
     with state.main_process_first(), quiet_unless(state.is_main_process):
@@ -216,12 +210,6 @@ def batches(lengths: np.ndarray, max_batch_length: int) -> Iterator[slice]:
             start, grown = i, row
         longest = grown
     yield slice(start, len(lengths))
-
-
-def listed(rows: np.ndarray) -> str:
-    """Name rows for a message: the first ten, and how many there are."""
-    named = ", ".join(str(row) for row in rows[:10])
-    return f"row {named}" if len(rows) == 1 else f"rows {named}{', ...' if len(rows) > 10 else ''} ({len(rows)} rows)"
 
 
 @contextmanager

@@ -56,7 +56,9 @@ def queries(corpus):
 
 @pytest.fixture(scope="session")
 def tokenizer(corpus):
-    return train_tokenizer([*corpus["abstracts"]["inputs_pretokenized"], *corpus["queries"]["targets_pretokenized"]], 600)
+    return train_tokenizer(
+        [*corpus["abstracts"]["inputs_pretokenized"], *corpus["queries"]["targets_pretokenized"]], 600
+    )
 
 
 @pytest.fixture(scope="session")

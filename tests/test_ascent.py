@@ -79,7 +79,7 @@ def test_an_unknown_module_is_named_with_the_ones_there_are(model, tokenizer):
 
 
 def test_a_tied_parameter_is_told_by_its_owners_name(model, tokenizer):
-    with pytest.raises(ValueError, match="tied to shared.weight"):
+    with pytest.raises(ValueError, match=r"tied to shared\.weight"):
         perturbed_names(Seq2SeqAdapter(model, tokenizer), ["encoder.embed_tokens"])
 
 

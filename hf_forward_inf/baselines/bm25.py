@@ -7,6 +7,7 @@ from datasets import Dataset
 from rank_bm25 import BM25Plus
 
 from hf_forward_inf.attribution import Attribution
+from hf_forward_inf.checks import check_rows
 from hf_forward_inf.sentinels import fill_in
 
 
@@ -31,7 +32,14 @@ class BM25:
     name = "bm25"
 
     def trace(self, queries: Dataset, candidates: Dataset, top_k: int | None = None) -> Attribution:
-        """Score every candidate for every query: BM25Plus, no unit, `[queries, candidates]`."""
+        """Score every candidate for every query: BM25Plus, no unit, `[queries, candidates]`.
+
+        Raises:
+            ValueError: If there are no rows or a column is missing.
+        """
+        columns = (self.input_column, self.target_column) if self.with_answer else (self.input_column,)
+        check_rows(queries, columns, "queries")
+        check_rows(candidates, columns, "candidates")
         index = BM25Plus([self._words(row) for row in candidates], k1=self.k1, b=self.b)
         scores = np.stack([index.get_scores(self._words(row)) for row in queries]).astype(np.float32)
         return Attribution(scores, queries, candidates, method=self.name, config=asdict(self)).keep(top_k)

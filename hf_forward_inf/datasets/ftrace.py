@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, get_dataset_config_names, load_dataset, load_from_disk
 
 BM25_NEIGHBOURS = 250
 """Distractors that look most like a query, by word overlap, as FTRACE takes them."""
@@ -27,16 +27,17 @@ def load_rows(source: str, role: str) -> Dataset:
         FileNotFoundError: If it looks like a path and nothing is there.
         ValueError: If it is unclear which split is meant.
     """
-    path = Path(source).expanduser()
+    name, _, config = source.partition(":")
+    path = Path(name).expanduser()
     if path.is_file():
         return load_dataset(_builder(path), data_files=str(path), split="train")
     if path.is_dir():
         if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
             return _only_split(load_from_disk(str(path)), source)
-        return _only_split(_load_named(str(path), role), source)
-    if path.suffix or source.startswith((".", "/", "~")) or source.count("/") > 1:
+        return _only_split(_load_named(str(path), config, role), source)
+    if path.suffix or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"There is no file or folder {source} (nor can it be a dataset on the hub).")
-    return _only_split(_load_named(source, role), source)
+    return _only_split(_load_named(name, config, role), source)
 
 
 def _builder(path: Path) -> str:
@@ -46,10 +47,7 @@ def _builder(path: Path) -> str:
     return builders[path.suffix]
 
 
-def _load_named(source: str, role: str) -> Any:
-    from datasets import get_dataset_config_names
-
-    name, _, config = source.partition(":")
+def _load_named(name: str, config: str, role: str) -> Any:
     if not config and role in get_dataset_config_names(name):
         config = role
     return load_dataset(name, config or None)

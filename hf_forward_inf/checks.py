@@ -1,0 +1,33 @@
+"""Checks of what users bring, and how messages name rows."""
+
+from collections.abc import Iterable
+
+import numpy as np
+from datasets import Dataset
+
+
+def check_rows(rows: Dataset, columns: Iterable[str], role: str) -> None:
+    """Refuse rows that can't be used.
+
+    Args:
+        rows (`datasets.Dataset`): Queries or candidates.
+        columns (`Iterable[str]`): Columns that they must have.
+        role (`str`): `"queries"` or `"candidates"`, for messages.
+
+    Raises:
+        ValueError: If there are no rows or a column is missing.
+    """
+    if len(rows) == 0:
+        raise ValueError(f"There are no {role}: the dataset is empty.")
+    for column in columns:
+        if column not in rows.column_names:
+            raise ValueError(
+                f"The {role} have no column `{column}`; they have {', '.join(rows.column_names)}. "
+                "Rename one (Dataset.rename_column), or name yours when you make the adapter or attributor."
+            )
+
+
+def listed(rows: np.ndarray) -> str:
+    """Name rows for a message: the first ten, and how many there are."""
+    named = ", ".join(str(row) for row in rows[:10])
+    return f"row {named}" if len(rows) == 1 else f"rows {named}{', ...' if len(rows) > 10 else ''} ({len(rows)} rows)"

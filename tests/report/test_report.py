@@ -1,0 +1,58 @@
+import re
+
+import numpy as np
+from datasets import Dataset
+
+from hf_forward_inf import Attribution
+from hf_forward_inf.report import write_report
+
+ROWS = {
+    "inputs_pretokenized": ["<script>alert(1)</script> in <extra_id_0>", "b", "c"],
+    "targets_pretokenized": ["<extra_id_0> <b>Rome</b>", "", ""],
+}
+
+
+def page(tmp_path, scores=((2.0, 1.0, -1.0),), **options):
+    queries = Dataset.from_dict(
+        {"inputs_pretokenized": ["Q <extra_id_0>?"], "targets_pretokenized": ["<extra_id_0> A&B"]}
+    )
+    found = Attribution(np.array(scores, dtype=np.float32), queries, Dataset.from_dict(ROWS))
+    found.to_html(tmp_path / "page.html", **options)
+    return (tmp_path / "page.html").read_text()
+
+
+def test_what_comes_from_data_is_escaped(tmp_path):
+    html = page(tmp_path, title="<i>t</i>")
+    assert "<script" not in html and "<b>Rome" not in html and "<i>t" not in html
+    assert "&lt;script&gt;" in html and "A&amp;B" in html
+
+
+def test_the_answer_stands_in_its_place_and_rows_in_their_order(tmp_path):
+    html = page(tmp_path)
+    assert "<mark>&lt;b&gt;Rome&lt;/b&gt;</mark>" in html
+    assert re.findall(r'class="score">([^<]+)<', html) == ["2", "1", "-1"]
+
+
+def test_proponents_and_figures_are_shown_where_they_are_known(tmp_path):
+    html = page(tmp_path, proponents=[[1]], metrics={"forward_inf": {"mrr": 0.5}, "bm25": {"recall@10": 0.25}})
+    assert html.count(">proponent</td>") == 1
+    assert "1 known proponent among" in html
+    assert "0.500" in html and "0.250" in html
+    assert "known proponent" not in page(tmp_path)
+
+
+def test_it_is_one_file_that_fetches_nothing(tmp_path):
+    assert not re.search(r"(src|href)=|url\(|@import", page(tmp_path))
+
+
+def test_a_query_without_scores_says_why(tmp_path):
+    assert "No scores" in page(tmp_path, scores=((np.nan, np.nan, np.nan),))
+
+
+def test_only_the_best_are_shown(tmp_path):
+    write_report(
+        tmp_path / "x.html",
+        Attribution(np.zeros((1, 3), np.float32), Dataset.from_dict({"q": [1]}), Dataset.from_dict(ROWS)),
+        k=2,
+    )
+    assert (tmp_path / "x.html").read_text().count('class="rank"') == 2

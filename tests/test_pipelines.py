@@ -1,0 +1,59 @@
+import pytest
+from transformers import pipeline
+
+from hf_forward_inf import AscentConfig, ForwardInf
+
+
+@pytest.fixture
+def pipe(model, tokenizer, candidates):
+    return pipeline("data-attribution", model=model, tokenizer=tokenizer, candidates=candidates, device=-1)
+
+
+def test_a_row_is_traced_as_forward_inf_does(pipe, model, tokenizer, queries, candidates):
+    found = ForwardInf(model, tokenizer).trace(queries.select([0]), candidates).top(0, 3).to_list()
+    row = {key: queries[0][key] for key in ("inputs_pretokenized", "targets_pretokenized")}
+    answer = pipe(row, top_k=3)
+    assert answer == [{**{key: r[key] for key in ("rank", "score", "candidate")}, **r} for r in found]
+    assert list(answer[0])[:3] == ["rank", "score", "candidate"]
+
+
+def test_a_text_is_answered_by_the_model_first(pipe, queries):
+    text = queries[0]["inputs_pretokenized"]
+    target = pipe.tracer.adapter.answer({"inputs_pretokenized": [text]})[0]
+    assert pipe(text) == pipe({"inputs_pretokenized": text, "targets_pretokenized": target})
+    assert len(pipe(text)) == 10
+
+
+def test_a_list_gives_a_list_for_each_and_all_in_one_trace(pipe, queries, monkeypatch):
+    texts = queries["inputs_pretokenized"][:]
+    singly = [[row["candidate"] for row in pipe(text, top_k=2)] for text in texts]
+    calls, trace = [], ForwardInf.trace
+    monkeypatch.setattr(ForwardInf, "trace", lambda self, *a, **k: calls.append(1) or trace(self, *a, **k))
+    assert [[row["candidate"] for row in rows] for rows in pipe(texts, top_k=2)] == singly
+    assert len(calls) == 1
+    assert pipe([]) == []
+
+
+def test_options_of_the_tracer_are_taken(model, tokenizer, candidates):
+    ascent = AscentConfig(radius=0.3)
+    pipe = pipeline(
+        "data-attribution", model=model, tokenizer=tokenizer, candidates=candidates, ascent=ascent, top_k=4, device=-1
+    )
+    assert pipe.tracer.ascent == ascent
+    assert len(pipe("a <extra_id_0>")) == 4
+
+
+def test_it_loads_from_a_folder_as_from_the_hub(model, tokenizer, candidates, tmp_path, queries):
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    pipe = pipeline("data-attribution", model=str(tmp_path), candidates=candidates, device=-1)
+    assert len(pipe(queries[0]["inputs_pretokenized"], top_k=1)) == 1
+
+
+def test_bad_calls_are_refused(pipe, model, tokenizer):
+    with pytest.raises(TypeError, match="A query is a text or a row"):
+        pipe(3)
+    with pytest.raises(TypeError, match="no option depth"):
+        pipe("a <extra_id_0>", depth=3)
+    with pytest.raises(ValueError, match=r"needs candidates=\.\.\."):
+        pipeline("data-attribution", model=model, tokenizer=tokenizer, device=-1)("a <extra_id_0>")
