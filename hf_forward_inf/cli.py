@@ -7,6 +7,7 @@ from typing import Any, cast
 from transformers import HfArgumentParser
 
 from hf_forward_inf.ascent import AscentConfig
+from hf_forward_inf.processes import start_the_other_processes
 from hf_forward_inf.run import TraceOptions, trace_run
 
 USAGE = """usage: hf-forward-inf <command> [options]
@@ -27,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def trace(arguments: Sequence[str] | None = None, program: str | None = None) -> int:
     """Parse the options of `trace` and run it; a wrong input is told in one line, with exit status 1."""
+    start_the_other_processes()
     parser = HfArgumentParser(cast(Any, (TraceOptions, AscentConfig)), prog=program, description=TraceOptions.__doc__)
     try:
         options, ascent = parser.parse_args_into_dataclasses(args=arguments)

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from accelerate.utils import find_executable_batch_size, gather, pad_across_processes
 from datasets import Dataset, Features, List, Value, are_progress_bars_disabled, is_caching_enabled
 from datasets.utils import disable_progress_bars, enable_progress_bars
@@ -20,9 +19,8 @@ from hf_forward_inf.adapters.base import Adapter, Rows
 from hf_forward_inf.ascent import Parameters, Perturbation, call, to_device
 from hf_forward_inf.checks import check_rows, listed
 from hf_forward_inf.fingerprints import fingerprint, fingerprint_of_model
+from hf_forward_inf.processes import process_state
 
-ROWS_A_STEP = 1024
-"""Candidates handed to one step of `datasets.map`, which cuts them into batches by padded size."""
 MAX_BATCH_LENGTH = 4096
 """Padded tokens in one batch to begin with; halved when memory runs out."""
 
@@ -59,15 +57,16 @@ class LossPass:
         self.adapter = adapter
         self.cache_dir = cache_dir or default_cache_dir()
         self.max_batch_length = max_batch_length
-        self.state = PartialState()
+        self.state = process_state()
         encoded = encode(adapter, candidates, "candidates", self.cache_dir)
         self.terms = np.array(encoded["terms"], dtype=np.float32)
         lengths = adapter.lengths(encoded.with_format(None)[:])
         # Longest first: if memory runs out, it does so at once. Ties keep their order, so that runs agree.
         self.order = np.lexsort(-lengths.T[::-1])
-        # Every p-th row: all processes get the same mix of lengths.
-        self.shard = self.order[self.state.process_index :: self.state.num_processes]
-        self.encoded = encoded.select(self.shard)
+        self.encoded = encoded.select(self.order)
+        # Batches are dealt out whole: their shapes, and so every bit of a loss, are those of a single process.
+        cuts = list(batches(lengths[self.order], max_batch_length))
+        self.shares = [cuts[process :: self.state.num_processes] for process in range(self.state.num_processes)]
         self.weights = fingerprint_of_model(adapter.model)
 
     def base(self) -> np.ndarray:
@@ -96,20 +95,25 @@ class LossPass:
         """Run one cached pass over this process's share and put everyone's together."""
         share = (self.state.process_index, self.state.num_processes)
         name = fingerprint(self.weights, self.adapter.settings, self.encoded._fingerprint, key, share)
-        with quiet_unless(self.state.is_main_process):
-            mapped = self.encoded.map(
-                self._step(models),
-                batched=True,
-                batch_size=ROWS_A_STEP,
-                remove_columns=self.encoded.column_names,
-                features=Features({"losses": List(Value("float32"), length=len(models))}),
-                cache_file_name=_cache_file(self.cache_dir, "losses", name),
-                new_fingerprint=name,
-                desc=title,
-            )
-        local = np.asarray(mapped.with_format("numpy")["losses"][:], dtype=np.float32)
+        cuts = self.shares[self.state.process_index]
+        local = np.empty((0, len(models)), dtype=np.float32)
+        if cuts:
+            with quiet_unless(self.state.is_main_process):
+                mapped = Dataset.from_dict({"start": [c.start for c in cuts], "stop": [c.stop for c in cuts]}).map(
+                    self._step(models),
+                    batched=True,
+                    batch_size=1,
+                    remove_columns=["start", "stop"],
+                    features=Features({"losses": List(Value("float32"), length=len(models))}),
+                    cache_file_name=_cache_file(self.cache_dir, "losses", name),
+                    new_fingerprint=name,
+                    desc=f"{title}, batches",
+                )
+            local = np.asarray(mapped.with_format("numpy")["losses"][:], dtype=np.float32).reshape(-1, len(models))
         losses = np.empty((len(models), len(self.order)), dtype=np.float32)
-        losses[:, self.order] = self._gather(local.reshape(len(mapped), len(models))).T
+        for rows, part in zip(self.shares, self._gather(local), strict=True):
+            indices = np.concatenate([self.order[:0], *(self.order[cut] for cut in rows)])
+            losses[:, indices] = part[: len(indices)].T
         return losses
 
     def _step(self, models: Perturbation | list[Parameters]) -> Any:
@@ -120,11 +124,12 @@ class LossPass:
             return self.max_batch_length
 
         @find_executable_batch_size(starting_batch_size=self.max_batch_length, reduce_batch_size_fn=halve)
-        def losses(max_batch_length: int, features: Rows) -> dict[str, np.ndarray]:
+        def losses(max_batch_length: int, cut: Rows) -> dict[str, np.ndarray]:
             thetas = models.thetas if isinstance(models, Perturbation) else models
+            features = self.encoded[cut["start"][0] : cut["stop"][0]]
             return {"losses": self._chunk(features, thetas, max_batch_length)}
 
-        return lambda features: losses(features)
+        return lambda cut: losses(cut)
 
     @torch.no_grad()
     def _chunk(self, features: Rows, thetas: list, max_batch_length: int) -> np.ndarray:
@@ -143,13 +148,11 @@ class LossPass:
         return losses
 
     def _gather(self, local: np.ndarray) -> np.ndarray:
-        """Put the processes' shares, `[rows of one share, models]`, together in the order of `self.order`."""
+        """Collect every process's share: `[processes, rows of the longest share, models]`, NaN beyond a share."""
         if self.state.num_processes == 1:
-            return local
+            return local[None]
         padded = pad_across_processes(torch.from_numpy(local).to(self.state.device), pad_index=np.nan)
-        shares = gather(padded).cpu().numpy().reshape(self.state.num_processes, -1, local.shape[1])
-        # Share p holds rows p, p + P, p + 2P, ...: reading across the shares restores their order.
-        return shares.swapaxes(0, 1).reshape(-1, local.shape[1])[: len(self.order)]
+        return gather(padded).cpu().numpy().reshape(self.state.num_processes, -1, local.shape[1])
 
 
 def encode(adapter: Adapter, rows: Dataset, role: str, cache_dir: Path | None = None) -> Dataset:
@@ -168,7 +171,7 @@ def encode(adapter: Adapter, rows: Dataset, role: str, cache_dir: Path | None = 
         ValueError: If there are no rows, a column is missing, or a row has nothing to predict.
     """
     check_rows(rows, adapter.columns, role)
-    state = PartialState()
+    state = process_state()
     name = fingerprint(rows._fingerprint, adapter.settings)
     with state.main_process_first(), quiet_unless(state.is_main_process):
         encoded = rows.select_columns(list(adapter.columns)).map(
@@ -179,12 +182,7 @@ def encode(adapter: Adapter, rows: Dataset, role: str, cache_dir: Path | None = 
             new_fingerprint=name,
             desc=f"encoding {role}",
         )
-    empty = np.flatnonzero(np.array(encoded["terms"]) == 0)
-    if len(empty):
-        raise ValueError(
-            f"Nothing to predict in {role} {listed(empty)}: `{adapter.columns[-1]}` is empty. "
-            "Fill it or drop the rows."
-        )
+    check_terms(np.array(encoded["terms"]), adapter, role)
     truncated = int(np.sum(encoded["truncated"]))
     if truncated and state.is_main_process:
         warnings.warn(
@@ -192,6 +190,16 @@ def encode(adapter: Adapter, rows: Dataset, role: str, cache_dir: Path | None = 
             stacklevel=3,
         )
     return encoded.remove_columns("truncated")
+
+
+def check_terms(terms: np.ndarray, adapter: Adapter, role: str) -> None:
+    """Raise a `ValueError` that names the rows in which there is nothing to predict."""
+    empty = np.flatnonzero(terms == 0)
+    if len(empty):
+        raise ValueError(
+            f"Nothing to predict in {role} {listed(empty)}: `{adapter.columns[-1]}` is empty. "
+            "Fill it or drop the rows."
+        )
 
 
 def batches(lengths: np.ndarray, max_batch_length: int) -> Iterator[slice]:

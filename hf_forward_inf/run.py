@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -22,6 +21,7 @@ from hf_forward_inf.baselines import BM25
 from hf_forward_inf.datasets import builtin_facts, candidate_pool, load_rows, proponents, sample_rows
 from hf_forward_inf.forward_inf import ForwardInf
 from hf_forward_inf.metrics import random_figures
+from hf_forward_inf.processes import process_state, say
 from hf_forward_inf.tiny_models import tiny_mt5
 
 FIXED_LEARNING_RATES = ((0.1, 1), (1.0, 1), (0.1, 3))
@@ -132,9 +132,9 @@ def trace_run(options: TraceOptions, ascent: AscentConfig) -> dict[str, Any]:
         f"A query costs {metrics['forward_passes_per_query']:.2f} forward passes over the candidates, "
         f"measured in this process."
     )
-    if PartialState().is_main_process:
+    if process_state().is_main_process:
         write_outputs(folder, found["forward_inf"].keep(options.top_k), metrics, table, task.proponents)
-    PartialState().wait_for_everyone()
+    process_state().wait_for_everyone()
     say(f"Written: {', '.join(str(folder / name) for name in OUTPUTS)}")
     return metrics
 
@@ -154,7 +154,7 @@ def load_task(options: TraceOptions, seed: int) -> Task:
 def _task_of_model(options: TraceOptions, seed: int) -> Task:
     abstracts, queries = load_rows(str(options.candidates), "abstracts"), load_rows(str(options.queries), "queries")
     say(f"Tracing {options.queries} over {options.candidates} with {options.model}.")
-    model = AutoModelForSeq2SeqLM.from_pretrained(str(options.model)).to(PartialState().device).eval()
+    model = AutoModelForSeq2SeqLM.from_pretrained(str(options.model)).to(process_state().device).eval()
     tokenizer = AutoTokenizer.from_pretrained(str(options.model))
     return _drawn(model, tokenizer, queries, abstracts, options.num_candidates, options, seed)
 
@@ -171,6 +171,7 @@ def _task_of_trained_model(options: TraceOptions, seed: int) -> Task:
     """Draw the candidates first: the model is trained on them, and on them alone."""
     abstracts, queries = load_rows(str(options.candidates), "abstracts"), load_rows(str(options.queries), "queries")
     say(f"Tracing {options.queries} over {options.candidates} with a tiny mT5 trained on the candidates.")
+    queries = with_proponents(queries, abstracts, options.strict)
     queries = sample_rows(queries, TRAINED_QUERIES * options.num_queries, seed)
     candidates = draw_candidates(queries, abstracts, options.num_candidates, seed)
     model, tokenizer = tiny_mt5(candidates, epochs=options.epochs)
@@ -187,18 +188,33 @@ def _drawn(
     seed: int,
 ) -> Task:
     """Draw queries that the model answers, candidates for them, and find the proponents."""
+    queries = with_proponents(queries, abstracts, options.strict)
     queries, figures = answered(model, tokenizer, queries, options)
     queries = sample_rows(queries, options.num_queries, seed)
     candidates = draw_candidates(queries, abstracts, num_candidates, seed)
-    if "facts" not in candidates.column_names or "predicate_id" not in queries.column_names:
-        return Task(model, tokenizer, queries, candidates, None, figures)
-    truth = proponents(queries, candidates, options.strict)
-    known = [i for i, rows in enumerate(truth) if rows]
+    truth = proponents(queries, candidates, options.strict) if has_facts(queries, candidates) else None
+    return Task(model, tokenizer, queries, candidates, truth, figures)
+
+
+def has_facts(queries: Dataset, rows: Dataset) -> bool:
+    """Whether columns tell which facts rows state and queries ask for."""
+    return "facts" in rows.column_names and "predicate_id" in queries.column_names
+
+
+def with_proponents(queries: Dataset, abstracts: Dataset, strict: bool) -> Dataset:
+    """Leave out queries whose fact no row states; keep all where facts are unknown.
+
+    Raises:
+        ValueError: If none is left.
+    """
+    if not has_facts(queries, abstracts):
+        return queries
+    known = [i for i, rows in enumerate(proponents(queries, abstracts, strict)) if rows]
     if not known:
         raise ValueError("No candidate states the fact of any query: are these the right candidates?")
-    if len(known) < len(truth):
-        say(f"{len(truth) - len(known)} queries have no proponent among the candidates and are left out.")
-    return Task(model, tokenizer, queries.select(known), candidates, [truth[i] for i in known], figures)
+    if len(known) < len(queries):
+        say(f"{len(queries) - len(known)} of {len(queries)} queries have no proponent: they are left out.")
+    return queries.select(known)
 
 
 def draw_candidates(queries: Dataset, abstracts: Dataset, num_candidates: int | None, seed: int) -> Dataset:
@@ -279,7 +295,7 @@ def as_table(table: dict[str, dict[str, float]]) -> str:
 def about(options: TraceOptions, tracer: ForwardInf) -> dict[str, Any]:
     """What made the figures: versions, device, seed and every option."""
     packages = ("hf-forward-inf", "torch", "transformers", "datasets", "accelerate")
-    state = PartialState()
+    state = process_state()
     return {
         **{f"version/{name}": importlib.metadata.version(name) for name in packages},
         **{f"option/{name}": value for name, value in asdict(options).items() if value is not None},
@@ -334,9 +350,3 @@ def write_outputs(
 
 def _write_json(path: Path, metrics: dict[str, Any]) -> None:
     path.write_text(json.dumps(metrics, indent=2) + "\n")
-
-
-def say(text: str) -> None:
-    """Print, on the main process only."""
-    if PartialState().is_main_process:
-        print(text, flush=True)

@@ -9,15 +9,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tqdm.auto import tqdm
 from transformers import MT5Config, MT5ForConditionalGeneration, PreTrainedTokenizerFast
 
 from hf_forward_inf.adapters.seq2seq import Seq2SeqAdapter
+from hf_forward_inf.checks import check_rows
 from hf_forward_inf.fingerprints import fingerprint
-from hf_forward_inf.loss_pass import batches, default_cache_dir, encode
+from hf_forward_inf.loss_pass import batches, check_terms, default_cache_dir
+from hf_forward_inf.processes import process_state
 
 SENTINELS = 4
 """`<extra_id_0>` ... `<extra_id_3>`."""
@@ -47,7 +48,7 @@ def tiny_mt5(
     Returns:
         `tuple`: The model in evaluation mode, on the process's device, and its tokenizer.
     """
-    state = PartialState()
+    state = process_state()
     columns = ["inputs_pretokenized", "targets_pretokenized"]
     key = fingerprint([rows[column][:] for column in columns], epochs, learning_rate, vocabulary, seed)
     folder = (cache_dir or default_cache_dir()) / "models" / key
@@ -142,7 +143,12 @@ def _train(
 
 
 def _sorted_features(adapter: Seq2SeqAdapter, rows: Dataset) -> dict[str, Any]:
-    """Encode rows and sort them by length, so that batches waste little on padding."""
-    features = encode(adapter, rows, "candidates")
-    order = np.lexsort(adapter.lengths(features[:]).T)
-    return features.select(order)[:]
+    """Encode rows and sort them by length, so that batches waste little on padding.
+
+    Not by [`loss_pass.encode`], at which all processes meet: only the main one trains.
+    """
+    check_rows(rows, adapter.columns, "candidates")
+    features = adapter.encode(rows[:])
+    check_terms(np.array(features["terms"]), adapter, "candidates")
+    order = np.lexsort(adapter.lengths(features).T)
+    return {name: [values[i] for i in order] for name, values in features.items()}
