@@ -79,13 +79,13 @@ def test_top_k_above_the_number_of_candidates_keeps_all(tracer, queries, candida
     assert tracer.trace(queries, candidates, top_k=1000).scores.shape == (3, 40)
 
 
-def test_dropout_is_off_and_training_mode_comes_back(model, tokenizer, queries, candidates):
+def test_dropout_is_off_and_training_mode_comes_back(model, tokenizer, queries, candidates, tmp_path):
     expected = ForwardInf(model, tokenizer).trace(queries, candidates).scores
     model.train()
     model.decoder.block[0].eval()
     model.encoder.block[0].requires_grad_(False)
     before = state(model)
-    scores = ForwardInf(model, tokenizer, cache_dir="other").trace(queries, candidates).scores
+    scores = ForwardInf(model, tokenizer, cache_dir=tmp_path / "other").trace(queries, candidates).scores
     np.testing.assert_array_equal(scores, expected)
     assert_same_state(before, state(model))
 

@@ -88,7 +88,7 @@ def test_the_encoder_runs_for_every_query_that_perturbs_it(model, tokenizer, que
     assert sum(encoder_calls) == len(queries) + (1 + len(queries)) * len(candidates)
 
 
-def test_batches_are_halved_when_memory_runs_out(model, tokenizer, queries, candidates, monkeypatch):
+def test_batches_are_halved_when_memory_runs_out(model, tokenizer, queries, candidates, monkeypatch, tmp_path):
     expected = ForwardInf(model, tokenizer).trace(queries, candidates).scores
     losses = Seq2SeqAdapter.term_losses
 
@@ -98,11 +98,11 @@ def test_batches_are_halved_when_memory_runs_out(model, tokenizer, queries, cand
         return losses(self, forward, batch)
 
     monkeypatch.setattr(Seq2SeqAdapter, "term_losses", with_little_memory)
-    tracer = ForwardInf(model, tokenizer, cache_dir="other")
+    tracer = ForwardInf(model, tokenizer, cache_dir=tmp_path / "other")
     np.testing.assert_allclose(tracer.trace(queries, candidates).scores, expected, atol=2e-4)
 
 
-def test_an_interrupted_run_goes_on_where_it_stopped(line, monkeypatch):
+def test_an_interrupted_run_goes_on_where_it_stopped(line, monkeypatch, tmp_path):
     queries, rows = points(((3, 1), 0), ((1, 2), 0), ((2, 2), 1)), points(((1, 0), 0), ((0, 1), 0))
     monkeypatch.setattr(LossPass, "queries_a_pass", lambda self, names: 1)
     tracer = ForwardInf(adapter=line)
@@ -119,7 +119,9 @@ def test_an_interrupted_run_goes_on_where_it_stopped(line, monkeypatch):
     monkeypatch.setattr(type(line), "term_losses", losses)
     resumed = tracer.trace(queries, rows).scores
     assert line.passes == 5 + 2  # only the third query was left: its ascent and its pass
-    np.testing.assert_array_equal(resumed, ForwardInf(adapter=line, cache_dir="other").trace(queries, rows).scores)
+    np.testing.assert_array_equal(
+        resumed, ForwardInf(adapter=line, cache_dir=tmp_path / "other").trace(queries, rows).scores
+    )
 
 
 def test_nothing_is_cached_when_datasets_caching_is_off(line, cache):
