@@ -10,6 +10,7 @@ import numpy as np
 from datasets import Dataset, Features, List, Value, load_from_disk
 
 from hf_forward_inf import metrics
+from hf_forward_inf.processes import progress_bars
 
 FORMAT = 1
 """Version of the folder that `save_to_disk` writes."""
@@ -96,7 +97,8 @@ class Attribution:
         rows, scores = rows[~np.isnan(scores)], scores[~np.isnan(scores)]
         found = self.candidates.select(rows)
         taken = [name for name in ("rank", "score", "candidate") if name in found.column_names]
-        found = found.remove_columns(taken).flatten_indices()
+        with progress_bars(False):
+            found = found.remove_columns(taken).flatten_indices()
         found = found.add_column("rank", list(range(1, len(rows) + 1)))
         found = found.add_column("score", scores.tolist())
         return found.add_column("candidate", rows.tolist())
@@ -151,13 +153,15 @@ class Attribution:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.queries.save_to_disk(folder / "queries")
-        self.candidates.save_to_disk(folder / "candidates")
         columns: dict[str, Any] = {"scores": list(self.scores)}
         features = {"scores": List(Value("float32"))}
         if self.indices is not None:
             columns["indices"], features["indices"] = list(self.indices), List(Value("int64"))
-        Dataset.from_dict(columns, features=Features(features)).save_to_disk(folder / "scores")
+        scores = Dataset.from_dict(columns, features=Features(features))
+        parts = {"queries": self.queries, "candidates": self.candidates, "scores": scores}
+        with progress_bars(False):
+            for name, rows in parts.items():
+                rows.save_to_disk(folder / name)
         about = {"format": FORMAT, "method": self.method, "config": self.config}
         (folder / "attribution.json").write_text(json.dumps(about, indent=2))
 

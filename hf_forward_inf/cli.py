@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from transformers import HfArgumentParser
+from transformers.utils.logging import disable_progress_bar
 
 from hf_forward_inf.ascent import AscentConfig
 from hf_forward_inf.processes import start_the_other_processes
@@ -34,6 +35,7 @@ def trace(arguments: Sequence[str] | None = None, program: str | None = None) ->
         options, ascent = parser.parse_args_into_dataclasses(args=arguments)
     except ValueError as error:
         parser.error(str(error))
+    disable_progress_bar()  # transformers' bars for loading weights
     try:
         trace_run(options, ascent)
     except (ValueError, TypeError, OSError, ImportError) as error:

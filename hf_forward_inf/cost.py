@@ -12,6 +12,7 @@ from datasets import Dataset, disable_caching, enable_caching, is_caching_enable
 
 from hf_forward_inf.ascent import Perturbation, evaluating, perturbed_names
 from hf_forward_inf.loss_pass import LossPass, encode
+from hf_forward_inf.processes import progress_bars
 
 if TYPE_CHECKING:
     from hf_forward_inf.forward_inf import ForwardInf
@@ -40,7 +41,7 @@ def measure(tracer: "ForwardInf", queries: Dataset, candidates: Dataset) -> dict
     cached = is_caching_enabled()
     disable_caching()
     try:
-        with evaluating(adapter.model):
+        with evaluating(adapter.model), progress_bars(False):
             loss = LossPass(adapter, candidates, cache_dir=tracer.cache_dir, max_batch_length=tracer.max_batch_length)
             few = min(QUERIES, len(queries), loss.queries_a_pass(names))
             rows = encode(adapter, queries.select(range(few)), "queries", tracer.cache_dir)[:]

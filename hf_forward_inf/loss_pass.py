@@ -3,7 +3,6 @@
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import find_executable_batch_size, gather, pad_across_processes
-from datasets import Dataset, Features, List, Value, are_progress_bars_disabled, is_caching_enabled
-from datasets.utils import disable_progress_bars, enable_progress_bars
+from datasets import Dataset, Features, List, Value, is_caching_enabled
 from huggingface_hub.constants import HF_HOME
 
 from hf_forward_inf.adapters.base import Adapter, Rows
 from hf_forward_inf.ascent import Parameters, Perturbation, call, to_device
 from hf_forward_inf.checks import check_rows, listed
 from hf_forward_inf.fingerprints import fingerprint, fingerprint_of_model
-from hf_forward_inf.processes import process_state
+from hf_forward_inf.processes import process_state, progress_bars
 
 MAX_BATCH_LENGTH = 4096
 """Padded tokens in one batch to begin with; halved when memory runs out."""
@@ -98,7 +96,7 @@ class LossPass:
         cuts = self.shares[self.state.process_index]
         local = np.empty((0, len(models)), dtype=np.float32)
         if cuts:
-            with quiet_unless(self.state.is_main_process):
+            with progress_bars(self.state.is_main_process):
                 mapped = Dataset.from_dict({"start": [c.start for c in cuts], "stop": [c.stop for c in cuts]}).map(
                     self._step(models),
                     batched=True,
@@ -173,7 +171,7 @@ def encode(adapter: Adapter, rows: Dataset, role: str, cache_dir: Path | None = 
     check_rows(rows, adapter.columns, role)
     state = process_state()
     name = fingerprint(rows._fingerprint, adapter.settings)
-    with state.main_process_first(), quiet_unless(state.is_main_process):
+    with state.main_process_first(), progress_bars(state.is_main_process):
         encoded = rows.select_columns(list(adapter.columns)).map(
             adapter.encode,
             batched=True,
@@ -218,19 +216,6 @@ def batches(lengths: np.ndarray, max_batch_length: int) -> Iterator[slice]:
             start, grown = i, row
         longest = grown
     yield slice(start, len(lengths))
-
-
-@contextmanager
-def quiet_unless(shown: bool) -> Iterator[None]:
-    """Hide datasets' progress bars unless `shown`: one process reports for all."""
-    if shown or are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()
 
 
 def _cache_file(cache_dir: Path, kind: str, name: str) -> str | None:

@@ -2,12 +2,16 @@
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import psutil
 import torch
 from accelerate import PartialState
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import parse_flag_from_env
+from datasets import are_progress_bars_disabled
+from datasets.utils import disable_progress_bars, enable_progress_bars
 
 RANKS = ("LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """Environment variables by which torchrun and MPI tell a process that it is one of several."""
@@ -22,6 +26,19 @@ def say(text: str) -> None:
     """Print, on the main process only."""
     if process_state().is_main_process:
         print(text, flush=True)
+
+
+@contextmanager
+def progress_bars(shown: bool) -> Iterator[None]:
+    """Hide datasets' progress bars unless `shown`; where the user has turned them off, they stay off."""
+    if shown or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
 
 
 def start_the_other_processes() -> None:
