@@ -11,7 +11,8 @@ import torch
 from datasets import Dataset, disable_caching, enable_caching, is_caching_enabled
 
 from hf_forward_inf.ascent import Perturbation, evaluating, perturbed_names
-from hf_forward_inf.loss_pass import LossPass, encode
+from hf_forward_inf.candidate_pass import encode
+from hf_forward_inf.loss_pass import LossPass
 from hf_forward_inf.processes import progress_bars
 
 if TYPE_CHECKING:

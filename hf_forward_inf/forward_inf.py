@@ -13,9 +13,10 @@ from torch import nn
 from hf_forward_inf.adapters import Adapter, adapter_for
 from hf_forward_inf.ascent import AscentConfig, Perturbation, evaluating, perturbed_names
 from hf_forward_inf.attribution import Attribution
+from hf_forward_inf.candidate_pass import MAX_BATCH_LENGTH, encode
 from hf_forward_inf.checks import listed
 from hf_forward_inf.hubs import correct_hubs
-from hf_forward_inf.loss_pass import MAX_BATCH_LENGTH, LossPass, encode
+from hf_forward_inf.loss_pass import LossPass
 from hf_forward_inf.tuning import Tuning, tune
 
 

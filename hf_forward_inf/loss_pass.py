@@ -1,75 +1,23 @@
 """Step 3 of the algorithm: the loss of every candidate, by forward passes only."""
 
-import os
-import warnings
-from collections.abc import Iterator
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import find_executable_batch_size, gather, pad_across_processes
-from datasets import Dataset, Features, List, Value, is_caching_enabled
-from huggingface_hub.constants import HF_HOME
+from torch import Tensor
 
-from hf_forward_inf.adapters.base import Adapter, Rows
-from hf_forward_inf.ascent import Parameters, Perturbation, call, to_device
-from hf_forward_inf.checks import check_rows, listed
-from hf_forward_inf.fingerprints import fingerprint, fingerprint_of_model
-from hf_forward_inf.processes import process_state, progress_bars
-
-MAX_BATCH_LENGTH = 4096
-"""Padded tokens in one batch to begin with; halved when memory runs out."""
+from hf_forward_inf.adapters.base import Batch
+from hf_forward_inf.ascent import Parameters, Perturbation, call
+from hf_forward_inf.candidate_pass import CandidatePass
 
 
-def default_cache_dir() -> Path:
-    """Where losses are kept: `HF_FORWARD_INF_CACHE`, or `hf_forward_inf` in the Hugging Face home."""
-    return Path(os.environ.get("HF_FORWARD_INF_CACHE", Path(HF_HOME) / "hf_forward_inf"))
-
-
-class LossPass:
-    """Gives the loss of every candidate under perturbed models.
-
-    Candidates are encoded once, sorted by length so that padding wastes little, and shared out over the
-    processes of `accelerate launch`. Each pass is one `datasets.map`, cached under a fingerprint of weights,
-    perturbation, encoded candidates and settings: base losses are computed once, and a run that was
-    interrupted goes on with the first pass that is not finished.
-
-    Args:
-        adapter (`Adapter`): Encodes candidates and gives their losses.
-        candidates (`datasets.Dataset`): Rows to score.
-        cache_dir (`Path`, *optional*): Defaults to [`default_cache_dir`].
-        max_batch_length (`int`, defaults to 4096): Padded tokens (or rows, where nothing is padded) in a
-            batch; halved when memory runs out.
-    """
-
-    def __init__(
-        self,
-        adapter: Adapter,
-        candidates: Dataset,
-        *,
-        cache_dir: Path | None = None,
-        max_batch_length: int = MAX_BATCH_LENGTH,
-    ):
-        self.adapter = adapter
-        self.cache_dir = cache_dir or default_cache_dir()
-        self.max_batch_length = max_batch_length
-        self.state = process_state()
-        encoded = encode(adapter, candidates, "candidates", self.cache_dir)
-        self.terms = np.array(encoded["terms"], dtype=np.float32)
-        lengths = adapter.lengths(encoded.with_format(None)[:])
-        # Longest first: if memory runs out, it does so at once. Ties keep their order, so that runs agree.
-        self.order = np.lexsort(-lengths.T[::-1])
-        self.encoded = encoded.select(self.order)
-        # Batches are dealt out whole: their shapes, and so every bit of a loss, are those of a single process.
-        cuts = list(batches(lengths[self.order], max_batch_length))
-        self.shares = [cuts[process :: self.state.num_processes] for process in range(self.state.num_processes)]
-        self.weights = fingerprint_of_model(adapter.model)
+class LossPass(CandidatePass):
+    """Gives the loss of every candidate under perturbed models; base losses are computed once and cached."""
 
     def base(self) -> np.ndarray:
         """Compute the base loss of every candidate, L(theta, D_i), summed over its terms: float32 `[candidates]`."""
-        return self._losses([{}], "base", "base losses")[0]
+        return self.run(lambda batch: self._losses(batch, [{}]), 1, "base", "base losses")[0]
 
     def __call__(self, perturbation: Perturbation, title: str = "loss pass") -> np.ndarray:
         """Compute every candidate's loss under each perturbed model, L(theta_K, D_i).
@@ -81,7 +29,11 @@ class LossPass:
         Returns:
             `np.ndarray`: float32 `[queries, candidates]`, NaN for a query that cannot move the model.
         """
-        return self._losses(perturbation, perturbation.fingerprint, title)
+
+        def work(batch: Batch) -> np.ndarray:
+            return self._losses(batch, perturbation.thetas)
+
+        return self.run(work, len(perturbation), perturbation.fingerprint, title)
 
     def queries_a_pass(self, names: list[str]) -> int:
         """How many perturbed models are held at once: few enough not to count beside the model itself."""
@@ -89,139 +41,16 @@ class LossPass:
         room = max(64 * 2**20, sum(size.values()) // 10)
         return max(1, min(32, room // sum(size[name] for name in names)))
 
-    def _losses(self, models: Perturbation | list[Parameters], key: str, title: str) -> np.ndarray:
-        """Run one cached pass over this process's share and put everyone's together."""
-        share = (self.state.process_index, self.state.num_processes)
-        name = fingerprint(self.weights, self.adapter.settings, self.encoded._fingerprint, key, share)
-        cuts = self.shares[self.state.process_index]
-        local = np.empty((0, len(models)), dtype=np.float32)
-        if cuts:
-            with progress_bars(self.state.is_main_process):
-                mapped = Dataset.from_dict({"start": [c.start for c in cuts], "stop": [c.stop for c in cuts]}).map(
-                    self._step(models),
-                    batched=True,
-                    batch_size=1,
-                    remove_columns=["start", "stop"],
-                    features=Features({"losses": List(Value("float32"), length=len(models))}),
-                    cache_file_name=_cache_file(self.cache_dir, "losses", name),
-                    new_fingerprint=name,
-                    desc=f"{title}, batches",
-                )
-            local = np.asarray(mapped.with_format("numpy")["losses"][:], dtype=np.float32).reshape(-1, len(models))
-        losses = np.empty((len(models), len(self.order)), dtype=np.float32)
-        for rows, part in zip(self.shares, self._gather(local), strict=True):
-            indices = np.concatenate([self.order[:0], *(self.order[cut] for cut in rows)])
-            losses[:, indices] = part[: len(indices)].T
-        return losses
-
-    def _step(self, models: Perturbation | list[Parameters]) -> Any:
-        """Make the function that `datasets.map` calls; it halves its batches when memory runs out."""
-
-        def halve() -> int:
-            self.max_batch_length //= 2
-            return self.max_batch_length
-
-        @find_executable_batch_size(starting_batch_size=self.max_batch_length, reduce_batch_size_fn=halve)
-        def losses(max_batch_length: int, cut: Rows) -> dict[str, np.ndarray]:
-            thetas = models.thetas if isinstance(models, Perturbation) else models
-            features = self.encoded[cut["start"][0] : cut["stop"][0]]
-            return {"losses": self._chunk(features, thetas, max_batch_length)}
-
-        return lambda cut: losses(cut)
-
     @torch.no_grad()
-    def _chunk(self, features: Rows, thetas: list, max_batch_length: int) -> np.ndarray:
-        """Losses of some candidates under each model: `[rows, models]`."""
+    def _losses(self, batch: Batch, thetas: Sequence[Parameters | None]) -> np.ndarray:
+        """Losses of a batch under each model: `[rows, models]`."""
         adapter, model = self.adapter, self.adapter.model
-        losses = np.full((len(features["terms"]), len(thetas)), np.nan, dtype=np.float32)
+        rows = len(next(tensor for tensor in batch.values() if isinstance(tensor, Tensor)))
+        losses = np.full((rows, len(thetas)), np.nan, dtype=np.float32)
         touched = set().union(*(theta for theta in thetas if theta is not None))
-        for rows in batches(adapter.lengths(features), max_batch_length):
-            part = {key: values[rows] for key, values in features.items()}
-            batch = to_device(adapter.collate(part), model)
-            if not touched & adapter.prefix_parameters():
-                batch = adapter.prefix(batch)  # what no query touches is computed once for all of them
-            for i, theta in enumerate(thetas):
-                if theta is not None:
-                    losses[rows, i] = adapter.loss(partial(call, model, theta), batch).float().cpu().numpy()
+        if not touched & adapter.prefix_parameters():
+            batch = adapter.prefix(batch)  # what no query touches is computed once for all of them
+        for i, theta in enumerate(thetas):
+            if theta is not None:
+                losses[:, i] = adapter.loss(partial(call, model, theta), batch).float().cpu().numpy()
         return losses
-
-    def _gather(self, local: np.ndarray) -> np.ndarray:
-        """Collect every process's share: `[processes, rows of the longest share, models]`, NaN beyond a share."""
-        if self.state.num_processes == 1:
-            return local[None]
-        padded = pad_across_processes(torch.from_numpy(local).to(self.state.device), pad_index=np.nan)
-        return gather(padded).cpu().numpy().reshape(self.state.num_processes, -1, local.shape[1])
-
-
-def encode(adapter: Adapter, rows: Dataset, role: str, cache_dir: Path | None = None) -> Dataset:
-    """Encode rows once, checking every one of them.
-
-    Args:
-        adapter (`Adapter`): Encodes.
-        rows (`datasets.Dataset`): Queries or candidates.
-        role (`str`): `"queries"` or `"candidates"`, for messages.
-        cache_dir (`Path`, *optional*): Defaults to [`default_cache_dir`].
-
-    Returns:
-        `datasets.Dataset`: The features of `Adapter.encode`, row for row.
-
-    Raises:
-        ValueError: If there are no rows, a column is missing, or a row has nothing to predict.
-    """
-    check_rows(rows, adapter.columns, role)
-    state = process_state()
-    name = fingerprint(rows._fingerprint, adapter.settings)
-    with state.main_process_first(), progress_bars(state.is_main_process):
-        encoded = rows.select_columns(list(adapter.columns)).map(
-            adapter.encode,
-            batched=True,
-            remove_columns=list(adapter.columns),
-            cache_file_name=_cache_file(cache_dir or default_cache_dir(), "encoded", name),
-            new_fingerprint=name,
-            desc=f"encoding {role}",
-        )
-    check_terms(np.array(encoded["terms"]), adapter, role)
-    truncated = int(np.sum(encoded["truncated"]))
-    if truncated and state.is_main_process:
-        warnings.warn(
-            f"{truncated} of {len(rows)} {role} are longer than the model reads: their ends are cut off.",
-            stacklevel=3,
-        )
-    return encoded.remove_columns("truncated")
-
-
-def check_terms(terms: np.ndarray, adapter: Adapter, role: str) -> None:
-    """Raise a `ValueError` that names the rows in which there is nothing to predict."""
-    empty = np.flatnonzero(terms == 0)
-    if len(empty):
-        raise ValueError(
-            f"Nothing to predict in {role} {listed(empty)}: `{adapter.columns[-1]}` is empty. "
-            "Fill it or drop the rows."
-        )
-
-
-def batches(lengths: np.ndarray, max_batch_length: int) -> Iterator[slice]:
-    """Cut sorted rows into batches whose padded size, rows x longest, stays within a limit.
-
-    Args:
-        lengths (`np.ndarray`): `[rows, axes]`, from `Adapter.lengths`.
-        max_batch_length (`int`): The limit; a single row may exceed it.
-    """
-    start = 0
-    longest = np.zeros(lengths.shape[1], dtype=int)
-    for i, row in enumerate(lengths):
-        grown = np.maximum(longest, row)
-        if i > start and (i + 1 - start) * grown.sum() > max_batch_length:
-            yield slice(start, i)
-            start, grown = i, row
-        longest = grown
-    yield slice(start, len(lengths))
-
-
-def _cache_file(cache_dir: Path, kind: str, name: str) -> str | None:
-    """Name the file that `datasets.map` writes, atomically, and reads if it is there."""
-    if not is_caching_enabled():
-        return None
-    folder = cache_dir / kind
-    folder.mkdir(parents=True, exist_ok=True)
-    return str(folder / f"{name}.arrow")

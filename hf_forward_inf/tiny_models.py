@@ -15,9 +15,9 @@ from tqdm.auto import tqdm
 from transformers import MT5Config, MT5ForConditionalGeneration, PreTrainedTokenizerFast
 
 from hf_forward_inf.adapters.seq2seq import Seq2SeqAdapter
+from hf_forward_inf.candidate_pass import batches, check_terms, default_cache_dir
 from hf_forward_inf.checks import check_rows
 from hf_forward_inf.fingerprints import fingerprint
-from hf_forward_inf.loss_pass import batches, check_terms, default_cache_dir
 from hf_forward_inf.processes import process_state
 
 SENTINELS = 4

@@ -89,15 +89,15 @@ def test_a_killed_run_leaves_the_output_as_it_was_and_goes_on_when_started_again
     trace_run(TraceOptions(**options, baselines=False), AscentConfig(radius=0.5))
     folder = Path(options["output"])
     before = {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-    passes = set(cache.glob("losses/*.arrow"))
+    passes = set(cache.glob("passes/*.arrow"))
     again = [sys.executable, RECIPE, *as_arguments({**options, "overwrite": True})]
     process = subprocess.Popen(again, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and set(cache.glob("losses/*.arrow")) == passes:
+    while process.poll() is None and set(cache.glob("passes/*.arrow")) == passes:
         time.sleep(0.01)  # until it has finished a first pass of its own
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()} == before
-    finished = set(cache.glob("losses/*.arrow")) - passes
+    finished = set(cache.glob("passes/*.arrow")) - passes
     assert finished
     stamps = {path: path.stat().st_mtime_ns for path in finished}
     done = run(*again)

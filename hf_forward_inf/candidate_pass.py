@@ -1,0 +1,201 @@
+"""One pass over all candidates: encoded once, sorted, batched, shared out over processes, cached."""
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import find_executable_batch_size, gather, pad_across_processes
+from datasets import Dataset, Features, List, Value, is_caching_enabled
+from huggingface_hub.constants import HF_HOME
+
+from hf_forward_inf.adapters.base import Adapter, Batch, Rows
+from hf_forward_inf.ascent import to_device
+from hf_forward_inf.checks import check_rows, listed
+from hf_forward_inf.fingerprints import fingerprint, fingerprint_of_model
+from hf_forward_inf.processes import process_state, progress_bars
+
+MAX_BATCH_LENGTH = 4096
+"""Padded tokens in one batch to begin with; halved when memory runs out."""
+
+
+def default_cache_dir() -> Path:
+    """Where passes are kept: `HF_FORWARD_INF_CACHE`, or `hf_forward_inf` in the Hugging Face home."""
+    return Path(os.environ.get("HF_FORWARD_INF_CACHE", Path(HF_HOME) / "hf_forward_inf"))
+
+
+class CandidatePass:
+    """Runs work over every candidate, batch by batch, and gives its figures back in the candidates' order.
+
+    Candidates are encoded once, sorted by length so that padding wastes little, and shared out over the
+    processes of `accelerate launch`. Each pass is one `datasets.map`, cached under a fingerprint of weights,
+    encoded candidates, settings and the work's own key: a run that was interrupted goes on with the first
+    pass that is not finished.
+
+    Args:
+        adapter (`Adapter`): Encodes candidates and gives their losses.
+        candidates (`datasets.Dataset`): Rows to score.
+        cache_dir (`Path`, *optional*): Defaults to [`default_cache_dir`].
+        max_batch_length (`int`, defaults to 4096): Padded tokens (or rows, where nothing is padded) in a
+            batch; halved when memory runs out.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        candidates: Dataset,
+        *,
+        cache_dir: Path | None = None,
+        max_batch_length: int = MAX_BATCH_LENGTH,
+    ):
+        self.adapter = adapter
+        self.cache_dir = cache_dir or default_cache_dir()
+        self.max_batch_length = max_batch_length
+        self.state = process_state()
+        encoded = encode(adapter, candidates, "candidates", self.cache_dir)
+        self.terms = np.array(encoded["terms"], dtype=np.float32)
+        lengths = adapter.lengths(encoded.with_format(None)[:])
+        # Longest first: if memory runs out, it does so at once. Ties keep their order, so that runs agree.
+        self.order = np.lexsort(-lengths.T[::-1])
+        self.encoded = encoded.select(self.order)
+        # Batches are dealt out whole: their shapes, and so every bit of a loss, are those of a single process.
+        cuts = list(batches(lengths[self.order], max_batch_length))
+        self.shares = [cuts[process :: self.state.num_processes] for process in range(self.state.num_processes)]
+        self.weights = fingerprint_of_model(adapter.model)
+
+    def run(self, work: Callable[[Batch], np.ndarray], columns: int, key: str, title: str) -> np.ndarray:
+        """Run one cached pass over this process's share and put everyone's together.
+
+        Args:
+            work (`Callable`): Given a batch on the model's device, gives figures, float32 `[rows, columns]`.
+            columns (`int`): Figures a candidate.
+            key (`str`): Names everything, beside weights, candidates and adapter, that the figures depend on.
+            title (`str`): Heads the progress bar.
+
+        Returns:
+            `np.ndarray`: float32 `[columns, candidates]`.
+        """
+        share = (self.state.process_index, self.state.num_processes)
+        name = fingerprint(self.weights, self.adapter.settings, self.encoded._fingerprint, key, share)
+        cuts = self.shares[self.state.process_index]
+        local = np.empty((0, columns), dtype=np.float32)
+        if cuts:
+            with progress_bars(self.state.is_main_process):
+                mapped = Dataset.from_dict({"start": [c.start for c in cuts], "stop": [c.stop for c in cuts]}).map(
+                    self._step(work),
+                    batched=True,
+                    batch_size=1,
+                    remove_columns=["start", "stop"],
+                    features=Features({"figures": List(Value("float32"), length=columns)}),
+                    cache_file_name=_cache_file(self.cache_dir, "passes", name),
+                    new_fingerprint=name,
+                    desc=f"{title}, batches",
+                )
+            local = np.asarray(mapped.with_format("numpy")["figures"][:], dtype=np.float32).reshape(-1, columns)
+        figures = np.empty((columns, len(self.order)), dtype=np.float32)
+        for rows, part in zip(self.shares, self._gather(local), strict=True):
+            indices = np.concatenate([self.order[:0], *(self.order[cut] for cut in rows)])
+            figures[:, indices] = part[: len(indices)].T
+        return figures
+
+    def _step(self, work: Callable[[Batch], np.ndarray]) -> Any:
+        """Make the function that `datasets.map` calls; it halves its batches when memory runs out."""
+
+        def halve() -> int:
+            self.max_batch_length //= 2
+            return self.max_batch_length
+
+        @find_executable_batch_size(starting_batch_size=self.max_batch_length, reduce_batch_size_fn=halve)
+        def figures(max_batch_length: int, cut: Rows) -> dict[str, np.ndarray]:
+            features = self.encoded[cut["start"][0] : cut["stop"][0]]
+            parts = []
+            for rows in batches(self.adapter.lengths(features), max_batch_length):
+                part = {key: values[rows] for key, values in features.items()}
+                parts.append(work(to_device(self.adapter.collate(part), self.adapter.model)))
+            return {"figures": np.concatenate(parts)}
+
+        return lambda cut: figures(cut)
+
+    def _gather(self, local: np.ndarray) -> np.ndarray:
+        """Collect every process's share: `[processes, rows of the longest share, columns]`, NaN beyond a share."""
+        if self.state.num_processes == 1:
+            return local[None]
+        padded = pad_across_processes(torch.from_numpy(local).to(self.state.device), pad_index=np.nan)
+        return gather(padded).cpu().numpy().reshape(self.state.num_processes, -1, local.shape[1])
+
+
+def encode(adapter: Adapter, rows: Dataset, role: str, cache_dir: Path | None = None) -> Dataset:
+    """Encode rows once, checking every one of them.
+
+    Args:
+        adapter (`Adapter`): Encodes.
+        rows (`datasets.Dataset`): Queries or candidates.
+        role (`str`): `"queries"` or `"candidates"`, for messages.
+        cache_dir (`Path`, *optional*): Defaults to [`default_cache_dir`].
+
+    Returns:
+        `datasets.Dataset`: The features of `Adapter.encode`, row for row.
+
+    Raises:
+        ValueError: If there are no rows, a column is missing, or a row has nothing to predict.
+    """
+    check_rows(rows, adapter.columns, role)
+    state = process_state()
+    name = fingerprint(rows._fingerprint, adapter.settings)
+    with state.main_process_first(), progress_bars(state.is_main_process):
+        encoded = rows.select_columns(list(adapter.columns)).map(
+            adapter.encode,
+            batched=True,
+            remove_columns=list(adapter.columns),
+            cache_file_name=_cache_file(cache_dir or default_cache_dir(), "encoded", name),
+            new_fingerprint=name,
+            desc=f"encoding {role}",
+        )
+    check_terms(np.array(encoded["terms"]), adapter, role)
+    truncated = int(np.sum(encoded["truncated"]))
+    if truncated and state.is_main_process:
+        warnings.warn(
+            f"{truncated} of {len(rows)} {role} are longer than the model reads: their ends are cut off.",
+            stacklevel=3,
+        )
+    return encoded.remove_columns("truncated")
+
+
+def check_terms(terms: np.ndarray, adapter: Adapter, role: str) -> None:
+    """Raise a `ValueError` that names the rows in which there is nothing to predict."""
+    empty = np.flatnonzero(terms == 0)
+    if len(empty):
+        raise ValueError(
+            f"Nothing to predict in {role} {listed(empty)}: `{adapter.columns[-1]}` is empty. "
+            "Fill it or drop the rows."
+        )
+
+
+def batches(lengths: np.ndarray, max_batch_length: int) -> Iterator[slice]:
+    """Cut sorted rows into batches whose padded size, rows x longest, stays within a limit.
+
+    Args:
+        lengths (`np.ndarray`): `[rows, axes]`, from `Adapter.lengths`.
+        max_batch_length (`int`): The limit; a single row may exceed it.
+    """
+    start = 0
+    longest = np.zeros(lengths.shape[1], dtype=int)
+    for i, row in enumerate(lengths):
+        grown = np.maximum(longest, row)
+        if i > start and (i + 1 - start) * grown.sum() > max_batch_length:
+            yield slice(start, i)
+            start, grown = i, row
+        longest = grown
+    yield slice(start, len(lengths))
+
+
+def _cache_file(cache_dir: Path, kind: str, name: str) -> str | None:
+    """Name the file that `datasets.map` writes, atomically, and reads if it is there."""
+    if not is_caching_enabled():
+        return None
+    folder = cache_dir / kind
+    folder.mkdir(parents=True, exist_ok=True)
+    return str(folder / f"{name}.arrow")
