@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import cached_property, partial
 from typing import Any, Literal, TypeAlias
@@ -116,8 +117,11 @@ def _nothing_matches(model: nn.Module, pattern: str, names: Iterable[str]) -> st
         holder = dict(model.named_parameters(remove_duplicate=False))[tied[0]]
         owner = next(n for n, p in model.named_parameters() if p is holder)
         return f"{tied[0]} is tied to {owner}: perturbing it changes both. Name {owner} if that is wanted."
+    known = [name for name, _ in model.named_modules() if name] + list(names)
+    close = get_close_matches(pattern, known, n=3)
     tops = sorted({name.split(".")[0] for name in names})
-    return f"No parameter is named by modules={pattern!r}. The model's top-level modules: {', '.join(tops)}."
+    hint = f" Close: {', '.join(close)}." if close else ""
+    return f"No parameter is named by modules={pattern!r}.{hint} The model's top-level modules: {', '.join(tops)}."
 
 
 class Perturbation:

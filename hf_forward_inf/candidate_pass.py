@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import find_executable_batch_size, gather, pad_across_processes
+from accelerate.utils import gather, pad_across_processes
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from datasets import Dataset, Features, List, Value, is_caching_enabled
 from huggingface_hub.constants import HF_HOME
 
@@ -104,20 +105,24 @@ class CandidatePass:
     def _step(self, work: Callable[[Batch], np.ndarray]) -> Any:
         """Make the function that `datasets.map` calls; it halves its batches when memory runs out."""
 
-        def halve() -> int:
-            self.max_batch_length //= 2
-            return self.max_batch_length
-
-        @find_executable_batch_size(starting_batch_size=self.max_batch_length, reduce_batch_size_fn=halve)
-        def figures(max_batch_length: int, cut: Rows) -> dict[str, np.ndarray]:
+        def figures(cut: Rows) -> dict[str, np.ndarray]:
             features = self.encoded[cut["start"][0] : cut["stop"][0]]
-            parts = []
-            for rows in batches(self.adapter.lengths(features), max_batch_length):
-                part = {key: values[rows] for key, values in features.items()}
-                parts.append(work(to_device(self.adapter.collate(part), self.adapter.model)))
-            return {"figures": np.concatenate(parts)}
+            while True:
+                try:
+                    return {"figures": np.concatenate(list(parts(features)))}
+                except RuntimeError as error:
+                    if not should_reduce_batch_size(error) or self.max_batch_length <= 1:
+                        raise
+                # Not by find_executable_batch_size: it collects garbage at every call, longer than a batch takes.
+                self.max_batch_length //= 2
+                clear_device_cache(garbage_collection=True)
 
-        return lambda cut: figures(cut)
+        def parts(features: Rows) -> Iterator[np.ndarray]:
+            for rows in batches(self.adapter.lengths(features), self.max_batch_length):
+                part = {key: values[rows] for key, values in features.items()}
+                yield work(to_device(self.adapter.collate(part), self.adapter.model))
+
+        return figures
 
     def _gather(self, local: np.ndarray) -> np.ndarray:
         """Collect every process's share: `[processes, rows of the longest share, columns]`, NaN beyond a share."""

@@ -1,11 +1,13 @@
 """The adapter protocol: what the library must know of one kind of model."""
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Set
 from typing import Any, TypeAlias
 
 import numpy as np
 from torch import Tensor, nn
+from typing_extensions import Self
 
 Rows: TypeAlias = dict[str, list[Any]]
 """A slice of a `datasets.Dataset`: column name to values."""
@@ -62,6 +64,24 @@ class Adapter(ABC):
     def loss(self, forward: Forward, batch: Batch) -> Tensor:
         """Give each example's loss, summed over its terms, float32 `[rows]`."""
         return self.term_losses(forward, batch).sum(dim=1)
+
+    def predictions(self, forward: Forward, batch: Batch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Split the loss in two, for Gauss-Newton products: what the model predicts, and the loss of that.
+
+        Returns:
+            `tuple`: The outputs of all valid terms of the batch, and a function that gives the sum of their losses.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say what its model predicts.")
+
+    def representation(self, batch: Batch) -> Tensor:
+        """Give each example's hidden state, `[rows, features]`, for comparing examples by what the model sees."""
+        raise NotImplementedError(f"{type(self).__name__} does not say which hidden states represent an example.")
+
+    def with_model(self, model: nn.Module) -> Self:
+        """Give the same adapter for another model of the same architecture, such as a checkpoint."""
+        other = copy.copy(self)
+        other.model = model
+        return other
 
     def default_modules(self) -> list[str]:
         """Name the modules that are perturbed if the user names none: those that carry the answer."""

@@ -1,7 +1,8 @@
 """Encoder-decoder language models: mT5, T5, BART and their kin."""
 
 import json
-from collections.abc import Set
+from collections.abc import Callable, Set
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -106,12 +107,28 @@ class Seq2SeqAdapter(Adapter):
 
     def term_losses(self, forward: Forward, batch: Batch) -> Tensor:
         """Cross-entropy of every target token, `[rows, target tokens]`, 0 where padded."""
-        labels = batch["labels"]
+        logits = self._logits(forward, batch)
+        return F.cross_entropy(logits.float().transpose(1, 2), batch["labels"], ignore_index=IGNORED, reduction="none")
+
+    def _logits(self, forward: Forward, batch: Batch, **options: Any) -> Any:
         read = {key: value for key, value in batch.items() if key != "labels"}
         # Shifting the labels here, instead of passing them, keeps the model from computing its own mean loss.
-        read["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels=labels)
-        logits = forward(**read, use_cache=False).logits
-        return F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
+        read["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
+        outputs = forward(**read, use_cache=False, **options)
+        return outputs if options else outputs.logits
+
+    def predictions(self, forward: Forward, batch: Batch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Logits of the target tokens, padding left out, `[tokens, vocabulary]`, and their cross-entropy."""
+        valid = batch["labels"] != IGNORED
+        targets = batch["labels"][valid]
+        return self._logits(forward, batch)[valid].float(), partial(F.cross_entropy, target=targets, reduction="sum")
+
+    @torch.no_grad()
+    def representation(self, batch: Batch) -> Tensor:
+        """Mean of the decoder's last hidden states over the target tokens, `[rows, d_model]`."""
+        outputs = self._logits(self.model, batch, output_hidden_states=True)
+        valid = (batch["labels"] != IGNORED)[..., None]
+        return (outputs.decoder_hidden_states[-1].float() * valid).sum(1) / valid.sum(1)
 
     def default_modules(self) -> list[str]:
         """The decoder, and the output layer where it has weights of its own."""

@@ -1,0 +1,186 @@
+"""What the gradient baselines share: products of directions, one a query, with every candidate's gradient."""
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import psutil
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+
+from hf_forward_inf.adapters import Adapter, adapter_for
+from hf_forward_inf.adapters.base import Batch, Rows
+from hf_forward_inf.ascent import evaluating, perturbed_names, to_device
+from hf_forward_inf.attribution import Attribution
+from hf_forward_inf.candidate_pass import MAX_BATCH_LENGTH, CandidatePass, encode
+from hf_forward_inf.example_gradients import ExampleGradients
+from hf_forward_inf.fingerprints import fingerprint
+
+Directions: TypeAlias = dict[str, Tensor]
+"""A direction in parameter space for each query, by parameter: `[queries, numel]`."""
+Transform: TypeAlias = Callable[[str, Tensor], Tensor]
+"""Given a parameter's name and gradients `[rows, numel]`, gives what is compared: `[rows, features]`."""
+
+QUERY_BYTES = 2**30
+"""Directions held at once; more queries are traced in blocks, at a pass over the candidates each."""
+
+
+class GradientBaseline:
+    """A baseline that takes a gradient for every candidate.
+
+    Args:
+        model (`torch.nn.Module`): The trained model.
+        processor (*optional*): Its tokenizer.
+        adapter (`Adapter`, *optional*): Defaults to the one that knows this kind of model.
+        modules (`list[str]`, *optional*): Modules or parameters whose gradients count, `*` allowed. Defaults to all.
+        cache_dir (`Path`, *optional*): As in [`ForwardInf`].
+        max_batch_length (`int`, defaults to 4096): As in [`ForwardInf`].
+    """
+
+    name: str
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        processor: Any = None,
+        *,
+        adapter: Adapter | None = None,
+        modules: list[str] | None = None,
+        cache_dir: str | Path | None = None,
+        max_batch_length: int = MAX_BATCH_LENGTH,
+    ):
+        if adapter is None:
+            if model is None:
+                raise TypeError(f"{type(self).__name__} needs a model, or an adapter that holds one.")
+            adapter = adapter_for(model, processor)
+        self.adapter = adapter
+        self.modules = modules
+        self.cache_dir = None if cache_dir is None else Path(cache_dir)
+        self.max_batch_length = max_batch_length
+
+    def trace(self, queries: Dataset, candidates: Dataset, top_k: int | None = None) -> Attribution:
+        """Score every candidate for every query, float32 `[queries, candidates]`, higher means a stronger proponent.
+
+        Raises:
+            ValueError: If there are no rows, a column is missing, a target is empty, or `modules` names nothing.
+            MemoryError: If not even one query's gradient fits into memory.
+        """
+        scores = self.score(queries, candidates)
+        return Attribution(scores, queries, candidates, method=self.name, config=self.config).keep(top_k)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The options that the scores depend on."""
+        raise NotImplementedError
+
+    def score(self, queries: Dataset, candidates: Dataset) -> np.ndarray:
+        """Give the scores, `[queries, candidates]`."""
+        raise NotImplementedError
+
+    def with_model(self, model: nn.Module) -> Any:
+        """Give the same baseline for another model of the same architecture."""
+        other = copy.copy(self)
+        other.adapter = self.adapter.with_model(model)
+        return other
+
+    def products(
+        self,
+        queries: Dataset,
+        candidates: Dataset,
+        key: str,
+        *,
+        directions: Callable[[Directions, ExampleGradients], Directions] | None = None,
+        transform: Transform | None = None,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Multiply each query's direction with every candidate's gradient, in one pass over the candidates.
+
+        Args:
+            queries (`datasets.Dataset`): Their gradients are the directions, unless `directions` makes others of them.
+            candidates (`datasets.Dataset`): Candidates.
+            key (`str`): Names what `directions` and `transform` do, for the cache.
+            directions (`Callable`, *optional*): Makes directions of the queries' gradients.
+            transform (`Callable`, *optional*): Applied to both sides before they are multiplied.
+
+        Returns:
+            `tuple`: Products `[queries, candidates]`, norms of the directions `[queries]` and of the candidates'
+            gradients `[candidates]`, after `transform`.
+        """
+        adapter = self.adapter
+        with evaluating(adapter.model):
+            encoded = encode(adapter, queries, "queries", self.cache_dir)
+            names = perturbed_names(adapter, self.modules or ["all"])
+            gradients = ExampleGradients(adapter, names, encoded[:1])
+            run = CandidatePass(adapter, candidates, cache_dir=self.cache_dir, max_batch_length=self.max_batch_length)
+            found, own = [], []
+            for rows in self._blocks(len(queries), gradients):
+                block = _Block(gradients, encoded[rows], directions, transform)
+                title = f"{self.name}, queries {rows.start + 1}-{rows.stop} of {len(queries)}"
+                name = fingerprint(key, gradients.names, encoded[rows])
+                figures = run.run(block.products, block.size + 1, name, title)
+                found.append(figures[:-1])
+                own.append(block.norms())
+            return np.concatenate(found), np.concatenate(own), np.sqrt(figures[-1])
+
+    def _blocks(self, queries: int, gradients: ExampleGradients) -> Iterator[slice]:
+        size = 4 * sum(gradients.model.get_parameter(name).numel() for name in gradients.names)
+        on_cpu = next(gradients.model.parameters()).device.type == "cpu"
+        free = psutil.virtual_memory().available
+        if on_cpu and size > free:
+            raise MemoryError(
+                f"One query's gradient takes {size / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free. "
+                "Choose fewer parameters with modules=[...]."
+            )
+        step = max(1, QUERY_BYTES // size)
+        for start in range(0, queries, step):
+            yield slice(start, min(start + step, queries))
+
+
+class _Block:
+    """Directions of some queries, computed when first used: a pass that is in the cache needs none."""
+
+    def __init__(
+        self,
+        gradients: ExampleGradients,
+        queries: Rows,
+        directions: Callable[[Directions, ExampleGradients], Directions] | None,
+        transform: Transform | None,
+    ):
+        self.gradients, self.queries = gradients, queries
+        self.make, self.transform = directions, transform or (lambda name, values: values)
+        self.size = len(queries["terms"])
+        self.made: Directions | None = None
+
+    @property
+    def directions(self) -> Directions:
+        if self.made is None:
+            raw = query_gradients(self.gradients, self.queries)
+            made = self.make(raw, self.gradients) if self.make else raw
+            self.made = {name: self.transform(name, values) for name, values in made.items()}
+        return self.made
+
+    def norms(self) -> np.ndarray:
+        squares = torch.stack([values.square().sum(1) for values in self.directions.values()])
+        return squares.sum(0).sqrt().cpu().numpy()
+
+    def products(self, batch: Batch) -> np.ndarray:
+        count = len(next(value for value in batch.values() if isinstance(value, Tensor)))
+        figures = np.zeros((count, self.size + 1), dtype=np.float32)
+        for name, rows, values in self.gradients.of(batch):
+            values = self.transform(name, values)
+            figures[rows, :-1] += (values @ self.directions[name].T).cpu().numpy()
+            figures[rows, -1] += values.square().sum(1).cpu().numpy()
+        return figures
+
+
+def query_gradients(gradients: ExampleGradients, queries: Rows) -> Directions:
+    """Give the gradient of each query's loss, by parameter, `[queries, numel]`."""
+    adapter, count = gradients.adapter, len(queries["terms"])
+    found: Directions = {}
+    for i in range(count):  # one at a time: what a query's gradient is depends on no other query's length
+        batch = to_device(adapter.collate({key: values[i : i + 1] for key, values in queries.items()}), adapter.model)
+        for name, _, values in gradients.of(batch):
+            found.setdefault(name, values.new_zeros(count, values.shape[1]))[i] = values[0]
+    return found

@@ -1,0 +1,119 @@
+"""Influence functions (Koh and Liang, 2017): gradients multiplied through inverse curvature."""
+
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import nn
+
+from hf_forward_inf.adapters.base import Batch
+from hf_forward_inf.ascent import to_device
+from hf_forward_inf.baselines.gradients import Directions, GradientBaseline
+from hf_forward_inf.candidate_pass import encode
+from hf_forward_inf.curvature import GaussNewton, Product, Vector, conjugate_gradients, hessian_product, lissa
+from hf_forward_inf.datasets.ftrace import sample_rows
+from hf_forward_inf.example_gradients import ExampleGradients
+from hf_forward_inf.fingerprints import fingerprint
+
+BATCH = 32
+"""Rows of the sample run together."""
+
+
+class InfluenceFunctions(GradientBaseline):
+    """Scores a candidate by g(candidate) . H^-1 g(query): how much leaving it out would raise the query's loss.
+
+    The inverse is applied to each query's gradient, by conjugate gradients on Gauss-Newton products (`"cg"`) or by
+    LiSSA on Hessians of random batches (`"lissa"`, the paper's baseline).
+
+    Args:
+        model (`torch.nn.Module`): The trained model.
+        processor (*optional*): Its tokenizer.
+        solver (`str`, defaults to `"cg"`): `"cg"` or `"lissa"`.
+        damping (`float`, *optional*): `"cg"`: a multiple of the query gradient's Rayleigh quotient, 0.1 by default.
+            `"lissa"`: damping x scale is added to the Hessian, 0.01 by default.
+        iterations (`int`, defaults to 10): Products of `"cg"`.
+        sample (`int`, defaults to 128): Candidates whose curvature counts.
+        scale (`float`, defaults to 100.0): LiSSA's scale, beyond the largest eigenvalue of any batch's Hessian.
+        depth (`int`, defaults to 100): LiSSA's steps.
+        repeats (`int`, defaults to 1): LiSSA's estimates averaged.
+        batch_size (`int`, defaults to 32): Rows of LiSSA's random batches.
+        seed (`int`, defaults to 0): Draws the sample and the batches.
+        **options: `adapter`, `modules`, `cache_dir`, `max_batch_length` of
+            [`baselines.gradients.GradientBaseline`].
+
+    Raises:
+        FloatingPointError: If LiSSA diverges.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        processor: Any = None,
+        *,
+        solver: Literal["cg", "lissa"] = "cg",
+        damping: float | None = None,
+        iterations: int = 10,
+        sample: int = 128,
+        scale: float = 100.0,
+        depth: int = 100,
+        repeats: int = 1,
+        batch_size: int = BATCH,
+        seed: int = 0,
+        **options: Any,
+    ):
+        super().__init__(model, processor, **options)
+        if solver not in ("cg", "lissa"):
+            raise ValueError(f"solver={solver!r} must be 'cg' or 'lissa'.")
+        self.solver = solver
+        self.damping = damping if damping is not None else {"cg": 0.1, "lissa": 0.01}[solver]
+        self.iterations, self.sample, self.seed = iterations, sample, seed
+        self.scale, self.depth, self.repeats, self.batch_size = scale, depth, repeats, batch_size
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """`influence_functions_cg` or `influence_functions_lissa`."""
+        return f"influence_functions_{self.solver}"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The solver and its options, and modules."""
+        options = {"cg": ("iterations",), "lissa": ("scale", "depth", "repeats", "batch_size")}[self.solver]
+        own = {name: getattr(self, name) for name in options}
+        shared = {"damping": self.damping, "sample": self.sample, "seed": self.seed, "modules": self.modules}
+        return {"solver": self.solver, **own, **shared}
+
+    def score(self, queries: Dataset, candidates: Dataset) -> np.ndarray:
+        """Products with the inverse, `[queries, candidates]`."""
+        key = fingerprint("influence functions", self.config, candidates._fingerprint)
+        features = encode(self.adapter, sample_rows(candidates, self.sample, self.seed), "candidates", self.cache_dir)
+        # Sorted by length, so that batches of the sample waste little on padding.
+        features = features.select(np.lexsort(self.adapter.lengths(features[:]).T))
+        directions = partial(self._solved, features)
+        return self.products(queries, candidates, key, directions=directions)[0]
+
+    def _solved(self, features: Dataset, raw: Directions, gradients: ExampleGradients) -> Directions:
+        adapter, names = self.adapter, list(raw)
+
+        def batch(rows: Any) -> Batch:
+            return to_device(adapter.collate(features[rows]), adapter.model)
+
+        if self.solver == "cg":
+            starts = range(0, len(features), BATCH)
+            matrix = GaussNewton(adapter, [batch(slice(s, s + BATCH)) for s in starts], names)
+
+        def drawn(number: int) -> Product:
+            draw = np.random.default_rng((self.seed, number)).choice(len(features), size=self.batch_size)
+            return partial(hessian_product, adapter, batch(np.sort(draw)), names)
+
+        solved: Directions = {name: torch.empty_like(values) for name, values in raw.items()}
+        for i in range(len(raw[names[0]])):
+            right: Vector = [raw[name][i].view(adapter.model.get_parameter(name).shape) for name in names]
+            if self.solver == "cg":
+                x = conjugate_gradients(matrix, right, iterations=self.iterations, damping=self.damping)
+            else:
+                x = lissa(drawn, right, depth=self.depth, scale=self.scale, damping=self.damping, repeats=self.repeats)
+            for name, values in zip(names, x, strict=True):
+                solved[name][i] = values.flatten()
+        return solved

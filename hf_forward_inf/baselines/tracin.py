@@ -1,0 +1,79 @@
+"""TracIn (Pruthi et al., 2020): products of gradients, summed over the checkpoints of a training."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from datasets import Dataset
+from torch import nn
+
+from hf_forward_inf.baselines.checkpoints import Checkpoint, find_checkpoints, load_checkpoint
+from hf_forward_inf.baselines.gradients import GradientBaseline
+
+
+class TracIn(GradientBaseline):
+    """Scores a candidate by the product of its gradient with the query's, at one or several checkpoints.
+
+    With `similarity="dot"`: sum over checkpoints of learning rate x dot product. With `"cosine"`: mean over
+    checkpoints of the cosine, as FTRACE has it. Exact products, from one forward pass and one backward pass over
+    activations for all queries of a block; no candidate's gradient is stored.
+
+    Args:
+        model (`torch.nn.Module`): The trained model, traced as it is unless there are `checkpoints`.
+        processor (*optional*): Its tokenizer.
+        checkpoints (`str`, `Path` or a list, *optional*): A Trainer's output folder, or checkpoint folders.
+        learning_rates (`list[float]`, *optional*): One a checkpoint. Defaults to what `trainer_state.json` logged.
+        similarity (`str`, defaults to `"dot"`): `"dot"` or `"cosine"`.
+        **options: `adapter`, `modules` (`["decoder.block.1"]`: the paper's one-layer form), `cache_dir`,
+            `max_batch_length` of [`baselines.gradients.GradientBaseline`].
+
+    Raises:
+        FileNotFoundError: If there is no checkpoint.
+        ValueError: If no learning rate is known, or a checkpoint is of another architecture.
+    """
+
+    name = "tracin"
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        processor: Any = None,
+        *,
+        checkpoints: str | Path | Sequence[str | Path] | None = None,
+        learning_rates: Sequence[float] | None = None,
+        similarity: Literal["dot", "cosine"] = "dot",
+        **options: Any,
+    ):
+        super().__init__(model, processor, **options)
+        if similarity not in ("dot", "cosine"):
+            raise ValueError(f"similarity={similarity!r} must be 'dot' or 'cosine'.")
+        self.similarity = similarity
+        needed = similarity == "dot"
+        self.checkpoints: list[Checkpoint] | None = (
+            None if checkpoints is None else find_checkpoints(checkpoints, learning_rates, needed)
+        )
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Similarity, modules and checkpoints."""
+        folders = None if self.checkpoints is None else [str(one.folder) for one in self.checkpoints]
+        return {"similarity": self.similarity, "modules": self.modules, "checkpoints": folders}
+
+    def score(self, queries: Dataset, candidates: Dataset) -> np.ndarray:
+        """Sum over checkpoints, `[queries, candidates]`."""
+        if self.checkpoints is None:
+            return self._at(queries, candidates)
+        total = np.zeros((len(queries), len(candidates)), dtype=np.float32)
+        for one in self.checkpoints:
+            there = self.with_model(load_checkpoint(self.adapter.model, one.folder))
+            weight = one.learning_rate if self.similarity == "dot" else 1 / len(self.checkpoints)
+            total += weight * there._at(queries, candidates)
+        return total
+
+    def _at(self, queries: Dataset, candidates: Dataset) -> np.ndarray:
+        products, own, theirs = self.products(queries, candidates, "gradients")
+        if self.similarity == "dot":
+            return products
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return products / own[:, None] / theirs[None]

@@ -1,0 +1,159 @@
+"""Curvature of the training loss: products with it, and systems solved by nothing but products."""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hf_forward_inf.adapters.base import Adapter, Batch
+from hf_forward_inf.ascent import call
+
+Vector: TypeAlias = list[Tensor]
+"""A direction in parameter space: one tensor a parameter, in the parameters' order."""
+Product: TypeAlias = Callable[[Vector], Vector]
+"""A symmetric matrix, as what it does to a vector."""
+
+
+class GaussNewton:
+    """The Gauss-Newton matrix of the mean loss over some examples, as products with vectors.
+
+    G = 1/n sum J^T H J, with J the Jacobian of the model's outputs and H the Hessian of the loss by the outputs:
+    positive semidefinite whatever the model. By double reverse mode: the graph of J^T w is kept, and costs training
+    memory for the sample; a product then takes about 2 to 2.5 forward passes over it.
+
+    Args:
+        adapter (`Adapter`): Splits the loss (`Adapter.predictions`).
+        batches (`list`): Batches of the sample, on the model's device.
+        names (`list[str]`): Parameters; the products are restricted to them.
+    """
+
+    def __init__(self, adapter: Adapter, batches: Sequence[Batch], names: list[str]):
+        own = dict(adapter.model.named_parameters())
+        self.theta = {name: own[name].detach().requires_grad_() for name in names}
+        self.rows = 0
+        self.parts = []
+        for batch in batches:
+            self.rows += len(next(value for value in batch.values() if isinstance(value, Tensor)))
+            # Fused attention kernels have no second derivative.
+            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+                outputs, loss = adapter.predictions(partial(call, adapter.model, self.theta), batch)
+                leaf = outputs.detach().requires_grad_()
+                slope = torch.autograd.grad(loss(leaf), leaf, create_graph=True)[0]
+                weights = torch.zeros_like(outputs, requires_grad=True)
+                back = _gradients(outputs, self.theta, weights, create_graph=True)
+            self.parts.append((outputs, leaf, slope, weights, back))
+
+    def __call__(self, vector: Vector) -> Vector:
+        """Multiply a vector."""
+        total = [torch.zeros_like(p) for p in self.theta.values()]
+        for outputs, leaf, slope, weights, back in self.parts:
+            with sdpa_kernel(SDPBackend.MATH):
+                forward = torch.autograd.grad(back, weights, vector, retain_graph=True)[0]  # J v
+                curved = torch.autograd.grad(slope, leaf, forward, retain_graph=True)[0]  # H J v
+                found = _gradients(outputs, self.theta, curved, retain_graph=True)  # J^T H J v
+            for sum_, part in zip(total, found, strict=True):
+                sum_ += part / self.rows
+        return total
+
+
+def hessian_product(adapter: Adapter, batch: Batch, names: list[str], vector: Vector) -> Vector:
+    """Multiply a vector with the Hessian of a batch's mean loss (Pearlmutter's trick)."""
+    own = dict(adapter.model.named_parameters())
+    theta = {name: own[name].detach().requires_grad_() for name in names}
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        loss = adapter.loss(partial(call, adapter.model, theta), batch).mean()
+        slopes = torch.autograd.grad(loss, list(theta.values()), create_graph=True, materialize_grads=True)
+        slope = [s if s.requires_grad else s + 0 * p for s, p in zip(slopes, theta.values(), strict=True)]
+        return list(torch.autograd.grad(slope, list(theta.values()), vector, materialize_grads=True))
+
+
+def _gradients(outputs: Tensor, theta: dict[str, Tensor], weights: Tensor, **options: bool) -> Vector:
+    parameters = list(theta.values())
+    return list(torch.autograd.grad(outputs, parameters, weights, materialize_grads=True, **options))
+
+
+def dot(a: Vector, b: Vector) -> float:
+    """Multiply two vectors, summed in float64."""
+    return sum(torch.sum(x.double() * y.double()).item() for x, y in zip(a, b, strict=True))
+
+
+def conjugate_gradients(
+    product: Product, right: Vector, *, iterations: int = 10, damping: float = 0.1, tolerance: float = 1e-5
+) -> Vector:
+    """Solve (G + lambda I) x = b by conjugate gradients.
+
+    Args:
+        product (`Callable`): Products with G, positive semidefinite.
+        right (`list[Tensor]`): b.
+        iterations (`int`, defaults to 10): Products spent at most.
+        damping (`float`, defaults to 0.1): lambda, as a multiple of b's Rayleigh quotient b.Gb / b.b: relative to the
+            curvature that b meets.
+        tolerance (`float`, defaults to 1e-5): Stops when the residual has shrunk to this part of b; float32 reaches no
+            smaller ones.
+
+    Raises:
+        FloatingPointError: If a product is not finite.
+    """
+    squared = dot(right, right)
+    if squared == 0:
+        return [torch.zeros_like(b) for b in right]
+    first = product(right)
+    shift = damping * dot(right, first) / squared
+    x = [torch.zeros_like(b) for b in right]
+    residual, direction = [b.clone() for b in right], [b.clone() for b in right]
+    left = squared
+    for i in range(iterations):
+        curved = [g + shift * d for g, d in zip(product(direction) if i else first, direction, strict=True)]
+        bend = dot(direction, curved)
+        if not math.isfinite(bend):
+            raise FloatingPointError("A Gauss-Newton product is not finite: load the model in float32 or bfloat16.")
+        if bend <= 0:
+            break  # a direction without curvature, or the end of float32's precision
+        step = left / bend
+        x = [a + step * d for a, d in zip(x, direction, strict=True)]
+        residual = [r - step * c for r, c in zip(residual, curved, strict=True)]
+        before, left = left, dot(residual, residual)
+        if left <= tolerance**2 * squared:
+            break
+        direction = [r + left / before * d for r, d in zip(residual, direction, strict=True)]
+    return x
+
+
+def lissa(
+    products: Callable[[int], Product], right: Vector, *, depth: int, scale: float, damping: float, repeats: int = 1
+) -> Vector:
+    """Estimate (H + lambda I)^-1 b by LiSSA (Agarwal et al., 2017; Koh and Liang, 2017).
+
+    h <- b + (1 - damping) h - H_j h / scale, from h = b, for `depth` random batches j; the mean of h / scale over
+    repeats. Its fixed point has lambda = damping x scale.
+
+    Args:
+        products (`Callable`): Given a number, products with the Hessian of the batch drawn under it.
+        right (`list[Tensor]`): b.
+        depth (`int`): Steps.
+        scale (`float`): Must exceed the largest eigenvalue of every batch's Hessian.
+        damping (`float`): Between 0 and 1.
+        repeats (`int`, defaults to 1): Estimates averaged.
+
+    Raises:
+        FloatingPointError: If the recursion diverges.
+    """
+    bound = 1e6 * math.sqrt(dot(right, right)) / max(damping, 1e-6)
+    total = [torch.zeros_like(b) for b in right]
+    for repeat in range(repeats):
+        h = [b.clone() for b in right]
+        for step in range(depth):
+            curved = products(repeat * depth + step)(h)
+            h = [b + (1 - damping) * a - c / scale for b, a, c in zip(right, h, curved, strict=True)]
+            norm = math.sqrt(dot(h, h))
+            if not norm < bound:
+                raise FloatingPointError(
+                    f"LiSSA diverges (norm {norm:.2g} after {step + 1} of {depth} steps): the Hessian has eigenvalues "
+                    f"beyond scale={scale:g}. Raise scale, or damping={damping:g} where it is not convex."
+                )
+        total = [t + a / scale / repeats for t, a in zip(total, h, strict=True)]
+    return total

@@ -1,0 +1,179 @@
+"""Gradients of every example of a batch, parameter by parameter, from activations and output gradients.
+
+A layer's input and the gradient of its output give each example's gradient of its weights (an outer product summed
+over positions), so one forward pass and one backward pass over activations serve a whole batch. Nothing is kept: each
+parameter's gradients are used and dropped.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers.pytorch_utils import Conv1D
+
+from hf_forward_inf.adapters.base import Adapter, Batch, Rows
+from hf_forward_inf.ascent import call, to_device
+
+CHUNK_BYTES = 128 * 2**20
+"""Gradients of one parameter held at once; a batch is cut into fewer examples where it would take more."""
+
+
+@dataclass
+class Use:
+    """One call of a layer: what went in, what came out. A weight that several layers share has several."""
+
+    module: nn.Module
+    input: Tensor
+    output: Tensor
+    gradient: Tensor | None = None
+
+    def of(self, name: str, rows: slice) -> Tensor:
+        """Give the gradient of parameter `name` for each of some examples, `[rows, *shape of the parameter]`."""
+        assert self.gradient is not None
+        given, delta = self.input[rows], self.gradient[rows].float()
+        if isinstance(self.module, nn.Embedding):
+            return _scattered(given, delta * getattr(self.module, "embed_scale", 1.0), self.module)
+        if isinstance(self.module, (nn.Linear, Conv1D)):
+            delta = delta.flatten(1, -2) if delta.dim() > 2 else delta[:, None]
+            if name == "bias":
+                return delta.sum(1)
+            given = given.float().reshape(len(delta), delta.shape[1], -1)
+            pair = (delta, given) if isinstance(self.module, nn.Linear) else (given, delta)
+            return pair[0].transpose(1, 2) @ pair[1]
+        if name == "weight":  # an affine normalisation: what its weight scales is its output under a weight of one
+            plain = {
+                key: torch.ones_like(p) if key == "weight" else torch.zeros_like(p) for key, p in _own(self.module)
+            }
+            delta = delta * functional_call(self.module, plain, (given,)).float()
+        return delta.flatten(1, -2).sum(1) if delta.dim() > 2 else delta
+
+
+def _own(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return list(module.named_parameters(recurse=False, remove_duplicate=False))
+
+
+def _scattered(ids: Tensor, delta: Tensor, embedding: nn.Embedding) -> Tensor:
+    rows, width = len(ids), delta.shape[-1]
+    if embedding.padding_idx is not None:
+        delta = delta * (ids != embedding.padding_idx)[..., None]
+    ids, delta = ids.reshape(rows, -1), delta.reshape(rows, -1, width)
+    found = delta.new_zeros(rows, embedding.num_embeddings, width)
+    return found.scatter_add_(1, ids[..., None].expand(-1, -1, width), delta)
+
+
+class ExampleGradients:
+    """Gives, for each example of a batch, the gradient of its loss by some parameters of the model.
+
+    Linear layers, embeddings and affine normalisations of the last axis are known, tied weights included. What a whole
+    batch shares (T5's relative position biases) can't be told apart by example: `left_out` names it, and parameters of
+    other kinds of layers. Losses are summed over an example's terms.
+
+    Args:
+        adapter (`Adapter`): Gives the losses, and knows the model.
+        names (`list[str]`): Parameters wanted ([`ascent.perturbed_names`]).
+        example (`dict[str, list]`): One encoded row, run to see which layers are called with a batch.
+
+    Raises:
+        ValueError: If none of the parameters can be told apart by example.
+    """
+
+    def __init__(self, adapter: Adapter, names: list[str], example: Rows):
+        self.adapter = adapter
+        self.model = adapter.model
+        named = {id(p): name for name, p in self.model.named_parameters()}
+        self.layers: dict[nn.Module, dict[str, str]] = {}
+        for module in self.model.modules():
+            own = {local: named[id(p)] for local, p in _own(module) if id(p) in named and named[id(p)] in names}
+            if own and _known(module):
+                self.layers[module] = own
+        self._drop_what_a_batch_shares(example)
+        # A tied weight counts only if every layer that it serves is known.
+        holders = defaultdict(list)
+        for module in self.model.modules():
+            for _, p in _own(module):
+                holders[named.get(id(p))].append(module)
+        self.names = [n for n in names if holders[n] and all(module in self.layers for module in holders[n])]
+        self.left_out = [name for name in names if name not in self.names]
+        if not self.names:
+            raise ValueError(
+                f"The gradients of {', '.join(names[:5])} can't be told apart by example. Choose linear layers, "
+                "embeddings or normalisations with modules=[...]."
+            )
+
+    def _drop_what_a_batch_shares(self, example: Rows) -> None:
+        """Run batches of two and of three copies: a layer whose input does not grow along is shared by the batch."""
+        lengths: dict[nn.Module, list[int]] = defaultdict(list)
+        for copies in (2, 3):
+            batch = self.adapter.collate({key: values[:1] * copies for key, values in example.items()})
+            uses: list[Use] = []
+            with self._recorded(uses), torch.no_grad():
+                self.adapter.loss(partial(call, self.model, {}), to_device(batch, self.model))
+            for use in uses:
+                lengths[use.module].append(len(use.input) - copies)
+        for module, rest in lengths.items():
+            if any(rest):
+                del self.layers[module]
+
+    def _recorded(self, uses: list[Use]) -> Any:
+        """Record calls of the layers for the length of a `with`."""
+
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            given = args[0] if args else next(iter(kwargs.values()))
+            uses.append(Use(module, given.detach(), output))
+
+        return _Hooks([module.register_forward_hook(record, with_kwargs=True) for module in self.layers])
+
+    def of(self, batch: Batch) -> Iterator[tuple[str, slice, Tensor]]:
+        """Give `(parameter, rows, gradients)`, gradients float32 `[rows, numel]`, until each example has had all."""
+        uses: list[Use] = []
+        # Parameters as leaves that ask for gradients, whatever the user has frozen; they share the model's memory.
+        theta = {name: p.detach().requires_grad_() for name, p in self.model.named_parameters() if name in self.names}
+        with self._recorded(uses), torch.enable_grad():
+            loss = self.adapter.loss(partial(call, self.model, theta), batch).sum()
+        used = [use for use in uses if use.output.requires_grad]
+        gradients = torch.autograd.grad(loss, [use.output for use in used], allow_unused=True)
+        serving: dict[str, list[tuple[Use, str]]] = defaultdict(list)
+        for use, gradient in zip(used, gradients, strict=True):
+            use.gradient = gradient.detach() if gradient is not None else None
+            if gradient is not None:
+                for local, name in self.layers[use.module].items():
+                    serving[name].append((use, local))
+        with torch.no_grad():
+            for name in self.names:
+                size = self.model.get_parameter(name).numel()
+                count = len(next(v for v in batch.values() if isinstance(v, Tensor)))
+                step = max(1, CHUNK_BYTES // (4 * size))
+                for start in range(0, count, step):
+                    rows = slice(start, min(count, start + step))
+                    parts = [use.of(local, rows) for use, local in serving[name]]
+                    if parts:
+                        yield name, rows, sum(parts[1:], start=parts[0]).flatten(1)
+
+
+def _known(module: nn.Module) -> bool:
+    for kind in (nn.Linear, Conv1D, nn.Embedding):
+        if isinstance(module, kind):
+            # A subclass may do something else with its weight; scaling (BART's embeddings) is taken into account.
+            return type(module).forward is kind.forward or hasattr(module, "embed_scale")
+    # LayerNorm, and every family's own RMSNorm: vectors named weight and bias, and a name that says what it is.
+    vectors = all(p.dim() == 1 and name in ("weight", "bias") for name, p in _own(module))
+    return vectors and ("LayerNorm" in type(module).__name__ or "RMSNorm" in type(module).__name__)
+
+
+class _Hooks:
+    """Hooks that are gone when the `with` is left, whatever happens in it."""
+
+    def __init__(self, handles: list[Any]):
+        self.handles = handles
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: Any) -> None:
+        for handle in self.handles:
+            handle.remove()

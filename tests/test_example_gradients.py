@@ -1,0 +1,71 @@
+import pytest
+import torch
+from transformers import BartConfig, BartForConditionalGeneration
+
+from hf_forward_inf.adapters import Seq2SeqAdapter
+from hf_forward_inf.ascent import evaluating, perturbed_names
+from hf_forward_inf.example_gradients import ExampleGradients
+from tests.line import assert_same_state, state
+
+
+@pytest.fixture(scope="module")
+def bart(tokenizer):
+    torch.manual_seed(0)
+    return BartForConditionalGeneration(
+        BartConfig(
+            vocab_size=len(tokenizer), d_model=24, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+            decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=64,
+            pad_token_id=0, bos_token_id=1, eos_token_id=1, decoder_start_token_id=1, forced_eos_token_id=1,
+            scale_embedding=True,
+        )
+    )  # fmt: skip
+
+
+def by_autograd(adapter, features, names):
+    """One backward pass an example."""
+    parameters = [adapter.model.get_parameter(name) for name in names]
+    found = []
+    for i in range(len(features["terms"])):
+        batch = adapter.collate({key: values[i : i + 1] for key, values in features.items()})
+        loss = adapter.loss(adapter.model, batch).sum()
+        found.append(torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True))
+    return {name: torch.stack([row[j] for row in found]).flatten(1) for j, name in enumerate(names)}
+
+
+@pytest.mark.parametrize("kind", ["mt5", "bart"])
+@pytest.mark.parametrize("chunk_bytes", [2**27, 2**17])
+def test_every_examples_gradient_is_autograds(kind, chunk_bytes, request, monkeypatch, tokenizer, candidates):
+    monkeypatch.setattr("hf_forward_inf.example_gradients.CHUNK_BYTES", chunk_bytes)
+    model = request.getfixturevalue("model" if kind == "mt5" else "bart")
+    adapter = Seq2SeqAdapter(model, tokenizer)
+    features = adapter.encode(candidates[:7])
+    before = state(model)
+    with evaluating(model):
+        gradients = ExampleGradients(adapter, perturbed_names(adapter, ["all"]), features)
+        expected = by_autograd(adapter, features, gradients.names)
+        found = {name: torch.full_like(values, torch.nan) for name, values in expected.items()}
+        for name, rows, values in gradients.of(adapter.collate(features)):
+            found[name][rows] = values
+    assert_same_state(before, state(model))
+    for name, values in expected.items():
+        torch.testing.assert_close(found[name], values, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: name + text)
+    # What a batch shares: T5's relative biases, BART's learned positions. All the rest is there.
+    shared = "relative_attention_bias" if kind == "mt5" else "embed_positions"
+    assert gradients.left_out
+    assert all(shared in name for name in gradients.left_out)
+
+
+def test_frozen_parameters_have_gradients_too(model, tokenizer, candidates):
+    adapter = Seq2SeqAdapter(model, tokenizer)
+    features = adapter.encode(candidates[:2])
+    expected = by_autograd(adapter, features, ["decoder.block.0.layer.0.SelfAttention.q.weight"])
+    model.requires_grad_(False)
+    gradients = ExampleGradients(adapter, list(expected), features)
+    with evaluating(model):
+        ((name, _, values),) = gradients.of(adapter.collate(features))
+    torch.testing.assert_close(values, expected[name], rtol=1e-4, atol=3e-5)
+
+
+def test_layers_of_other_kinds_are_told(line):
+    with pytest.raises(ValueError, match="gradients of w can't be told apart by example"):
+        ExampleGradients(line, ["w"], {"x": [[1.0, 2.0]], "y": [1.0], "terms": [1]})
