@@ -35,6 +35,9 @@ def trace(arguments: Sequence[str] | None = None, program: str | None = None) ->
         options, ascent = parser.parse_args_into_dataclasses(args=arguments)
     except ValueError as error:
         parser.error(str(error))
+    words = sys.argv[1:] if arguments is None else arguments
+    if any(word.partition("=")[0].replace("-", "_") in ("__radius", "__learning_rate") for word in words):
+        options.tune = False
     disable_progress_bar()  # transformers' bars for loading weights
     try:
         trace_run(options, ascent)

@@ -29,11 +29,19 @@ def inputs(model, tokenizer, corpus, tmp_path):
 
 @pytest.fixture
 def options(inputs, tmp_path):
-    return {**inputs, "output": str(tmp_path / "out"), "num_queries": 4, "unanswered": True, "num_candidates": 120}
+    return {
+        **inputs,
+        "output": str(tmp_path / "out"),
+        "num_queries": 4,
+        "unanswered": True,
+        "num_candidates": 120,
+        "tune": False,
+    }
 
 
 def as_arguments(options):
     given = [(f"--{name}", value) for name, value in options.items() if value is not False]
+    given += [("--no_tune", True)] if options.get("tune") is False else []
     return [str(part) for name, value in given for part in ((name,) if value is True else (name, value))]
 
 
@@ -128,8 +136,15 @@ def test_the_run_can_train_a_model_of_its_own(options, capsys):
 
 
 def test_tuning_shows_its_trials(options, capsys):
-    trace_run(TraceOptions(**options, tune=True, baselines=False), AscentConfig())
+    trace_run(TraceOptions(**{**options, "tune": True}, baselines=False), AscentConfig())
     assert "self-retrieval MRR" in capsys.readouterr().out
+
+
+def test_a_step_that_is_given_is_not_tuned(options, capsys):
+    options = {**options, "tune": True, "no_baselines": True, "radius": 0.5}
+    assert main(["trace", *(word for word in as_arguments(options) if word != "--tune")]) == 0
+    assert "self-retrieval" not in capsys.readouterr().out
+    assert json.loads(Path(options["output"], "metrics.json").read_text())["ascent/radius"] == 0.5
 
 
 def test_rows_without_known_facts_are_traced_without_figures(options, corpus, tmp_path):
