@@ -1,0 +1,85 @@
+"""Attributors made of attributors: their rankings fused, or a cheap one choosing what a dear one scores."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from datasets import Dataset
+
+from hf_forward_inf.attribution import Attribution, Attributor
+
+
+class Fusion:
+    """Reciprocal rank fusion (Cormack et al., 2009): the sum over attributors of 1 / (k + rank).
+
+    Args:
+        attributors (`list`): Anything with `trace(queries, candidates) -> Attribution`.
+        k (`int`, defaults to 60): The larger, the less the first ranks count beside the next.
+
+    Raises:
+        ValueError: If there are no attributors.
+
+    Example:
+        >>> Fusion([BM25(), ForwardInf(model, tokenizer)]).trace(queries, candidates)
+    """
+
+    def __init__(self, attributors: Sequence[Attributor], k: int = 60):
+        if not attributors:
+            raise ValueError("Fusion needs at least one attributor.")
+        self.attributors, self.k = list(attributors), k
+        self.name = "+".join(one.name for one in attributors)
+
+    def trace(self, queries: Dataset, candidates: Dataset, top_k: int | None = None) -> Attribution:
+        """Fuse the rankings, `[queries, candidates]`; scores have no unit, the highest possible is 1 / (k + 1) each."""
+        scores = np.zeros((len(queries), len(candidates)), dtype=np.float32)
+        for one in self.attributors:
+            scores += 1 / (self.k + ranks(one.trace(queries, candidates)))
+        config = {"k": self.k, "attributors": [one.name for one in self.attributors]}
+        return Attribution(scores, queries, candidates, method=self.name, config=config).keep(top_k)
+
+
+class Cascade:
+    """A cheap attributor ranks everything, a dear one ranks again the best of that.
+
+    Args:
+        cheap (attributor): Scores every candidate.
+        dear (attributor): Scores each query's best `keep` candidates.
+        keep (`int`, defaults to 200): How many.
+
+    Raises:
+        ValueError: If `keep` is below 1.
+
+    Example:
+        >>> Cascade(BM25(), ForwardInf(model, tokenizer)).trace(queries, candidates)
+    """
+
+    def __init__(self, cheap: Attributor, dear: Attributor, keep: int = 200):
+        if keep < 1:
+            raise ValueError(f"keep={keep} must be at least 1.")
+        self.cheap, self.dear, self.keep = cheap, dear, keep
+        self.name = f"{cheap.name}>{dear.name}"
+
+    def trace(self, queries: Dataset, candidates: Dataset, top_k: int | None = None) -> Attribution:
+        """Rank in two stages, `[queries, candidates]`; scores are 1 / rank, and have no unit.
+
+        Candidates that the dear attributor did not see keep the cheap one's order, after those that it saw.
+        """
+        scores = np.empty((len(queries), len(candidates)), dtype=np.float32)
+        first = self.cheap.trace(queries, candidates)
+        for i in range(len(queries)):
+            order = first.ranking(i)
+            kept = np.sort(order[: self.keep])  # in the rows' order, so that ties are broken as everywhere
+            second = self.dear.trace(queries.select([i]), candidates.select(kept)).ranking(0)
+            final = np.concatenate([kept[second], order[self.keep :]])
+            scores[i, final] = 1 / np.arange(1, len(final) + 1)
+        config = {"cheap": self.cheap.name, "dear": self.dear.name, "keep": self.keep}
+        return Attribution(scores, queries, candidates, method=self.name, config=config).keep(top_k)
+
+
+def ranks(found: Attribution) -> np.ndarray:
+    """Give every candidate's rank for every query, from 1, equal scores sharing their mean: `[queries, candidates]`."""
+    return np.stack([_ranks_of(np.nan_to_num(row, nan=-np.inf)) for row in found.scores])
+
+
+def _ranks_of(scores: np.ndarray) -> np.ndarray:
+    _, group, sizes = np.unique(-scores, return_inverse=True, return_counts=True)
+    return (np.cumsum(sizes) - (sizes - 1) / 2)[group]

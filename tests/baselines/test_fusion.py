@@ -1,0 +1,57 @@
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from hf_forward_inf import BM25, Attribution, ForwardInf
+from hf_forward_inf.baselines import Cascade, Fusion
+from tests.line import points
+
+
+@dataclass
+class Fixed:
+    """Gives the scores that it holds, by the rows' y."""
+
+    scores: list
+    name: str = "fixed"
+
+    def trace(self, queries, candidates, top_k=None):
+        rows = [int(y) for y in candidates["y"]]
+        scores = np.array([[self.scores[row] for row in rows]] * len(queries), dtype=np.float32)
+        return Attribution(scores, queries, candidates).keep(top_k)
+
+
+ROWS = points(*(((0, 0), y) for y in range(4)))
+QUERY = points(((0, 0), 0))
+
+
+def test_reciprocal_ranks_are_added_and_ties_share_their_mean_rank():
+    found = Fusion([Fixed([4, 3, 2, 1]), Fixed([1, 5, 5, np.nan])], k=60).trace(QUERY, ROWS)
+    expected = [1 / 61 + 1 / 63, 1 / 62 + 1 / 61.5, 1 / 63 + 1 / 61.5, 1 / 64 + 1 / 64]
+    np.testing.assert_allclose(found.scores[0], expected, rtol=1e-6)
+    assert found.ranking(0).tolist() == [1, 0, 2, 3]
+
+
+def test_a_cascade_ranks_again_what_the_cheap_one_kept_and_leaves_the_rest():
+    found = Cascade(Fixed([1, 4, 3, 2]), Fixed([9, 1, 2, 0]), keep=2).trace(QUERY, ROWS)
+    assert found.ranking(0).tolist() == [2, 1, 3, 0]  # 0, which the dear one likes best, it never saw
+    np.testing.assert_allclose(found.scores[0], [1 / 4, 1 / 2, 1, 1 / 3])
+    assert found.keep(2).indices.tolist() == [[2, 1]]
+
+
+def test_bm25_and_forward_inf_join_in_a_line(model, tokenizer, queries, candidates):
+    for both in (
+        Fusion([BM25(), ForwardInf(model, tokenizer)]),
+        Cascade(BM25(), ForwardInf(model, tokenizer), keep=5),
+    ):
+        found = both.trace(queries, candidates, top_k=3)
+        assert found.scores.shape == (len(queries), 3)
+        assert "bm25" in found.method
+        assert "forward_inf" in found.method
+
+
+def test_what_makes_no_sense_is_refused():
+    with pytest.raises(ValueError, match="at least one attributor"):
+        Fusion([])
+    with pytest.raises(ValueError, match="keep=0 must be at least 1"):
+        Cascade(Fixed([1]), Fixed([1]), keep=0)
