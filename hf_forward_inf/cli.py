@@ -9,7 +9,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from hf_forward_inf.ascent import AscentConfig
 from hf_forward_inf.processes import start_the_other_processes
-from hf_forward_inf.run import TraceOptions, trace_run
+from hf_forward_inf.run import trace_run
+from hf_forward_inf.task import TraceOptions
 
 USAGE = """usage: hf-forward-inf <command> [options]
 

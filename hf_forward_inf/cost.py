@@ -3,7 +3,8 @@
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,27 +40,42 @@ def measure(tracer: "ForwardInf", queries: Dataset, candidates: Dataset) -> dict
     """
     adapter = tracer.adapter
     names = perturbed_names(adapter, tracer.ascent.modules)
-    cached = is_caching_enabled()
-    disable_caching()
-    try:
-        with evaluating(adapter.model), progress_bars(False):
-            loss = LossPass(adapter, candidates, cache_dir=tracer.cache_dir, max_batch_length=tracer.max_batch_length)
-            few = min(QUERIES, len(queries), loss.queries_a_pass(names))
-            rows = encode(adapter, queries.select(range(few)), "queries", tracer.cache_dir)[:]
-            plain, perturbed = [], []
-            for _ in range(REPEATS):
-                plain.append(_run(loss.base))
-                # A new perturbation each time: it keeps the models that it computes.
-                perturbed.append(_run(lambda: loss(Perturbation(adapter, rows, names, tracer.ascent), "measuring")))
-    finally:
-        if cached:
-            enable_caching()
+    with uncached(), evaluating(adapter.model), progress_bars(False):
+        loss = LossPass(adapter, candidates, cache_dir=tracer.cache_dir, max_batch_length=tracer.max_batch_length)
+        few = min(QUERIES, len(queries), loss.queries_a_pass(names))
+        rows = encode(adapter, queries.select(range(few)), "queries", tracer.cache_dir)[:]
+        plain, perturbed = [], []
+        for _ in range(REPEATS):
+            plain.append(_run(loss.base))
+            # A new perturbation each time: it keeps the models that it computes.
+            perturbed.append(_run(lambda: loss(Perturbation(adapter, rows, names, tracer.ascent), "measuring")))
     seconds = [statistics.median(run[0] for run in runs) for runs in (plain, perturbed)]
     figures = {"forward_passes_per_query": seconds[1] / few / seconds[0]}
     peaks = [statistics.median(run[1] for run in runs) for runs in (plain, perturbed)]
     if all(peaks):
         figures["peak_memory_ratio"] = peaks[1] / peaks[0]
     return figures
+
+
+def seconds_of_a_plain_pass(tracer: "ForwardInf", candidates: Dataset) -> float:
+    """Time one plain forward pass over the candidates: the median of three."""
+    with uncached(), evaluating(tracer.adapter.model), progress_bars(False):
+        loss = LossPass(
+            tracer.adapter, candidates, cache_dir=tracer.cache_dir, max_batch_length=tracer.max_batch_length
+        )
+        return statistics.median(_run(loss.base)[0] for _ in range(REPEATS))
+
+
+@contextmanager
+def uncached() -> Iterator[None]:
+    """Take nothing from datasets' cache and write nothing to it."""
+    cached = is_caching_enabled()
+    disable_caching()
+    try:
+        yield
+    finally:
+        if cached:
+            enable_caching()
 
 
 def _run(work: Callable[[], object]) -> tuple[float, float]:

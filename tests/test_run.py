@@ -11,7 +11,8 @@ import pytest
 
 from hf_forward_inf import AscentConfig, Attribution
 from hf_forward_inf.cli import main
-from hf_forward_inf.run import OUTPUTS, TraceOptions, trace_run
+from hf_forward_inf.run import OUTPUTS, trace_run
+from hf_forward_inf.task import TraceOptions
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "ftrace.py"
 
@@ -67,6 +68,16 @@ def test_a_run_writes_metrics_attribution_and_report(options, capsys):
     assert "known proponent" in (folder / "report.html").read_text()
     printed = capsys.readouterr().out
     assert all(method in printed for method in ("forward_inf", "fixed_learning_rate", "bm25", "random"))
+
+
+def test_a_comparison_runs_every_attributor_on_the_same_candidates(options, capsys):
+    metrics = trace_run(TraceOptions(**options, compare=True, baselines=False), AscentConfig())
+    printed = capsys.readouterr().out
+    for method in ("tracin_cosine", "trackstar", "influence_functions", "bm25+forward_inf", "bm25>forward_inf"):
+        assert 0 < metrics[f"{method}/mrr"] <= 1
+        assert metrics[f"{method}/forward_passes"] > 0
+        assert method in printed
+    assert metrics["tracin_dot/forward_passes"] > 1  # it passes over all candidates, forwards and backwards
 
 
 def test_the_command_gives_the_same_scores_as_python(options, inputs, tmp_path):

@@ -29,7 +29,7 @@ class Fusion:
         self.name = "+".join(one.name for one in attributors)
 
     def trace(self, queries: Dataset, candidates: Dataset, top_k: int | None = None) -> Attribution:
-        """Fuse the rankings, `[queries, candidates]`; scores have no unit, the highest possible is 1 / (k + 1) each."""
+        """Fuse the rankings, `[queries, candidates]`; scores have no unit."""
         scores = np.zeros((len(queries), len(candidates)), dtype=np.float32)
         for one in self.attributors:
             scores += 1 / (self.k + ranks(one.trace(queries, candidates)))
@@ -76,7 +76,7 @@ class Cascade:
 
 
 def ranks(found: Attribution) -> np.ndarray:
-    """Give every candidate's rank for every query, from 1, equal scores sharing their mean: `[queries, candidates]`."""
+    """Give every candidate's rank, from 1, equal scores sharing their mean: `[queries, candidates]`."""
     return np.stack([_ranks_of(np.nan_to_num(row, nan=-np.inf)) for row in found.scores])
 
 

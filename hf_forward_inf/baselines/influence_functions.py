@@ -67,14 +67,10 @@ class InfluenceFunctions(GradientBaseline):
         if solver not in ("cg", "lissa"):
             raise ValueError(f"solver={solver!r} must be 'cg' or 'lissa'.")
         self.solver = solver
+        self.name = f"influence_functions_{solver}"
         self.damping = damping if damping is not None else {"cg": 0.1, "lissa": 0.01}[solver]
         self.iterations, self.sample, self.seed = iterations, sample, seed
         self.scale, self.depth, self.repeats, self.batch_size = scale, depth, repeats, batch_size
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        """`influence_functions_cg` or `influence_functions_lissa`."""
-        return f"influence_functions_{self.solver}"
 
     @property
     def config(self) -> dict[str, Any]:
