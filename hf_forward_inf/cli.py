@@ -1,4 +1,4 @@
-"""The console command: `hf-forward-inf trace --model ... --candidates ... --queries ... --output DIR`."""
+"""The console command: `hf-forward-inf trace --model ... --candidates ... --queries ... --output DIR`, `compare`."""
 
 import sys
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ USAGE = """usage: hf-forward-inf <command> [options]
 
 commands:
   trace    which training examples made a seq2seq model give its answers (--help for its options)
+  compare  the same, with every attributor beside (trace --compare)
 """
 
 
@@ -24,6 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["trace"]:
         return trace(given[1:], "hf-forward-inf trace")
+    if given[:1] == ["compare"]:
+        return trace([*given[1:], "--compare"], "hf-forward-inf compare")
     print(USAGE, file=sys.stdout if given[:1] in (["-h"], ["--help"]) else sys.stderr, end="")
     return 0 if given[:1] in (["-h"], ["--help"]) else 2
 

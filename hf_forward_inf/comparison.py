@@ -1,7 +1,9 @@
-"""Forward-INF beside other attributors, on the same queries and candidates."""
+"""Every attributor on the same queries and candidates, timed."""
 
-import time
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from hf_forward_inf import cost
 from hf_forward_inf.ascent import AscentConfig
@@ -15,13 +17,17 @@ from hf_forward_inf.baselines import (
     TracIn,
     TrackStar,
 )
+from hf_forward_inf.evaluation import mrr_after
 from hf_forward_inf.forward_inf import ForwardInf
-from hf_forward_inf.metrics import random_figures
 from hf_forward_inf.processes import say
 from hf_forward_inf.task import Task
 
 FIXED_LEARNING_RATES = ((0.1, 1), (1.0, 1), (0.1, 3))
-"""Learning rates and steps of the paper's fixed-rate ascent that are tried; the best by its true MRR is reported."""
+"""Learning rates and steps of the paper's fixed-rate ascent that are tried."""
+FIXED_RATE_QUERIES = 14
+"""The best of them by its true MRR on so many queries is reported: one block, all parameters perturbed."""
+MOMENTS = 40
+"""Points of a time-budget curve."""
 
 
 def run_baselines(task: Task, tracer: ForwardInf) -> dict[str, Attribution]:
@@ -32,69 +38,88 @@ def run_baselines(task: Task, tracer: ForwardInf) -> dict[str, Attribution]:
     }
     if task.proponents is None:
         return found
-    tries = []
+    say("The paper's fixed learning rate, all parameters ...")
+    few = range(min(FIXED_RATE_QUERIES, len(task.queries)))
+    truth = [task.proponents[i] for i in few]
+    tries = {}
     for rate, steps in FIXED_LEARNING_RATES:
-        say(f"The paper's fixed learning rate {rate:g}, {steps} step{'s' if steps > 1 else ''}, all parameters ...")
-        config = AscentConfig(learning_rate=rate, steps=steps, modules=["all"], seed=tracer.ascent.seed)
-        tries.append(tracer.with_options(ascent=config, references=None).trace(task.queries, task.candidates))
-    truth = task.proponents
-    best = max(tries, key=lambda one: one.evaluate(truth)["mrr"])
-    return {"fixed_learning_rate": best, **found}
+        ascent = AscentConfig(learning_rate=rate, steps=steps, modules=["all"], seed=tracer.ascent.seed)
+        fixed = tracer.with_options(ascent=ascent, references=None)
+        tries[fixed] = fixed.trace(task.queries.select(few), task.candidates).evaluate(truth)["mrr"]
+    best = max(tries, key=lambda fixed: tries[fixed])
+    return {"fixed_learning_rate": best.trace(task.queries, task.candidates), **found}
 
 
-def run_comparison(task: Task, tracer: ForwardInf) -> tuple[dict[str, Attribution], dict[str, float]]:
-    """Trace with every other attributor, and time each, Forward-INF too, with nothing taken from the cache.
-
-    Returns:
-        `tuple`: Attributions by name, and `{name}/seconds` with, for all queries together, `{name}/forward_passes`:
-        seconds / those of one plain forward pass over the candidates.
-    """
+def attributors(tracer: ForwardInf) -> dict[str, Attributor]:
+    """Every attributor for the tracer's model, itself first."""
     parts: dict[str, Any] = {"adapter": tracer.adapter, "cache_dir": tracer.cache_dir}
-    attributors: dict[str, Attributor] = {
+    return {
         "forward_inf": tracer,
         "tracin_dot": TracIn(**parts),
         "tracin_cosine": TracIn(similarity="cosine", **parts),
         "trackstar": TrackStar(**parts),
-        "representation": RepresentationSimilarity(**parts),
         "influence_functions": InfluenceFunctions(**parts),
+        "representation": RepresentationSimilarity(**parts),
+        "bm25": BM25(),
         "bm25+forward_inf": Fusion([BM25(), tracer]),
         "bm25>forward_inf": Cascade(BM25(), tracer),
     }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a comparison measured.
+
+    Args:
+        found (`dict[str, Attribution]`): By attributor.
+        costs (`dict[str, float]`): By attributor: `{name}/seconds_alone` for one query and `_together` for all of
+            them, the same as `forward_passes` over the candidates, `{name}/peak_memory_ratio` to plain inference, and
+            `{name}/mrr_in_budget_alone`, `_together`: the MRR that it has on average until Forward-INF is through.
+        curves (`dict[str, dict]`): `alone` and `together`: by attributor, MRR after each of `moments`, which are
+            counted in plain forward passes over the candidates.
+    """
+
+    found: dict[str, Attribution]
+    costs: dict[str, float]
+    curves: dict[str, dict[str, Any]]
+
+
+def run_comparison(task: Task, tracer: ForwardInf) -> Comparison:
+    """Trace with every attributor, for the first query alone and for all together, nothing taken from the cache."""
+    paces: dict[str, dict[str, cost.Pace]] = {"alone": {}, "together": {}}
     found, costs = {}, {}
-    with cost.uncached():
-        plain = cost.seconds_of_a_plain_pass(tracer, task.candidates)
-        for name, attributor in attributors.items():
-            say(f"{name} ...")
-            start = time.perf_counter()
-            found[name] = attributor.trace(task.queries, task.candidates)
-            costs[f"{name}/seconds"] = time.perf_counter() - start
-            costs[f"{name}/forward_passes"] = costs[f"{name}/seconds"] / plain
-    found.pop("forward_inf")
-    return found, costs
+    plain, plain_peak = cost.plain_pass(tracer, task.candidates)
+    everyone = attributors(tracer)
+    for name, attributor in everyone.items():
+        say(f"{name} ...")
+        _, paces["alone"][name], _ = cost.pace(attributor.trace, task.queries.select([0]), task.candidates)
+        found[name], paces["together"][name], peak = cost.pace(attributor.trace, task.queries, task.candidates)
+        if peak:
+            costs[f"{name}/peak_memory_ratio"] = peak / plain_peak
+        for kind in paces:
+            costs[f"{name}/seconds_{kind}"] = paces[kind][name].seconds
+            costs[f"{name}/forward_passes_{kind}"] = paces[kind][name].seconds / plain
+    curves: dict[str, dict[str, Any]] = {}
+    if task.proponents is not None:
+        rows = task.groups[""]
+        truth = [task.proponents[i] for i in rows]
+        for kind in paces:
+            through = paces[kind]["forward_inf"].seconds
+            moments = np.linspace(0, 2 * through, 2 * MOMENTS + 1)
+            curves[kind] = {"moments": moments / plain}
+            for name, attributor in everyone.items():
+                order = _order(attributor, task)[rows]
+                curve = mrr_after(moments, found[name].scores[rows], truth, order, paces[kind][name])
+                curves[kind][name] = curve
+                costs[f"{name}/mrr_in_budget_{kind}"] = float(curve[1 : MOMENTS + 1].mean())
+    return Comparison(found, costs, curves)
 
 
-def evaluate_all(found: dict[str, Attribution], task: Task) -> dict[str, dict[str, float]]:
-    """Compare every attributor with the truth, a random order beside them; nothing where it is unknown."""
-    if task.proponents is None:
-        return {}
-    table = {method: attribution.evaluate(task.proponents) for method, attribution in found.items()}
-    for method, attribution in found.items():
-        if attribution.config.get("learning_rate"):
-            table[method] |= {key: attribution.config[key] for key in ("learning_rate", "steps")}
-    sizes = [len(rows) for rows in task.proponents]
-    return {**table, "random": random_figures(len(task.candidates), sizes)}
-
-
-def as_table(table: dict[str, dict[str, float]], metrics: dict[str, Any]) -> str:
-    """Lay the main figures out for a terminal; passes are those over the candidates, for all queries."""
-    columns = ["mrr", "precision@1", "recall@1", "recall@5", "recall@10"]
-    width = max(map(len, table))
-    timed = any(f"{method}/forward_passes" in metrics for method in table)
-    heads = "".join(f"{name:>13}" for name in columns[1:]) + (f"{'passes':>13}" if timed else "")
-    lines = [f"{'':{width}}  {'mrr (s.e.)':>13}{heads}"]
-    for method, figures in table.items():
-        error = f" ({figures['mrr_se']:.3f})" if "mrr_se" in figures else " " * 8
-        rest = "".join(f"{figures[name]:13.3f}" if name in figures else " " * 13 for name in columns[1:])
-        passes = metrics.get(f"{method}/forward_passes")
-        lines.append(f"{method:{width}}  {figures['mrr']:5.3f}{error}{rest}" + (f"{passes:13.1f}" if passes else ""))
-    return "\n".join(lines)
+def _order(attributor: Attributor, task: Task) -> np.ndarray:
+    """The order in which candidates are inspected: a cascade's is best first, all others share a random one."""
+    if isinstance(attributor, Cascade):
+        first = attributor.cheap.trace(task.queries, task.candidates, top_k=attributor.keep).indices
+        assert first is not None
+        return first
+    order = np.random.default_rng(0).permutation(len(task.candidates))
+    return np.broadcast_to(order, (len(task.queries), len(order)))

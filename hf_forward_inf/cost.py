@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ import torch
 from datasets import Dataset, disable_caching, enable_caching, is_caching_enabled
 
 from hf_forward_inf.ascent import Perturbation, evaluating, perturbed_names
+from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.candidate_pass import encode
 from hf_forward_inf.loss_pass import LossPass
 from hf_forward_inf.processes import progress_bars
@@ -46,9 +48,9 @@ def measure(tracer: "ForwardInf", queries: Dataset, candidates: Dataset) -> dict
         rows = encode(adapter, queries.select(range(few)), "queries", tracer.cache_dir)[:]
         plain, perturbed = [], []
         for _ in range(REPEATS):
-            plain.append(_run(loss.base))
+            plain.append(timed(loss.base))
             # A new perturbation each time: it keeps the models that it computes.
-            perturbed.append(_run(lambda: loss(Perturbation(adapter, rows, names, tracer.ascent), "measuring")))
+            perturbed.append(timed(lambda: loss(Perturbation(adapter, rows, names, tracer.ascent), "measuring")))
     seconds = [statistics.median(run[0] for run in runs) for runs in (plain, perturbed)]
     figures = {"forward_passes_per_query": seconds[1] / few / seconds[0]}
     peaks = [statistics.median(run[1] for run in runs) for runs in (plain, perturbed)]
@@ -57,13 +59,53 @@ def measure(tracer: "ForwardInf", queries: Dataset, candidates: Dataset) -> dict
     return figures
 
 
-def seconds_of_a_plain_pass(tracer: "ForwardInf", candidates: Dataset) -> float:
-    """Time one plain forward pass over the candidates: the median of three."""
+def plain_pass(tracer: "ForwardInf", candidates: Dataset) -> tuple[float, float]:
+    """Run one plain forward pass over the candidates: seconds (the median of three) and peak memory in bytes."""
     with uncached(), evaluating(tracer.adapter.model), progress_bars(False):
         loss = LossPass(
             tracer.adapter, candidates, cache_dir=tracer.cache_dir, max_batch_length=tracer.max_batch_length
         )
-        return statistics.median(_run(loss.base)[0] for _ in range(REPEATS))
+        runs = [timed(loss.base) for _ in range(REPEATS)]
+    return statistics.median(run[0] for run in runs), max(run[1] for run in runs)
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How an attributor gets through the candidates.
+
+    Args:
+        setup (`float`): Seconds before it inspects the first candidate.
+        seconds (`float`): Seconds until it has inspected the last.
+    """
+
+    setup: float
+    seconds: float
+
+    def inspected(self, seconds: float) -> float:
+        """Share of the candidates that it has inspected after some seconds."""
+        if seconds >= self.seconds:
+            return 1.0
+        return max(0.0, (seconds - self.setup) / (self.seconds - self.setup))
+
+
+def pace(
+    trace: Callable[[Dataset, Dataset], Attribution], queries: Dataset, candidates: Dataset
+) -> tuple[Attribution, Pace, float]:
+    """Trace, with nothing taken from the cache, and time it.
+
+    The setup is where the line through the times for an eighth of the candidates and for all of them begins.
+
+    Returns:
+        `tuple`: The attribution over all candidates, the pace, and the peak of memory in bytes (0 where unknown).
+    """
+    found: list[Attribution] = []
+    eighth = candidates.select(range(0, len(candidates), 8))
+    with uncached():
+        few, _ = timed(lambda: trace(queries, eighth))
+        all_, peak = timed(lambda: found.append(trace(queries, candidates)))
+    part = len(eighth) / len(candidates)
+    setup = (few - part * all_) / (1 - part) if part < 1 else 0.0
+    return found[0], Pace(min(max(0.0, setup), all_), all_), peak
 
 
 @contextmanager
@@ -78,7 +120,7 @@ def uncached() -> Iterator[None]:
             enable_caching()
 
 
-def _run(work: Callable[[], object]) -> tuple[float, float]:
+def timed(work: Callable[[], object]) -> tuple[float, float]:
     """Run something: seconds, and peak memory in bytes (0 where unknown)."""
     gc.collect()
     _reset_peak()

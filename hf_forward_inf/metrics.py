@@ -119,6 +119,26 @@ def collapse(
     return merged, [sorted({int(of_row[row]) for row in rows}) for rows in proponents]
 
 
+def reciprocal_ranks(scores: np.ndarray, proponents: Sequence[Sequence[int]]) -> np.ndarray:
+    """Give each query's [`reciprocal_rank`], `[queries]`."""
+    return np.array([reciprocal_rank(row, rows) for row, rows in zip(scores, proponents, strict=True)])
+
+
+def recalls_at_k(scores: np.ndarray, proponents: Sequence[Sequence[int]], k: int) -> np.ndarray:
+    """Give each query's [`recall_at_k`], `[queries]`."""
+    return np.array([recall_at_k(row, rows, k) for row, rows in zip(scores, proponents, strict=True)])
+
+
+def worst_hub(scores: np.ndarray, k: int = 10) -> float:
+    """Largest share of the queries that have one and the same candidate among their best k.
+
+    About (number of its facts' queries) / queries where rankings follow the queries, 1 where a candidate rises for
+    every query. Equal scores go by row number.
+    """
+    best = np.argsort(-np.nan_to_num(scores, nan=-np.inf), axis=1, kind="stable")[:, :k]
+    return float(np.bincount(best.ravel()).max() / len(scores))
+
+
 def evaluate(
     scores: np.ndarray,
     proponents: Sequence[Sequence[int]],
@@ -148,7 +168,7 @@ def evaluate(
     if groups is not None:
         scores, proponents = collapse(scores, proponents, groups)
     pairs = list(zip(scores, proponents, strict=True))
-    reciprocal = np.array([reciprocal_rank(row, rows) for row, rows in pairs])
+    reciprocal = reciprocal_ranks(scores, proponents)
     draws = np.random.default_rng(seed).integers(len(pairs), size=(resamples, len(pairs)))
     low, high = np.percentile(reciprocal[draws].mean(axis=1), [2.5, 97.5])
     result = {
@@ -161,7 +181,7 @@ def evaluate(
     }
     for k in (k for k in ks if k <= scores.shape[1]):
         result[f"precision@{k}"] = np.mean([precision_at_k(row, rows, k) for row, rows in pairs])
-        result[f"recall@{k}"] = np.mean([recall_at_k(row, rows, k) for row, rows in pairs])
+        result[f"recall@{k}"] = recalls_at_k(scores, proponents, k).mean()
     return {name: float(value) for name, value in result.items()}
 
 

@@ -15,10 +15,12 @@ import torch
 from hf_forward_inf import cost
 from hf_forward_inf.ascent import AscentConfig
 from hf_forward_inf.attribution import Attribution
-from hf_forward_inf.comparison import as_table, evaluate_all, run_baselines, run_comparison
+from hf_forward_inf.comparison import Comparison, attributors, run_baselines, run_comparison
+from hf_forward_inf.evaluation import Table, as_text, average, compare
 from hf_forward_inf.forward_inf import ForwardInf
 from hf_forward_inf.processes import process_state, say
-from hf_forward_inf.task import TraceOptions, load_task
+from hf_forward_inf.report.plots import budget_plot
+from hf_forward_inf.task import TraceOptions, load_source
 
 OUTPUTS = ("attribution", "report.html", "metrics.json")
 """What a run writes, in this order: a folder with metrics.json holds a finished run."""
@@ -39,36 +41,59 @@ def trace_run(options: TraceOptions, ascent: AscentConfig) -> dict[str, Any]:
     started = time.perf_counter()
     folder = Path(options.output)
     check_output(folder, options.overwrite)
-    task = load_task(options, ascent.seed)
-    tracer = ForwardInf(task.model, task.tokenizer, ascent=ascent, reduction=options.reduction)
+    source = load_source(options, ascent.seed)
+    first = source.draw(options, ascent.seed)
+    tracer = ForwardInf(source.model, source.tokenizer, ascent=ascent, reduction=options.reduction)
     if options.tune:
-        tracer = tracer.tune(task.candidates)
+        tracer = tracer.tune(first.candidates)
         say(f"Self-retrieval among the candidates (* is used):\n{tracer.tuning}")
-    say(f"Tracing {len(task.queries)} queries over {len(task.candidates):,} candidates ...")
-    found = {"forward_inf": tracer.trace(task.queries, task.candidates)}
-    metrics: dict[str, Any] = dict(task.figures)
-    if options.baselines:
-        found |= run_baselines(task, tracer)
-    if options.compare:
-        compared, costs = run_comparison(task, tracer)
-        found |= compared
-        metrics |= costs
-    table = evaluate_all(found, task)
+    tables, costs, plot = [], {}, ""
+    for repeat in range(options.repeats):
+        task = source.draw(options, ascent.seed + repeat) if repeat else first
+        say(f"Tracing {len(task.queries)} queries over {len(task.candidates):,} candidates ...")
+        found = {"forward_inf": tracer.trace(task.queries, task.candidates)}
+        if options.baselines:
+            found |= run_baselines(task, tracer)
+        if options.compare and repeat == 0:
+            comparison = run_comparison(task, tracer)
+            found |= comparison.found
+            costs, plot = comparison.costs, _plot(comparison)
+        elif options.compare:
+            others = attributors(tracer).items()
+            found |= {name: other.trace(task.queries, task.candidates) for name, other in others}
+        tables.append(compare(found, task))
+        if repeat == 0:
+            kept = found["forward_inf"].keep(options.top_k)
+            chosen = found.get("fixed_learning_rate")
+    table = average(tables)
+    metrics: dict[str, Any] = {**source.figures, "queries": len(first.queries), "candidates": len(first.candidates)}
     for method, figures in table.items():
         metrics |= {key if method == "forward_inf" else f"{method}/{key}": v for key, v in figures.items()}
-    metrics |= cost.measure(tracer, task.queries, task.candidates)
+    if chosen is not None:
+        metrics |= {f"fixed_learning_rate/{key}": chosen.config[key] for key in ("learning_rate", "steps")}
+    metrics |= {**costs, **cost.measure(tracer, first.queries, first.candidates)}
     metrics |= {"seconds": time.perf_counter() - started, **about(options, tracer)}
     if table:
-        say(as_table(table, metrics))
+        say(as_text(table, costs))
     say(
         f"A query costs {metrics['forward_passes_per_query']:.2f} forward passes over the candidates, "
         f"measured in this process."
     )
     if process_state().is_main_process:
-        write_outputs(folder, found["forward_inf"].keep(options.top_k), metrics, table, task.proponents)
+        write_outputs(folder, kept, metrics, table, first.proponents, plot)
     process_state().wait_for_everyone()
     say(f"Written: {', '.join(str(folder / name) for name in OUTPUTS)}")
     return metrics
+
+
+def _plot(comparison: Comparison) -> str:
+    if not comparison.curves:
+        return ""
+    try:
+        return budget_plot(comparison.curves)
+    except ImportError as error:
+        say(f"The report goes without its plot. {error}")
+        return ""
 
 
 def about(options: TraceOptions, tracer: ForwardInf) -> dict[str, Any]:
@@ -104,15 +129,16 @@ def write_outputs(
     folder: Path,
     attribution: Attribution,
     metrics: dict[str, Any],
-    table: dict[str, dict[str, float]],
+    table: Table,
     truth: list[list[int]] | None,
+    plot: str,
 ) -> None:
     """Write beside the old outputs first, then put the new ones in their places: no moment leaves half a file."""
     columns = ("mrr", "mrr_se", "precision@1", "precision@10", "recall@10")
     shown = {method: {key: row[key] for key in columns if key in row} for method, row in table.items()}
     writers: dict[str, Callable[[Path], None]] = {
         "attribution": attribution.save_to_disk,
-        "report.html": lambda path: attribution.to_html(path, proponents=truth, metrics=shown),
+        "report.html": lambda path: attribution.to_html(path, proponents=truth, metrics=shown, plot=plot),
         "metrics.json": lambda path: _write_json(path, metrics),
     }
     staging = Path(tempfile.mkdtemp(dir=folder, prefix=".writing-"))

@@ -1,12 +1,13 @@
 """What a run traces: a model, queries that it answers, candidates, and the truth where it is known."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from datasets import Dataset
+import numpy as np
+from datasets import Dataset, concatenate_datasets
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from hf_forward_inf.datasets import builtin_facts, candidate_pool, load_rows, proponents, sample_rows
+from hf_forward_inf.datasets import builtin_facts, candidate_pool, load_rows, own_candidates, proponents, sample_rows
 from hf_forward_inf.forward_inf import ForwardInf
 from hf_forward_inf.processes import process_state, say
 from hf_forward_inf.tiny_models import tiny_mt5
@@ -37,8 +38,22 @@ class TraceOptions:
         default=None,
         metadata={"help": "Candidates: the queries' proponents, filled up with distractors. All if unset."},
     )
+    own_candidates: bool = field(
+        default=False,
+        metadata={"help": "Rank each query's own set of candidates, as FTRACE does, instead of one set for all."},
+    )
     num_queries: int = field(default=60, metadata={"help": "Queries traced at most, drawn at random."})
-    unanswered: bool = field(default=False, metadata={"help": "Trace also queries that the model answers otherwise."})
+    unanswered: bool = field(
+        default=False,
+        metadata={"help": "Trace as many queries that the model answers otherwise, and report both kinds apart."},
+    )
+    paraphrased: bool = field(
+        default=False, metadata={"help": "Trace each query in other words too (column paraphrases), reported apart."}
+    )
+    repeats: int = field(
+        default=1,
+        metadata={"help": "Samples of queries and candidates; figures are means, with standard errors over samples."},
+    )
     strict: bool = field(
         default=False, metadata={"help": "Proponents are only those in which the queried object is masked."}
     )
@@ -66,52 +81,118 @@ class TraceOptions:
             raise ValueError("Which model? Give --model, or --train for a tiny one trained on the candidates.")
         if self.model and self.train:
             raise ValueError("Give either --model or --train: a model that was trained before, or a new one.")
-        for name in ("num_queries", "top_k", "epochs"):
+        if self.own_candidates and self.num_candidates is not None:
+            raise ValueError("Give either --own_candidates, sets whose sizes FTRACE fixed, or --num_candidates.")
+        for name in ("num_queries", "top_k", "epochs", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}.")
 
 
 @dataclass
 class Task:
-    """What is traced: a model, its queries and candidates, and the truth where it is known."""
+    """What is traced together: queries, candidates, and the truth where it is known.
+
+    Args:
+        queries (`datasets.Dataset`): The queries.
+        candidates (`datasets.Dataset`): The candidates.
+        proponents (`list[list[int]]`, *optional*): For each query, row numbers of its proponents.
+        groups (`dict[str, list[int]]`): Queries that are reported apart, by row number; `""` is the main group.
+        own (`list[list[int]]`, *optional*): For each query, row numbers of the candidates that it is ranked among.
+    """
+
+    queries: Dataset
+    candidates: Dataset
+    proponents: list[list[int]] | None
+    groups: dict[str, list[int]]
+    own: list[list[int]] | None = None
+
+
+@dataclass
+class Source:
+    """What tasks are drawn from: a model, all queries with proponents, and all sentences.
+
+    Args:
+        model (`torch.nn.Module`): The model, on its device.
+        tokenizer: Its tokenizer.
+        queries (`datasets.Dataset`): With a column `answered` where it is known whether the model answers them.
+        abstracts (`datasets.Dataset`): The training sentences.
+        num_candidates (`int`, *optional*): Candidates of a task; all if unset.
+        figures (`dict[str, float]`): `answered`, the share of queries that the model answers exactly.
+    """
 
     model: Any
     tokenizer: Any
     queries: Dataset
-    candidates: Dataset
-    proponents: list[list[int]] | None
+    abstracts: Dataset
+    num_candidates: int | None
     figures: dict[str, float]
 
+    def draw(self, options: TraceOptions, seed: int) -> Task:
+        """Draw queries, and candidates for them."""
+        queries, groups = self._draw_queries(options, seed)
+        own = None
+        if options.own_candidates:
+            candidates, own = own_candidates(queries, self.abstracts, seed=seed)
+            say(f"Candidates: {np.mean([len(rows) for rows in own]):.0f} a query, {len(candidates):,} in all.")
+        else:
+            candidates = draw_candidates(queries, self.abstracts, self.num_candidates, seed)
+        if options.paraphrased:
+            others, originals = paraphrases(queries, seed)
+            groups["paraphrased"] = list(range(len(queries), len(queries) + len(others)))
+            queries = concatenate_datasets([queries, others])
+            own = None if own is None else own + [own[i] for i in originals]
+        truth = None
+        if has_facts(queries, candidates):
+            truth = proponents(queries, candidates, options.strict)
+        if own is not None and truth is not None:  # of equal sentences a set holds one
+            truth = [[row for row in rows if row in set(mine)] for rows, mine in zip(truth, own, strict=True)]
+        return Task(queries, candidates, truth, groups, own)
 
-def load_task(options: TraceOptions, seed: int) -> Task:
-    """Load or train the model, and draw queries that it answers and candidates."""
+    def _draw_queries(self, options: TraceOptions, seed: int) -> tuple[Dataset, dict[str, list[int]]]:
+        if "answered" not in self.queries.column_names:
+            queries = sample_rows(self.queries, options.num_queries, seed)
+            return queries, {"": list(range(len(queries)))}
+        known = np.array(self.queries["answered"], dtype=bool)
+        kinds = [self.queries.select(np.flatnonzero(known == kind)) for kind in (True, False)]
+        right, wrong = (sample_rows(rows, options.num_queries, seed) for rows in kinds)
+        if not options.unanswered:
+            return right, {"": list(range(len(right)))}
+        queries = concatenate_datasets([right, wrong])
+        groups = {"": list(range(len(queries)))}
+        if len(right) and len(wrong):
+            groups["answered"] = list(range(len(right)))
+            groups["unanswered"] = list(range(len(right), len(queries)))
+        return queries, groups
+
+
+def load_source(options: TraceOptions, seed: int) -> Source:
+    """Load or train the model, and find the queries that may be asked of it.
+
+    Raises:
+        ValueError: If no query has a proponent, or the model answers none of them.
+    """
     if options.model:
-        task = _task_of_model(options, seed)
-    elif options.train:
-        task = _task_of_trained_model(options, seed)
-    else:
-        task = _builtin_task(options, seed)
-    figures = {**task.figures, "queries": len(task.queries), "candidates": len(task.candidates)}
-    return replace(task, figures=figures)
+        return _source_of_model(options)
+    return _source_of_trained_model(options, seed) if options.train else _builtin_source(options)
 
 
-def _task_of_model(options: TraceOptions, seed: int) -> Task:
+def _source_of_model(options: TraceOptions) -> Source:
     abstracts, queries = load_rows(str(options.candidates), "abstracts"), load_rows(str(options.queries), "queries")
     say(f"Tracing {options.queries} over {options.candidates} with {options.model}.")
     model = AutoModelForSeq2SeqLM.from_pretrained(str(options.model)).to(process_state().device).eval()
     tokenizer = AutoTokenizer.from_pretrained(str(options.model))
-    return _drawn(model, tokenizer, queries, abstracts, options.num_candidates, options, seed)
+    return _source(model, tokenizer, queries, abstracts, options.num_candidates, options)
 
 
-def _builtin_task(options: TraceOptions, seed: int) -> Task:
+def _builtin_source(options: TraceOptions) -> Source:
     say("Tracing the built-in facts with a tiny mT5 trained on them; --model, --candidates, --queries for yours.")
     corpus = builtin_facts()
     model, tokenizer = tiny_mt5(corpus["abstracts"], epochs=options.epochs)
     count = options.num_candidates or BUILTIN_CANDIDATES
-    return _drawn(model, tokenizer, corpus["queries"], corpus["abstracts"], count, options, seed)
+    return _source(model, tokenizer, corpus["queries"], corpus["abstracts"], count, options)
 
 
-def _task_of_trained_model(options: TraceOptions, seed: int) -> Task:
+def _source_of_trained_model(options: TraceOptions, seed: int) -> Source:
     """Draw the candidates first: the model is trained on them, and on them alone."""
     abstracts, queries = load_rows(str(options.candidates), "abstracts"), load_rows(str(options.queries), "queries")
     say(f"Tracing {options.queries} over {options.candidates} with a tiny mT5 trained on the candidates.")
@@ -119,25 +200,20 @@ def _task_of_trained_model(options: TraceOptions, seed: int) -> Task:
     queries = sample_rows(queries, TRAINED_QUERIES * options.num_queries, seed)
     candidates = draw_candidates(queries, abstracts, options.num_candidates, seed)
     model, tokenizer = tiny_mt5(candidates, epochs=options.epochs)
-    return _drawn(model, tokenizer, queries, candidates, None, options, seed)
+    return _source(model, tokenizer, queries, candidates, None, options)
 
 
-def _drawn(
+def _source(
     model: Any,
     tokenizer: Any,
     queries: Dataset,
     abstracts: Dataset,
     num_candidates: int | None,
     options: TraceOptions,
-    seed: int,
-) -> Task:
-    """Draw queries that the model answers, candidates for them, and find the proponents."""
+) -> Source:
     queries = with_proponents(queries, abstracts, options.strict)
     queries, figures = answered(model, tokenizer, queries, options)
-    queries = sample_rows(queries, options.num_queries, seed)
-    candidates = draw_candidates(queries, abstracts, num_candidates, seed)
-    truth = proponents(queries, candidates, options.strict) if has_facts(queries, candidates) else None
-    return Task(model, tokenizer, queries, candidates, truth, figures)
+    return Source(model, tokenizer, queries, abstracts, num_candidates, figures)
 
 
 def has_facts(queries: Dataset, rows: Dataset) -> bool:
@@ -171,9 +247,12 @@ def draw_candidates(queries: Dataset, abstracts: Dataset, num_candidates: int | 
 
 
 def answered(model: Any, tokenizer: Any, queries: Dataset, options: TraceOptions) -> tuple[Dataset, dict[str, float]]:
-    """Keep the queries that the model answers exactly, and tell their share.
+    """Find the queries that the model answers exactly (column `answered`), and tell their share.
 
-    Queries without a target column get the model's own answer.
+    Queries without a target column get the model's own answer, and no column `answered`.
+
+    Raises:
+        ValueError: If it answers none, and `unanswered` is not asked for.
     """
     adapter = ForwardInf(model, tokenizer).adapter
     answers = adapter.answer(queries[:])  # type: ignore[attr-defined]
@@ -181,14 +260,34 @@ def answered(model: Any, tokenizer: Any, queries: Dataset, options: TraceOptions
     if target not in queries.column_names:
         say("The queries have no targets: the model's own answers are traced.")
         return queries.add_column(target, answers), {}
-    right = [i for i, (said, true) in enumerate(zip(answers, queries[target], strict=True)) if said == true.strip()]
-    say(f"The model answers {len(right)} of {len(queries)} queries exactly ({len(right) / len(queries):.0%}).")
-    figures = {"answered": len(right) / len(queries)}
-    if options.unanswered:
-        return queries, figures
-    if not right:
+    right = [said == true.strip() for said, true in zip(answers, queries[target], strict=True)]
+    say(f"The model answers {sum(right)} of {len(queries)} queries exactly ({np.mean(right):.0%}).")
+    if not any(right) and not options.unanswered:
         raise ValueError(
             "The model answers none of the queries exactly, so there is nothing it knows to trace. "
             "Trace what it was taught anyway with --unanswered."
         )
-    return queries.select(right), figures
+    queries = queries.remove_columns([name for name in ("answered",) if name in queries.column_names])
+    return queries.add_column("answered", right), {"answered": float(np.mean(right))}
+
+
+def paraphrases(queries: Dataset, seed: int) -> tuple[Dataset, list[int]]:
+    """Ask for the same facts in other words.
+
+    Args:
+        queries (`datasets.Dataset`): With `paraphrases`, a list of input texts a row.
+        seed (`int`): Draws one of each list.
+
+    Returns:
+        `tuple`: Queries with a paraphrase as their input, and the rows that they came from.
+
+    Raises:
+        ValueError: If there is no such column, or it is empty everywhere.
+    """
+    if "paraphrases" not in queries.column_names or not any(queries["paraphrases"]):
+        raise ValueError("No column `paraphrases` holds other wordings of the queries (a list of texts a row).")
+    draw = np.random.default_rng(seed)
+    rows = [i for i, texts in enumerate(queries["paraphrases"]) if texts]
+    texts = [str(draw.choice(queries[i]["paraphrases"])) for i in rows]
+    others = queries.select(rows).remove_columns("inputs_pretokenized").add_column("inputs_pretokenized", texts)
+    return others.cast(queries.features), rows

@@ -12,6 +12,7 @@ from hf_forward_inf.metrics import (
     random_reciprocal_rank,
     recall_at_k,
     reciprocal_rank,
+    worst_hub,
 )
 
 SCORES = np.array([0.9, 0.1, 0.5, 0.5, 0.5, np.nan], dtype=np.float32)
@@ -96,3 +97,9 @@ def test_the_share_of_ties_is_told():
 def test_proponents_must_fit_the_queries():
     with pytest.raises(ValueError, match="2 lists of proponents don't fit 1 queries"):
         evaluate(np.zeros((1, 3)), [[0], [1]])
+
+
+def test_the_worst_hub_is_the_candidate_in_most_top_lists():
+    scores = np.array([[3.0, 2.0, 1.0], [3.0, 1.0, 2.0], [1.0, 3.0, np.nan]])
+    assert worst_hub(scores, k=1) == pytest.approx(2 / 3)
+    assert worst_hub(scores, k=2) == pytest.approx(1.0)

@@ -71,13 +71,52 @@ def test_a_run_writes_metrics_attribution_and_report(options, capsys):
 
 
 def test_a_comparison_runs_every_attributor_on_the_same_candidates(options, capsys):
-    metrics = trace_run(TraceOptions(**options, compare=True, baselines=False), AscentConfig())
+    assert main(["compare", *as_arguments({**options, "no_baselines": True})]) == 0
+    metrics = json.loads(Path(options["output"], "metrics.json").read_text())
     printed = capsys.readouterr().out
     for method in ("tracin_cosine", "trackstar", "influence_functions", "bm25+forward_inf", "bm25>forward_inf"):
         assert 0 < metrics[f"{method}/mrr"] <= 1
-        assert metrics[f"{method}/forward_passes"] > 0
+        assert -1 <= metrics[f"{method}/mrr_behind"] <= 1
+        assert metrics[f"{method}/peak_memory_ratio"] > 0
+        for kind in ("alone", "together"):
+            assert metrics[f"{method}/forward_passes_{kind}"] > 0
+            assert 0 <= metrics[f"{method}/mrr_in_budget_{kind}"] <= 1
         assert method in printed
-    assert metrics["tracin_dot/forward_passes"] > 1  # it passes over all candidates, forwards and backwards
+    assert metrics["tracin_dot/forward_passes_alone"] > 1  # it passes over all candidates, forwards and backwards
+    assert "<svg" in Path(options["output"], "report.html").read_text()
+
+
+def test_kinds_of_queries_are_reported_apart(options, corpus, tmp_path, monkeypatch):
+    # An untrained model answers nothing: let it be told that it answered every other query.
+    right = [target if i % 2 else "" for i, target in enumerate(corpus["queries"]["targets_pretokenized"])]
+    texts = dict(zip(corpus["queries"]["inputs_pretokenized"], right, strict=True))
+    monkeypatch.setattr(
+        "hf_forward_inf.adapters.Seq2SeqAdapter.answer",
+        lambda self, rows: [texts[text] for text in rows["inputs_pretokenized"]],
+    )
+    metrics = trace_run(TraceOptions(**options, paraphrased=True), AscentConfig())
+    assert metrics["queries"] == 16  # 4 answered, 4 not, and all of them in other words
+    mean = np.mean([metrics["answered/mrr"], metrics["unanswered/mrr"]])
+    assert metrics["mrr"] == pytest.approx(mean)  # the main group is both, paraphrases not among them
+    for method in ("", "bm25/", "fixed_learning_rate/"):
+        assert 0 <= metrics[f"{method}paraphrased/mrr"] <= 1
+
+
+def test_repeats_give_means_and_their_standard_errors(options, tmp_path):
+    runs = []
+    for name, seed, repeats in (("one", 0, 1), ("two", 1, 1), ("both", 0, 2)):
+        given = TraceOptions(**{**options, "output": str(tmp_path / name)}, repeats=repeats, baselines=False)
+        runs.append(trace_run(given, AscentConfig(seed=seed)))
+    values = [run["mrr"] for run in runs]
+    assert values[0] != values[1]
+    assert values[2] == pytest.approx(np.mean(values[:2]))
+    assert runs[2]["mrr_se"] == pytest.approx(np.std(values[:2], ddof=1) / 2**0.5)
+
+
+def test_queries_can_be_ranked_among_candidates_of_their_own(options):
+    options = {**options, "num_candidates": None, "own_candidates": True}
+    metrics = trace_run(TraceOptions(**options, baselines=False), AscentConfig())
+    assert metrics["mrr_random"] < metrics["random/mrr"]  # all candidates against a query's own
 
 
 def test_the_command_gives_the_same_scores_as_python(options, inputs, tmp_path):
@@ -179,6 +218,7 @@ def test_a_model_that_answers_nothing_is_told(options, capsys):
         ({"candidates": "c", "queries": "q"}, "Which model?"),
         ({"model": "m", "candidates": "c", "queries": "q", "train": True}, "either --model or --train"),
         ({"num_queries": 0}, "--num_queries must be at least 1"),
+        ({"num_candidates": 9, "own_candidates": True}, "either --own_candidates"),
         ({"radius": 0}, "radius=0.0 must be above 0"),
     ],
 )

@@ -1,6 +1,15 @@
 """Real data to trace: the built-in facts, and loaders for sets in FTRACE's format."""
 
 from hf_forward_inf.datasets.facts import builtin_facts
-from hf_forward_inf.datasets.ftrace import candidate_pool, load_rows, proponents, sample_rows
+from hf_forward_inf.datasets.ftrace import candidate_pool, load_rows, own_candidates, proponents, sample_rows
+from hf_forward_inf.datasets.templates import template_facts
 
-__all__ = ["builtin_facts", "candidate_pool", "load_rows", "proponents", "sample_rows"]
+__all__ = [
+    "builtin_facts",
+    "candidate_pool",
+    "load_rows",
+    "own_candidates",
+    "proponents",
+    "sample_rows",
+    "template_facts",
+]

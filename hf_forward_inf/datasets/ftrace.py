@@ -1,11 +1,14 @@
 """Sets in the format of FTRACE-TREx (Akyürek et al., 2022): sentences that state facts, and queries for facts."""
 
+import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, DatasetDict, get_dataset_config_names, load_dataset, load_from_disk
+
+from hf_forward_inf.datasets.templates import FILES, template_facts
 
 BM25_NEIGHBOURS = 250
 """Distractors that look most like a query, by word overlap, as FTRACE takes them."""
@@ -15,9 +18,10 @@ def load_rows(source: str, role: str) -> Dataset:
     """Load queries or candidates.
 
     Args:
-        source (`str`): A parquet, JSON-lines or CSV file, a folder written by `save_to_disk`, a folder in the hub's
-            layout, or a hub name; `name:config` picks a configuration (`ekinakyurek/ftrace:abstracts`).
-            Without one, FTRACE's configuration for the role is taken if the dataset has configurations.
+        source (`str`): A parquet, JSON-lines or CSV file, a folder written by `save_to_disk`, a folder of facts and
+            templates ([`template_facts`]), a folder in the hub's layout, or a hub name; `name:config` picks a
+            configuration (`ekinakyurek/ftrace:abstracts`). Without one, FTRACE's configuration for the role is taken
+            if the dataset has configurations.
         role (`str`): `"abstracts"` or `"queries"`.
 
     Returns:
@@ -34,6 +38,8 @@ def load_rows(source: str, role: str) -> Dataset:
     if path.is_dir():
         if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
             return _only_split(load_from_disk(str(path)), source)
+        if all((path / file).exists() for file in FILES):
+            return template_facts(path)[role]
         return _only_split(_load_named(str(path), config, role), source)
     if path.suffix or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"There is no file or folder {source} (nor can it be a dataset on the hub).")
@@ -151,6 +157,55 @@ def candidate_pool(
                 taken.setdefault(row, kind)
     counts = {kind: list(taken.values()).count(kind) for kind in kinds}
     return abstracts.select(sorted(taken)), counts
+
+
+def own_candidates(
+    queries: Dataset, abstracts: Dataset, size: int = 100, seed: int = 0
+) -> tuple[Dataset, list[list[int]]]:
+    """Give every query a set of candidates of its own, as FTRACE does, and the union of all sets.
+
+    A query's set: every proponent, the rows that look most like it (BM25), rows with the same target, rows drawn at
+    random, up to `size` of each kind but the first. Of rows with equal texts only the first is in it.
+
+    Args:
+        queries (`datasets.Dataset`): The queries that will be traced.
+        abstracts (`datasets.Dataset`): All training sentences.
+        size (`int`, defaults to 100): Distractors of each kind.
+        seed (`int`, defaults to 0): Draws the rows with the same target, and the random ones.
+
+    Returns:
+        `tuple`: The union in the order of its rows, and each query's set as row numbers of the union, ascending.
+    """
+    from hf_forward_inf.baselines.bm25 import BM25
+
+    draw = np.random.default_rng(seed)
+    nearest = BM25().trace(queries, abstracts, top_k=size).indices
+    assert nearest is not None
+    texts = list(zip(abstracts["inputs_pretokenized"], abstracts["targets_pretokenized"], strict=True))
+    with_target: dict[str, list[int]] = defaultdict(list)
+    for row, (_, target) in enumerate(texts):
+        with_target[target].append(row)
+    sets = []
+    truth = proponents(queries, abstracts)
+    for i, target in enumerate(queries["targets_pretokenized"]):
+        same = draw.permutation(np.array(with_target[target], dtype=int))[:size]
+        random = draw.permutation(len(abstracts))[:size]
+        rows = [*truth[i], *nearest[i], *same, *random]
+        sets.append({texts[row]: int(row) for row in reversed(rows)}.values())  # the first of equal texts stays
+    union = sorted(set().union(*sets))
+    place = {row: n for n, row in enumerate(union)}
+    return abstracts.select(union), [sorted(place[row] for row in rows) for rows in sets]
+
+
+def word_overlap(query: str, sentence: str) -> float:
+    """Share of a query's distinct words that stand in a sentence too, case and punctuation aside.
+
+    Example:
+        >>> word_overlap("The capital of France is Paris.", "Paris is a capital city.")
+        0.5
+    """
+    words, others = (set(re.findall(r"\w+", text.lower())) for text in (query, sentence))
+    return len(words & others) / max(1, len(words))
 
 
 def sample_rows(rows: Dataset, count: int, seed: int = 0) -> Dataset:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.sentinels import SENTINEL, without_sentinels
@@ -20,6 +21,7 @@ def write_report(
     *,
     proponents: Sequence[Sequence[int]] | None = None,
     metrics: Mapping[str, Mapping[str, float]] | None = None,
+    plot: str = "",
     title: str = "Which training examples made the model say this?",
     input_column: str = "inputs_pretokenized",
     target_column: str = "targets_pretokenized",
@@ -32,6 +34,7 @@ def write_report(
         attribution (`Attribution`): What to show.
         proponents (`list[list[int]]`, *optional*): For each query, row numbers of its proponents: they are marked.
         metrics (`dict`, *optional*): Figures by attributor, shown as a table.
+        plot (`str`, *optional*): An SVG of our own making ([`plots.budget_plot`]), shown below the table.
         title (`str`): Heads the page.
         input_column (`str`): Column of input texts.
         target_column (`str`): Column of target texts.
@@ -69,6 +72,7 @@ def write_report(
         metrics=metrics or {},
         figures=sorted({name for row in (metrics or {}).values() for name in row}, key=_figure_order),
         queries=queries,
+        plot=Markup(plot),
     )
     Path(path).write_text(page, encoding="utf-8")
 

@@ -3,8 +3,8 @@ import json
 import pytest
 from datasets import Dataset, DatasetDict
 
-from hf_forward_inf.datasets import candidate_pool, load_rows, proponents, sample_rows
-from hf_forward_inf.datasets.ftrace import fact_lists
+from hf_forward_inf.datasets import candidate_pool, load_rows, own_candidates, proponents, sample_rows
+from hf_forward_inf.datasets.ftrace import fact_lists, word_overlap
 
 
 @pytest.fixture
@@ -134,3 +134,21 @@ def test_samples_keep_their_order(corpus):
     assert ids == sorted(ids)
     assert json.dumps(ids) == json.dumps([int(i[1:]) for i in sample_rows(corpus["queries"], 20)["id"]])
     assert len(sample_rows(corpus["queries"], 10**6)) == len(corpus["queries"])
+
+
+def test_every_query_has_candidates_of_its_own(corpus):
+    queries, abstracts = corpus["queries"].select(range(0, 60, 20)), corpus["abstracts"]
+    union, own = own_candidates(queries, abstracts, size=20)
+    truth = proponents(queries, union)
+    for i, rows in enumerate(own):
+        assert rows == sorted(set(rows))
+        assert set(truth[i]) <= set(rows)
+        assert 20 < len(rows) <= 60 + len(truth[i])
+        texts = [union[row]["inputs_pretokenized"] + union[row]["targets_pretokenized"] for row in rows]
+        assert len(set(texts)) == len(texts)
+    assert sorted(set().union(*own)) == list(range(len(union)))
+
+
+def test_word_overlap_is_the_share_of_the_querys_words():
+    assert word_overlap("The capital of France is Paris.", "Paris is a capital city.") == 0.5
+    assert word_overlap("", "Paris") == 0

@@ -1,0 +1,45 @@
+"""Plots for reports, as SVG text that goes into the page."""
+
+import io
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+PANELS = {"alone": "A query asked alone", "together": "All queries together"}
+
+
+def budget_plot(curves: Mapping[str, Mapping[str, Any]]) -> str:
+    """Draw what each attributor has found after a time: MRR against plain forward passes over the candidates.
+
+    Args:
+        curves (`dict`): As in [`comparison.Comparison`].
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Plots need the extra `plots`: pip install 'hf-forward-inf[plots]'.") from error
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "hf_forward_inf", "font.family": "sans-serif"}):
+        figure = Figure(figsize=(10, 4), layout="constrained")
+        axes = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
+        for axis, (kind, panel) in zip(axes, curves.items(), strict=True):
+            names = [name for name in panel if name != "moments"]
+            for i, name in enumerate(names):
+                ours = name == "forward_inf"
+                style = {"color": "black", "linewidth": 2.5} if ours else {"color": f"C{i - 1}", "linewidth": 1.3}
+                axis.plot(panel["moments"], panel[name], label=name, zorder=3 if ours else 2, **style)
+            axis.set_title(PANELS[kind], fontsize=11)
+            axis.set_xlabel("time, in plain forward passes over the candidates")
+            axis.set_xlim(0, np.max(panel["moments"]))
+            axis.set_ylim(0, 1.02)
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.grid(alpha=0.25)
+        axes[0].set_ylabel("MRR of what was found by then")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()[text.getvalue().index("<svg") :]
