@@ -62,7 +62,8 @@ def attributors(tracer: ForwardInf) -> dict[str, Attributor]:
         "representation": RepresentationSimilarity(**parts),
         "bm25": BM25(),
         "bm25+forward_inf": Fusion([BM25(), tracer]),
-        "bm25>forward_inf": Cascade(BM25(), tracer),
+        # References would have to tell the hubs anew among each query's few candidates: they stay out.
+        "bm25>forward_inf": Cascade(BM25(), tracer.with_options(references=None)),
     }
 
 

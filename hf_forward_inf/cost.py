@@ -3,18 +3,18 @@
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from datasets import Dataset, disable_caching, enable_caching, is_caching_enabled
+from datasets import Dataset
 
 from hf_forward_inf.ascent import Perturbation, evaluating, perturbed_names
 from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.candidate_pass import encode
+from hf_forward_inf.fingerprints import uncached
 from hf_forward_inf.loss_pass import LossPass
 from hf_forward_inf.processes import progress_bars
 
@@ -106,18 +106,6 @@ def pace(
     part = len(eighth) / len(candidates)
     setup = (few - part * all_) / (1 - part) if part < 1 else 0.0
     return found[0], Pace(min(max(0.0, setup), all_), all_), peak
-
-
-@contextmanager
-def uncached() -> Iterator[None]:
-    """Take nothing from datasets' cache and write nothing to it."""
-    cached = is_caching_enabled()
-    disable_caching()
-    try:
-        yield
-    finally:
-        if cached:
-            enable_caching()
 
 
 def timed(work: Callable[[], object]) -> tuple[float, float]:

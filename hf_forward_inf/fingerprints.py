@@ -1,9 +1,12 @@
 """Names for cached work: equal inputs give equal names, in every process and on every run."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from datasets import disable_caching, enable_caching, is_caching_enabled
 from datasets.fingerprint import Hasher
 from torch import nn
 
@@ -24,3 +27,15 @@ def fingerprint_of_model(model: nn.Module) -> str:
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         parts += [f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), data]
     return Hasher.hash_bytes(parts)
+
+
+@contextmanager
+def uncached() -> Iterator[None]:
+    """Take nothing from datasets' cache and write nothing to it."""
+    cached = is_caching_enabled()
+    disable_caching()
+    try:
+        yield
+    finally:
+        if cached:
+            enable_caching()

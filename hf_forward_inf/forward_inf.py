@@ -11,12 +11,15 @@ from datasets import Dataset
 from torch import nn
 
 from hf_forward_inf.adapters import Adapter, adapter_for
+from hf_forward_inf.anytime import slices
 from hf_forward_inf.ascent import AscentConfig, Perturbation, evaluating, perturbed_names
 from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.candidate_pass import MAX_BATCH_LENGTH, encode
 from hf_forward_inf.checks import listed
+from hf_forward_inf.fingerprints import uncached
 from hf_forward_inf.hubs import correct_hubs
 from hf_forward_inf.loss_pass import LossPass
+from hf_forward_inf.processes import process_state, progress_bars
 from hf_forward_inf.tuning import Tuning, tune
 
 
@@ -100,7 +103,12 @@ class ForwardInf:
         return self.with_options(ascent=tuning.best, references=tuning.references, tuning=tuning)
 
     def trace(
-        self, queries: Dataset, candidates: Dataset, top_k: int | None = None, tune: bool = False
+        self,
+        queries: Dataset,
+        candidates: Dataset,
+        top_k: int | None = None,
+        tune: bool = False,
+        time_budget: float | None = None,
     ) -> Attribution:
         """Score every candidate for every query.
 
@@ -110,6 +118,8 @@ class ForwardInf:
             top_k (`int`, *optional*): Keep only the best candidates of each query; all of them if it exceeds
                 their number. By default every score is kept.
             tune (`bool`, defaults to `False`): Choose the radius first, by self-retrieval on the candidates.
+            time_budget (`float`, *optional*): Seconds, tuning aside, after which to stop: candidates are inspected in
+                random order, and those not reached have no score. The first 64 are always inspected.
 
         Returns:
             `Attribution`: float32 scores, `[queries, candidates]` or `[queries, top_k]`; NaN, ranked last,
@@ -119,10 +129,13 @@ class ForwardInf:
             ValueError: If there are no rows, a column is missing, or a target is empty.
         """
         if tune:
-            return self.tune(candidates).trace(queries, candidates, top_k)
-        scores = self.score(queries, candidates)
-        if self.references is not None:
-            scores = correct_hubs(scores, self.score(self.references, candidates))
+            return self.tune(candidates).trace(queries, candidates, top_k, time_budget=time_budget)
+        if time_budget is None:
+            scores = self._corrected(queries, candidates)
+            inspected = np.arange(len(candidates))
+        else:
+            scores, inspected = self._within(time_budget, queries, candidates)
+        self._warn_of_lost(scores, inspected)
         config = {**asdict(self.ascent), "reduction": self.reduction, "hubs": self.references is not None}
         return Attribution(scores, queries, candidates, method=self.name, config=config).keep(top_k)
 
@@ -145,24 +158,38 @@ class ForwardInf:
             scores = -scores  # unlearning raises a proponent's loss, learning lowers it
         if self.reduction == "mean":
             scores /= loss.terms
-        return self._finite_or_nan(scores, loss)
-
-    def _finite_or_nan(self, scores: np.ndarray, loss: LossPass) -> np.ndarray:
-        """Turn what is not finite into NaN, and say which rows it struck and why."""
         scores[~np.isfinite(scores)] = np.nan
-        lost = np.isnan(scores)
+        return scores
+
+    def _corrected(self, queries: Dataset, candidates: Dataset) -> np.ndarray:
+        scores = self.score(queries, candidates)
+        return scores if self.references is None else correct_hubs(scores, self.score(self.references, candidates))
+
+    def _within(self, seconds: float, queries: Dataset, candidates: Dataset) -> tuple[np.ndarray, np.ndarray]:
+        """Score what can be scored in a time, and tell the rows of the candidates that were inspected."""
+        scores = np.full((len(queries), len(candidates)), np.nan, dtype=np.float32)
+        order = np.random.default_rng(self.ascent.seed).permutation(len(candidates))
+        inspected = [order[:0]]
+        with uncached(), progress_bars(False):  # slices differ from run to run
+            for rows in slices(order, seconds):
+                scores[:, rows] = self._corrected(queries, candidates.select(rows))
+                inspected.append(rows)
+        return scores, np.sort(np.concatenate(inspected))
+
+    def _warn_of_lost(self, scores: np.ndarray, inspected: np.ndarray) -> None:
+        """Say which rows have no score, and why."""
+        lost = np.isnan(scores[:, inspected])
         queries = np.flatnonzero(lost.all(axis=1))
-        candidates = np.flatnonzero(np.delete(lost, queries, axis=0).any(axis=0))
-        if not loss.state.is_main_process:
-            return scores
+        candidates = inspected[np.delete(lost, queries, axis=0).any(axis=0)]
+        if not process_state().is_main_process:
+            return
         if len(queries):
             warnings.warn(
                 f"The gradient of queries {listed(queries)} is zero or not finite, so it moves the model nowhere: "
                 "no scores for them. If the model is in float16, load it in bfloat16 or float32.",
-                stacklevel=4,
+                stacklevel=3,
             )
         if len(candidates):
             warnings.warn(
-                f"The loss of candidates {listed(candidates)} is NaN or infinite: they are ranked last.", stacklevel=4
+                f"The loss of candidates {listed(candidates)} is NaN or infinite: they are ranked last.", stacklevel=3
             )
-        return scores

@@ -51,7 +51,7 @@ def trace_run(options: TraceOptions, ascent: AscentConfig) -> dict[str, Any]:
     for repeat in range(options.repeats):
         task = source.draw(options, ascent.seed + repeat) if repeat else first
         say(f"Tracing {len(task.queries)} queries over {len(task.candidates):,} candidates ...")
-        found = {"forward_inf": tracer.trace(task.queries, task.candidates)}
+        found = {"forward_inf": tracer.trace(task.queries, task.candidates, time_budget=options.time_budget)}
         if options.baselines:
             found |= run_baselines(task, tracer)
         if options.compare and repeat == 0:

@@ -64,6 +64,10 @@ class TraceOptions:
     reduction: Literal["sum", "mean"] = field(
         default="sum", metadata={"help": "A candidate's loss: sum or mean over its target tokens."}
     )
+    time_budget: float | None = field(
+        default=None,
+        metadata={"help": "Seconds for scoring; candidates not reached by then, in a random order, get no score."},
+    )
     top_k: int = field(default=100, metadata={"help": "Candidates of each query kept in the attribution."})
     baselines: bool = field(
         default=True, metadata={"help": "Also run BM25 and the paper's fixed learning rates, if proponents are known."}

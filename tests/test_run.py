@@ -185,6 +185,14 @@ def test_the_run_can_train_a_model_of_its_own(options, capsys):
     assert "a tiny mT5 trained on the candidates" in capsys.readouterr().out
 
 
+def test_a_time_budget_leaves_candidates_unscored(options):
+    options = {**options, "time_budget": 1e-3, "top_k": 120}
+    with pytest.warns(UserWarning, match="time_budget=0.001 s was over"):
+        trace_run(TraceOptions(**options, baselines=False), AscentConfig())
+    found = Attribution.load_from_disk(Path(options["output"]) / "attribution")
+    assert (np.isnan(found.scores).sum(axis=1) == 120 - 64).all()
+
+
 def test_tuning_shows_its_trials(options, capsys):
     trace_run(TraceOptions(**{**options, "tune": True}, baselines=False), AscentConfig())
     assert "self-retrieval MRR" in capsys.readouterr().out

@@ -1,10 +1,12 @@
 """Attributors made of attributors: their rankings fused, or a cheap one choosing what a dear one scores."""
 
+import time
 from collections.abc import Sequence
 
 import numpy as np
 from datasets import Dataset
 
+from hf_forward_inf.anytime import slices
 from hf_forward_inf.attribution import Attribution, Attributor
 
 
@@ -58,20 +60,40 @@ class Cascade:
         self.cheap, self.dear, self.keep = cheap, dear, keep
         self.name = f"{cheap.name}>{dear.name}"
 
-    def trace(self, queries: Dataset, candidates: Dataset, top_k: int | None = None) -> Attribution:
+    def trace(
+        self, queries: Dataset, candidates: Dataset, top_k: int | None = None, time_budget: float | None = None
+    ) -> Attribution:
         """Rank in two stages, `[queries, candidates]`; scores are 1 / rank, and have no unit.
 
         Candidates that the dear attributor did not see keep the cheap one's order, after those that it saw.
+
+        Args:
+            queries (`datasets.Dataset`): Queries.
+            candidates (`datasets.Dataset`): Candidates.
+            top_k (`int`, *optional*): Keep only the best candidates of each query.
+            time_budget (`float`, *optional*): Seconds that the second stage may take, an equal share for each query:
+                it goes through the candidates best first, however many `keep` says, until its time is up.
         """
         scores = np.empty((len(queries), len(candidates)), dtype=np.float32)
         first = self.cheap.trace(queries, candidates)
+        start = time.perf_counter()
         for i in range(len(queries)):
             order = first.ranking(i)
-            kept = np.sort(order[: self.keep])  # in the rows' order, so that ties are broken as everywhere
-            second = self.dear.trace(queries.select([i]), candidates.select(kept)).ranking(0)
-            final = np.concatenate([kept[second], order[self.keep :]])
+            if time_budget is None:
+                parts = iter(
+                    [np.sort(order[: self.keep])]
+                )  # in the rows' order, so that ties are broken as everywhere
+            else:
+                left = max(time_budget - (time.perf_counter() - start), 1e-9)
+                parts = slices(order, left / (len(queries) - i))
+            seen = np.full(len(candidates), np.nan, dtype=np.float32)
+            for rows in parts:
+                seen[rows] = self.dear.trace(queries.select([i]), candidates.select(rows)).dense()[0]
+            found = np.flatnonzero(~np.isnan(seen))
+            best = found[np.argsort(-seen[found], kind="stable")]
+            final = np.concatenate([best, order[np.isnan(seen[order])]])
             scores[i, final] = 1 / np.arange(1, len(final) + 1)
-        config = {"cheap": self.cheap.name, "dear": self.dear.name, "keep": self.keep}
+        config = {"cheap": self.cheap.name, "dear": self.dear.name, "keep": self.keep, "time_budget": time_budget}
         return Attribution(scores, queries, candidates, method=self.name, config=config).keep(top_k)
 
 
