@@ -5,14 +5,16 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from datasets import Dataset, disable_caching, enable_caching, is_caching_enabled
 
-from hf_forward_inf.ascent import Perturbation, evaluating, perturbed_names
+from hf_forward_inf.ascent import Mirrored, Perturbation, evaluating, perturbed_names
 from hf_forward_inf.candidate_pass import encode
+from hf_forward_inf.directions import direction_for
 from hf_forward_inf.loss_pass import LossPass
 from hf_forward_inf.processes import progress_bars
 
@@ -35,8 +37,9 @@ def measure(tracer: "ForwardInf", queries: Dataset, candidates: Dataset) -> dict
 
     Returns:
         `dict[str, float]`: `forward_passes_per_query`, time of a query's ascent and loss pass / time of one plain
-        forward pass over the same candidates; where the system tells peak memory (Linux, CUDA)
-        `peak_memory_ratio`, peak of the loss pass / peak of the plain pass, each with all that the process holds.
+        forward pass over the same candidates; `forward_passes_to_fit`, the same of what a corrected direction fits
+        once for all queries; where the system tells peak memory (Linux, CUDA) `peak_memory_ratio`, peak of the loss
+        pass / peak of the plain pass, each with all that the process holds.
     """
     adapter = tracer.adapter
     names = perturbed_names(adapter, tracer.ascent.modules)
@@ -44,13 +47,19 @@ def measure(tracer: "ForwardInf", queries: Dataset, candidates: Dataset) -> dict
         loss = LossPass(adapter, candidates, cache_dir=tracer.cache_dir, max_batch_length=tracer.max_batch_length)
         few = min(QUERIES, len(queries), loss.queries_a_pass(names))
         rows = encode(adapter, queries.select(range(few)), "queries", tracer.cache_dir)[:]
+        start = time.perf_counter()
+        direction = direction_for(tracer.ascent, adapter, candidates, names, tracer.cache_dir)
+        fit = time.perf_counter() - start
         plain, perturbed = [], []
         for _ in range(REPEATS):
             plain.append(_run(loss.base))
             # A new perturbation each time: it keeps the models that it computes.
-            perturbed.append(_run(lambda: loss(Perturbation(adapter, rows, names, tracer.ascent), "measuring")))
+            again = Perturbation(adapter, rows, names, tracer.ascent, direction)
+            perturbed.append(_run(partial(_passes, loss, again, tracer.ascent.mode)))
     seconds = [statistics.median(run[0] for run in runs) for runs in (plain, perturbed)]
     figures = {"forward_passes_per_query": seconds[1] / few / seconds[0]}
+    if direction is not None:
+        figures["forward_passes_to_fit"] = fit / seconds[0]
     peaks = [statistics.median(run[1] for run in runs) for runs in (plain, perturbed)]
     if all(peaks):
         figures["peak_memory_ratio"] = peaks[1] / peaks[0]
@@ -64,6 +73,12 @@ def seconds_of_a_plain_pass(tracer: "ForwardInf", candidates: Dataset) -> float:
             tracer.adapter, candidates, cache_dir=tracer.cache_dir, max_batch_length=tracer.max_batch_length
         )
         return statistics.median(_run(loss.base)[0] for _ in range(REPEATS))
+
+
+def _passes(loss: LossPass, perturbation: Perturbation, mode: str) -> None:
+    loss(perturbation, "measuring")
+    if mode == "symmetric":
+        loss(Mirrored(perturbation), "measuring")
 
 
 @contextmanager

@@ -11,10 +11,11 @@ from datasets import Dataset
 from torch import nn
 
 from hf_forward_inf.adapters import Adapter, adapter_for
-from hf_forward_inf.ascent import AscentConfig, Perturbation, evaluating, perturbed_names
+from hf_forward_inf.ascent import AscentConfig, Mirrored, Perturbation, evaluating, perturbed_names
 from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.candidate_pass import MAX_BATCH_LENGTH, encode
 from hf_forward_inf.checks import listed
+from hf_forward_inf.directions import direction_for
 from hf_forward_inf.hubs import correct_hubs
 from hf_forward_inf.loss_pass import LossPass
 from hf_forward_inf.tuning import Tuning, tune
@@ -133,14 +134,17 @@ class ForwardInf:
         scores = np.empty((len(queries), len(candidates)), dtype=np.float32)
         with evaluating(self.adapter.model), np.errstate(invalid="ignore"):
             loss = LossPass(self.adapter, candidates, cache_dir=self.cache_dir, max_batch_length=self.max_batch_length)
+            direction = direction_for(self.ascent, self.adapter, candidates, names, self.cache_dir)
             base = loss.base()  # L(theta, D_i)
             block = loss.queries_a_pass(names)
             for start in range(0, len(queries), block):
                 rows = slice(start, min(start + block, len(queries)))
                 # K steps of gradient ascent on the loss of each D_tst: theta -> theta_K.
-                theta_k = Perturbation(self.adapter, d_tst[rows], names, self.ascent)
+                theta_k = Perturbation(self.adapter, d_tst[rows], names, self.ascent, direction)
                 title = f"queries {start + 1}-{rows.stop} of {len(queries)}"
                 scores[rows] = loss(theta_k, title) - base  # L(theta_K, D_i) - L(theta, D_i)
+                if self.ascent.mode == "symmetric":  # as far to the other side, so that what is even in it cancels
+                    scores[rows] = (scores[rows] - (loss(Mirrored(theta_k), title) - base)) / 2
         if self.ascent.mode == "descent":
             scores = -scores  # unlearning raises a proponent's loss, learning lowers it
         if self.reduction == "mean":
