@@ -5,14 +5,11 @@ a step along it mirrors training better than one along the gradient. It touches 
 forwarded as ever.
 """
 
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 from datasets import Dataset, is_caching_enabled
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hf_forward_inf.adapters.base import Adapter
@@ -20,7 +17,8 @@ from hf_forward_inf.ascent import AscentConfig, Correction, Direction
 from hf_forward_inf.candidate_pass import default_cache_dir
 from hf_forward_inf.curvature import GaussNewton, conjugate_gradients
 from hf_forward_inf.fingerprints import fingerprint, fingerprint_of_model
-from hf_forward_inf.kronecker import Kronecker, KroneckerFit, Tensors
+from hf_forward_inf.kept import Tensors, kept
+from hf_forward_inf.kronecker import Kronecker, KroneckerFit
 from hf_forward_inf.processes import process_state
 from hf_forward_inf.sample import Sample
 from hf_forward_inf.second_moments import estimated_second_moments, optimizer_file, read_second_moments
@@ -49,12 +47,12 @@ def direction_for(
         return SecondMoments(config, adapter, names, None)
     assert config.sample is not None
     sample = Sample(adapter, candidates, config.sample, config.seed, cache_dir)
-    kept = Kept(cache_dir, adapter, sample, names, config.seed)
+    fitted = Fitted(cache_dir, adapter, sample, names, config.seed)
     if config.direction == "cg":
         return ConjugateGradients(config, sample, names)
     if config.direction == "adam":
-        return SecondMoments(config, adapter, names, kept)
-    return KroneckerFactors(config, kept)
+        return SecondMoments(config, adapter, names, fitted)
+    return KroneckerFactors(config, fitted)
 
 
 class ConjugateGradients:
@@ -85,14 +83,14 @@ class ConjugateGradients:
 class KroneckerFactors:
     """K-FAC or EK-FAC: factors fitted once, for all queries of all runs ([`kronecker.KroneckerFit`])."""
 
-    def __init__(self, config: AscentConfig, kept: "Kept"):
-        self.config, self.names = config, kept.names
-        fit = KroneckerFit(kept.sample, kept.names, config.seed)
+    def __init__(self, config: AscentConfig, cache: "Fitted"):
+        self.config, self.names = config, cache.names
+        fit = KroneckerFit(cache.sample, cache.names, config.seed)
         self.layers = fit.layers
-        self.fitted = kept.get("kfac", fit.factors)
+        self.fitted = cache.get("kfac", fit.factors)
         if config.direction == "ekfac":
-            self.fitted = self.fitted | kept.get("ekfac", lambda: fit.corrected(self.fitted))
-        self.fingerprint = kept.fingerprint
+            self.fitted = self.fitted | cache.get("ekfac", lambda: fit.corrected(self.fitted))
+        self.fingerprint = cache.fingerprint
 
     def ready(self) -> Correction:
         """Give the inverse."""
@@ -106,12 +104,12 @@ class SecondMoments:
     Parameters whose second moment nobody knows keep to the mean.
     """
 
-    def __init__(self, config: AscentConfig, adapter: Adapter, names: list[str], kept: "Kept | None"):
-        if kept is None:
+    def __init__(self, config: AscentConfig, adapter: Adapter, names: list[str], cache: "Fitted | None"):
+        if cache is None:
             assert config.second_moments is not None
             moments = read_second_moments(optimizer_file(config.second_moments), adapter.model)
         else:
-            moments = kept.get("moments", lambda: estimated_second_moments(kept.sample, names))
+            moments = cache.get("moments", lambda: estimated_second_moments(cache.sample, names))
         device = next(adapter.model.parameters()).device
         known = {name: moments[name].to(device) for name in names if name in moments}
         mean = sum(m.sum().item() for m in known.values()) / max(1, sum(m.numel() for m in known.values()))
@@ -130,7 +128,7 @@ class SecondMoments:
         return [g.float() * (s.view_as(g) if isinstance(s, Tensor) else s) for g, s in pairs]
 
 
-class Kept:
+class Fitted:
     """Keeps what was fitted on a sample as safetensors, under a fingerprint of all that it depends on.
 
     The main process fits, the others wait and read.
@@ -149,18 +147,4 @@ class Kept:
         key = fingerprint(fingerprint_of_model(self.adapter.model), self.adapter.settings, self.fingerprint)
         file = self.folder / f"{key}-{kind}.safetensors"
         with process_state().main_process_first():
-            if not file.exists():
-                _write(file, fit())
-        return {name: tensor.to(device) for name, tensor in load_file(file).items()}
-
-
-def _write(file: Path, tensors: Tensors) -> None:
-    """Write beside it first, then put in place: no moment leaves half a file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(dir=file.parent, prefix=".writing-")
-    os.close(handle)
-    try:
-        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, part)
-        os.replace(part, file)
-    finally:
-        Path(part).unlink(missing_ok=True)
+            return {name: tensor.to(device) for name, tensor in kept(file, fit).items()}

@@ -15,13 +15,11 @@ from transformers.pytorch_utils import Conv1D
 from hf_forward_inf.adapters.base import Adapter, Batch
 from hf_forward_inf.ascent import call
 from hf_forward_inf.example_gradients import AFFINE, CHUNK_BYTES, Use, is_known, recorded
+from hf_forward_inf.kept import Tensors
 from hf_forward_inf.sample import Sample
 
 LARGEST_SIDE = 8192
 """Inputs or outputs of a layer beyond which it gets a diagonal: eigenvectors take cubic time."""
-
-Tensors = dict[str, Tensor]
-"""Tensors by name, as safetensors keeps them."""
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ def test_a_killed_fit_leaves_no_half_file(monkeypatch, cache):
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hf_forward_inf.directions.save_file", killed)
+    monkeypatch.setattr("hf_forward_inf.kept.save_file", killed)
     with pytest.raises(KeyboardInterrupt):
         perturbation(digits.perceptron(), direction="kfac")
     assert not list((cache / "curvature").iterdir())
