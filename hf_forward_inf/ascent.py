@@ -1,13 +1,13 @@
 """Step 2 of the algorithm: move the model up (or down) the loss of one query, on a copy of its parameters."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import cached_property, partial
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,13 @@ from hf_forward_inf.fingerprints import fingerprint
 Parameters: TypeAlias = dict[str, Tensor]
 """Perturbed parameters by name: theta_K, without what it shares with theta."""
 
+Correction: TypeAlias = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+"""Makes the direction of a step of a gradient, both one tensor a perturbed parameter."""
+
+DAMPING = {"adam": 1e-3, "kfac": 0.1, "ekfac": 0.1, "cg": 0.1}
+"""The directions that correct the gradient by curvature, and their damping if the user gives none."""
+SAMPLE = {"adam": 1024, "kfac": 1024, "ekfac": 1024, "cg": 128}
+"""Training examples whose curvature counts if the user doesn't say: `cg` pays for each at every query."""
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
 
 
@@ -36,10 +43,24 @@ class AscentConfig:
         learning_rate (`float`, *optional*): The paper's alpha, instead of a radius.
         optimizer (`str`, defaults to `"sgd"`): `"sgd"` or `"adam"`, with `learning_rate` only.
         steps (`int`, defaults to 1): The paper's K.
-        mode (`str`, defaults to `"ascent"`): `"ascent"` or `"descent"`. Either way a higher score means a
-            stronger proponent.
+        mode (`str`, defaults to `"ascent"`): `"ascent"`, `"descent"`, or `"symmetric"`: half the difference of the
+            losses after a step up and after the same step down, two passes. Always a higher score means a stronger
+            proponent.
         modules (`list[str]`, *optional*): Names of modules or parameters to perturb, `*` allowed
             (`decoder.block.*.layer.1`); `["all"]` for everything. Defaults to what the adapter prefers.
+        direction (`str`, defaults to `"gradient"`): Where the step goes, before it gets its length: along the
+            query's `"gradient"`, or along C^-1 g, with C the curvature of the loss over a sample of the candidates,
+            which are taken to be the training data ([`directions`]): `"cg"` (conjugate gradients on Gauss-Newton
+            products), `"ekfac"` or `"kfac"` (Kronecker factors, fitted once for all queries), `"adam"` (root second
+            moments). The candidates are only forwarded, whatever the direction.
+        damping (`float`, *optional*): lambda of (C + lambda I)^-1 g, as a multiple of the gradient's Rayleigh quotient
+            g.Cg / g.g, that is, relative to the curvature that the gradient meets; for `"adam"`, of the mean second
+            moment. Defaults to 0.1, for `"adam"` to 1e-3.
+        iterations (`int`, defaults to 10): Products of `"cg"` at most, each 2 to 2.5 forward passes over the sample.
+        tolerance (`float`, defaults to 1e-3): `"cg"` stops when the residual has shrunk to this part of the gradient.
+        sample (`int`, *optional*): Candidates whose curvature counts. Defaults to 128 for `"cg"`, else to 1024.
+        second_moments (`str`, *optional*): For `"adam"`: a Trainer's `optimizer.pt` or its folder. By default second
+            moments are estimated on the sample.
         seed (`int`, defaults to 0): Seeds whatever is drawn at random.
 
     Raises:
@@ -56,11 +77,26 @@ class AscentConfig:
         default="sgd", metadata={"help": "What applies the learning rate: sgd or adam."}
     )
     steps: int = field(default=1, metadata={"help": "Number of steps, the paper's K."})
-    mode: Literal["ascent", "descent"] = field(
-        default="ascent", metadata={"help": "Raise the query's loss, or lower it."}
+    mode: Literal["ascent", "descent", "symmetric"] = field(
+        default="ascent", metadata={"help": "Raise the query's loss, lower it, or compare both (two passes)."}
     )
     modules: list[str] | None = field(
         default=None, metadata={"help": "Modules to perturb, * allowed; all for every one (default: the adapter's)."}
+    )
+    direction: Literal["gradient", "adam", "kfac", "ekfac", "cg"] = field(
+        default="gradient",
+        metadata={"help": "Direction of the step: the query's gradient, or that corrected by curvature."},
+    )
+    damping: float | None = field(
+        default=None, metadata={"help": "Damping of the correction, relative to the curvature (default: 0.1)."}
+    )
+    iterations: int = field(default=10, metadata={"help": "Products of cg at most."})
+    tolerance: float = field(default=1e-3, metadata={"help": "Relative residual at which cg stops."})
+    sample: int | None = field(
+        default=None, metadata={"help": "Candidates whose curvature counts (default: 128 for cg, else 1024)."}
+    )
+    second_moments: str | None = field(
+        default=None, metadata={"help": "For adam: a Trainer's optimizer.pt or its folder (default: estimated)."}
     )
     seed: int = field(default=0, metadata={"help": "Seeds whatever is drawn at random."})
 
@@ -71,15 +107,42 @@ class AscentConfig:
             raise ValueError("Give either a radius or a learning_rate: each of them sets the length of the step.")
         if self.optimizer != "sgd" and self.learning_rate is None:
             raise ValueError(f"optimizer={self.optimizer!r} needs a learning_rate; a radius takes none.")
-        for name, allowed in (("optimizer", ("sgd", "adam")), ("mode", ("ascent", "descent"))):
+        choices = {
+            "optimizer": tuple(OPTIMIZERS),
+            "mode": ("ascent", "descent", "symmetric"),
+            "direction": ("gradient", *DAMPING),
+        }
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {allowed}.")
-        for name in ("radius", "learning_rate", "steps"):
+        self._check_direction()
+        for name in ("radius", "learning_rate", "steps", "damping", "iterations", "tolerance", "sample"):
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise ValueError(f"{name}={value} must be above 0; mode='descent' goes the other way.")
+                hint = "; mode='descent' goes the other way" if name in ("radius", "learning_rate") else ""
+                raise ValueError(f"{name}={value} must be above 0{hint}.")
         if isinstance(self.modules, str):
             object.__setattr__(self, "modules", [self.modules])
+
+    def _check_direction(self) -> None:
+        if self.direction == "gradient":
+            for name in ("damping", "sample"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)} is for a correction, and direction='gradient' has none. "
+                        "Give direction='cg', 'ekfac', 'kfac' or 'adam', or leave it out."
+                    )
+        elif self.learning_rate is not None:
+            raise ValueError(
+                f"direction={self.direction!r} needs a radius: the length of a corrected gradient says nothing, so a "
+                "learning_rate can't be applied to it."
+            )
+        if self.second_moments is not None and self.direction != "adam":
+            raise ValueError(f"second_moments are read by direction='adam', not by {self.direction!r}.")
+        if self.damping is None and self.direction != "gradient":
+            object.__setattr__(self, "damping", DAMPING[self.direction])
+        if self.sample is None and self.direction != "gradient":
+            object.__setattr__(self, "sample", SAMPLE[self.direction])
 
 
 def perturbed_names(adapter: Adapter, modules: list[str] | None) -> list[str]:
@@ -124,6 +187,16 @@ def _nothing_matches(model: nn.Module, pattern: str, names: Iterable[str]) -> st
     return f"No parameter is named by modules={pattern!r}.{hint} The model's top-level modules: {', '.join(tops)}."
 
 
+class Direction(Protocol):
+    """What corrects gradients by curvature: known by a fingerprint at once, ready when first used."""
+
+    fingerprint: str
+
+    def ready(self) -> Correction:
+        """Give what turns gradients into directions; whatever it holds is let go of with it."""
+        ...
+
+
 class Perturbation:
     """The models theta_K of a block of queries: known by a fingerprint at once, computed when first used.
 
@@ -132,11 +205,25 @@ class Perturbation:
         queries (`dict[str, list]`): Encoded queries (`Adapter.encode`), one a row.
         names (`list[str]`): Parameters to perturb ([`perturbed_names`]).
         config (`AscentConfig`): Steps and their length.
+        direction (`Direction`, *optional*): Corrects the gradients ([`directions.direction_for`]).
     """
 
-    def __init__(self, adapter: Adapter, queries: Rows, names: list[str], config: AscentConfig):
-        self.adapter, self.queries, self.names, self.config = adapter, queries, names, config
-        self.fingerprint = fingerprint(queries, names, asdict(config))
+    def __init__(
+        self,
+        adapter: Adapter,
+        queries: Rows,
+        names: list[str],
+        config: AscentConfig,
+        direction: Direction | None = None,
+    ):
+        self.adapter, self.queries, self.names, self.config, self.direction = (
+            adapter,
+            queries,
+            names,
+            config,
+            direction,
+        )
+        self.fingerprint = fingerprint(queries, names, asdict(config), direction and direction.fingerprint)
 
     def __len__(self) -> int:
         return len(self.queries["terms"])
@@ -145,10 +232,30 @@ class Perturbation:
     def thetas(self) -> list[Parameters | None]:
         """theta_K of each query, `None` for one that cannot move the model."""
         rows = [{key: [values[i]] for key, values in self.queries.items()} for i in range(len(self))]
-        return [ascend(self.adapter, row, self.names, self.config) for row in rows]
+        correct = None if self.direction is None else self.direction.ready()
+        return [ascend(self.adapter, row, self.names, self.config, correct) for row in rows]
 
 
-def ascend(adapter: Adapter, query: Rows, names: list[str], config: AscentConfig) -> Parameters | None:
+class Mirrored(Perturbation):
+    """The same steps to the other side: 2 theta - theta_K."""
+
+    def __init__(self, other: Perturbation):
+        self.other, self.queries = other, other.queries
+        self.fingerprint = fingerprint(other.fingerprint, "mirrored")
+
+    @cached_property
+    def thetas(self) -> list[Parameters | None]:
+        """The mirror image of each query's theta_K."""
+        own = dict(self.other.adapter.model.named_parameters())
+        return [
+            theta and {name: 2 * own[name].detach() - value for name, value in theta.items()}
+            for theta in self.other.thetas
+        ]
+
+
+def ascend(
+    adapter: Adapter, query: Rows, names: list[str], config: AscentConfig, correct: Correction | None = None
+) -> Parameters | None:
     """Take K steps up (or down) the loss of one query (Algorithm 1).
 
     The model itself is never written to: the steps are taken on copies of the named parameters, which
@@ -159,6 +266,7 @@ def ascend(adapter: Adapter, query: Rows, names: list[str], config: AscentConfig
         query (`dict[str, list]`): The encoded query.
         names (`list[str]`): Parameters to perturb.
         config (`AscentConfig`): Steps and their length.
+        correct (`Callable`, *optional*): Makes the direction of a step of the gradient; the gradient by default.
 
     Returns:
         `dict[str, Tensor]`: theta_K of the named parameters, or `None` where a gradient is zero or not
@@ -168,7 +276,7 @@ def ascend(adapter: Adapter, query: Rows, names: list[str], config: AscentConfig
     own = dict(model.named_parameters())
     theta = {name: own[name].detach().clone().requires_grad_() for name in names}
     optimizer = OPTIMIZERS[config.optimizer](
-        theta.values(), lr=config.learning_rate or 0.0, maximize=config.mode == "ascent"
+        theta.values(), lr=config.learning_rate or 0.0, maximize=config.mode != "descent"
     )
     batch = to_device(adapter.collate(query), model)
     if not adapter.prefix_parameters() & set(names):
@@ -178,17 +286,26 @@ def ascend(adapter: Adapter, query: Rows, names: list[str], config: AscentConfig
         torch.manual_seed(config.seed)
         for _ in range(config.steps):
             loss = adapter.loss(partial(call, model, theta), batch).sum() / sum(query["terms"])
-            gradient = torch.autograd.grad(loss, list(theta.values()), allow_unused=True, materialize_grads=True)
-            # In float32, tensor by tensor: a half-precision sum of squares overflows.
-            norm = torch.stack([g.float().norm() for g in gradient]).norm().item()
-            if norm == 0 or not math.isfinite(norm):
+            step: Sequence[Tensor] = torch.autograd.grad(
+                loss, list(theta.values()), allow_unused=True, materialize_grads=True
+            )
+            length = norm(step)
+            if correct is not None and 0 < length < math.inf:
+                step = correct(step)
+                length = norm(step)
+            if not 0 < length < math.inf:
                 return None
             if config.radius is not None:
-                optimizer.param_groups[0]["lr"] = config.radius / config.steps / norm
-            for value, g in zip(theta.values(), gradient, strict=True):
-                value.grad = g
+                optimizer.param_groups[0]["lr"] = config.radius / config.steps / length
+            for value, s in zip(theta.values(), step, strict=True):
+                value.grad = s.to(value.dtype)
             optimizer.step()
     return {name: value.detach() for name, value in theta.items()}
+
+
+def norm(vector: Sequence[Tensor]) -> float:
+    """Give a vector's Euclidean norm, in float32 tensor by tensor: a half-precision sum of squares overflows."""
+    return torch.stack([part.float().norm() for part in vector]).norm().item()
 
 
 def call(model: nn.Module, theta: Parameters, **inputs: Any) -> Any:

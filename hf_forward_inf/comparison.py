@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from datasets import Dataset
 
 from hf_forward_inf import cost
 from hf_forward_inf.ascent import AscentConfig
@@ -50,7 +51,7 @@ def run_baselines(task: Task, tracer: ForwardInf) -> dict[str, Attribution]:
     return {"fixed_learning_rate": best.trace(task.queries, task.candidates), **found}
 
 
-def attributors(tracer: ForwardInf) -> dict[str, Attributor]:
+def attributors(tracer: ForwardInf, training: Dataset) -> dict[str, Attributor]:
     """Every attributor for the tracer's model, itself first."""
     parts: dict[str, Any] = {"adapter": tracer.adapter, "cache_dir": tracer.cache_dir}
     return {
@@ -63,7 +64,7 @@ def attributors(tracer: ForwardInf) -> dict[str, Attributor]:
         "bm25": BM25(),
         "bm25+forward_inf": Fusion([BM25(), tracer]),
         # References would have to tell the hubs anew among each query's few candidates: they stay out.
-        "bm25>forward_inf": Cascade(BM25(), tracer.with_options(references=None)),
+        "bm25>forward_inf": Cascade(BM25(), tracer.with_options(references=None, training=training)),
     }
 
 
@@ -90,7 +91,7 @@ def run_comparison(task: Task, tracer: ForwardInf) -> Comparison:
     paces: dict[str, dict[str, cost.Pace]] = {"alone": {}, "together": {}}
     found, costs = {}, {}
     plain, plain_peak = cost.plain_pass(tracer, task.candidates)
-    everyone = attributors(tracer)
+    everyone = attributors(tracer, task.candidates)
     for name, attributor in everyone.items():
         say(f"{name} ...")
         _, paces["alone"][name], _ = cost.pace(attributor.trace, task.queries.select([0]), task.candidates)

@@ -5,15 +5,17 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from datasets import Dataset
 
-from hf_forward_inf.ascent import Perturbation, evaluating, perturbed_names
+from hf_forward_inf.ascent import Mirrored, Perturbation, evaluating, perturbed_names
 from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.candidate_pass import encode
+from hf_forward_inf.directions import direction_for
 from hf_forward_inf.fingerprints import uncached
 from hf_forward_inf.loss_pass import LossPass
 from hf_forward_inf.processes import progress_bars
@@ -37,8 +39,9 @@ def measure(tracer: "ForwardInf", queries: Dataset, candidates: Dataset) -> dict
 
     Returns:
         `dict[str, float]`: `forward_passes_per_query`, time of a query's ascent and loss pass / time of one plain
-        forward pass over the same candidates; where the system tells peak memory (Linux, CUDA)
-        `peak_memory_ratio`, peak of the loss pass / peak of the plain pass, each with all that the process holds.
+        forward pass over the same candidates; `forward_passes_to_fit`, the same of what a corrected direction fits
+        once for all queries; where the system tells peak memory (Linux, CUDA) `peak_memory_ratio`, peak of the loss
+        pass / peak of the plain pass, each with all that the process holds.
     """
     adapter = tracer.adapter
     names = perturbed_names(adapter, tracer.ascent.modules)
@@ -46,13 +49,19 @@ def measure(tracer: "ForwardInf", queries: Dataset, candidates: Dataset) -> dict
         loss = LossPass(adapter, candidates, cache_dir=tracer.cache_dir, max_batch_length=tracer.max_batch_length)
         few = min(QUERIES, len(queries), loss.queries_a_pass(names))
         rows = encode(adapter, queries.select(range(few)), "queries", tracer.cache_dir)[:]
+        start = time.perf_counter()
+        direction = direction_for(tracer.ascent, adapter, candidates, names, tracer.cache_dir)
+        fit = time.perf_counter() - start
         plain, perturbed = [], []
         for _ in range(REPEATS):
             plain.append(timed(loss.base))
             # A new perturbation each time: it keeps the models that it computes.
-            perturbed.append(timed(lambda: loss(Perturbation(adapter, rows, names, tracer.ascent), "measuring")))
+            again = Perturbation(adapter, rows, names, tracer.ascent, direction)
+            perturbed.append(timed(partial(_passes, loss, again, tracer.ascent.mode)))
     seconds = [statistics.median(run[0] for run in runs) for runs in (plain, perturbed)]
     figures = {"forward_passes_per_query": seconds[1] / few / seconds[0]}
+    if direction is not None:
+        figures["forward_passes_to_fit"] = fit / seconds[0]
     peaks = [statistics.median(run[1] for run in runs) for runs in (plain, perturbed)]
     if all(peaks):
         figures["peak_memory_ratio"] = peaks[1] / peaks[0]
@@ -67,6 +76,12 @@ def plain_pass(tracer: "ForwardInf", candidates: Dataset) -> tuple[float, float]
         )
         runs = [timed(loss.base) for _ in range(REPEATS)]
     return statistics.median(run[0] for run in runs), max(run[1] for run in runs)
+
+
+def _passes(loss: LossPass, perturbation: Perturbation, mode: str) -> None:
+    loss(perturbation, "measuring")
+    if mode == "symmetric":
+        loss(Mirrored(perturbation), "measuring")
 
 
 @dataclass(frozen=True)

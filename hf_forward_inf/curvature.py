@@ -1,7 +1,7 @@
 """Curvature of the training loss: products with it, and systems solved by nothing but products."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TypeAlias
 
@@ -27,11 +27,11 @@ class GaussNewton:
 
     Args:
         adapter (`Adapter`): Splits the loss (`Adapter.predictions`).
-        batches (`list`): Batches of the sample, on the model's device.
+        batches (`Iterable`): Batches of the sample, on the model's device.
         names (`list[str]`): Parameters; the products are restricted to them.
     """
 
-    def __init__(self, adapter: Adapter, batches: Sequence[Batch], names: list[str]):
+    def __init__(self, adapter: Adapter, batches: Iterable[Batch], names: list[str]):
         own = dict(adapter.model.named_parameters())
         self.theta = {name: own[name].detach().requires_grad_() for name in names}
         self.rows = 0
@@ -48,8 +48,9 @@ class GaussNewton:
             self.parts.append((outputs, leaf, slope, weights, back))
 
     def __call__(self, vector: Vector) -> Vector:
-        """Multiply a vector."""
-        total = [torch.zeros_like(p) for p in self.theta.values()]
+        """Multiply a vector; sums are float32, whatever the model's precision."""
+        total = [torch.zeros_like(p, dtype=torch.float32) for p in self.theta.values()]
+        vector = [v.to(p.dtype) for v, p in zip(vector, self.theta.values(), strict=True)]
         for outputs, leaf, slope, weights, back in self.parts:
             with sdpa_kernel(SDPBackend.MATH):
                 forward = torch.autograd.grad(back, weights, vector, retain_graph=True)[0]  # J v
@@ -76,13 +77,13 @@ def _gradients(outputs: Tensor, theta: dict[str, Tensor], weights: Tensor, **opt
     return list(torch.autograd.grad(outputs, parameters, weights, materialize_grads=True, **options))
 
 
-def dot(a: Vector, b: Vector) -> float:
+def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
     """Multiply two vectors, summed in float64."""
     return sum(torch.sum(x.double() * y.double()).item() for x, y in zip(a, b, strict=True))
 
 
 def conjugate_gradients(
-    product: Product, right: Vector, *, iterations: int = 10, damping: float = 0.1, tolerance: float = 1e-5
+    product: Product, right: Sequence[Tensor], *, iterations: int = 10, damping: float = 0.1, tolerance: float = 1e-5
 ) -> Vector:
     """Solve (G + lambda I) x = b by conjugate gradients.
 
@@ -98,6 +99,7 @@ def conjugate_gradients(
     Raises:
         FloatingPointError: If a product is not finite.
     """
+    right = [b.float() for b in right]
     squared = dot(right, right)
     if squared == 0:
         return [torch.zeros_like(b) for b in right]

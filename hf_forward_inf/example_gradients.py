@@ -6,21 +6,27 @@ parameter's gradients are used and dropped.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from hf_forward_inf.adapters.base import Adapter, Batch, Rows
+from hf_forward_inf.adapters.base import Adapter, Batch, Forward, Rows
 from hf_forward_inf.ascent import call, to_device
 
+AFFINE = (nn.Linear, Conv1D, nn.Conv2d)
+"""Layers that multiply what they are given, at every position, by one matrix."""
 CHUNK_BYTES = 128 * 2**20
 """Gradients of one parameter held at once; a batch is cut into fewer examples where it would take more."""
+Objective: TypeAlias = Callable[[Forward], Tensor]
+"""Given the model's forward, a number that depends on each example by itself."""
 
 
 @dataclass
@@ -38,12 +44,11 @@ class Use:
         given, delta = self.input[rows], self.gradient[rows].float()
         if isinstance(self.module, nn.Embedding):
             return _scattered(given, delta * getattr(self.module, "embed_scale", 1.0), self.module)
-        if isinstance(self.module, (nn.Linear, Conv1D)):
-            delta = delta.flatten(1, -2) if delta.dim() > 2 else delta[:, None]
+        if isinstance(self.module, AFFINE):
+            given, delta = self.factors(rows)
             if name == "bias":
                 return delta.sum(1)
-            given = given.float().reshape(len(delta), delta.shape[1], -1)
-            pair = (delta, given) if isinstance(self.module, nn.Linear) else (given, delta)
+            pair = (given, delta) if isinstance(self.module, Conv1D) else (delta, given)
             return pair[0].transpose(1, 2) @ pair[1]
         if name == "weight":  # an affine normalisation: what its weight scales is its output under a weight of one
             plain = {
@@ -51,6 +56,31 @@ class Use:
             }
             delta = delta * functional_call(self.module, plain, (given,)).float()
         return delta.flatten(1, -2).sum(1) if delta.dim() > 2 else delta
+
+    def factors(self, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """Give what an affine layer multiplied at each position, and the slope there of what came out.
+
+        A position is a token, or a place of a convolution's window, which multiplies the patch under it.
+
+        Returns:
+            `tuple`: float32 `[rows, positions, inputs]` and `[rows, positions, outputs]`.
+        """
+        assert self.gradient is not None
+        given, delta = self.input[rows].float(), self.gradient[rows].float()
+        if isinstance(self.module, nn.Conv2d):
+            delta = delta.flatten(2).transpose(1, 2)
+            return _patches(given, self.module).transpose(1, 2), delta
+        delta = delta.flatten(1, -2) if delta.dim() > 2 else delta[:, None]
+        return given.reshape(len(delta), delta.shape[1], -1), delta
+
+
+def _patches(images: Tensor, layer: nn.Conv2d) -> Tensor:
+    """Cut images into the patches that a convolution multiplies, `[rows, channels x height x width, places]`."""
+    if isinstance(layer.padding, str):
+        # "same" pads the odd pixel behind; `_reversed_padding_repeated_twice` is what the layer itself pads by.
+        images = F.pad(images, layer._reversed_padding_repeated_twice)
+        return F.unfold(images, layer.kernel_size, layer.dilation, 0, layer.stride)
+    return F.unfold(images, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
 
 
 def _own(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -69,9 +99,9 @@ def _scattered(ids: Tensor, delta: Tensor, embedding: nn.Embedding) -> Tensor:
 class ExampleGradients:
     """Gives, for each example of a batch, the gradient of its loss by some parameters of the model.
 
-    Linear layers, embeddings and affine normalisations of the last axis are known, tied weights included. What a whole
-    batch shares (T5's relative position biases) can't be told apart by example: `left_out` names it, and parameters of
-    other kinds of layers. Losses are summed over an example's terms.
+    Linear layers, convolutions of images (without groups), embeddings and affine normalisations of the last axis are
+    known, tied weights included. What a whole batch shares (T5's relative position biases) can't be told apart by
+    example: `left_out` names it, and parameters of other kinds of layers. Losses are summed over an example's terms.
 
     Args:
         adapter (`Adapter`): Gives the losses, and knows the model.
@@ -89,7 +119,7 @@ class ExampleGradients:
         self.layers: dict[nn.Module, dict[str, str]] = {}
         for module in self.model.modules():
             own = {local: named[id(p)] for local, p in _own(module) if id(p) in named and named[id(p)] in names}
-            if own and _known(module):
+            if own and is_known(module):
                 self.layers[module] = own
         self._drop_what_a_batch_shares(example)
         # A tied weight counts only if every layer that it serves is known.
@@ -110,8 +140,7 @@ class ExampleGradients:
         lengths: dict[nn.Module, list[int]] = defaultdict(list)
         for copies in (2, 3):
             batch = self.adapter.collate({key: values[:1] * copies for key, values in example.items()})
-            uses: list[Use] = []
-            with self._recorded(uses), torch.no_grad():
+            with recorded(self.layers) as uses, torch.no_grad():
                 self.adapter.loss(partial(call, self.model, {}), to_device(batch, self.model))
             for use in uses:
                 lengths[use.module].append(len(use.input) - copies)
@@ -119,30 +148,34 @@ class ExampleGradients:
             if any(rest):
                 del self.layers[module]
 
-    def _recorded(self, uses: list[Use]) -> Any:
-        """Record calls of the layers for the length of a `with`."""
+    def uses(self, batch: Batch, objective: Objective | None = None) -> list[Use]:
+        """Run a batch forwards and backwards: every use of a layer that the objective depends on, in order.
 
-        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            given = args[0] if args else next(iter(kwargs.values()))
-            uses.append(Use(module, given.detach(), output))
-
-        return _Hooks([module.register_forward_hook(record, with_kwargs=True) for module in self.layers])
-
-    def of(self, batch: Batch) -> Iterator[tuple[str, slice, Tensor]]:
-        """Give `(parameter, rows, gradients)`, gradients float32 `[rows, numel]`, until each example has had all."""
-        uses: list[Use] = []
+        Args:
+            batch (`dict`): On the model's device.
+            objective (`Callable`, *optional*): Given the model's forward, what is differentiated. Defaults to the sum
+                of the examples' losses.
+        """
         # Parameters as leaves that ask for gradients, whatever the user has frozen; they share the model's memory.
         theta = {name: p.detach().requires_grad_() for name, p in self.model.named_parameters() if name in self.names}
-        with self._recorded(uses), torch.enable_grad():
-            loss = self.adapter.loss(partial(call, self.model, theta), batch).sum()
+        with recorded(self.layers) as uses, torch.enable_grad():
+            forward = partial(call, self.model, theta)
+            value = self.adapter.loss(forward, batch).sum() if objective is None else objective(forward)
         used = [use for use in uses if use.output.requires_grad]
-        gradients = torch.autograd.grad(loss, [use.output for use in used], allow_unused=True)
-        serving: dict[str, list[tuple[Use, str]]] = defaultdict(list)
+        gradients = torch.autograd.grad(value, [use.output for use in used], allow_unused=True)
         for use, gradient in zip(used, gradients, strict=True):
-            use.gradient = gradient.detach() if gradient is not None else None
-            if gradient is not None:
-                for local, name in self.layers[use.module].items():
-                    serving[name].append((use, local))
+            use.gradient = gradient
+        return [use for use in used if use.gradient is not None]
+
+    def of(self, batch: Batch, objective: Objective | None = None) -> Iterator[tuple[str, slice, Tensor]]:
+        """Give `(parameter, rows, gradients)`, gradients float32 `[rows, numel]`, until each example has had all.
+
+        Arguments are those of [`uses`].
+        """
+        serving: dict[str, list[tuple[Use, str]]] = defaultdict(list)
+        for use in self.uses(batch, objective):
+            for local, name in self.layers[use.module].items():
+                serving[name].append((use, local))
         with torch.no_grad():
             for name in self.names:
                 size = self.model.get_parameter(name).numel()
@@ -155,8 +188,11 @@ class ExampleGradients:
                         yield name, rows, sum(parts[1:], start=parts[0]).flatten(1)
 
 
-def _known(module: nn.Module) -> bool:
-    for kind in (nn.Linear, Conv1D, nn.Embedding):
+def is_known(module: nn.Module) -> bool:
+    """Whether a layer's gradients follow from what went in and the slopes of what came out."""
+    if isinstance(module, nn.Conv2d) and (module.groups > 1 or module.padding_mode != "zeros"):
+        return False
+    for kind in (*AFFINE, nn.Embedding):
         if isinstance(module, kind):
             # A subclass may do something else with its weight; scaling (BART's embeddings) is taken into account.
             return type(module).forward is kind.forward or hasattr(module, "embed_scale")
@@ -165,15 +201,18 @@ def _known(module: nn.Module) -> bool:
     return vectors and ("LayerNorm" in type(module).__name__ or "RMSNorm" in type(module).__name__)
 
 
-class _Hooks:
-    """Hooks that are gone when the `with` is left, whatever happens in it."""
+@contextmanager
+def recorded(layers: Iterable[nn.Module]) -> Iterator[list[Use]]:
+    """Record every use of some layers for the length of a `with`; no hook is left, whatever happens in it."""
+    uses: list[Use] = []
 
-    def __init__(self, handles: list[Any]):
-        self.handles = handles
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        given = args[0] if args else next(iter(kwargs.values()))
+        uses.append(Use(module, given.detach(), output))
 
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: Any) -> None:
-        for handle in self.handles:
+    handles = [module.register_forward_hook(record, with_kwargs=True) for module in layers]
+    try:
+        yield uses
+    finally:
+        for handle in handles:
             handle.remove()

@@ -12,10 +12,11 @@ from torch import nn
 
 from hf_forward_inf.adapters import Adapter, adapter_for
 from hf_forward_inf.anytime import slices
-from hf_forward_inf.ascent import AscentConfig, Perturbation, evaluating, perturbed_names
+from hf_forward_inf.ascent import AscentConfig, Mirrored, Perturbation, evaluating, perturbed_names
 from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.candidate_pass import MAX_BATCH_LENGTH, encode
 from hf_forward_inf.checks import listed
+from hf_forward_inf.directions import direction_for
 from hf_forward_inf.fingerprints import uncached
 from hf_forward_inf.hubs import correct_hubs
 from hf_forward_inf.loss_pass import LossPass
@@ -43,6 +44,8 @@ class ForwardInf:
             target tokens.
         references (`datasets.Dataset`, *optional*): Reference queries; if given, scores are corrected for
             candidates that rise for every query ([`hubs.correct_hubs`]).
+        training (`datasets.Dataset`, *optional*): What the model was trained on, for directions that are corrected by
+            curvature. Defaults to the candidates of each trace.
         cache_dir (`Path`, *optional*): Where losses are cached. Defaults to `hf_forward_inf` in the Hugging
             Face home, or `HF_FORWARD_INF_CACHE`.
         max_batch_length (`int`, defaults to 4096): Padded tokens in one batch of candidates; halved when
@@ -66,6 +69,7 @@ class ForwardInf:
         ascent: AscentConfig | None = None,
         reduction: Literal["sum", "mean"] = "sum",
         references: Dataset | None = None,
+        training: Dataset | None = None,
         cache_dir: str | Path | None = None,
         max_batch_length: int = MAX_BATCH_LENGTH,
     ):
@@ -79,6 +83,7 @@ class ForwardInf:
         self.ascent = ascent or AscentConfig()
         self.reduction = reduction
         self.references = references
+        self.training = training
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self.max_batch_length = max_batch_length
         self.tuning: Tuning | None = None
@@ -146,14 +151,18 @@ class ForwardInf:
         scores = np.empty((len(queries), len(candidates)), dtype=np.float32)
         with evaluating(self.adapter.model), np.errstate(invalid="ignore"):
             loss = LossPass(self.adapter, candidates, cache_dir=self.cache_dir, max_batch_length=self.max_batch_length)
+            training = candidates if self.training is None else self.training
+            direction = direction_for(self.ascent, self.adapter, training, names, self.cache_dir)
             base = loss.base()  # L(theta, D_i)
             block = loss.queries_a_pass(names)
             for start in range(0, len(queries), block):
                 rows = slice(start, min(start + block, len(queries)))
                 # K steps of gradient ascent on the loss of each D_tst: theta -> theta_K.
-                theta_k = Perturbation(self.adapter, d_tst[rows], names, self.ascent)
+                theta_k = Perturbation(self.adapter, d_tst[rows], names, self.ascent, direction)
                 title = f"queries {start + 1}-{rows.stop} of {len(queries)}"
                 scores[rows] = loss(theta_k, title) - base  # L(theta_K, D_i) - L(theta, D_i)
+                if self.ascent.mode == "symmetric":  # as far to the other side, so that what is even in it cancels
+                    scores[rows] = (scores[rows] - (loss(Mirrored(theta_k), title) - base)) / 2
         if self.ascent.mode == "descent":
             scores = -scores  # unlearning raises a proponent's loss, learning lowers it
         if self.reduction == "mean":
@@ -170,9 +179,10 @@ class ForwardInf:
         scores = np.full((len(queries), len(candidates)), np.nan, dtype=np.float32)
         order = np.random.default_rng(self.ascent.seed).permutation(len(candidates))
         inspected = [order[:0]]
+        whole = self.with_options(training=candidates) if self.training is None else self
         with uncached(), progress_bars(False):  # slices differ from run to run
             for rows in slices(order, seconds):
-                scores[:, rows] = self._corrected(queries, candidates.select(rows))
+                scores[:, rows] = whole._corrected(queries, candidates.select(rows))
                 inspected.append(rows)
         return scores, np.sort(np.concatenate(inspected))
 

@@ -1,4 +1,4 @@
-"""Measures of a ranking against known proponents, as FTRACE defines them (Akyürek et al., 2022).
+"""Measures of a ranking against known proponents, as FTRACE defines them (Akyürek et al., 2022), or retraining.
 
 Ties never help: candidates with equal scores stand in no order, and each measure takes its expectation over
 them. Candidates without a score (NaN) share the last place.
@@ -191,3 +191,67 @@ def _is_tied(scores: np.ndarray, proponents: Sequence[int]) -> bool:
         return False
     best = np.nanmax(scores[rows])
     return bool(np.sum(scores == best) > np.sum(scores[rows] == best))
+
+
+def lds(
+    scores: np.ndarray, subsets: np.ndarray, losses: np.ndarray, *, resamples: int = 1000, seed: int = 0
+) -> dict[str, float]:
+    """Linear datamodeling score (Park et al., 2023): do the scores foretell what retraining on a subset does?
+
+    For a query q and subsets S of the candidates, a model was trained anew on each S; `losses` has its loss on q. The
+    scores foretell it as g(S) = sum over i in S of scores[q, i]. A proponent lowers the loss, so that
+
+        lds(q) = Spearman correlation over S of g(S) and -loss(S, q)
+
+    and the score is the mean over queries, 1 at best, 0 for scores that know nothing. Only the ranks of sums count:
+    neither the scores' unit nor a constant added to all scores of a query changes it, subsets being of one size.
+
+    Args:
+        scores (`np.ndarray`): `[queries, candidates]`; NaN counts as 0.
+        subsets (`np.ndarray`): Booleans, `[subsets, candidates]`: who was in.
+        losses (`np.ndarray`): `[subsets, queries]`, best averaged over several seeds of the training.
+        resamples (`int`, defaults to 1000): Bootstrap resamples of the queries, for the interval.
+        seed (`int`, defaults to 0): Seeds them.
+
+    Returns:
+        `dict[str, float]`: `lds`, its standard error over queries `lds_se`, and 95% bootstrap interval `lds_low`,
+        `lds_high`.
+
+    Raises:
+        ValueError: If the shapes don't fit together, or there are fewer than 2 subsets.
+
+    Example:
+        >>> scores = np.array([[3.0, 1.0, 0.0]])  # the first candidate helps the query most
+        >>> subsets = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1]], dtype=bool)
+        >>> lds(scores, subsets, losses=np.array([[0.1], [0.4], [0.9]]))["lds"]
+        1.0
+    """
+    by_query = lds_by_query(scores, subsets, losses)
+    draws = np.random.default_rng(seed).integers(len(by_query), size=(resamples, len(by_query)))
+    low, high = np.percentile(by_query[draws].mean(axis=1), [2.5, 97.5])
+    error = by_query.std(ddof=1) / len(by_query) ** 0.5 if len(by_query) > 1 else 0.0
+    return {"lds": float(by_query.mean()), "lds_se": float(error), "lds_low": float(low), "lds_high": float(high)}
+
+
+def lds_by_query(scores: np.ndarray, subsets: np.ndarray, losses: np.ndarray) -> np.ndarray:
+    """Give each query's [`lds`], `[queries]`."""
+    if losses.shape != (len(subsets), len(scores)) or subsets.shape[1:] != scores.shape[1:] or len(subsets) < 2:
+        raise ValueError(
+            f"scores {scores.shape}, subsets {subsets.shape} and losses {losses.shape} don't fit: [queries, "
+            "candidates], [subsets, candidates] and [subsets, queries] are wanted, with at least 2 subsets."
+        )
+    foretold = np.nan_to_num(scores.astype(np.float64), nan=0.0) @ subsets.T.astype(np.float64)
+    return np.array([spearman(g, -loss) for g, loss in zip(foretold, losses.T, strict=True)])
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Correlation of ranks, equal values sharing their mean rank; 0 where one of them is constant."""
+    a, b = (mean_ranks(values) - (len(values) + 1) / 2 for values in (a, b))
+    spread = np.sqrt((a @ a) * (b @ b))
+    return float(a @ b / spread) if spread > 0 else 0.0
+
+
+def mean_ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 1 for the highest, equal values sharing their mean."""
+    _, group, sizes = np.unique(-values, return_inverse=True, return_counts=True)
+    return (np.cumsum(sizes) - (sizes - 1) / 2)[group]

@@ -31,7 +31,7 @@ class DataAttributionPipeline(Pipeline):
     _pipeline_calls_generate = False
 
     def __init__(self, *args: Any, candidates: Dataset | None = None, **kwargs: Any):
-        names = ("adapter", "ascent", "reduction", "references", "cache_dir", "max_batch_length")
+        names = ("adapter", "ascent", "reduction", "references", "training", "cache_dir", "max_batch_length")
         options = {name: kwargs.pop(name) for name in names if name in kwargs}
         super().__init__(*args, **kwargs)
         self.candidates = candidates

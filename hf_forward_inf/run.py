@@ -59,7 +59,7 @@ def trace_run(options: TraceOptions, ascent: AscentConfig) -> dict[str, Any]:
             found |= comparison.found
             costs, plot = comparison.costs, _plot(comparison)
         elif options.compare:
-            others = attributors(tracer).items()
+            others = attributors(tracer, task.candidates).items()
             found |= {name: other.trace(task.queries, task.candidates) for name, other in others}
         tables.append(compare(found, task))
         if repeat == 0:

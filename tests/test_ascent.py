@@ -102,6 +102,14 @@ def test_a_perturbation_is_known_by_query_modules_and_settings(line):
         ({"learning_rate": float("nan")}, "must be above 0"),
         ({"mode": "sideways"}, "must be one of"),
         ({"optimizer": "lion", "learning_rate": 0.1}, "must be one of"),
+        ({"direction": "newton"}, "must be one of"),
+        ({"damping": 0.1}, "direction='gradient' has none. Give direction='cg'"),
+        ({"sample": 10}, "direction='gradient' has none"),
+        ({"direction": "cg", "learning_rate": 0.1}, "direction='cg' needs a radius"),
+        ({"direction": "cg", "second_moments": "optimizer.pt"}, "read by direction='adam', not by 'cg'"),
+        ({"direction": "cg", "iterations": 0}, "iterations=0 must be above 0"),
+        ({"direction": "kfac", "damping": -1.0}, "damping=-1.0 must be above 0"),
+        ({"direction": "kfac", "sample": 0}, "sample=0 must be above 0"),
     ],
 )
 def test_impossible_settings_are_refused(options, message):

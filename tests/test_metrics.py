@@ -2,16 +2,20 @@ import itertools
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from hf_forward_inf.metrics import (
     collapse,
     evaluate,
     hits_at_k,
+    lds,
+    lds_by_query,
     precision_at_k,
     random_figures,
     random_reciprocal_rank,
     recall_at_k,
     reciprocal_rank,
+    spearman,
     worst_hub,
 )
 
@@ -103,3 +107,40 @@ def test_the_worst_hub_is_the_candidate_in_most_top_lists():
     scores = np.array([[3.0, 2.0, 1.0], [3.0, 1.0, 2.0], [1.0, 3.0, np.nan]])
     assert worst_hub(scores, k=1) == pytest.approx(2 / 3)
     assert worst_hub(scores, k=2) == pytest.approx(1.0)
+
+
+def test_lds_by_hand():
+    # Four subsets of two of four candidates; sums 3, 2, 1, 0 by the first query's scores, 2, 1, 3, 0 by the second's.
+    subsets = np.array([[1, 1, 0, 0], [1, 0, 1, 0], [0, 1, 1, 0], [0, 0, 1, 1]], dtype=bool)
+    scores = np.array([[2.0, 1.0, 0.0, 0.0], [0.0, 2.0, 1.0, -1.0]])
+    losses = np.array([[0.1, 0.1], [0.2, 0.2], [0.3, 0.3], [0.9, 0.9]])
+    # The first foretells the order fully. Ranks of the second's sums 2, 1, 3, 0 against 1, 2, 3, 4 of the losses:
+    # 2, 3, 1, 4, squared differences 1 + 1 + 4 + 0 = 6, rho = 1 - 6 x 6 / (4 x 15) = .4
+    np.testing.assert_allclose(lds_by_query(scores, subsets, losses), [1.0, 0.4])
+    figures = lds(scores, subsets, losses)
+    assert figures["lds"] == pytest.approx(0.7)
+    assert figures["lds_se"] == pytest.approx(0.3)
+    assert (figures["lds_low"], figures["lds_high"]) == (pytest.approx(0.4), pytest.approx(1.0))
+
+
+def test_lds_asks_for_ranks_only_and_a_missing_score_counts_nothing():
+    draw = np.random.default_rng(0)
+    subsets = np.stack([draw.permutation(20) < 10 for _ in range(30)])
+    scores, losses = draw.normal(size=(3, 20)), draw.normal(size=(30, 3))
+    expected = lds_by_query(scores, subsets, losses)
+    np.testing.assert_allclose(lds_by_query(5 * scores + 7, subsets, np.exp(losses)), expected)
+    np.testing.assert_allclose(
+        expected, [stats.spearmanr(subsets @ row, -loss).statistic for row, loss in zip(scores, losses.T, strict=True)]
+    )
+    scores[1] = np.nan
+    assert lds_by_query(scores, subsets, losses)[1] == 0
+
+
+def test_ties_share_their_mean_rank():
+    a, b = np.array([3.0, 1.0, 1.0, 2.0, 1.0]), np.array([1.0, 0.0, 2.0, 2.0, 5.0])
+    assert spearman(a, b) == pytest.approx(stats.spearmanr(a, b).statistic)
+
+
+def test_lds_of_shapes_that_do_not_fit_is_refused():
+    with pytest.raises(ValueError, match=r"\(2, 4\).*\(3, 5\).*don't fit"):
+        lds(np.zeros((2, 4)), np.zeros((3, 5), dtype=bool), np.zeros((3, 2)))

@@ -6,8 +6,9 @@ from torch import nn
 
 from hf_forward_inf.adapters.base import Adapter
 from hf_forward_inf.adapters.seq2seq import Seq2SeqAdapter, is_seq2seq
+from hf_forward_inf.adapters.tensors import TensorAdapter
 
-__all__ = ["Adapter", "Seq2SeqAdapter", "adapter_for"]
+__all__ = ["Adapter", "Seq2SeqAdapter", "TensorAdapter", "adapter_for"]
 
 
 def adapter_for(model: nn.Module, processor: Any = None) -> Adapter:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Set
 from typing import Any, TypeAlias
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -72,6 +73,24 @@ class Adapter(ABC):
             `tuple`: The outputs of all valid terms of the batch, and a function that gives the sum of their losses.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say what its model predicts.")
+
+    def sampled_slopes(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+        """Give the loss's gradient by the outputs, for targets drawn from the model's own predictions.
+
+        Its mean is 0 and its covariance the H of the Gauss-Newton matrix, so that Kronecker factors estimate that
+        matrix and not the scatter of the gradients at the true targets. Cross-entropy over logits, unless overridden.
+
+        Args:
+            outputs (`Tensor`): What `predictions` gave, detached: logits, `[terms, classes]`.
+            generator (`torch.Generator`): Draws, on the CPU.
+
+        Returns:
+            `Tensor`: Of the outputs' shape.
+        """
+        chances = outputs.float().softmax(dim=-1)
+        # Drawn on the CPU, so that a seed means the same targets on every device.
+        drawn = torch.multinomial(chances.cpu(), 1, generator=generator).to(outputs.device)
+        return chances.scatter_add(1, drawn, -torch.ones_like(drawn, dtype=chances.dtype))
 
     def representation(self, batch: Batch) -> Tensor:
         """Give each example's hidden state, `[rows, features]`, for comparing examples by what the model sees."""

@@ -8,6 +8,7 @@ from datasets import Dataset
 
 from hf_forward_inf.anytime import slices
 from hf_forward_inf.attribution import Attribution, Attributor
+from hf_forward_inf.metrics import mean_ranks
 
 
 class Fusion:
@@ -39,12 +40,49 @@ class Fusion:
         return Attribution(scores, queries, candidates, method=self.name, config=config).keep(top_k)
 
 
+class Ensemble:
+    """The mean of several attributors' scores: one method on several models of one training, by checkpoint or seed.
+
+    What the scores of two models have in common is the data's; the rest is the accident of a seed.
+
+    Args:
+        attributors (`list`): Anything with `trace(queries, candidates) -> Attribution`.
+        standardise (`bool`, defaults to `False`): Divide each attributor's scores of a query by their standard
+            deviation first: for attributors whose scores have different units, or models that count differently.
+
+    Raises:
+        ValueError: If there are no attributors.
+
+    Example:
+        >>> Ensemble([ForwardInf(model, tokenizer) for model in models]).trace(queries, candidates)
+    """
+
+    def __init__(self, attributors: Sequence[Attributor], standardise: bool = False):
+        if not attributors:
+            raise ValueError("Ensemble needs at least one attributor.")
+        self.attributors, self.standardise = list(attributors), standardise
+        self.name = f"mean({', '.join(dict.fromkeys(one.name for one in attributors))})"
+
+    def trace(self, queries: Dataset, candidates: Dataset, top_k: int | None = None) -> Attribution:
+        """Average the scores, `[queries, candidates]`; a pair that one of them gives no score has none."""
+        scores = np.zeros((len(queries), len(candidates)), dtype=np.float32)
+        for one in self.attributors:
+            found = one.trace(queries, candidates).dense()
+            if self.standardise:
+                spread = np.nanstd(found, axis=1, keepdims=True)
+                found = found / np.where(spread > 0, spread, 1)
+            scores += found / len(self.attributors)
+        config = {"standardise": self.standardise, "attributors": [one.name for one in self.attributors]}
+        return Attribution(scores, queries, candidates, method=self.name, config=config).keep(top_k)
+
+
 class Cascade:
     """A cheap attributor ranks everything, a dear one ranks again the best of that.
 
     Args:
         cheap (attributor): Scores every candidate.
-        dear (attributor): Scores each query's best `keep` candidates.
+        dear (attributor): Scores each query's best `keep` candidates, which is all that it sees: give a
+            `ForwardInf` whose direction is corrected by curvature its `training` data.
         keep (`int`, defaults to 200): How many.
 
     Raises:
@@ -99,9 +137,4 @@ class Cascade:
 
 def ranks(found: Attribution) -> np.ndarray:
     """Give every candidate's rank, from 1, equal scores sharing their mean: `[queries, candidates]`."""
-    return np.stack([_ranks_of(np.nan_to_num(row, nan=-np.inf)) for row in found.scores])
-
-
-def _ranks_of(scores: np.ndarray) -> np.ndarray:
-    _, group, sizes = np.unique(-scores, return_inverse=True, return_counts=True)
-    return (np.cumsum(sizes) - (sizes - 1) / 2)[group]
+    return np.stack([mean_ranks(np.nan_to_num(row, nan=-np.inf)) for row in found.scores])

@@ -8,17 +8,12 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from hf_forward_inf.adapters.base import Batch
 from hf_forward_inf.ascent import to_device
 from hf_forward_inf.baselines.gradients import Directions, GradientBaseline
-from hf_forward_inf.candidate_pass import encode
 from hf_forward_inf.curvature import GaussNewton, Product, Vector, conjugate_gradients, hessian_product, lissa
-from hf_forward_inf.datasets.ftrace import sample_rows
 from hf_forward_inf.example_gradients import ExampleGradients
 from hf_forward_inf.fingerprints import fingerprint
-
-BATCH = 32
-"""Rows of the sample run together."""
+from hf_forward_inf.sample import Sample
 
 
 class InfluenceFunctions(GradientBaseline):
@@ -59,7 +54,7 @@ class InfluenceFunctions(GradientBaseline):
         scale: float = 100.0,
         depth: int = 100,
         repeats: int = 1,
-        batch_size: int = BATCH,
+        batch_size: int = 32,
         seed: int = 0,
         **options: Any,
     ):
@@ -83,25 +78,19 @@ class InfluenceFunctions(GradientBaseline):
     def score(self, queries: Dataset, candidates: Dataset) -> np.ndarray:
         """Products with the inverse, `[queries, candidates]`."""
         key = fingerprint("influence functions", self.config, candidates._fingerprint)
-        features = encode(self.adapter, sample_rows(candidates, self.sample, self.seed), "candidates", self.cache_dir)
-        # Sorted by length, so that batches of the sample waste little on padding.
-        features = features.select(np.lexsort(self.adapter.lengths(features[:]).T))
-        directions = partial(self._solved, features)
+        sample = Sample(self.adapter, candidates, self.sample, self.seed, self.cache_dir)
+        directions = partial(self._solved, sample)
         return self.products(queries, candidates, key, directions=directions)[0]
 
-    def _solved(self, features: Dataset, raw: Directions, gradients: ExampleGradients) -> Directions:
+    def _solved(self, sample: Sample, raw: Directions, gradients: ExampleGradients) -> Directions:
         adapter, names = self.adapter, list(raw)
-
-        def batch(rows: Any) -> Batch:
-            return to_device(adapter.collate(features[rows]), adapter.model)
-
         if self.solver == "cg":
-            starts = range(0, len(features), BATCH)
-            matrix = GaussNewton(adapter, [batch(slice(s, s + BATCH)) for s in starts], names)
+            matrix = GaussNewton(adapter, sample.batches(), names)
 
         def drawn(number: int) -> Product:
-            draw = np.random.default_rng((self.seed, number)).choice(len(features), size=self.batch_size)
-            return partial(hessian_product, adapter, batch(np.sort(draw)), names)
+            draw = np.random.default_rng((self.seed, number)).choice(len(sample), size=self.batch_size)
+            batch = to_device(adapter.collate(sample.features[np.sort(draw)]), adapter.model)
+            return partial(hessian_product, adapter, batch, names)
 
         solved: Directions = {name: torch.empty_like(values) for name, values in raw.items()}
         for i in range(len(raw[names[0]])):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hf_forward_inf import BM25, Attribution, ForwardInf
-from hf_forward_inf.baselines import Cascade, Fusion
+from hf_forward_inf.baselines import Cascade, Ensemble, Fusion
 from tests.line import points
 
 
@@ -30,6 +30,26 @@ def test_reciprocal_ranks_are_added_and_ties_share_their_mean_rank():
     expected = [1 / 61 + 1 / 63, 1 / 62 + 1 / 61.5, 1 / 63 + 1 / 61.5, 1 / 64 + 1 / 64]
     np.testing.assert_allclose(found.scores[0], expected, rtol=1e-6)
     assert found.ranking(0).tolist() == [1, 0, 2, 3]
+
+
+def test_an_ensemble_is_the_mean_of_scores():
+    found = Ensemble([Fixed([4, 3, 2, 1]), Fixed([10, 50, 50, np.nan])]).trace(QUERY, ROWS)
+    np.testing.assert_allclose(found.scores[0], [7, 26.5, 26, np.nan])
+    assert found.method == "mean(fixed)"
+
+
+def test_standardised_scores_weigh_the_same_whatever_their_unit():
+    one, other = Fixed([4, 3, 2, 1]), Fixed([0, 2, 1, 3])
+    expected = Ensemble([one, other], standardise=True).trace(QUERY, ROWS).scores
+    scaled = Ensemble([one, Fixed([0, 200, 100, 300])], standardise=True).trace(QUERY, ROWS).scores
+    np.testing.assert_allclose(scaled, expected, rtol=1e-6)
+    constant = Ensemble([one, Fixed([2, 2, 2, 2])], standardise=True).trace(QUERY, ROWS)
+    assert constant.ranking(0).tolist() == [0, 1, 2, 3]
+
+
+def test_an_ensemble_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="at least one attributor"):
+        Ensemble([])
 
 
 def test_a_cascade_ranks_again_what_the_cheap_one_kept_and_leaves_the_rest():

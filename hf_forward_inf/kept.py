@@ -1,0 +1,30 @@
+"""Tensors that are computed once and kept in a file."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeAlias
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+Tensors: TypeAlias = dict[str, Tensor]
+"""Tensors by name, as safetensors keeps them."""
+
+
+def kept(file: Path, make: Callable[[], Tensors]) -> Tensors:
+    """Read tensors from a file, or make them and keep them there.
+
+    They are written beside it first, and then put in place: no moment leaves half a file.
+    """
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle, part = tempfile.mkstemp(dir=file.parent, prefix=".writing-")
+        os.close(handle)
+        try:
+            save_file({name: tensor.contiguous().cpu() for name, tensor in make().items()}, part)
+            os.replace(part, file)
+        finally:
+            Path(part).unlink(missing_ok=True)
+    return load_file(file)

@@ -1,0 +1,143 @@
+"""Training anew without some of the data: the truth that attributions are judged by."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state, vmap
+from tqdm.auto import tqdm
+
+from hf_forward_inf.candidate_pass import default_cache_dir
+from hf_forward_inf.fingerprints import fingerprint
+from hf_forward_inf.kept import kept
+from hf_forward_inf.processes import process_state
+
+Train: TypeAlias = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""Given subsets of the candidates, booleans `[models, candidates]`, and a seed for each model, trains a model on each
+and gives its losses of the queries, float32 `[models, queries]`."""
+
+
+def random_halves(candidates: int, subsets: int, seed: int = 0) -> np.ndarray:
+    """Draw subsets of half the candidates, booleans `[subsets, candidates]`."""
+    draw = np.random.default_rng(seed)
+    return np.stack([draw.permutation(candidates) < candidates // 2 for _ in range(subsets)])
+
+
+def retrained_losses(
+    train: Train,
+    subsets: np.ndarray,
+    *,
+    key: str,
+    seeds: int = 1,
+    together: int = 40,
+    cache_dir: Path | None = None,
+) -> np.ndarray:
+    """Train a model on every subset with every seed, and give its losses of the queries.
+
+    Every few models are kept as soon as they are trained: a run that was interrupted goes on with the next.
+
+    Args:
+        train (`Callable`): Trains some models, all subsets of one size.
+        subsets (`np.ndarray`): Booleans, `[subsets, candidates]`.
+        key (`str`): Names everything that `train` depends on: data, network, settings.
+        seeds (`int`, defaults to 1): Trainings of each subset.
+        together (`int`, defaults to 40): Models trained together.
+        cache_dir (`Path`, *optional*): Losses are kept in its folder `retraining`. Defaults to
+            [`candidate_pass.default_cache_dir`].
+
+    Returns:
+        `np.ndarray`: float32 `[seeds, subsets, queries]`.
+    """
+    folder = (cache_dir or default_cache_dir()) / "retraining"
+    pairs = [(seed, subset) for seed in range(seeds) for subset in range(len(subsets))]
+    parts = []
+    bar = tqdm(total=len(pairs), desc="retraining", unit="model", disable=not process_state().is_main_process)
+    for start in range(0, len(pairs), together):
+        own_seeds, own = (np.array(one) for one in zip(*pairs[start : start + together], strict=True))
+        name = fingerprint(key, own_seeds.tolist(), np.packbits(subsets[own]).tolist(), subsets.shape[1])
+
+        def train_some(own: np.ndarray = own, own_seeds: np.ndarray = own_seeds) -> dict[str, Tensor]:
+            return {"losses": torch.from_numpy(train(subsets[own], own_seeds))}
+
+        with process_state().main_process_first():
+            parts.append(kept(folder / f"{name}.safetensors", train_some)["losses"].numpy())
+        bar.update(len(own))
+    bar.close()
+    return np.concatenate(parts).reshape(seeds, len(subsets), -1)
+
+
+@dataclass(frozen=True)
+class BatchedTraining:
+    """Trains many small networks at once: one stacked step of Adam, over all of the data, for all of them.
+
+    Args:
+        network (`Callable`): Makes the untrained network: from `[rows, ...]` to logits `[rows, classes]`.
+        data (`tuple`): Inputs `[candidates, ...]` and labels `[candidates]`.
+        queries (`tuple`): Inputs and labels of the queries.
+        steps (`int`, defaults to 400): Steps, each over a whole subset.
+        learning_rate (`float`, defaults to 1e-2): Adam's; falls to 0 along a cosine, so that training ends at rest.
+        weight_decay (`float`, defaults to 1e-3): Adam's, a part of the loss: weight_decay / 2 x squared norm.
+    """
+
+    network: Callable[[], nn.Module]
+    data: tuple[Tensor, Tensor]
+    queries: tuple[Tensor, Tensor]
+    steps: int = 400
+    learning_rate: float = 1e-2
+    weight_decay: float = 1e-3
+
+    def __call__(self, subsets: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+        """Train on subsets of one size; give the queries' losses, float32 `[models, queries]`."""
+        base, parameters = self.trained(subsets, seeds)
+        with torch.no_grad():
+            losses = vmap(partial_loss(base, *self.queries))(parameters)
+        return losses.numpy()
+
+    def model(self, seed: int, subset: np.ndarray | None = None) -> nn.Module:
+        """Train one network as the others are, on all of the data or a subset."""
+        everyone = np.ones(len(self.data[0]), dtype=bool)
+        base, parameters = self.trained((everyone if subset is None else subset)[None], np.array([seed]))
+        base.load_state_dict({name: value[0] for name, value in parameters.items()})
+        return base.eval()
+
+    def trained(self, subsets: np.ndarray, seeds: np.ndarray) -> tuple[nn.Module, dict[str, Tensor]]:
+        """Give the network, and the trained parameters of all models, stacked."""
+        networks = [self._untrained(seed) for seed in seeds.tolist()]
+        parameters, buffers = stack_module_state(networks)
+        if buffers:
+            raise ValueError(
+                f"{type(networks[0]).__name__} has buffers ({', '.join(buffers)}), which are not trained."
+            )
+        rows = torch.from_numpy(np.stack([np.flatnonzero(subset) for subset in subsets]))
+        inputs, labels = (part[rows] for part in self.data)
+
+        def loss(one: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+            return F.cross_entropy(functional_call(networks[0], one, (x,)), y)
+
+        optimizer = torch.optim.Adam(parameters.values(), lr=self.learning_rate, weight_decay=self.weight_decay)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
+        for _ in range(self.steps):
+            optimizer.zero_grad()
+            vmap(loss)(parameters, inputs, labels).sum().backward()
+            optimizer.step()
+            schedule.step()
+        return networks[0], {name: value.detach() for name, value in parameters.items()}
+
+    def _untrained(self, seed: int) -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return self.network()
+
+
+def partial_loss(network: nn.Module, inputs: Tensor, labels: Tensor) -> Callable[[dict[str, Tensor]], Tensor]:
+    """Give the function from parameters to each row's loss."""
+
+    def losses(parameters: dict[str, Tensor]) -> Tensor:
+        return F.cross_entropy(functional_call(network, parameters, (inputs,)), labels, reduction="none")
+
+    return losses
