@@ -1,38 +1,45 @@
-"""Every attributor on human-written sentences: a tiny mT5 is trained on facts of WebNLG, and asked for others.
+"""Every attributor on human-written sentences: a tiny mT5 is trained on some, and asked in the words of others.
 
     python benchmarks/webnlg.py --data DIR
 
-DIR holds `abstracts.parquet` and `queries.parquet` in FTRACE's format. Of some facts, up to four sentences each are
-the training set and the candidates; 60% of the facts are told in the query's wording too (the model would not
-understand it otherwise), and the others are asked for. Training takes about a quarter of an hour, once.
+DIR holds WebNLG's `abstracts.parquet` in FTRACE's format, with a column `split`. The model is trained on the `dev`
+split. Queries are sentences of the other splits that state one fact, if the model was taught it: for each fact the
+first wording that the model answers. Candidates are their proponents and the sentences most like them.
 """
 
 import argparse
+from collections import defaultdict
 from pathlib import Path
 
-import numpy as np
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 
-from hf_forward_inf import AscentConfig
-from hf_forward_inf.datasets import load_rows, proponents, sample_rows
+from hf_forward_inf import AscentConfig, ForwardInf
+from hf_forward_inf.datasets import load_rows
+from hf_forward_inf.processes import say
 from hf_forward_inf.run import trace_run
 from hf_forward_inf.task import TraceOptions
+from hf_forward_inf.tiny_models import tiny_mt5
 
-FACTS, SENTENCES, TAUGHT = 1000, 4, 0.6
+WORDINGS = 6
+"""Sentences tried for each fact."""
 
 
-def split(data: Path, seed: int = 0) -> tuple[Dataset, Dataset]:
-    """Draw the training set and the queries."""
-    abstracts = load_rows(str(data / "abstracts.parquet"), "abstracts")
-    asked = sample_rows(load_rows(str(data / "queries.parquet"), "queries"), FACTS, seed)
-    draw = np.random.default_rng(seed)
-    stating = proponents(asked, abstracts)
-    told = sorted({int(row) for rows in stating for row in draw.permutation(rows)[:SENTENCES]})
-    taught = draw.permutation(len(asked))[: round(TAUGHT * len(asked))]
-    columns = ["inputs_pretokenized", "targets_pretokenized", "facts", "masked_uri"]
-    wordings = asked.select(np.sort(taught)).rename_column("obj_uri", "masked_uri").select_columns(columns)
-    train = concatenate_datasets([abstracts.select(told).select_columns(columns), wordings])
-    return train, asked.select(np.setdiff1d(np.arange(len(asked)), taught))
+def held_out(abstracts: Dataset, train: Dataset) -> dict[str, list[dict]]:
+    """Find sentences outside the training set that state one fact of it, object masked: by fact."""
+    told = {fact for facts in train["facts"] for fact in facts}
+    known = set(train["inputs_pretokenized"])
+    found = defaultdict(list)
+    for row in abstracts:
+        fact = row["facts"][0]
+        fits = len(row["facts"]) == 1 and row["masked_type"] == "object" and fact in told
+        if fits and row["inputs_pretokenized"] not in known and len(found[fact]) < WORDINGS:
+            known.add(row["inputs_pretokenized"])
+            predicate, rest = fact.split(",", 1)
+            obj = row["masked_uri"]
+            if rest.startswith(f"{obj},"):
+                parts = {"predicate_id": predicate, "obj_uri": obj, "sub_uri": rest[len(obj) + 1 :], "uuid": fact}
+                found[fact].append({**row, **parts})
+    return {fact: rows for fact, rows in found.items() if rows}
 
 
 def main() -> None:
@@ -40,24 +47,40 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--output", type=Path, default=Path("outputs/webnlg"))
     parser.add_argument("--num_queries", type=int, default=150)
+    parser.add_argument("--num_candidates", type=int, default=2000)
     parser.add_argument("--epochs", type=int, default=30)
     options = parser.parse_args()
     folder = options.output / "data"
     folder.mkdir(parents=True, exist_ok=True)
-    files = {}
-    for name, rows in zip(("candidates", "queries"), split(options.data), strict=True):
-        files[name] = str(folder / f"{name}.parquet")
-        rows.to_parquet(files[name])
-    trace = TraceOptions(
-        **files,
-        output=str(options.output),
-        overwrite=True,
-        train=True,
-        epochs=options.epochs,
-        num_queries=options.num_queries,
-        compare=True,
+    abstracts = load_rows(str(options.data / "abstracts.parquet"), "abstracts")
+    train = abstracts.filter(lambda row: row["split"] == "dev", load_from_cache_file=False)
+    model, tokenizer = tiny_mt5(train, epochs=options.epochs)
+    by_fact = held_out(abstracts.filter(lambda row: row["split"] != "dev", load_from_cache_file=False), train)
+    rows = [row for wordings in by_fact.values() for row in wordings]
+    columns = {name: [row[name] for row in rows] for name in ("inputs_pretokenized", "targets_pretokenized")}
+    answers = ForwardInf(model, tokenizer).adapter.answer(columns)  # type: ignore[attr-defined]
+    picked: dict[str, dict] = {}
+    for row, answer in zip(rows, answers, strict=True):
+        if answer == row["targets_pretokenized"].strip():
+            picked.setdefault(row["uuid"], row)
+    say(f"{len(picked)} of {len(by_fact)} facts are answered in one of up to {WORDINGS} wordings.")
+    for part in (model, tokenizer):
+        part.save_pretrained(folder / "model")
+    train.to_parquet(folder / "candidates.parquet")
+    Dataset.from_list(list(picked.values())).to_parquet(folder / "queries.parquet")
+    trace_run(
+        TraceOptions(
+            output=str(options.output),
+            overwrite=True,
+            model=str(folder / "model"),
+            candidates=str(folder / "candidates.parquet"),
+            queries=str(folder / "queries.parquet"),
+            num_candidates=options.num_candidates,
+            num_queries=options.num_queries,
+            compare=True,
+        ),
+        AscentConfig(),
     )
-    trace_run(trace, AscentConfig())
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ over positions), so one forward pass and one backward pass over activations serv
 parameter's gradients are used and dropped.
 """
 
+import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -43,7 +44,9 @@ class Use:
         assert self.gradient is not None
         given, delta = self.input[rows], self.gradient[rows].float()
         if isinstance(self.module, nn.Embedding):
-            return _scattered(given, delta * getattr(self.module, "embed_scale", 1.0), self.module)
+            ids, delta = self.looked_up(rows)
+            found = delta.new_zeros(len(ids), *self.module.weight.shape)
+            return found.scatter_add_(1, ids[..., None].expand(-1, -1, delta.shape[2]), delta)
         if isinstance(self.module, AFFINE):
             given, delta = self.factors(rows)
             if name == "bias":
@@ -56,6 +59,14 @@ class Use:
             }
             delta = delta * functional_call(self.module, plain, (given,)).float()
         return delta.flatten(1, -2).sum(1) if delta.dim() > 2 else delta
+
+    def looked_up(self, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """Give the tokens that an embedding looked up, `[rows, positions]`, and their slopes, float32 with width."""
+        assert self.gradient is not None and isinstance(self.module, nn.Embedding)
+        ids, delta = self.input[rows], self.gradient[rows].float() * getattr(self.module, "embed_scale", 1.0)
+        if self.module.padding_idx is not None:
+            delta = delta * (ids != self.module.padding_idx)[..., None]
+        return ids.reshape(len(ids), -1), delta.reshape(len(ids), -1, delta.shape[-1])
 
     def factors(self, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Give what an affine layer multiplied at each position, and the slope there of what came out.
@@ -85,15 +96,6 @@ def _patches(images: Tensor, layer: nn.Conv2d) -> Tensor:
 
 def _own(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return list(module.named_parameters(recurse=False, remove_duplicate=False))
-
-
-def _scattered(ids: Tensor, delta: Tensor, embedding: nn.Embedding) -> Tensor:
-    rows, width = len(ids), delta.shape[-1]
-    if embedding.padding_idx is not None:
-        delta = delta * (ids != embedding.padding_idx)[..., None]
-    ids, delta = ids.reshape(rows, -1), delta.reshape(rows, -1, width)
-    found = delta.new_zeros(rows, embedding.num_embeddings, width)
-    return found.scatter_add_(1, ids[..., None].expand(-1, -1, width), delta)
 
 
 class ExampleGradients:
@@ -167,25 +169,147 @@ class ExampleGradients:
             use.gradient = gradient
         return [use for use in used if use.gradient is not None]
 
+    def products(
+        self, batch: Batch, directions: Mapping[str, Tensor], squares: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """Multiply each example's gradient with some directions, without ever writing most gradients down.
+
+        An embedding's gradient touches the example's own tokens only. That of an affine layer is a sum of outer
+        products over positions: where positions and directions are few, its products and its square come from
+        activations and slopes alone.
+
+        Args:
+            batch (`dict`): On the model's device.
+            directions (`dict[str, Tensor]`): By parameter, `[directions, numel]`.
+            squares (`bool`, defaults to `True`): Whether squared norms are wanted.
+
+        Returns:
+            `tuple`: float32 products `[rows, directions]`, and squared norms `[rows]`.
+        """
+        serving = self._serving(batch)
+        rows, count = _rows(batch), len(next(iter(directions.values())))
+        first = next(iter(directions.values()))
+        found, norms = first.new_zeros(rows, count), first.new_zeros(rows) if squares else None
+        with torch.no_grad():
+            for name in (name for name in self.names if serving[name]):
+                factors = _factors([use for use, _ in serving[name]], [local for _, local in serving[name]])
+                if factors is not None and factors.pays(count):
+                    found += factors.products(directions[name])
+                    if norms is not None:
+                        norms += factors.squares()
+                    continue
+                for part, values in self._written(name, serving[name], rows):
+                    found[part] += values @ directions[name].T
+                    if norms is not None:
+                        norms[part] += values.square().sum(1)
+        return found, norms
+
+    def _serving(self, batch: Batch, objective: Objective | None = None) -> dict[str, list[tuple[Use, str]]]:
+        """Each parameter's uses, and what it is called there."""
+        serving: dict[str, list[tuple[Use, str]]] = defaultdict(list)
+        for use in self.uses(batch, objective):
+            for local, name in self.layers[use.module].items():
+                serving[name].append((use, local))
+        return serving
+
+    def _written(self, name: str, uses: list[tuple[Use, str]], count: int) -> Iterator[tuple[slice, Tensor]]:
+        """Write a parameter's gradients down, some examples at a time: `[rows, numel]`."""
+        step = max(1, CHUNK_BYTES // (4 * self.model.get_parameter(name).numel()))
+        for start in range(0, count, step):
+            rows = slice(start, min(count, start + step))
+            parts = [use.of(local, rows) for use, local in uses]
+            yield rows, sum(parts[1:], start=parts[0]).flatten(1)
+
     def of(self, batch: Batch, objective: Objective | None = None) -> Iterator[tuple[str, slice, Tensor]]:
         """Give `(parameter, rows, gradients)`, gradients float32 `[rows, numel]`, until each example has had all.
 
         Arguments are those of [`uses`].
         """
-        serving: dict[str, list[tuple[Use, str]]] = defaultdict(list)
-        for use in self.uses(batch, objective):
-            for local, name in self.layers[use.module].items():
-                serving[name].append((use, local))
+        serving = self._serving(batch, objective)
         with torch.no_grad():
-            for name in self.names:
-                size = self.model.get_parameter(name).numel()
-                count = len(next(v for v in batch.values() if isinstance(v, Tensor)))
-                step = max(1, CHUNK_BYTES // (4 * size))
-                for start in range(0, count, step):
-                    rows = slice(start, min(count, start + step))
-                    parts = [use.of(local, rows) for use, local in serving[name]]
-                    if parts:
-                        yield name, rows, sum(parts[1:], start=parts[0]).flatten(1)
+            for name in (name for name in self.names if serving[name]):
+                for rows, values in self._written(name, serving[name], _rows(batch)):
+                    yield name, rows, values
+
+
+@dataclass
+class AffineFactors:
+    """A weight's gradients as sums of outer products: sum over positions of slope x input.
+
+    Args:
+        inputs (`Tensor`): `[rows, positions, inputs]`.
+        slopes (`Tensor`): `[rows, positions, outputs]`.
+        turned (`bool`): Whether the weight is `[inputs, outputs]`.
+    """
+
+    inputs: Tensor
+    slopes: Tensor
+    turned: bool
+
+    def pays(self, directions: int) -> bool:
+        """Whether the sums are dearer: to write them costs memory traffic worth about 16 products."""
+        positions, sides = self.inputs.shape[1], (self.inputs.shape[2], self.slopes.shape[2])
+        few = positions * sum(sides) < math.prod(sides)  # or the square costs more than the sums
+        return few and positions * directions <= positions + directions + 16
+
+    def products(self, directions: Tensor) -> Tensor:
+        """Multiply: `[rows, directions]`."""
+        sides = (self.slopes.shape[2], self.inputs.shape[2])
+        matrices = directions.view(-1, *(sides[::-1] if self.turned else sides))
+        if self.turned:
+            matrices = matrices.transpose(1, 2)
+        return torch.stack([((self.inputs @ m.T) * self.slopes).sum((1, 2)) for m in matrices], dim=1)
+
+    def squares(self) -> Tensor:
+        """Squared norms, `[rows]`: <sum d a^T, sum d a^T> = sum over pairs of positions of (a.a)(d.d)."""
+        inputs, slopes = (side @ side.transpose(1, 2) for side in (self.inputs, self.slopes))
+        return (inputs * slopes).sum((1, 2))
+
+
+@dataclass
+class EmbeddingFactors:
+    """An embedding's gradients as what falls on each token.
+
+    Args:
+        ids (`Tensor`): `[rows, positions]`.
+        slopes (`Tensor`): `[rows, positions, width]`.
+    """
+
+    ids: Tensor
+    slopes: Tensor
+
+    def pays(self, directions: int) -> bool:
+        """Always."""
+        return True
+
+    def products(self, directions: Tensor) -> Tensor:
+        """Multiply: `[rows, directions]`."""
+        tables = directions.view(len(directions), -1, self.slopes.shape[2])
+        return torch.stack([(table[self.ids] * self.slopes).sum((1, 2)) for table in tables], dim=1)
+
+    def squares(self) -> Tensor:
+        """Squared norms, `[rows]`: positions of one token add up before they are squared."""
+        same = self.ids[:, :, None] == self.ids[:, None]
+        return ((self.slopes @ self.slopes.transpose(1, 2)) * same).sum((1, 2))
+
+
+def _factors(uses: list[Use], names: list[str]) -> AffineFactors | EmbeddingFactors | None:
+    """Put the positions of all uses of a weight in a row; `None` where they are of several kinds, or none of these."""
+    kinds = {type(use.module) for use in uses}
+    if set(names) != {"weight"} or len(kinds) > 1:
+        return None
+    if all(isinstance(use.module, nn.Embedding) for use in uses):
+        pairs = [use.looked_up() for use in uses]
+        ids, slopes = (torch.cat(parts, dim=1) for parts in zip(*pairs, strict=True))
+        return EmbeddingFactors(ids, slopes)
+    if all(isinstance(use.module, AFFINE) for use in uses):
+        inputs, slopes = (torch.cat(parts, dim=1) for parts in zip(*(use.factors() for use in uses), strict=True))
+        return AffineFactors(inputs, slopes, isinstance(uses[0].module, Conv1D))
+    return None
+
+
+def _rows(batch: Batch) -> int:
+    return len(next(value for value in batch.values() if isinstance(value, Tensor)))
 
 
 def is_known(module: nn.Module) -> bool:

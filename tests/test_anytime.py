@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from hf_forward_inf import BM25, ForwardInf
+from hf_forward_inf import BM25, AscentConfig, ForwardInf
 from hf_forward_inf.anytime import FIRST, slices
 from hf_forward_inf.baselines import Cascade
 
@@ -42,9 +42,10 @@ def test_a_time_too_short_for_the_first_slice_is_told(clock):
         next(slices(np.arange(3), 0))
 
 
-def test_with_time_enough_the_scores_are_those_of_a_trace(model, tokenizer, queries, corpus):
+@pytest.mark.parametrize("ascent", [AscentConfig(), AscentConfig(direction="cg", sample=20, iterations=3)])
+def test_with_time_enough_the_scores_are_those_of_a_trace(ascent, model, tokenizer, queries, corpus):
     candidates = corpus["abstracts"].select(range(150))
-    tracer = ForwardInf(model, tokenizer)
+    tracer = ForwardInf(model, tokenizer, ascent=ascent)
     expected = tracer.trace(queries, candidates).scores
     found = tracer.trace(queries, candidates, time_budget=600).scores
     np.testing.assert_allclose(found, expected, atol=1e-4)  # batches differ in shape

@@ -75,6 +75,29 @@ def test_convolutions_too(padding):
         torch.testing.assert_close(values, expected[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("count", [1, 40])
+@pytest.mark.parametrize("kind", ["mt5", "bart"])
+def test_products_and_norms_are_autograds_though_gradients_are_not_written_down(
+    kind, count, request, tokenizer, candidates
+):
+    model = request.getfixturevalue("model" if kind == "mt5" else "bart")
+    adapter = Seq2SeqAdapter(model, tokenizer)
+    features = adapter.encode(candidates[:7])
+    with evaluating(model):
+        gradients = ExampleGradients(adapter, perturbed_names(adapter, ["all"]), features)
+        expected = by_autograd(adapter, features, gradients.names)
+        torch.manual_seed(0)
+        directions = {name: torch.randn(count, values.shape[1]) for name, values in expected.items()}
+        products, squares = gradients.products(adapter.collate(features), directions)
+        alone, none = gradients.products(adapter.collate(features), directions, squares=False)
+    wanted = sum(values @ directions[name].T for name, values in expected.items())
+    scale = sum(values.square().sum(1) for values in expected.values())
+    assert ((products - wanted).norm() / wanted.norm()).item() < 1e-4
+    torch.testing.assert_close(squares, scale, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(alone, products)
+    assert none is None
+
+
 def test_frozen_parameters_have_gradients_too(model, tokenizer, candidates):
     adapter = Seq2SeqAdapter(model, tokenizer)
     features = adapter.encode(candidates[:2])

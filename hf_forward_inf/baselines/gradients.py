@@ -94,6 +94,7 @@ class GradientBaseline:
         *,
         directions: Callable[[Directions, ExampleGradients], Directions] | None = None,
         transform: Transform | None = None,
+        norms: bool = True,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Multiply each query's direction with every candidate's gradient, in one pass over the candidates.
 
@@ -103,6 +104,7 @@ class GradientBaseline:
             key (`str`): Names what `directions` and `transform` do, for the cache.
             directions (`Callable`, *optional*): Makes directions of the queries' gradients.
             transform (`Callable`, *optional*): Applied to both sides before they are multiplied.
+            norms (`bool`, defaults to `True`): Whether the norms of the candidates' gradients are wanted; else 0.
 
         Returns:
             `tuple`: Products `[queries, candidates]`, norms of the directions `[queries]` and of the candidates'
@@ -116,9 +118,9 @@ class GradientBaseline:
             run = CandidatePass(adapter, candidates, cache_dir=self.cache_dir, max_batch_length=self.max_batch_length)
             found, own = [], []
             for rows in self._blocks(len(queries), gradients):
-                block = _Block(gradients, encoded[rows], directions, transform)
+                block = _Block(gradients, encoded[rows], directions, transform, norms)
                 title = f"{self.name}, queries {rows.start + 1}-{rows.stop} of {len(queries)}"
-                name = fingerprint(key, gradients.names, encoded[rows])
+                name = fingerprint(key, gradients.names, encoded[rows], norms)
                 figures = run.run(block.products, block.size + 1, name, title)
                 found.append(figures[:-1])
                 own.append(block.norms())
@@ -147,9 +149,10 @@ class _Block:
         queries: Rows,
         directions: Callable[[Directions, ExampleGradients], Directions] | None,
         transform: Transform | None,
+        squares: bool,
     ):
         self.gradients, self.queries = gradients, queries
-        self.make, self.transform = directions, transform or (lambda name, values: values)
+        self.make, self.transform, self.squares = directions, transform, squares
         self.size = len(queries["terms"])
         self.made: Directions | None = None
 
@@ -158,7 +161,8 @@ class _Block:
         if self.made is None:
             raw = query_gradients(self.gradients, self.queries)
             made = self.make(raw, self.gradients) if self.make else raw
-            self.made = {name: self.transform(name, values) for name, values in made.items()}
+            transform = self.transform or (lambda name, values: values)
+            self.made = {name: transform(name, values) for name, values in made.items()}
         return self.made
 
     def norms(self) -> np.ndarray:
@@ -166,6 +170,10 @@ class _Block:
         return squares.sum(0).sqrt().cpu().numpy()
 
     def products(self, batch: Batch) -> np.ndarray:
+        if self.transform is None:
+            found, squares = self.gradients.products(batch, self.directions, self.squares)
+            column = np.zeros(len(found), dtype=np.float32) if squares is None else squares.cpu().numpy()
+            return np.column_stack([found.cpu().numpy(), column])
         count = len(next(value for value in batch.values() if isinstance(value, Tensor)))
         figures = np.zeros((count, self.size + 1), dtype=np.float32)
         for name, rows, values in self.gradients.of(batch):

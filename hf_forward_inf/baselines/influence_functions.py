@@ -80,7 +80,7 @@ class InfluenceFunctions(GradientBaseline):
         key = fingerprint("influence functions", self.config, candidates._fingerprint)
         sample = Sample(self.adapter, candidates, self.sample, self.seed, self.cache_dir)
         directions = partial(self._solved, sample)
-        return self.products(queries, candidates, key, directions=directions)[0]
+        return self.products(queries, candidates, key, directions=directions, norms=False)[0]
 
     def _solved(self, sample: Sample, raw: Directions, gradients: ExampleGradients) -> Directions:
         adapter, names = self.adapter, list(raw)

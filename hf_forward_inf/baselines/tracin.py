@@ -72,8 +72,9 @@ class TracIn(GradientBaseline):
         return total
 
     def _at(self, queries: Dataset, candidates: Dataset) -> np.ndarray:
-        products, own, theirs = self.products(queries, candidates, "gradients")
-        if self.similarity == "dot":
+        norms = self.similarity == "cosine"
+        products, own, theirs = self.products(queries, candidates, "gradients", norms=norms)
+        if not norms:
             return products
         with np.errstate(invalid="ignore", divide="ignore"):
             return products / own[:, None] / theirs[None]

@@ -1,0 +1,70 @@
+"""What a trace costs as the number of queries grows, in plain forward passes over the same candidates.
+
+    python benchmarks/costs.py
+
+The built-in facts with their tiny mT5 (trained once), or `--model`, `--candidates`, `--queries` as in the recipe.
+Nothing is taken from the cache; base losses, and whatever else a method fits first, count. Times are single runs but
+for the plain pass (median of three): read ratios, not digits.
+"""
+
+import argparse
+
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+from hf_forward_inf import AscentConfig, ForwardInf
+from hf_forward_inf.baselines import InfluenceFunctions, TracIn, TrackStar
+from hf_forward_inf.cost import plain_pass, timed
+from hf_forward_inf.datasets import builtin_facts, load_rows, sample_rows
+from hf_forward_inf.fingerprints import uncached
+from hf_forward_inf.processes import progress_bars
+from hf_forward_inf.tiny_models import tiny_mt5
+
+QUERIES = (1, 10, 100)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model")
+    parser.add_argument("--candidates")
+    parser.add_argument("--queries")
+    parser.add_argument("--num_candidates", type=int, default=1200)
+    parser.add_argument("--only", nargs="*", help="Methods to run, by their names in the table.")
+    options = parser.parse_args()
+    if options.model:
+        model = AutoModelForSeq2SeqLM.from_pretrained(options.model).eval()
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        candidates, queries = load_rows(options.candidates, "abstracts"), load_rows(options.queries, "queries")
+    else:
+        corpus = builtin_facts()
+        model, tokenizer = tiny_mt5(corpus["abstracts"])
+        candidates, queries = corpus["abstracts"], corpus["queries"]
+    candidates = sample_rows(candidates, options.num_candidates)
+    tracer = ForwardInf(model, tokenizer)
+    everything = tracer.with_options(ascent=AscentConfig(modules=["all"]))
+    curved = tracer.with_options(ascent=AscentConfig(direction="cg"))
+    methods = {
+        "Forward-INF (decoder)": tracer,
+        "Forward-INF (all parameters)": everything,
+        "Forward-INF (decoder, cg)": curved,
+        "TracIn": TracIn(model, tokenizer),
+        "TracIn (decoder)": TracIn(model, tokenizer, modules=["decoder"]),
+        "TrackStar": TrackStar(model, tokenizer),
+        "influence functions (cg)": InfluenceFunctions(model, tokenizer),
+    }
+    plain, _ = plain_pass(tracer, candidates)
+    counts = [count for count in QUERIES if count <= len(queries)]
+    print(f"| passes for ... queries | {' | '.join(map(str, counts))} |\n|{' --- |' * (len(counts) + 1)}", flush=True)
+    for name, method in methods.items():
+        if options.only and name not in options.only:
+            continue
+        cells = []
+        for count in counts:
+            rows = queries.select(range(count))
+            with uncached(), progress_bars(False):
+                seconds, _ = timed(lambda method=method, rows=rows: method.trace(rows, candidates))
+            cells.append(f"{seconds / plain:.1f}")
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
