@@ -60,6 +60,7 @@ def attributors(tracer: ForwardInf, training: Dataset) -> dict[str, Attributor]:
         "tracin_cosine": TracIn(similarity="cosine", **parts),
         "trackstar": TrackStar(**parts),
         "influence_functions": InfluenceFunctions(**parts),
+        "influence_cosine": InfluenceFunctions(similarity="cosine", **parts),
         "representation": RepresentationSimilarity(**parts),
         "bm25": BM25(),
         "bm25+forward_inf": Fusion([BM25(), tracer]),

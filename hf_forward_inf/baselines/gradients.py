@@ -192,3 +192,9 @@ def query_gradients(gradients: ExampleGradients, queries: Rows) -> Directions:
         for name, _, values in gradients.of(batch):
             found.setdefault(name, values.new_zeros(count, values.shape[1]))[i] = values[0]
     return found
+
+
+def cosines(products: np.ndarray, own: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    """Divide what [`GradientBaseline.products`] gave by both norms; NaN where one is 0."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return products / own[:, None] / theirs[None]

@@ -9,7 +9,7 @@ from datasets import Dataset
 from torch import nn
 
 from hf_forward_inf.ascent import to_device
-from hf_forward_inf.baselines.gradients import Directions, GradientBaseline
+from hf_forward_inf.baselines.gradients import Directions, GradientBaseline, cosines
 from hf_forward_inf.curvature import GaussNewton, Product, Vector, conjugate_gradients, hessian_product, lissa
 from hf_forward_inf.example_gradients import ExampleGradients
 from hf_forward_inf.fingerprints import fingerprint
@@ -26,6 +26,8 @@ class InfluenceFunctions(GradientBaseline):
         model (`torch.nn.Module`): The trained model.
         processor (*optional*): Its tokenizer.
         solver (`str`, defaults to `"cg"`): `"cg"` or `"lissa"`.
+        similarity (`str`, defaults to `"dot"`): `"cosine"` divides by the norms of both, so that candidates with large
+            gradients don't come first for every query: the better choice where a model has memorised most of them.
         damping (`float`, *optional*): `"cg"`: a multiple of the query gradient's Rayleigh quotient, 0.1 by default.
             `"lissa"`: damping x scale is added to the Hessian, 0.01 by default.
         iterations (`int`, defaults to 10): Products of `"cg"`.
@@ -48,6 +50,7 @@ class InfluenceFunctions(GradientBaseline):
         processor: Any = None,
         *,
         solver: Literal["cg", "lissa"] = "cg",
+        similarity: Literal["dot", "cosine"] = "dot",
         damping: float | None = None,
         iterations: int = 10,
         sample: int = 128,
@@ -61,7 +64,9 @@ class InfluenceFunctions(GradientBaseline):
         super().__init__(model, processor, **options)
         if solver not in ("cg", "lissa"):
             raise ValueError(f"solver={solver!r} must be 'cg' or 'lissa'.")
-        self.solver = solver
+        if similarity not in ("dot", "cosine"):
+            raise ValueError(f"similarity={similarity!r} must be 'dot' or 'cosine'.")
+        self.solver, self.similarity = solver, similarity
         self.name = f"influence_functions_{solver}"
         self.damping = damping if damping is not None else {"cg": 0.1, "lissa": 0.01}[solver]
         self.iterations, self.sample, self.seed = iterations, sample, seed
@@ -73,14 +78,18 @@ class InfluenceFunctions(GradientBaseline):
         options = {"cg": ("iterations",), "lissa": ("scale", "depth", "repeats", "batch_size")}[self.solver]
         own = {name: getattr(self, name) for name in options}
         shared = {"damping": self.damping, "sample": self.sample, "seed": self.seed, "modules": self.modules}
-        return {"solver": self.solver, **own, **shared}
+        return {"solver": self.solver, "similarity": self.similarity, **own, **shared}
 
     def score(self, queries: Dataset, candidates: Dataset) -> np.ndarray:
-        """Products with the inverse, `[queries, candidates]`."""
+        """Products with the inverse, or their cosines, `[queries, candidates]`."""
         key = fingerprint("influence functions", self.config, candidates._fingerprint)
         sample = Sample(self.adapter, candidates, self.sample, self.seed, self.cache_dir)
         directions = partial(self._solved, sample)
-        return self.products(queries, candidates, key, directions=directions, norms=False)[0]
+        norms = self.similarity == "cosine"
+        products, own, theirs = self.products(queries, candidates, key, directions=directions, norms=norms)
+        if not norms:
+            return products
+        return cosines(products, own, theirs)
 
     def _solved(self, sample: Sample, raw: Directions, gradients: ExampleGradients) -> Directions:
         adapter, names = self.adapter, list(raw)

@@ -9,7 +9,7 @@ from datasets import Dataset
 from torch import nn
 
 from hf_forward_inf.baselines.checkpoints import Checkpoint, find_checkpoints, load_checkpoint
-from hf_forward_inf.baselines.gradients import GradientBaseline
+from hf_forward_inf.baselines.gradients import GradientBaseline, cosines
 
 
 class TracIn(GradientBaseline):
@@ -76,5 +76,4 @@ class TracIn(GradientBaseline):
         products, own, theirs = self.products(queries, candidates, "gradients", norms=norms)
         if not norms:
             return products
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return products / own[:, None] / theirs[None]
+        return cosines(products, own, theirs)

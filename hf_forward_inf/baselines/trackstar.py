@@ -9,7 +9,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from hf_forward_inf.ascent import evaluating, perturbed_names
-from hf_forward_inf.baselines.gradients import GradientBaseline, Transform
+from hf_forward_inf.baselines.gradients import GradientBaseline, Transform, cosines
 from hf_forward_inf.fingerprints import fingerprint
 from hf_forward_inf.sample import Sample
 from hf_forward_inf.second_moments import estimated_second_moments, optimizer_file, read_second_moments
@@ -78,8 +78,7 @@ class TrackStar(GradientBaseline):
         sums = {name: m.sum().item() for name, m in moments.items()}
         key = fingerprint("trackstar", self.config, sums)
         products, own, theirs = self.products(queries, candidates, key, transform=transform)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return products / own[:, None] / theirs[None]
+        return cosines(products, own, theirs)
 
     def _corrected_by(self, scales: dict[str, Tensor]) -> Transform:
         projections: dict[str, list[Tensor]] = {}

@@ -84,6 +84,17 @@ def test_conjugate_gradients_give_the_exact_inverse(convex):
     np.testing.assert_allclose(attributor.score(queries, candidates), expected, rtol=1e-3, atol=1e-3)
 
 
+def test_influence_cosines_do_not_know_the_gradients_norms(convex):
+    adapter, candidates, queries = convex
+    dots, found = (
+        InfluenceFunctions(adapter=adapter, sample=60, similarity=kind).score(queries, candidates)
+        for kind in ("dot", "cosine")
+    )
+    assert np.abs(found).max() < 1
+    norms = dots / found  # |g(candidate)| |H^-1 g(query)|: an outer product
+    np.testing.assert_allclose(norms * norms[0, 0], np.outer(norms[:, 0], norms[0]), rtol=1e-3)
+
+
 def test_lissa_comes_near_the_exact_inverse(convex):
     adapter, candidates, queries = convex
     expected = exact_influence(adapter, candidates, queries, lambda g, h: 0.01 * 5)

@@ -1,0 +1,55 @@
+"""How to step: normalised or at the paper's fixed rate, the decoder or everything, how far.
+
+    python benchmarks/ascents.py
+
+The built-in facts with their tiny mT5 (trained once), or `--model`, `--candidates`, `--queries` as in the recipe. The
+column `self` is what tuning sees, without labels: training examples that find themselves. `*` is what tuning picks.
+"""
+
+import argparse
+
+from hf_forward_inf import AscentConfig, ForwardInf
+from hf_forward_inf.cost import measure
+from hf_forward_inf.task import BUILTIN_CANDIDATES, TraceOptions, load_source
+
+RADII = (0.1, 0.3, 1.0, 3.0, 10.0)
+FIXED = [(0.1, 1), (1.0, 1), (0.1, 3)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model")
+    parser.add_argument("--candidates")
+    parser.add_argument("--queries")
+    parser.add_argument("--num_candidates", type=int)
+    parser.add_argument("--num_queries", type=int, default=60)
+    given = parser.parse_args()
+    if not given.model and given.num_candidates is None:
+        given.num_candidates = BUILTIN_CANDIDATES
+    options = TraceOptions(**vars(given))
+    source = load_source(options, seed=0)
+    task = source.draw(options, seed=0)
+    tracer = ForwardInf(source.model, source.tokenizer)
+    ascents = {f"rate {a:g}, K = {k}, all": AscentConfig(learning_rate=a, steps=k, modules=["all"]) for a, k in FIXED}
+    ascents |= {f"radius {r:g}, all": AscentConfig(radius=r, modules=["all"]) for r in RADII}
+    ascents |= {f"radius {r:g}, decoder": AscentConfig(radius=r) for r in RADII}
+    ascents |= {"radius 1 in K = 3 steps, decoder": AscentConfig(radius=1.0, steps=3)}
+    tuned = tracer.tune(task.candidates, radii=RADII)
+    trials = tuned.tuning.trials if tuned.tuning else []
+    own = {trial["radius"]: trial["self_mrr"] for trial in trials if not trial["hubs"]}
+    print("| step | MRR (s.e.) | recall@10 | self |\n| --- | --- | --- | --- |", flush=True)
+    for name, ascent in ascents.items():
+        row = tracer.with_options(ascent=ascent).trace(task.queries, task.candidates).evaluate(task.proponents)
+        seen = f"{own[ascent.radius]:.3f}" if name.endswith("decoder") and ascent.steps == 1 else ""
+        print(f"| {name} | {row['mrr']:.3f} ({row['mrr_se']:.3f}) | {row['recall@10']:.3f} | {seen} |", flush=True)
+    row = tuned.trace(task.queries, task.candidates).evaluate(task.proponents)
+    print(f"| *, decoder | {row['mrr']:.3f} ({row['mrr_se']:.3f}) | {row['recall@10']:.3f} | |\n\n{tuned.tuning}")
+    for part, modules in {"decoder": None, "all": ["all"]}.items():
+        cost = measure(tracer.with_options(ascent=AscentConfig(modules=modules)), task.queries, task.candidates)
+        print(
+            f"A query, {part}: {cost['forward_passes_per_query']:.2f} passes; memory {cost['peak_memory_ratio']:.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
