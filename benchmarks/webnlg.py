@@ -46,8 +46,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--output", type=Path, default=Path("outputs/webnlg"))
-    parser.add_argument("--num_queries", type=int, default=150)
-    parser.add_argument("--num_candidates", type=int, default=2000)
+    parser.add_argument("--num_queries", type=int, default=100)
+    parser.add_argument("--num_candidates", type=int, default=1800)
+    parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--epochs", type=int, default=30)
     options = parser.parse_args()
     folder = options.output / "data"
@@ -77,6 +78,8 @@ def main() -> None:
             queries=str(folder / "queries.parquet"),
             num_candidates=options.num_candidates,
             num_queries=options.num_queries,
+            repeats=options.repeats,
+            baselines=False,
             compare=True,
         ),
         AscentConfig(),

@@ -147,19 +147,20 @@ def encode(adapter: Adapter, rows: Dataset, role: str, cache_dir: Path | None = 
     Raises:
         ValueError: If there are no rows, a column is missing, or a row has nothing to predict.
     """
-    check_rows(rows, adapter.columns, role)
+    columns = adapter.columns_in(rows.column_names)
+    check_rows(rows, columns, role)
     state = process_state()
     name = fingerprint(rows._fingerprint, adapter.settings)
     with state.main_process_first(), progress_bars(state.is_main_process):
-        encoded = rows.select_columns(list(adapter.columns)).map(
+        encoded = rows.select_columns(list(columns)).map(
             adapter.encode,
             batched=True,
-            remove_columns=list(adapter.columns),
+            remove_columns=list(columns),
             cache_file_name=_cache_file(cache_dir or default_cache_dir(), "encoded", name),
             new_fingerprint=name,
             desc=f"encoding {role}",
         )
-    check_terms(np.array(encoded["terms"]), adapter, role)
+    check_terms(np.array(encoded["terms"]), columns[-1], role)
     truncated = int(np.sum(encoded["truncated"]))
     if truncated and state.is_main_process:
         warnings.warn(
@@ -169,13 +170,12 @@ def encode(adapter: Adapter, rows: Dataset, role: str, cache_dir: Path | None = 
     return encoded.remove_columns("truncated")
 
 
-def check_terms(terms: np.ndarray, adapter: Adapter, role: str) -> None:
+def check_terms(terms: np.ndarray, column: str, role: str) -> None:
     """Raise a `ValueError` that names the rows in which there is nothing to predict."""
     empty = np.flatnonzero(terms == 0)
     if len(empty):
         raise ValueError(
-            f"Nothing to predict in {role} {listed(empty)}: `{adapter.columns[-1]}` is empty. "
-            "Fill it or drop the rows."
+            f"Nothing to predict in {role} {listed(empty)}: `{column}` is empty. Fill it or drop the rows."
         )
 
 

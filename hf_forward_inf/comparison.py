@@ -59,10 +59,11 @@ def attributors(tracer: ForwardInf, training: Dataset) -> dict[str, Attributor]:
         "tracin_dot": TracIn(**parts),
         "tracin_cosine": TracIn(similarity="cosine", **parts),
         "trackstar": TrackStar(**parts),
-        "influence_functions": InfluenceFunctions(**parts),
-        "influence_cosine": InfluenceFunctions(similarity="cosine", **parts),
+        # Dot products with the inverse rank the candidates by their gradients' norms, as TracIn's do.
+        "influence_functions": InfluenceFunctions(similarity="cosine", **parts),
         "representation": RepresentationSimilarity(**parts),
         "bm25": BM25(),
+        "bm25_without_answer": BM25(with_answer=False),
         "bm25+forward_inf": Fusion([BM25(), tracer]),
         # References would have to tell the hubs anew among each query's few candidates: they stay out.
         "bm25>forward_inf": Cascade(BM25(), tracer.with_options(references=None, training=training)),

@@ -149,6 +149,6 @@ def _sorted_features(adapter: Seq2SeqAdapter, rows: Dataset) -> dict[str, Any]:
     """
     check_rows(rows, adapter.columns, "candidates")
     features = adapter.encode(rows[:])
-    check_terms(np.array(features["terms"]), adapter, "candidates")
+    check_terms(np.array(features["terms"]), adapter.columns[-1], "candidates")
     order = np.lexsort(adapter.lengths(features).T)
     return {name: [values[i] for i in order] for name, values in features.items()}

@@ -78,7 +78,7 @@ def tune(
     among = candidates.select(np.sort(draw[:pool]))
     own = np.sort(np.searchsorted(np.sort(draw[:pool]), draw[:queries]))
     sample = among.select(own)
-    columns = list(attributor.adapter.columns)
+    columns = attributor.adapter.columns_in(among.column_names)
     texts = list(zip(*(among[column] for column in columns), strict=True))
     selves = [[j for j, text in enumerate(texts) if text == texts[row]] for row in own]
 

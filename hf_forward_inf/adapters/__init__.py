@@ -5,10 +5,11 @@ from typing import Any
 from torch import nn
 
 from hf_forward_inf.adapters.base import Adapter
+from hf_forward_inf.adapters.causal_lm import CausalLMAdapter, is_causal_lm
 from hf_forward_inf.adapters.seq2seq import Seq2SeqAdapter, is_seq2seq
 from hf_forward_inf.adapters.tensors import TensorAdapter
 
-__all__ = ["Adapter", "Seq2SeqAdapter", "TensorAdapter", "adapter_for"]
+__all__ = ["Adapter", "CausalLMAdapter", "Seq2SeqAdapter", "TensorAdapter", "adapter_for"]
 
 
 def adapter_for(model: nn.Module, processor: Any = None) -> Adapter:
@@ -23,8 +24,10 @@ def adapter_for(model: nn.Module, processor: Any = None) -> Adapter:
     """
     if is_seq2seq(model):
         return Seq2SeqAdapter(model, processor)
+    if is_causal_lm(model):
+        return CausalLMAdapter(model, processor)
     raise TypeError(
         f"No adapter knows {type(model).__name__}: it has no loss over labels that the library can read. "
-        "Load a seq2seq model with AutoModelForSeq2SeqLM, or write an adapter "
+        "Load a language model with AutoModelForSeq2SeqLM or AutoModelForCausalLM, or write an adapter "
         "(hf_forward_inf.adapters.Adapter) and pass it as ForwardInf(model, adapter=...)."
     )

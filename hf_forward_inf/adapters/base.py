@@ -2,7 +2,7 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterable, Set
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -33,6 +33,10 @@ class Adapter(ABC):
 
     def __init__(self, model: nn.Module):
         self.model = model
+
+    def columns_in(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Give the columns to read of rows that have columns of these names."""
+        return self.columns
 
     @property
     @abstractmethod

@@ -1,6 +1,5 @@
 """Encoder-decoder language models: mT5, T5, BART and their kin."""
 
-import json
 from collections.abc import Callable, Set
 from functools import partial
 from typing import Any
@@ -9,16 +8,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from hf_forward_inf.adapters.base import Adapter, Batch, Forward, Rows
+from hf_forward_inf.adapters.text import IGNORED, input_of, longest_input, pad, peft_parameters, tokenizer_state
 from hf_forward_inf.fingerprints import fingerprint
-
-IGNORED = -100
-"""The label that transformers' losses skip."""
-DEFAULT_MAX_LENGTH = 1024
-"""Tokens kept where neither the tokenizer nor the configuration states a limit (T5's positions have none)."""
 
 
 class Seq2SeqAdapter(Adapter):
@@ -60,14 +54,12 @@ class Seq2SeqAdapter(Adapter):
             raise TypeError("A seq2seq model needs its tokenizer: ForwardInf(model, tokenizer).")
         self.tokenizer = tokenizer
         self.columns = (input_column, target_column)
-        self.max_length = max_length or _longest_input(model, tokenizer)
+        self.max_length = max_length or longest_input(model, tokenizer)
 
     @property
     def settings(self) -> str:
         """Columns, length limit and the tokenizer's whole state."""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        vocabulary = backend.to_str() if backend is not None else json.dumps(self.tokenizer.get_vocab())
-        return fingerprint(self.columns, self.max_length, vocabulary)
+        return fingerprint(self.columns, self.max_length, tokenizer_state(self.tokenizer))
 
     def encode(self, rows: Rows) -> Rows:
         """Tokenize inputs and targets; a text beyond `max_length` keeps its beginning and its end token."""
@@ -97,12 +89,10 @@ class Seq2SeqAdapter(Adapter):
 
     def collate(self, features: Rows) -> Batch:
         """Pad inputs with the padding token, labels with -100."""
-        pad = self.tokenizer.pad_token_id or 0
-        input_ids = _pad(features["input_ids"], pad)
         return {
-            "input_ids": input_ids,
-            "attention_mask": _pad([[1] * len(ids) for ids in features["input_ids"]], 0),
-            "labels": _pad(features["labels"], IGNORED),
+            "input_ids": pad(features["input_ids"], self.tokenizer.pad_token_id or 0),
+            "attention_mask": pad([[1] * len(ids) for ids in features["input_ids"]], 0),
+            "labels": pad(features["labels"], IGNORED),
         }
 
     def term_losses(self, forward: Forward, batch: Batch) -> Tensor:
@@ -112,12 +102,11 @@ class Seq2SeqAdapter(Adapter):
         losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
         return losses.view_as(labels)
 
-    def _logits(self, forward: Forward, batch: Batch, **options: Any) -> Any:
+    def _logits(self, forward: Forward, batch: Batch) -> Tensor:
         read = {key: value for key, value in batch.items() if key != "labels"}
         # Shifting the labels here, instead of passing them, keeps the model from computing its own mean loss.
         read["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
-        outputs = forward(**read, use_cache=False, **options)
-        return outputs if options else outputs.logits
+        return forward(**read, use_cache=False).logits
 
     def predictions(self, forward: Forward, batch: Batch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Logits of the target tokens, padding left out, `[tokens, vocabulary]`, and their cross-entropy."""
@@ -128,12 +117,14 @@ class Seq2SeqAdapter(Adapter):
     @torch.no_grad()
     def representation(self, batch: Batch) -> Tensor:
         """Mean of the decoder's last hidden states over the target tokens, `[rows, d_model]`."""
-        outputs = self._logits(self.model, batch, output_hidden_states=True)
+        states = input_of(self.model.get_output_embeddings(), lambda: self._logits(self.model, batch)).float()
         valid = (batch["labels"] != IGNORED)[..., None]
-        return (outputs.decoder_hidden_states[-1].float() * valid).sum(1) / valid.sum(1)
+        return (states * valid).sum(1) / valid.sum(1)
 
     def default_modules(self) -> list[str]:
-        """The decoder, and the output layer where it has weights of its own."""
+        """The decoder, and the output layer where it has weights of its own; of a PEFT model what it has trained."""
+        if trained := peft_parameters(self.model):
+            return trained
         names = {id(module): name for name, module in self.model.named_modules()}
         prefix = self._prefix_ids()
         modules = [self.model.get_decoder(), self.model.get_output_embeddings()]
@@ -190,13 +181,3 @@ def is_seq2seq(model: Any) -> bool:
     """Whether a model encodes an input and predicts labels with a decoder."""
     has_labels = hasattr(model, "prepare_decoder_input_ids_from_labels")
     return has_labels and model.get_output_embeddings() is not None
-
-
-def _pad(sequences: list[list[int]], value: int) -> Tensor:
-    return pad_sequence([torch.tensor(s) for s in sequences], batch_first=True, padding_value=value)
-
-
-def _longest_input(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
-    positions = getattr(model.config, "max_position_embeddings", None)
-    stated = [n for n in (tokenizer.model_max_length, positions) if n and n < 10**6]
-    return min(stated, default=DEFAULT_MAX_LENGTH)

@@ -12,6 +12,8 @@ from hf_forward_inf.datasets.templates import FILES, template_facts
 
 BM25_NEIGHBOURS = 250
 """Distractors that look most like a query, by word overlap, as FTRACE takes them."""
+SHARES = {"bm25": BM25_NEIGHBOURS, "same_target": 100, "random": 100}
+"""Distractors of each kind that FTRACE takes for a query."""
 
 
 def load_rows(source: str, role: str) -> Dataset:
@@ -118,8 +120,9 @@ def candidate_pool(
 ) -> tuple[Dataset, dict[str, int]]:
     """Draw one set of candidates for all queries, as FTRACE does: proponents, then distractors.
 
-    In order, until the set is full: every proponent; for each query in turn the rows that look most like it
-    (BM25, the best 250); rows with the same target; rows drawn at random.
+    Every proponent; for each query in turn the rows that look most like it (BM25, the best 250); rows with the same
+    target; rows drawn at random. The room that the proponents leave is shared out as FTRACE does it, 250 : 100 : 100;
+    what a kind can't fill, the next ones do.
 
     Args:
         queries (`datasets.Dataset`): The queries that will be traced.
@@ -150,10 +153,12 @@ def candidate_pool(
         kinds["bm25"] = nearest.T.ravel().tolist()  # every query's best, then every query's second best, ...
         kinds["same_target"] = [r for r, target in enumerate(abstracts["targets_pretokenized"]) if target in targets]
     kinds["random"] = np.random.default_rng(seed).permutation(len(abstracts)).tolist()
+    room, whole = num_candidates - len(truth), sum(SHARES[kind] for kind in kinds if kind in SHARES)
+    ends = np.cumsum([len(truth) if kind == "proponents" else room * SHARES[kind] / whole for kind in kinds])
     taken: dict[int, str] = {}
-    for kind, rows in kinds.items():
+    for (kind, rows), end in zip(kinds.items(), ends, strict=True):
         for row in rows:
-            if len(taken) < num_candidates:
+            if len(taken) < round(end):
                 taken.setdefault(row, kind)
     counts = {kind: list(taken.values()).count(kind) for kind in kinds}
     return abstracts.select(sorted(taken)), counts

@@ -114,7 +114,10 @@ def test_a_pool_holds_all_proponents_and_the_nearest_distractors(corpus):
     ids = [[corpus["abstracts"][row]["id"] for row in rows] for rows in everywhere]
     assert [[pool[row]["id"] for row in rows] for rows in proponents(queries, pool)] == ids
     assert counts["proponents"] == len({i for rows in ids for i in rows})
-    assert counts["bm25"] > 0
+    room = 200 - counts["proponents"]
+    assert [counts[kind] for kind in ("bm25", "same_target", "random")] == pytest.approx(
+        [room * share / 450 for share in (250, 100, 100)], abs=1
+    )
 
 
 def test_a_pool_is_filled_with_random_rows_at_last(corpus):

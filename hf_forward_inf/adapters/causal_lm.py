@@ -1,0 +1,250 @@
+"""Decoder-only language models: Llama, Qwen, GPT-2, Gemma, Mistral and their kin."""
+
+import inspect
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from hf_forward_inf.adapters.base import Adapter, Batch, Forward, Rows
+from hf_forward_inf.adapters.text import IGNORED, input_of, longest_input, pad, peft_parameters, tokenizer_state
+from hf_forward_inf.fingerprints import fingerprint
+
+
+class CausalLMAdapter(Adapter):
+    """Cross-entropy of the completion's tokens given the prompt, or of all tokens where there is no prompt.
+
+    Rows have the columns that TRL's trainers take, and are tokenized as they do it: `messages`, through the
+    tokenizer's chat template; `prompt` and `completion`, as texts or as lists of messages; or `text`. Completions and
+    texts end with the end-of-sequence token. Of `messages` that end with the assistant's, that last one is the
+    completion.
+
+    A row beyond `max_length` loses the beginning of its prompt; without a prompt, its end. Tokens are always padded on
+    the right, whatever side the tokenizer pads for generation.
+
+    Args:
+        model (`transformers.PreTrainedModel` or `peft.PeftModel`): A causal language model. Of a PEFT model the
+            trained weights are perturbed, of others all, unless told otherwise.
+        tokenizer (`transformers.PreTrainedTokenizerBase`): Its tokenizer.
+        text_column (`str`, defaults to `"text"`): Column of texts.
+        prompt_column (`str`, defaults to `"prompt"`): Column of prompts.
+        completion_column (`str`, defaults to `"completion"`): Column of completions.
+        messages_column (`str`, defaults to `"messages"`): Column of conversations.
+        max_length (`int`, *optional*): Tokens kept of a row. Defaults to the model's limit.
+
+    Raises:
+        TypeError: If the model is no causal language model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        text_column: str = "text",
+        prompt_column: str = "prompt",
+        completion_column: str = "completion",
+        messages_column: str = "messages",
+        max_length: int | None = None,
+    ):
+        super().__init__(model)
+        self.model: Any = model
+        if not is_causal_lm(model):
+            raise TypeError(
+                f"{type(model).__name__} does not predict the next token of a text. Load it with "
+                "AutoModelForCausalLM, or pass ForwardInf an adapter of your own."
+            )
+        if tokenizer is None:
+            raise TypeError("A causal language model needs its tokenizer: ForwardInf(model, tokenizer).")
+        self.tokenizer = tokenizer
+        self.formats = ((messages_column,), (prompt_column, completion_column), (text_column,))
+        self.columns = self.formats[1]
+        self.max_length = max_length or longest_input(model, tokenizer)
+        # What closes a text, where the tokenizer doesn't do it by itself.
+        closes = tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
+        self.end = "" if closes else tokenizer.eos_token or ""
+        self.shortens = "logits_to_keep" in inspect.signature(_base(model).forward).parameters
+
+    @property
+    def settings(self) -> str:
+        """Columns, length limit, the tokenizer's whole state and its chat template."""
+        return fingerprint(self.formats, self.max_length, tokenizer_state(self.tokenizer))
+
+    def columns_in(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Find out how the rows are written: messages, else prompt and completion, else texts.
+
+        Raises:
+            ValueError: If they have the columns of none.
+        """
+        names = list(names)
+        for columns in self.formats:
+            if set(columns) <= set(names):
+                return columns
+        wanted = "; ".join(" and ".join(f"`{name}`" for name in columns) for columns in self.formats)
+        raise ValueError(f"Rows need columns {wanted}; these have {', '.join(names)}. Rename them, or name yours.")
+
+    def encode(self, rows: Rows) -> Rows:
+        """Tokenize rows; `start` is the first token that counts."""
+        columns = self.columns_in(rows)
+        parts = [self._parts(*values) for values in zip(*(rows[name] for name in columns), strict=True)]
+        templated = [part[2] for part in parts]
+        whole = self._tokenize([part[1] for part in parts], templated)
+        prompts = self._tokenize([part[0] for part in parts], templated)
+        found: Rows = {"input_ids": [], "start": [], "terms": [], "truncated": []}
+        for (prompt, text, _), ids, before in zip(parts, whole, prompts, strict=True):
+            # A token that grew over the end of the prompt belongs to the completion.
+            start = max(1, _common(ids, before)) if prompt else 1
+            kept, first = self._cut(ids, start)
+            found["input_ids"].append(kept)
+            found["start"].append(first)
+            found["terms"].append(max(0, len(kept) - first) if text[len(prompt) :].strip() else 0)
+            found["truncated"].append(len(ids) > self.max_length)
+        return found
+
+    def _parts(self, *values: Any) -> tuple[str, str, bool]:
+        """A row as its prompt's text, its whole text, and whether a chat template wrote them."""
+        if len(values) == 2 and isinstance(values[0], list):
+            return self._conversation(*values)
+        if len(values) == 1 and isinstance(values[0], list):
+            last = 1 if values[0] and values[0][-1].get("role") == "assistant" else 0
+            return self._conversation(values[0][: len(values[0]) - last], values[0][len(values[0]) - last :])
+        for value in values:
+            if value is not None and not isinstance(value, str):
+                raise TypeError(f"A row holds {type(value).__name__} where a text (or a list of messages) must stand.")
+        prompt, text = "".join(value or "" for value in values[:-1]), values[-1] or ""
+        closed = not text.strip() or text.endswith(self.tokenizer.eos_token or "")
+        return prompt, prompt + text + ("" if closed else self.end), False
+
+    def _conversation(self, before: list[dict[str, str]], after: list[dict[str, str]]) -> tuple[str, str, bool]:
+        if not after:
+            return "", self._template(before, False), True
+        if not before:
+            return "", self._template(after, False), True
+        return self._template(before, True), self._template([*before, *after], False), True
+
+    def _template(self, messages: list[dict[str, str]], asks: bool) -> str:
+        if not messages:
+            return ""
+        # Arrow fills keys that only some messages have with None, and templates take None for a value.
+        kept = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        return str(self.tokenizer.apply_chat_template(kept, tokenize=False, add_generation_prompt=asks))
+
+    def _tokenize(self, texts: list[str], templated: list[bool]) -> list[list[int]]:
+        # A chat template writes the special tokens itself. verbose=False: our own warning counts the rows, once.
+        special = not any(templated)
+        return self.tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
+
+    def _cut(self, ids: list[int], start: int) -> tuple[list[int], int]:
+        dropped = min(max(0, len(ids) - self.max_length), start - 1)
+        return ids[dropped : dropped + self.max_length], start - dropped
+
+    def lengths(self, features: Rows) -> np.ndarray:
+        """Tokens of each row, `[rows, 1]`."""
+        return np.array([[len(ids)] for ids in features["input_ids"]])
+
+    def collate(self, features: Rows) -> Batch:
+        """Pad on the right; labels are -100 where nothing counts."""
+        ids, starts = features["input_ids"], features["start"]
+        labels = [[IGNORED] * start + row[start:] for row, start in zip(ids, starts, strict=True)]
+        filler = self.tokenizer.pad_token_id
+        return {
+            "input_ids": pad(ids, (self.tokenizer.eos_token_id or 0) if filler is None else filler),
+            "attention_mask": pad([[1] * len(row) for row in ids], 0),
+            "labels": pad(labels, IGNORED),
+        }
+
+    def term_losses(self, forward: Forward, batch: Batch) -> Tensor:
+        """Cross-entropy of every token, aligned with `input_ids`: `[rows, tokens]`, 0 where it does not count."""
+        logits, labels = self._logits(forward, batch)
+        losses = F.cross_entropy(
+            logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
+        )
+        losses = losses.view_as(labels)
+        return F.pad(losses, (batch["labels"].shape[1] - labels.shape[1], 0))
+
+    def _logits(self, forward: Forward, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits from the first position that predicts a token that counts, and the tokens predicted."""
+        labels, options = batch["labels"], {}
+        first = max(1, int((labels != IGNORED).any(0).int().argmax()))
+        if self.shortens:  # the output layer is dear, and prompts need none of it
+            options["logits_to_keep"] = torch.arange(first - 1, labels.shape[1] - 1, device=labels.device)
+        read = {key: value for key, value in batch.items() if key != "labels"}
+        logits = forward(**read, use_cache=False, **options).logits
+        return logits if self.shortens else logits[:, first - 1 : -1], labels[:, first:]
+
+    def predictions(self, forward: Forward, batch: Batch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Logits of the tokens that count, `[tokens, vocabulary]`, and their cross-entropy."""
+        logits, labels = self._logits(forward, batch)
+        valid = labels != IGNORED
+        return logits[valid].float(), partial(F.cross_entropy, target=labels[valid], reduction="sum")
+
+    @torch.no_grad()
+    def representation(self, batch: Batch) -> Tensor:
+        """Mean of the hidden states from which the tokens that count are predicted, `[rows, hidden]`."""
+        states = input_of(self.model.get_output_embeddings(), lambda: self._logits(self.model, batch)).float()
+        # Where the output layer read the last hidden states only, so did it of the labels.
+        valid = (batch["labels"] != IGNORED)[:, -states.shape[1] :]
+        predicting = F.pad(valid[:, 1:], (0, 1)) if states.shape[1] == batch["labels"].shape[1] else valid
+        return (states * predicting[..., None]).sum(1) / predicting.sum(1, keepdim=True)
+
+    def default_modules(self) -> list[str]:
+        """Of a PEFT model what it has trained, else everything."""
+        return peft_parameters(self.model) or ["all"]
+
+    @torch.no_grad()
+    def answer(self, rows: Rows, max_new_tokens: int = 64, batch_size: int = 32) -> list[str]:
+        """Let the model complete prompts by greedy decoding.
+
+        Args:
+            rows (`dict[str, list]`): With the prompt column, or messages that end with the user's.
+            max_new_tokens (`int`, defaults to 64): Tokens of an answer at most.
+            batch_size (`int`, defaults to 32): Prompts completed together.
+
+        Returns:
+            `list[str]`: One completion a row, without special tokens.
+        """
+        (messages,), (prompt, _), _ = self.formats
+        given = rows[messages] if messages in rows else rows[prompt]
+        templated = [isinstance(value, list) for value in given]
+        texts = [self._template(value, True) if isinstance(value, list) else value for value in given]
+        prompts = [ids[-self.max_length :] for ids in self._tokenize(texts, templated)]
+        device = next(self.model.parameters()).device
+        filler = self.tokenizer.pad_token_id
+        filler = (self.tokenizer.eos_token_id or 0) if filler is None else filler
+        answers: list[str] = []
+        for start in range(0, len(prompts), batch_size):
+            chunk = [ids[::-1] for ids in prompts[start : start + batch_size]]  # turned round: padded on the left
+            ids, mask = (pad(side, value).flip(1).to(device) for side, value in ((chunk, filler), (_ones(chunk), 0)))
+            made = self.model.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
+                pad_token_id=filler,
+            )  # fmt: skip
+            answers += self.tokenizer.batch_decode(made[:, ids.shape[1] :], skip_special_tokens=True)
+        return answers
+
+
+def is_causal_lm(model: Any) -> bool:
+    """Whether a model predicts the next token of a text."""
+    base = _base(model)
+    config = getattr(base, "config", None)
+    generates = getattr(base, "can_generate", lambda: False)()
+    return bool(generates) and config is not None and not getattr(config, "is_encoder_decoder", False)
+
+
+def _base(model: Any) -> Any:
+    """The model that a PEFT model wraps."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _common(one: list[int], other: list[int]) -> int:
+    """How many tokens two rows begin with together."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def _ones(rows: list[list[int]]) -> list[list[int]]:
+    return [[1] * len(row) for row in rows]

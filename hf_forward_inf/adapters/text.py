@@ -1,0 +1,53 @@
+"""What the adapters of language models share: tokens, padding, limits, PEFT."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100
+"""The label that transformers' losses skip."""
+DEFAULT_MAX_LENGTH = 1024
+"""Tokens kept where neither the tokenizer nor the configuration states a limit (T5's positions have none)."""
+
+
+def pad(sequences: list[list[int]], value: int) -> Tensor:
+    """Pad on the right to a common length, `[rows, longest]`."""
+    return pad_sequence([torch.tensor(s) for s in sequences], batch_first=True, padding_value=value)
+
+
+def longest_input(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Give the number of tokens that the model reads, as far as configuration and tokenizer tell."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    limits = [limit for limit in (positions, tokenizer.model_max_length) if limit and limit < 10**6]
+    return min(limits, default=DEFAULT_MAX_LENGTH)
+
+
+def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Give everything that tokens depend on, as text: part of the cache key."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab())
+    return f"{vocabulary}\n{tokenizer.chat_template or ''}"
+
+
+def peft_parameters(model: Any) -> list[str]:
+    """Name, by patterns, the weights that a PEFT model has trained (LoRA and its kin); none for another model."""
+    if not hasattr(model, "peft_config"):
+        return []
+    prefixes = [getattr(getattr(model, "base_model", None), "prefix", None) or "lora_", "modules_to_save."]
+    return [f"*{prefix}*" for prefix in prefixes]
+
+
+def input_of(module: nn.Module, run: Callable[[], object]) -> Tensor:
+    """Give what a module reads while something runs; transformers' `output_hidden_states` leaves hooks behind."""
+    read: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    try:
+        run()
+    finally:
+        handle.remove()
+    return read[-1]

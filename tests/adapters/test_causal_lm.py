@@ -1,0 +1,193 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from hf_forward_inf import AscentConfig, ForwardInf
+from hf_forward_inf.adapters import CausalLMAdapter, adapter_for
+from hf_forward_inf.ascent import perturbed_names
+from hf_forward_inf.baselines import InfluenceFunctions, RepresentationSimilarity, TracIn, TrackStar
+from tests.line import assert_same_state, state
+
+CHAT = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SIZE = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 32}
+FACTS = [("France", "Paris"), ("Italy", "Rome"), ("Peru", "Lima"), ("Cuba", "Havana"), ("Kenya", "Nairobi")]
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    texts = [f"What is the capital of {place}? It is {city}." for place, city in FACTS]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<end>", "<|user|>", "<|assistant|>"]
+    inner.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>", chat_template=CHAT)
+
+
+@pytest.fixture(params=["llama", "gpt2", "qwen2, tied"])
+def network(request, tokens):
+    torch.manual_seed(0)
+    size = {"vocab_size": len(tokens), "bos_token_id": None, "eos_token_id": 0}
+    if request.param == "gpt2":
+        return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64, **size)).eval()
+    wide = {**SIZE, **size, "num_key_value_heads": 1, "intermediate_size": 48, "max_position_embeddings": 64}
+    if request.param == "llama":
+        return LlamaForCausalLM(LlamaConfig(**wide)).eval()
+    return Qwen2ForCausalLM(Qwen2Config(tie_word_embeddings=True, **wide)).eval()
+
+
+@pytest.fixture(scope="module")
+def rows():
+    asked = [f"What is the capital of {place}?" for place, _ in FACTS]
+    return Dataset.from_dict({"prompt": asked, "completion": [f" It is {city}." for _, city in FACTS]})
+
+
+@pytest.fixture
+def adapter(network, tokens):
+    return CausalLMAdapter(network, tokens)
+
+
+def test_the_loss_is_that_of_the_completion_one_row_at_a_time(adapter, tokens, rows):
+    losses = adapter.loss(adapter.model, adapter.collate(adapter.encode(rows[:])))
+    for row, loss in zip(rows, losses, strict=True):
+        before, ids = (
+            torch.tensor([tokens(text)["input_ids"]])
+            for text in (row["prompt"], row["prompt"] + row["completion"] + "<end>")
+        )
+        logits = adapter.model(ids).logits[0, before.shape[1] - 1 : -1]
+        torch.testing.assert_close(F.cross_entropy(logits, ids[0, before.shape[1] :], reduction="sum"), loss)
+
+
+def test_without_a_prompt_every_token_but_the_first_counts(adapter, tokens, rows):
+    encoded = adapter.encode({"text": ["It is Paris.", "Rome<end>"]})
+    ids = [tokens(text)["input_ids"] for text in ("It is Paris.<end>", "Rome<end>")]
+    assert encoded["input_ids"] == ids
+    assert encoded["terms"] == [len(row) - 1 for row in ids]
+
+
+def test_messages_are_the_chat_templates_and_the_last_answer_counts(adapter, tokens):
+    talk = [{"role": "user", "content": "Peru?"}, {"role": "assistant", "content": "Lima"}]
+    encoded = adapter.encode({"messages": [talk]})
+    assert tokens.decode(encoded["input_ids"][0]) == "<|user|>Peru?<end><|assistant|>Lima<end>"
+    assert tokens.decode(encoded["input_ids"][0][encoded["start"][0] :]) == "Lima<end>"
+    assert adapter.encode({"prompt": [talk[:1]], "completion": [talk[1:]]}) == encoded
+
+
+def test_token_losses_stand_at_their_tokens_and_sum_to_the_loss(adapter, rows):
+    batch = adapter.collate(adapter.encode(rows[:]))
+    terms = adapter.term_losses(adapter.model, batch)
+    assert terms.shape == batch["input_ids"].shape
+    assert ((terms > 0) == (batch["labels"] != -100)).all()
+    torch.testing.assert_close(adapter.loss(adapter.model, batch), terms.sum(1))
+
+
+def test_the_side_on_which_the_tokenizer_pads_changes_no_score(network, tokens, rows):
+    right, left = copy.deepcopy(tokens), copy.deepcopy(tokens)
+    left.padding_side, left.pad_token = "left", "<end>"
+    found = [ForwardInf(network, sided).trace(rows.select(range(2)), rows).scores for sided in (right, left)]
+    np.testing.assert_allclose(*found, rtol=1e-5, atol=1e-5)
+
+
+def test_a_batch_gives_the_losses_of_single_rows(network, tokens, rows):
+    both = [
+        ForwardInf(network, tokens, max_batch_length=length).trace(rows.select([0]), rows).scores
+        for length in (1, 4096)
+    ]
+    np.testing.assert_allclose(*both, rtol=1e-3, atol=1e-5)
+
+
+def test_a_long_row_loses_the_beginning_of_its_prompt(network, tokens, rows):
+    adapter = CausalLMAdapter(network, tokens, max_length=8)
+    (whole,) = CausalLMAdapter(network, tokens).encode(rows[:1])["input_ids"]
+    encoded = adapter.encode({**rows[:1], "text": None})
+    assert encoded["input_ids"] == [whole[-8:]]
+    assert encoded["truncated"] == [True]
+    text = adapter.encode({"text": ["What is the capital of France? It is Paris."]})
+    assert text["input_ids"] == [tokens("What is the capital of France? It is Paris.")["input_ids"][:8]]
+
+
+def test_answers_do_not_depend_on_their_neighbours(adapter, rows):
+    together = adapter.answer(rows[:], max_new_tokens=6)
+    alone = [adapter.answer(rows[i : i + 1], max_new_tokens=6)[0] for i in range(len(rows))]
+    assert together == alone
+
+
+def test_it_is_traced_by_every_attributor(network, tokens, rows):
+    before = state(network)
+    for attributor in (
+        ForwardInf(network, tokens, ascent=AscentConfig(radius=0.1)),
+        ForwardInf(network, tokens, ascent=AscentConfig(direction="cg", iterations=3)),
+        ForwardInf(network, tokens, ascent=AscentConfig(direction="ekfac")),
+        TracIn(network, tokens, similarity="cosine"),
+        TrackStar(network, tokens),
+        InfluenceFunctions(network, tokens, iterations=3),
+        RepresentationSimilarity(network, tokens),
+    ):
+        found = attributor.trace(rows.select([1]), rows)
+        assert np.isfinite(found.scores).all(), attributor.name
+        if attributor.name != "influence_functions_cg":  # no unit norm
+            assert found.ranking(0)[0] == 1, attributor.name
+    assert_same_state(before, state(network))
+
+
+def test_of_a_peft_model_what_it_has_trained_is_perturbed(network, tokens, rows):
+    targets = ["c_attn"] if isinstance(network, GPT2LMHeadModel) else ["q_proj", "v_proj"]
+    tuned = get_peft_model(network, LoraConfig(r=2, target_modules=targets, init_lora_weights=False)).eval()
+    adapter = adapter_for(tuned, tokens)
+    names = perturbed_names(adapter, None)
+    assert names
+    assert all("lora_" in name for name in names)
+    before = state(tuned)
+    found = ForwardInf(tuned, tokens, ascent=AscentConfig(radius=0.1)).trace(rows.select([2]), rows)
+    assert found.scores[0, 2] > 0
+    assert_same_state(before, state(tuned))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"question": ["?"]}, "Rows need columns `messages`; `prompt` and `completion`; `text`; these have question"),
+        ({"prompt": ["Peru?", "Cuba?"], "completion": ["Lima", " "]}, "Nothing to predict in queries row 1"),
+        ({"text": [""]}, "Nothing to predict in queries row 0"),
+    ],
+)
+def test_rows_that_cannot_be_used_are_told(network, tokens, rows, given, message):
+    with pytest.raises(ValueError, match=message):
+        ForwardInf(network, tokens).trace(Dataset.from_dict(given), rows)
+
+
+def test_numbers_are_no_texts(adapter):
+    with pytest.raises(TypeError, match="holds int where a text"):
+        adapter.encode({"text": [3]})
+
+
+def test_other_models_are_refused(tokens, network):
+    masked = BertForMaskedLM(
+        BertConfig(vocab_size=9, num_hidden_layers=1, hidden_size=8, num_attention_heads=2, intermediate_size=8)
+    )
+    with pytest.raises(TypeError, match="BertForMaskedLM does not predict the next token"):
+        CausalLMAdapter(masked, tokens)
+    with pytest.raises(TypeError, match="needs its tokenizer"):
+        CausalLMAdapter(network, None)
