@@ -9,8 +9,8 @@ from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.cost import Pace
 from hf_forward_inf.datasets.ftrace import word_overlap
 from hf_forward_inf.metrics import evaluate, random_figures, recalls_at_k, reciprocal_ranks, worst_hub
-from hf_forward_inf.sentinels import fill_in
 from hf_forward_inf.task import Task
+from hf_forward_inf.texts import fill_in, text_and_target, text_columns
 
 Table: TypeAlias = dict[str, dict[str, float]]
 """Figures by method: `{"bm25": {"mrr": ..., "paraphrased/mrr": ...}}`."""
@@ -70,12 +70,11 @@ def _ranked_among_own(scores: np.ndarray, task: Task) -> np.ndarray:
 def _with_little_overlap(task: Task) -> list[list[int]]:
     """For each query, the proponents that share little with its words."""
     assert task.proponents is not None
-    columns = ("inputs_pretokenized", "targets_pretokenized")
-    if not all(name in task.queries.column_names for name in columns):
+    columns = text_columns(set(task.queries.column_names) & set(task.candidates.column_names))
+    if columns is None:
         return [[] for _ in task.proponents]
     asked, told = (
-        [fill_in(*pair) for pair in zip(*(rows[name] for name in columns), strict=True)]
-        for rows in (task.queries, task.candidates)
+        [fill_in(*text_and_target(row, columns)) for row in rows] for rows in (task.queries, task.candidates)
     )
     return [
         [row for row in rows if word_overlap(query, told[row]) <= LITTLE_OVERLAP]

@@ -1,12 +1,11 @@
 """The transformers task "data-attribution": `pipeline("data-attribution", model=..., candidates=...)`."""
 
-from typing import Any
+from typing import Any, cast
 
 from datasets import Dataset
-from transformers import AutoModelForSeq2SeqLM, Pipeline
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from hf_forward_inf.adapters.seq2seq import Seq2SeqAdapter
 from hf_forward_inf.forward_inf import ForwardInf
 
 
@@ -49,8 +48,8 @@ class DataAttributionPipeline(Pipeline):
         """Trace one output or several.
 
         Args:
-            inputs (`str`, `dict`, or a list of them): Input texts, which the model answers, or rows with the
-                candidates' columns, whose targets are taken as the output.
+            inputs (`str`, `dict`, or a list of them): Input texts (of a causal model: prompts), which the model
+                answers, or rows with the candidates' columns, whose targets are taken as the output.
             *args: None.
             **options: `top_k`, `candidates`.
 
@@ -74,7 +73,7 @@ class DataAttributionPipeline(Pipeline):
             query = {adapter.columns[0]: input_}
         else:
             raise TypeError(f"A query is a text or a row (dict), not {type(input_).__name__}.")
-        if adapter.columns[-1] not in query and isinstance(adapter, Seq2SeqAdapter):
+        if adapter.columns[0] in query and adapter.columns[-1] not in query:
             query[adapter.columns[-1]] = adapter.answer({key: [value] for key, value in query.items()})[0]
         return query
 
@@ -97,5 +96,8 @@ class DataAttributionPipeline(Pipeline):
 
 
 PIPELINE_REGISTRY.register_pipeline(
-    "data-attribution", pipeline_class=DataAttributionPipeline, pt_model=(AutoModelForSeq2SeqLM,), type="text"
+    "data-attribution",
+    pipeline_class=DataAttributionPipeline,
+    pt_model=cast(Any, (AutoModelForSeq2SeqLM, AutoModelForCausalLM)),
+    type="text",
 )

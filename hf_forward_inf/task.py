@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import numpy as np
 from datasets import Dataset, concatenate_datasets
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from hf_forward_inf.datasets import builtin_facts, candidate_pool, load_rows, own_candidates, proponents, sample_rows
 from hf_forward_inf.forward_inf import ForwardInf
@@ -27,7 +27,9 @@ class TraceOptions:
 
     output: str = field(default="outputs/ftrace", metadata={"help": "Folder for metrics, attribution and report."})
     overwrite: bool = field(default=False, metadata={"help": "Replace a finished run in the output folder."})
-    model: str | None = field(default=None, metadata={"help": "Seq2seq model: hub name or local folder."})
+    model: str | None = field(
+        default=None, metadata={"help": "Seq2seq or causal language model: hub name or local folder."}
+    )
     candidates: str | None = field(
         default=None, metadata={"help": "Training examples: hub name[:config], local folder, parquet, JSON or CSV."}
     )
@@ -183,9 +185,15 @@ def load_source(options: TraceOptions, seed: int) -> Source:
 def _source_of_model(options: TraceOptions) -> Source:
     abstracts, queries = load_rows(str(options.candidates), "abstracts"), load_rows(str(options.queries), "queries")
     say(f"Tracing {options.queries} over {options.candidates} with {options.model}.")
-    model = AutoModelForSeq2SeqLM.from_pretrained(str(options.model)).to(process_state().device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(str(options.model))
+    model, tokenizer = load_model(str(options.model))
     return _source(model, tokenizer, queries, abstracts, options.num_candidates, options)
+
+
+def load_model(name: str) -> tuple[Any, Any]:
+    """Load a language model of either kind, on this process's device, and its tokenizer: hub name or local folder."""
+    config = AutoConfig.from_pretrained(name)
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    return kind.from_pretrained(name).to(process_state().device).eval(), AutoTokenizer.from_pretrained(name)
 
 
 def _builtin_source(options: TraceOptions) -> Source:
@@ -259,12 +267,12 @@ def answered(model: Any, tokenizer: Any, queries: Dataset, options: TraceOptions
         ValueError: If it answers none, and `unanswered` is not asked for.
     """
     adapter = ForwardInf(model, tokenizer).adapter
-    answers = adapter.answer(queries[:])  # type: ignore[attr-defined]
+    answers = adapter.answer(queries[:])
     target = adapter.columns[-1]
     if target not in queries.column_names:
         say("The queries have no targets: the model's own answers are traced.")
         return queries.add_column(target, answers), {}
-    right = [said == true.strip() for said, true in zip(answers, queries[target], strict=True)]
+    right = [said.strip() == true.strip() for said, true in zip(answers, queries[target], strict=True)]
     say(f"The model answers {sum(right)} of {len(queries)} queries exactly ({np.mean(right):.0%}).")
     if not any(right) and not options.unanswered:
         raise ValueError(

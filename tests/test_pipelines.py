@@ -1,5 +1,8 @@
 import pytest
-from transformers import pipeline
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, pipeline
 
 from hf_forward_inf import AscentConfig, ForwardInf
 
@@ -57,3 +60,18 @@ def test_bad_calls_are_refused(pipe, model, tokenizer):
         pipe("a <extra_id_0>", depth=3)
     with pytest.raises(ValueError, match=r"needs candidates=\.\.\."):
         pipeline("data-attribution", model=model, tokenizer=tokenizer, device=-1)("a <extra_id_0>")
+
+
+def test_a_causal_model_answers_a_prompt_and_is_traced(tmp_path):
+    words = {word: i for i, word in enumerate(["<end>", "Peru", "Lima", "?", "[UNK]"])}
+    alphabet = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    alphabet.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokens = PreTrainedTokenizerFast(tokenizer_object=alphabet, eos_token="<end>", pad_token="<end>")
+    torch.manual_seed(0)
+    network = GPT2LMHeadModel(GPT2Config(vocab_size=5, n_embd=8, n_layer=1, n_head=1, bos_token_id=0, eos_token_id=0))
+    for part in (network, tokens):
+        part.save_pretrained(tmp_path)
+    rows = Dataset.from_dict({"prompt": ["Peru ?", "Lima ?"], "completion": [" Lima", " Peru"]})
+    pipe = pipeline("data-attribution", model=str(tmp_path), candidates=rows)
+    (first,) = pipe("Peru ?", top_k=1)
+    assert set(first) == {"rank", "score", "candidate", "prompt", "completion"}

@@ -100,6 +100,10 @@ class Adapter(ABC):
         """Give each example's hidden state, `[rows, features]`, for comparing examples by what the model sees."""
         raise NotImplementedError(f"{type(self).__name__} does not say which hidden states represent an example.")
 
+    def answer(self, rows: Rows) -> list[str]:
+        """Let the model answer rows that have no target yet: one text a row, for the last of `columns`."""
+        raise NotImplementedError(f"{type(self).__name__} does not generate: give queries a `{self.columns[-1]}`.")
+
     def with_model(self, model: nn.Module) -> Self:
         """Give the same adapter for another model of the same architecture, such as a checkpoint."""
         other = copy.copy(self)

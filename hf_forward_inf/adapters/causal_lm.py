@@ -109,7 +109,8 @@ class CausalLMAdapter(Adapter):
     def _parts(self, *values: Any) -> tuple[str, str, bool]:
         """A row as its prompt's text, its whole text, and whether a chat template wrote them."""
         if len(values) == 2 and isinstance(values[0], list):
-            return self._conversation(*values)
+            after = values[1] if isinstance(values[1], list) else [{"role": "assistant", "content": values[1] or ""}]
+            return self._conversation(values[0], after)
         if len(values) == 1 and isinstance(values[0], list):
             last = 1 if values[0] and values[0][-1].get("role") == "assistant" else 0
             return self._conversation(values[0][: len(values[0]) - last], values[0][len(values[0]) - last :])

@@ -1,6 +1,8 @@
 """BM25: word overlap, no model at all. The baseline that fact tracing must be read beside."""
 
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
@@ -8,7 +10,7 @@ from rank_bm25 import BM25Plus
 
 from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.checks import check_rows
-from hf_forward_inf.sentinels import fill_in
+from hf_forward_inf.texts import LAYOUTS, fill_in, text_and_target, text_columns
 
 
 @dataclass
@@ -16,15 +18,16 @@ class BM25:
     """Ranks candidates by word overlap, as FTRACE does: BM25Plus over whitespace tokens, case-sensitive.
 
     Args:
-        input_column (`str`, defaults to `"inputs_pretokenized"`): Column of input texts.
-        target_column (`str`, defaults to `"targets_pretokenized"`): Column of target texts.
+        input_column (`str`, *optional*): Column of input texts. Defaults to those of the layout that queries and
+            candidates share (FTRACE's, or `messages`, `prompt` and `completion`, `text`).
+        target_column (`str`, *optional*): Column of target texts.
         with_answer (`bool`, defaults to `True`): Fill the target into its place, in queries and candidates.
         k1 (`float`, defaults to 1.5): Saturation of repeated words.
         b (`float`, defaults to 0.75): Weight of a text's length.
     """
 
-    input_column: str = "inputs_pretokenized"
-    target_column: str = "targets_pretokenized"
+    input_column: str | None = None
+    target_column: str | None = None
     with_answer: bool = True
     k1: float = 1.5
     b: float = 0.75
@@ -37,13 +40,19 @@ class BM25:
         Raises:
             ValueError: If there are no rows or a column is missing.
         """
-        columns = (self.input_column, self.target_column) if self.with_answer else (self.input_column,)
-        check_rows(queries, columns, "queries")
-        check_rows(candidates, columns, "candidates")
-        index = BM25Plus([self._words(row) for row in candidates], k1=self.k1, b=self.b)
-        scores = np.stack([index.get_scores(self._words(row)) for row in queries]).astype(np.float32)
+        columns = self._columns(queries, candidates)
+        check_rows(queries, columns if self.with_answer else columns[:1], "queries")
+        check_rows(candidates, columns if self.with_answer else columns[:1], "candidates")
+        documents = [self._words(row, columns) for row in candidates]
+        index = BM25Plus(documents, k1=self.k1, b=self.b)
+        scores = np.stack([index.get_scores(self._words(row, columns)) for row in queries]).astype(np.float32)
         return Attribution(scores, queries, candidates, method=self.name, config=asdict(self)).keep(top_k)
 
-    def _words(self, row: dict[str, str]) -> list[str]:
-        text = row[self.input_column]
-        return (fill_in(text, row[self.target_column]) if self.with_answer else text).split()
+    def _columns(self, queries: Dataset, candidates: Dataset) -> tuple[str, ...]:
+        shared = text_columns(set(queries.column_names) & set(candidates.column_names)) or LAYOUTS[0]
+        given = (self.input_column, self.target_column)
+        return tuple(name or default for name, default in zip_longest(given, shared) if name or default)
+
+    def _words(self, row: dict[str, Any], columns: tuple[str, ...]) -> list[str]:
+        text, target = text_and_target(row, columns)
+        return (fill_in(text, target) if self.with_answer else text).split()

@@ -2,14 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from hf_forward_inf.attribution import Attribution
-from hf_forward_inf.sentinels import SENTINEL, without_sentinels
+from hf_forward_inf.texts import LAYOUTS, SENTINEL, text_and_target, text_columns, without_sentinels
 
 SHOWN = 10
 """Candidates shown for each query."""
@@ -23,8 +22,7 @@ def write_report(
     metrics: Mapping[str, Mapping[str, float]] | None = None,
     plot: str = "",
     title: str = "Which training examples made the model say this?",
-    input_column: str = "inputs_pretokenized",
-    target_column: str = "targets_pretokenized",
+    columns: tuple[str, ...] | None = None,
     k: int = SHOWN,
 ) -> None:
     """Write a page with the best candidates of each query. Everything it shows is escaped.
@@ -36,10 +34,10 @@ def write_report(
         metrics (`dict`, *optional*): Figures by attributor, shown as a table.
         plot (`str`, *optional*): An SVG of our own making ([`plots.budget_plot`]), shown below the table.
         title (`str`): Heads the page.
-        input_column (`str`): Column of input texts.
-        target_column (`str`): Column of target texts.
+        columns (`tuple[str, ...]`, *optional*): Columns of input and target texts. Found by [`texts.text_columns`].
         k (`int`, defaults to 10): Candidates shown for each query.
     """
+    columns = columns or text_columns(attribution.queries.column_names) or LAYOUTS[0]
     queries = []
     for i, query in enumerate(attribution.queries):
         truth = None if proponents is None else set(proponents[i])
@@ -47,14 +45,14 @@ def write_report(
         top = float(np.max(found["score"], initial=0.0))
         queries.append(
             {
-                "parts": _parts(query.get(input_column), query.get(target_column)),
+                "parts": _parts(*text_and_target(query, columns)),
                 "proponents": None if truth is None else len(truth),
                 "rows": [
                     {
                         "rank": row["rank"],
                         "score": row["score"],
                         "width": max(0.0, 100 * row["score"] / top) if top > 0 else 0.0,
-                        "parts": _parts(row.get(input_column), row.get(target_column)),
+                        "parts": _parts(*text_and_target(row, columns)),
                         "proponent": truth is not None and row["candidate"] in truth,
                     }
                     for row in found
@@ -77,14 +75,13 @@ def write_report(
     Path(path).write_text(page, encoding="utf-8")
 
 
-def _parts(text: Any, target: Any) -> list[tuple[str, bool]]:
+def _parts(text: str, target: str) -> list[tuple[str, bool]]:
     """Cut a text at its sentinels and fill the target in: pieces, and whether each is the target's."""
-    plain = str(text or "")
-    answers = [without_sentinels(span) for span in SENTINEL.split(str(target or ""))[1:]]
-    if not SENTINEL.search(plain):
-        return [(plain, False), (without_sentinels(str(target or "")), True)]
+    answers = [without_sentinels(span) for span in SENTINEL.split(target)[1:]]
+    if not SENTINEL.search(text):
+        return [piece for piece in ((text, False), (without_sentinels(target), True)) if piece[0]]
     pieces: list[tuple[str, bool]] = []
-    for i, piece in enumerate(SENTINEL.split(plain)):
+    for i, piece in enumerate(SENTINEL.split(text)):
         if i:
             pieces.append((answers[i - 1] if i <= len(answers) else "…", True))
         pieces.append((piece, False))

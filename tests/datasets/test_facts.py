@@ -4,7 +4,7 @@ import pytest
 
 from hf_forward_inf.datasets import builtin_facts, proponents
 from hf_forward_inf.datasets.facts import RELATIONS
-from hf_forward_inf.sentinels import fill_in
+from hf_forward_inf.texts import fill_in
 
 
 def test_the_corpus_is_the_same_every_time(corpus):
