@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +28,7 @@ class Attribution:
         indices (`np.ndarray`, *optional*): int64 `[queries, top_k]`: the candidates' row numbers, best first.
         method (`str`): The attributor's name.
         config (`dict`): The options that made the scores.
+        details (`datasets.Dataset`, *optional*): Token by token, for some pairs ([`terms.explain`]).
 
     Raises:
         ValueError: If the shapes don't fit together.
@@ -39,6 +40,7 @@ class Attribution:
     indices: np.ndarray | None = None
     method: str = "forward_inf"
     config: dict[str, Any] = field(default_factory=dict)
+    details: Dataset | None = None
 
     def __post_init__(self) -> None:
         wanted = (len(self.queries), len(self.candidates)) if self.indices is None else self.indices.shape
@@ -74,7 +76,7 @@ class Attribution:
             )
         indices = np.stack([self.ranking(i)[:top_k] for i in range(len(self))])
         scores = np.stack([self._scores_of(i, rows) for i, rows in enumerate(indices)])
-        return Attribution(scores, self.queries, self.candidates, indices, self.method, self.config)
+        return replace(self, scores=scores, indices=indices)
 
     def _scores_of(self, query: int, rows: np.ndarray) -> np.ndarray:
         return self.scores[query][: len(rows)] if self.indices is not None else self.scores[query][rows]
@@ -158,10 +160,11 @@ class Attribution:
         if self.indices is not None:
             columns["indices"], features["indices"] = list(self.indices), List(Value("int64"))
         scores = Dataset.from_dict(columns, features=Features(features))
-        parts = {"queries": self.queries, "candidates": self.candidates, "scores": scores}
+        parts = {"queries": self.queries, "candidates": self.candidates, "scores": scores, "details": self.details}
         with progress_bars(False):
             for name, rows in parts.items():
-                rows.save_to_disk(folder / name)
+                if rows is not None:
+                    rows.save_to_disk(folder / name)
         about = {"format": FORMAT, "method": self.method, "config": self.config}
         (folder / "attribution.json").write_text(json.dumps(about, indent=2))
 
@@ -186,6 +189,7 @@ class Attribution:
             indices,
             about["method"],
             about["config"],
+            load_from_disk(folder / "details") if (folder / "details").exists() else None,
         )
 
     def to_html(self, path: str | Path, **options: Any) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from hf_forward_inf.fingerprints import uncached
 from hf_forward_inf.hubs import correct_hubs
 from hf_forward_inf.loss_pass import LossPass
 from hf_forward_inf.processes import process_state, progress_bars
+from hf_forward_inf.terms import explain
 from hf_forward_inf.tuning import Tuning, tune
 
 
@@ -143,6 +145,25 @@ class ForwardInf:
         self._warn_of_lost(scores, inspected)
         config = {**asdict(self.ascent), "reduction": self.reduction, "hubs": self.references is not None}
         return Attribution(scores, queries, candidates, method=self.name, config=config).keep(top_k)
+
+    def trace_generation(self, inputs: Sequence[Any], candidates: Dataset, **options: Any) -> Attribution:
+        """Let the model answer, and trace the answers.
+
+        Args:
+            inputs (`list`): Texts; for a causal model prompts, or conversations (lists of messages).
+            candidates (`datasets.Dataset`): As in [`trace`].
+            **options: `top_k`, `tune`, `time_budget` of [`trace`].
+
+        Returns:
+            `Attribution`: Its `queries` hold the answers.
+        """
+        first, last = self.adapter.columns
+        given = {first: [inputs] if isinstance(inputs, str) else list(inputs)}
+        return self.trace(Dataset.from_dict({**given, last: self.adapter.answer(given)}), candidates, **options)
+
+    def explain(self, found: Attribution, k: int = 10) -> Attribution:
+        """Tell which tokens of the best candidates the scores come from; see [`terms.explain`]."""
+        return explain(self, found, k)
 
     def score(self, queries: Dataset, candidates: Dataset) -> np.ndarray:
         """Algorithm 1: float32 scores, `[queries, candidates]`, without what [`trace`] puts around them."""

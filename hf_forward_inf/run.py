@@ -64,6 +64,8 @@ def trace_run(options: TraceOptions, ascent: AscentConfig) -> dict[str, Any]:
         tables.append(compare(found, task))
         if repeat == 0:
             kept = found["forward_inf"].keep(options.top_k)
+            if options.tokens:
+                kept = tracer.explain(kept)
             chosen = found.get("fixed_learning_rate")
     table = average(tables)
     metrics: dict[str, Any] = {**source.figures, "queries": len(first.queries), "candidates": len(first.candidates)}

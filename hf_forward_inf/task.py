@@ -71,6 +71,10 @@ class TraceOptions:
         metadata={"help": "Seconds for scoring; candidates not reached by then, in a random order, get no score."},
     )
     top_k: int = field(default=100, metadata={"help": "Candidates of each query kept in the attribution."})
+    tokens: bool = field(
+        default=False,
+        metadata={"help": "Colour in the report which tokens of the best candidates the scores come from."},
+    )
     baselines: bool = field(
         default=True, metadata={"help": "Also run BM25 and the paper's fixed learning rates, if proponents are known."}
     )

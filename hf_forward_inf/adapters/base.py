@@ -100,6 +100,10 @@ class Adapter(ABC):
         """Give each example's hidden state, `[rows, features]`, for comparing examples by what the model sees."""
         raise NotImplementedError(f"{type(self).__name__} does not say which hidden states represent an example.")
 
+    def term_texts(self, features: Rows) -> list[list[str]]:
+        """Give, for every term of each example's loss, the text that it stands for."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what the terms of its loss stand for.")
+
     def answer(self, rows: Rows) -> list[str]:
         """Let the model answer rows that have no target yet: one text a row, for the last of `columns`."""
         raise NotImplementedError(f"{type(self).__name__} does not generate: give queries a `{self.columns[-1]}`.")

@@ -12,8 +12,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from hf_forward_inf.adapters.base import Adapter, Batch, Forward, Rows
-from hf_forward_inf.adapters.text import IGNORED, input_of, longest_input, pad, peft_parameters, tokenizer_state
+from hf_forward_inf.adapters.text import (
+    IGNORED,
+    input_of,
+    longest_input,
+    pad,
+    peft_parameters,
+    pieces,
+    tokenizer_state,
+)
 from hf_forward_inf.fingerprints import fingerprint
+
+SPAN = "span"
+"""Column that names a part of the completion."""
 
 
 class CausalLMAdapter(Adapter):
@@ -23,6 +34,9 @@ class CausalLMAdapter(Adapter):
     tokenizer's chat template; `prompt` and `completion`, as texts or as lists of messages; or `text`. Completions and
     texts end with the end-of-sequence token. Of `messages` that end with the assistant's, that last one is the
     completion.
+
+    A row with a `span` (a part of its completion's text, in a column of that name) has the loss of that span's tokens
+    alone: why did it say *Canberra*?
 
     A row beyond `max_length` loses the beginning of its prompt; without a prompt, its end. Tokens are always padded on
     the right, whatever side the tokenizer pads for generation.
@@ -84,26 +98,38 @@ class CausalLMAdapter(Adapter):
         names = list(names)
         for columns in self.formats:
             if set(columns) <= set(names):
-                return columns
+                return (*columns, SPAN) if SPAN in names else columns
         wanted = "; ".join(" and ".join(f"`{name}`" for name in columns) for columns in self.formats)
         raise ValueError(f"Rows need columns {wanted}; these have {', '.join(names)}. Rename them, or name yours.")
 
     def encode(self, rows: Rows) -> Rows:
-        """Tokenize rows; `start` is the first token that counts."""
-        columns = self.columns_in(rows)
+        """Tokenize rows; tokens from `start` to `stop` count.
+
+        Raises:
+            TypeError: If a row holds neither texts nor messages.
+            ValueError: If a span does not stand in its row's completion.
+        """
+        columns = [name for name in self.columns_in(rows) if name != SPAN]
         parts = [self._parts(*values) for values in zip(*(rows[name] for name in columns), strict=True)]
         templated = [part[2] for part in parts]
         whole = self._tokenize([part[1] for part in parts], templated)
-        prompts = self._tokenize([part[0] for part in parts], templated)
-        found: Rows = {"input_ids": [], "start": [], "terms": [], "truncated": []}
-        for (prompt, text, _), ids, before in zip(parts, whole, prompts, strict=True):
+        prompts = self._tokenize([part[0] for part in parts], templated)["input_ids"]
+        spans = rows.get(SPAN) or [None] * len(parts)
+        found: Rows = {"input_ids": [], "start": [], "stop": [], "terms": [], "truncated": []}
+        for i, ((prompt, text, _), before, span) in enumerate(zip(parts, prompts, spans, strict=True)):
+            ids = whole["input_ids"][i]
             # A token that grew over the end of the prompt belongs to the completion.
-            start = max(1, _common(ids, before)) if prompt else 1
-            kept, first = self._cut(ids, start)
-            found["input_ids"].append(kept)
-            found["start"].append(first)
-            found["terms"].append(max(0, len(kept) - first) if text[len(prompt) :].strip() else 0)
-            found["truncated"].append(len(ids) > self.max_length)
+            start, stop = max(1, _common(ids, before)) if prompt else 1, len(ids)
+            if span:
+                start, stop = _tokens_of(span, text, len(prompt), whole.encodings[i].offsets, start)
+            dropped = min(max(0, len(ids) - self.max_length), start - 1)
+            ids, start = ids[dropped : dropped + self.max_length], start - dropped
+            stop = min(stop - dropped, len(ids))
+            found["input_ids"].append(ids)
+            found["start"].append(start)
+            found["stop"].append(stop)
+            found["terms"].append(max(0, stop - start) if text[len(prompt) :].strip() else 0)
+            found["truncated"].append(len(whole["input_ids"][i]) > self.max_length)
         return found
 
     def _parts(self, *values: Any) -> tuple[str, str, bool]:
@@ -135,14 +161,9 @@ class CausalLMAdapter(Adapter):
         kept = [{key: value for key, value in message.items() if value is not None} for message in messages]
         return str(self.tokenizer.apply_chat_template(kept, tokenize=False, add_generation_prompt=asks))
 
-    def _tokenize(self, texts: list[str], templated: list[bool]) -> list[list[int]]:
+    def _tokenize(self, texts: list[str], templated: list[bool]) -> Any:
         # A chat template writes the special tokens itself. verbose=False: our own warning counts the rows, once.
-        special = not any(templated)
-        return self.tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
-
-    def _cut(self, ids: list[int], start: int) -> tuple[list[int], int]:
-        dropped = min(max(0, len(ids) - self.max_length), start - 1)
-        return ids[dropped : dropped + self.max_length], start - dropped
+        return self.tokenizer(texts, add_special_tokens=not any(templated), verbose=False)
 
     def lengths(self, features: Rows) -> np.ndarray:
         """Tokens of each row, `[rows, 1]`."""
@@ -150,8 +171,11 @@ class CausalLMAdapter(Adapter):
 
     def collate(self, features: Rows) -> Batch:
         """Pad on the right; labels are -100 where nothing counts."""
-        ids, starts = features["input_ids"], features["start"]
-        labels = [[IGNORED] * start + row[start:] for row, start in zip(ids, starts, strict=True)]
+        ids, cuts = features["input_ids"], zip(features["start"], features["stop"], strict=True)
+        labels = [
+            [IGNORED] * start + row[start:stop] + [IGNORED] * (len(row) - stop)
+            for row, (start, stop) in zip(ids, cuts, strict=True)
+        ]
         filler = self.tokenizer.pad_token_id
         return {
             "input_ids": pad(ids, (self.tokenizer.eos_token_id or 0) if filler is None else filler),
@@ -184,6 +208,10 @@ class CausalLMAdapter(Adapter):
         valid = labels != IGNORED
         return logits[valid].float(), partial(F.cross_entropy, target=labels[valid], reduction="sum")
 
+    def term_texts(self, features: Rows) -> list[list[str]]:
+        """The text of every token."""
+        return [pieces(self.tokenizer, ids) for ids in features["input_ids"]]
+
     @torch.no_grad()
     def representation(self, batch: Batch) -> Tensor:
         """Mean of the hidden states from which the tokens that count are predicted, `[rows, hidden]`."""
@@ -203,7 +231,7 @@ class CausalLMAdapter(Adapter):
 
         Args:
             rows (`dict[str, list]`): With the prompt column, or messages that end with the user's.
-            max_new_tokens (`int`, defaults to 64): Tokens of an answer at most.
+            max_new_tokens (`int`, defaults to 64): Tokens of an answer at most; fewer where the model reads no more.
             batch_size (`int`, defaults to 32): Prompts completed together.
 
         Returns:
@@ -213,7 +241,7 @@ class CausalLMAdapter(Adapter):
         given = rows[messages] if messages in rows else rows[prompt]
         templated = [isinstance(value, list) for value in given]
         texts = [self._template(value, True) if isinstance(value, list) else value for value in given]
-        prompts = [ids[-self.max_length :] for ids in self._tokenize(texts, templated)]
+        prompts = [ids[1 - self.max_length :] for ids in self._tokenize(texts, templated)["input_ids"]]
         device = next(self.model.parameters()).device
         filler = self.tokenizer.pad_token_id
         filler = (self.tokenizer.eos_token_id or 0) if filler is None else filler
@@ -221,8 +249,9 @@ class CausalLMAdapter(Adapter):
         for start in range(0, len(prompts), batch_size):
             chunk = [ids[::-1] for ids in prompts[start : start + batch_size]]  # turned round: padded on the left
             ids, mask = (pad(side, value).flip(1).to(device) for side, value in ((chunk, filler), (_ones(chunk), 0)))
+            room = min(max_new_tokens, self.max_length - ids.shape[1])
             made = self.model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
+                input_ids=ids, attention_mask=mask, max_new_tokens=room, do_sample=False, num_beams=1,
                 pad_token_id=filler,
             )  # fmt: skip
             answers += self.tokenizer.batch_decode(made[:, ids.shape[1] :], skip_special_tokens=True)
@@ -240,6 +269,15 @@ def is_causal_lm(model: Any) -> bool:
 def _base(model: Any) -> Any:
     """The model that a PEFT model wraps."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _tokens_of(span: str, text: str, begin: int, offsets: list[tuple[int, int]], start: int) -> tuple[int, int]:
+    """Find the tokens that a part of a completion is made of: the first, and the one behind the last."""
+    at = text.find(span, begin)
+    if at < 0:
+        raise ValueError(f"The span {span!r} does not stand in the completion {text[begin:]!r}.")
+    inside = [i for i, (a, b) in enumerate(offsets) if i >= start and a < at + len(span) and b > at]
+    return inside[0], inside[-1] + 1
 
 
 def _common(one: list[int], other: list[int]) -> int:

@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from hf_forward_inf.adapters.base import Adapter, Batch, Forward, Rows
-from hf_forward_inf.adapters.text import IGNORED, input_of, longest_input, pad, peft_parameters, tokenizer_state
+from hf_forward_inf.adapters.text import (
+    IGNORED,
+    input_of,
+    longest_input,
+    pad,
+    peft_parameters,
+    pieces,
+    tokenizer_state,
+)
 from hf_forward_inf.fingerprints import fingerprint
 
 
@@ -113,6 +121,10 @@ class Seq2SeqAdapter(Adapter):
         valid = batch["labels"] != IGNORED
         targets = batch["labels"][valid]
         return self._logits(forward, batch)[valid].float(), partial(F.cross_entropy, target=targets, reduction="sum")
+
+    def term_texts(self, features: Rows) -> list[list[str]]:
+        """The text of every target token."""
+        return [pieces(self.tokenizer, ids) for ids in features["labels"]]
 
     @torch.no_grad()
     def representation(self, batch: Batch) -> Tensor:

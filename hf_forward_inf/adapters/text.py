@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -51,3 +52,10 @@ def input_of(module: nn.Module, run: Callable[[], object]) -> Tensor:
     finally:
         handle.remove()
     return read[-1]
+
+
+def pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
+    """Cut a text where its tokens end: a token's text depends on the ones before it."""
+    ends = [len(tokenizer.decode(ids[:end])) for end in range(len(ids) + 1)]
+    text = str(tokenizer.decode(ids))
+    return [text[a:b] for a, b in pairwise(ends)]

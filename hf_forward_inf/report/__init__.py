@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -38,6 +39,7 @@ def write_report(
         k (`int`, defaults to 10): Candidates shown for each query.
     """
     columns = columns or text_columns(attribution.queries.column_names) or LAYOUTS[0]
+    details = {(row["query"], row["candidate"]): row for row in attribution.details or []}
     queries = []
     for i, query in enumerate(attribution.queries):
         truth = None if proponents is None else set(proponents[i])
@@ -53,6 +55,7 @@ def write_report(
                         "score": row["score"],
                         "width": max(0.0, 100 * row["score"] / top) if top > 0 else 0.0,
                         "parts": _parts(*text_and_target(row, columns)),
+                        "terms": _heated(details.get((i, row["candidate"]))),
                         "proponent": truth is not None and row["candidate"] in truth,
                     }
                     for row in found
@@ -73,6 +76,15 @@ def write_report(
         plot=Markup(plot),
     )
     Path(path).write_text(page, encoding="utf-8")
+
+
+def _heated(detail: Mapping[str, Any] | None) -> list[tuple[str, float, float]]:
+    """Tokens with their scores, and how dark each is shown: a share of the highest one."""
+    if detail is None:
+        return []
+    highest = max(map(abs, detail["term_scores"]), default=0.0) or 1.0
+    pairs = zip(detail["terms"], detail["term_scores"], strict=True)
+    return [(text, score, round(max(0.0, score) / highest, 3)) for text, score in pairs if text]
 
 
 def _parts(text: str, target: str) -> list[tuple[str, bool]]:

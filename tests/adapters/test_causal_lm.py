@@ -128,6 +128,29 @@ def test_a_long_row_loses_the_beginning_of_its_prompt(network, tokens, rows):
     assert text["input_ids"] == [tokens("What is the capital of France? It is Paris.")["input_ids"][:8]]
 
 
+def test_a_span_counts_alone(adapter, tokens, rows):
+    first = {**rows[:1], "span": ["Paris"]}
+    encoded = adapter.encode(first)
+    (ids,), (start,), (stop,) = (encoded[key] for key in ("input_ids", "start", "stop"))
+    assert tokens.decode(ids[start:stop]).strip() == "Paris"
+    whole, part = (
+        adapter.term_losses(adapter.model, adapter.collate(adapter.encode(one)))[0] for one in (rows[:1], first)
+    )
+    torch.testing.assert_close(part[start:stop], whole[start:stop])
+    assert part.sum() == part[start:stop].sum()
+    with pytest.raises(ValueError, match="span 'France' does not stand in the completion"):
+        adapter.encode({**rows[:1], "span": ["France"]})
+
+
+def test_generated_answers_are_traced(network, tokens, rows):
+    tracer = ForwardInf(network, tokens)
+    found = tracer.trace_generation(rows["prompt"][:2], rows)
+    assert found.queries["completion"] == tracer.adapter.answer(rows[:2])
+    explained = tracer.explain(found, k=1).details[0]
+    row = rows[explained["candidate"]]
+    assert "".join(explained["terms"]) == row["prompt"] + row["completion"] + "<end>"
+
+
 def test_answers_do_not_depend_on_their_neighbours(adapter, rows):
     together = adapter.answer(rows[:], max_new_tokens=6)
     alone = [adapter.answer(rows[i : i + 1], max_new_tokens=6)[0] for i in range(len(rows))]

@@ -1,0 +1,71 @@
+"""Where in a training example the loss rises: at which tokens."""
+
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from hf_forward_inf.ascent import Parameters, Perturbation, call, evaluating, perturbed_names, to_device
+from hf_forward_inf.attribution import Attribution
+from hf_forward_inf.candidate_pass import encode
+from hf_forward_inf.directions import direction_for
+
+if TYPE_CHECKING:
+    from hf_forward_inf.forward_inf import ForwardInf
+
+
+def explain(tracer: "ForwardInf", found: Attribution, k: int = 10) -> Attribution:
+    """Tell, for the best candidates of each query, how much each token's loss rises.
+
+    Args:
+        tracer (`ForwardInf`): What traced.
+        found (`Attribution`): Its attribution.
+        k (`int`, defaults to 10): Candidates of each query.
+
+    Returns:
+        `Attribution`: The same with `details`, a row for each of these candidates: `query`, `candidate`, `terms` (the
+        tokens' texts) and `term_scores` (float32, nats), which sum to the score (with `reduction="sum"`, hubs aside).
+
+    Raises:
+        NotImplementedError: If the adapter can't say what the terms of its loss stand for.
+    """
+    adapter, candidates = tracer.adapter, found.candidates
+    names = perturbed_names(adapter, tracer.ascent.modules)
+    queries = encode(adapter, found.queries, "queries", tracer.cache_dir)
+    columns = list(adapter.columns_in(candidates.column_names))
+    details: dict[str, list[Any]] = {"query": [], "candidate": [], "terms": [], "term_scores": []}
+    with evaluating(adapter.model), torch.no_grad():
+        training = candidates if tracer.training is None else tracer.training
+        direction = direction_for(tracer.ascent, adapter, training, names, tracer.cache_dir)
+        for i in range(len(found)):
+            (theta_k,) = Perturbation(adapter, queries[i : i + 1], names, tracer.ascent, direction).thetas
+            rows = found.top(i, k)["candidate"]
+            if theta_k is None or not len(rows):
+                continue
+            features = adapter.encode(candidates.select_columns(columns)[list(rows)])
+            rises = _rises(tracer, theta_k, features).cpu().numpy()
+            for row, texts, scores in zip(rows, adapter.term_texts(features), rises, strict=True):
+                details["query"].append(i)
+                details["candidate"].append(row)
+                details["terms"].append(texts)
+                details["term_scores"].append(scores[: len(texts)].astype(np.float32))
+    return replace(found, details=Dataset.from_dict(details))
+
+
+def _rises(tracer: "ForwardInf", theta_k: Parameters, features: dict[str, list[Any]]) -> Tensor:
+    """By how much each term's loss rises, `[rows, terms]`, with the sign that scores have."""
+    adapter, model = tracer.adapter, tracer.adapter.model
+    batch = to_device(adapter.collate(features), model)
+
+    def losses(theta: Parameters) -> Tensor:
+        return adapter.term_losses(partial(call, model, theta), batch)
+
+    if tracer.ascent.mode == "symmetric":
+        own = dict(model.named_parameters())
+        return (losses(theta_k) - losses({name: 2 * own[name] - value for name, value in theta_k.items()})) / 2
+    rise = losses(theta_k) - losses({})
+    return -rise if tracer.ascent.mode == "descent" else rise
