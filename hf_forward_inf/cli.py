@@ -1,13 +1,14 @@
 """The console command: `hf-forward-inf trace --model ... --candidates ... --queries ... --output DIR`, `compare`."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from transformers import HfArgumentParser
 from transformers.utils.logging import disable_progress_bar
 
 from hf_forward_inf.ascent import AscentConfig
+from hf_forward_inf.finetune import FinetuneOptions, finetune_run
 from hf_forward_inf.processes import start_the_other_processes
 from hf_forward_inf.run import trace_run
 from hf_forward_inf.task import TraceOptions
@@ -15,8 +16,9 @@ from hf_forward_inf.task import TraceOptions
 USAGE = """usage: hf-forward-inf <command> [options]
 
 commands:
-  trace    which training examples made a seq2seq model give its answers (--help for its options)
-  compare  the same, with every attributor beside (trace --compare)
+  trace     which training examples made a language model give its answers (--help for its options)
+  compare   the same, with every attributor beside (trace --compare)
+  finetune  fine-tune a causal model, trace its answers, fine-tune it again without what was found
 """
 
 
@@ -25,6 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["trace"]:
         return trace(given[1:], "hf-forward-inf trace")
+    if given[:1] == ["finetune"]:
+        return finetune(given[1:], "hf-forward-inf finetune")
     if given[:1] == ["compare"]:
         return trace([*given[1:], "--compare"], "hf-forward-inf compare")
     print(USAGE, file=sys.stdout if given[:1] in (["-h"], ["--help"]) else sys.stderr, end="")
@@ -33,18 +37,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def trace(arguments: Sequence[str] | None = None, program: str | None = None) -> int:
     """Parse the options of `trace` and run it; a wrong input is told in one line, with exit status 1."""
+    return _run(trace_run, TraceOptions, arguments, program)
+
+
+def finetune(arguments: Sequence[str] | None = None, program: str | None = None) -> int:
+    """Parse the options of `finetune` and run it; a wrong input is told in one line, with exit status 1."""
+    return _run(finetune_run, FinetuneOptions, arguments, program)
+
+
+def _run(
+    run: Callable[[Any, AscentConfig], object], kind: Any, given: Sequence[str] | None, program: str | None
+) -> int:
     start_the_other_processes()
-    parser = HfArgumentParser(cast(Any, (TraceOptions, AscentConfig)), prog=program, description=TraceOptions.__doc__)
+    parser = HfArgumentParser(cast(Any, (kind, AscentConfig)), prog=program, description=kind.__doc__)
     try:
-        options, ascent = parser.parse_args_into_dataclasses(args=arguments)
+        options, ascent = parser.parse_args_into_dataclasses(args=given)
     except ValueError as error:
         parser.error(str(error))
-    words = sys.argv[1:] if arguments is None else arguments
+    words = sys.argv[1:] if given is None else given
     if any(word.partition("=")[0].replace("-", "_") in ("__radius", "__learning_rate") for word in words):
         options.tune = False
     disable_progress_bar()  # transformers' bars for loading weights
     try:
-        trace_run(options, ascent)
+        run(options, ascent)
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -155,10 +155,8 @@ def as_text(table: Table, costs: Mapping[str, float]) -> str:
 
     Where they were measured: passes over the candidates, for a query alone and for all queries together.
     """
-    groups = [
-        "",
-        *(g for g in ("answered", "unanswered", "paraphrased") if any(f"{g}/mrr" in f for f in table.values())),
-    ]
+    measured = [key.split("/") for key in next(iter(table.values())) if key.endswith("/mrr")]
+    groups = ["", *(group for group, *rest in measured if len(rest) == 1 and group != "low_overlap")]
     return "\n\n".join((f"{group}:\n" if group else "") + _group_as_text(table, costs, group) for group in groups)
 
 

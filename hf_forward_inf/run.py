@@ -98,7 +98,7 @@ def _plot(comparison: Comparison) -> str:
         return ""
 
 
-def about(options: TraceOptions, tracer: ForwardInf) -> dict[str, Any]:
+def about(options: Any, tracer: ForwardInf) -> dict[str, Any]:
     """What made the figures: versions, device, seed and every option."""
     packages = ("hf-forward-inf", "torch", "transformers", "datasets", "accelerate")
     state = process_state()

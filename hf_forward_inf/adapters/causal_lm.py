@@ -241,7 +241,10 @@ class CausalLMAdapter(Adapter):
         given = rows[messages] if messages in rows else rows[prompt]
         templated = [isinstance(value, list) for value in given]
         texts = [self._template(value, True) if isinstance(value, list) else value for value in given]
-        prompts = [ids[1 - self.max_length :] for ids in self._tokenize(texts, templated)["input_ids"]]
+        prompts = self._tokenize(texts, templated)["input_ids"]
+        if not self.end:  # this tokenizer ends every text: an answer begins before that
+            prompts = [ids[:-1] if ids[-1:] == [self.tokenizer.eos_token_id] else ids for ids in prompts]
+        prompts = [ids[1 - self.max_length :] for ids in prompts]
         device = next(self.model.parameters()).device
         filler = self.tokenizer.pad_token_id
         filler = (self.tokenizer.eos_token_id or 0) if filler is None else filler

@@ -116,10 +116,19 @@ def builtin_facts(seed: int = 0) -> DatasetDict:
         ImportError: If the extra `facts` is not installed.
     """
     draw = np.random.default_rng(seed)
-    facts = _country_facts() + _city_facts()
+    facts = known_facts()
     abstracts, queries = tell(RELATIONS, facts, draw)
     abstracts += _joint_sentences(facts, draw)
     return as_corpus(abstracts, queries, draw)
+
+
+def known_facts() -> list[Fact]:
+    """Give the facts themselves, countries' first.
+
+    Raises:
+        ImportError: If the extra `facts` is not installed.
+    """
+    return _country_facts() + _city_facts()
 
 
 def _joint_sentences(facts: list[Fact], draw: np.random.Generator) -> list[dict[str, Any]]:
