@@ -140,6 +140,7 @@ class Finetuning:
                 ).train()  # fmt: skip
                 if state.is_main_process:
                     model.save_pretrained(part / "model")
+                    self.tokenizer.save_pretrained(part / "model")
                     os.replace(part / "model", folder)
             finally:
                 shutil.rmtree(part, ignore_errors=True)
