@@ -49,9 +49,9 @@ METHODS = {
     ("bergson", "output"): "gradients, forward mode",
     ("bergson", "ekfac"): "EK-FAC",
     ("bergson", "ekfac_output"): "EK-FAC, forward mode",
-    ("captum", "tracin_fast"): "TracInCPFast (last layer)",
-    ("captum", "tracin"): "TracInCP",
-    ("dattri", "tracin"): "TracIn",
+    ("captum", "last_layer"): "TracInCPFast, last layer",
+    ("captum", "all_parameters"): "TracInCP, all parameters",
+    ("dattri", "tracin"): "gradients, cosine, projected",
     ("dattri", "trak"): "TRAK",
     ("kronfluence", "ekfac"): "EK-FAC",
 }

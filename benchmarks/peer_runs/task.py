@@ -1,6 +1,7 @@
 """A task as plain files, and what every library needs to read it: nothing here imports `hf_forward_inf`."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 Rows = list[dict[str, Any]]
 
@@ -74,7 +75,7 @@ def _pad(rows: list[list[int]], width: int, value: int) -> Tensor:
     return torch.tensor([row + [value] * (width - len(row)) for row in rows])
 
 
-def logits_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+def logits_of(model: Callable[..., Any], batch: dict[str, Tensor]) -> Tensor:
     """Logits of every position."""
     read = {name: values for name, values in batch.items() if name != "labels"}
     return model(**read, use_cache=False).logits
