@@ -9,7 +9,6 @@ from datasets import Dataset
 from peer_runs.task import IGNORED, Task, logits_of, losses
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from hf_forward_inf import ForwardInf
 from hf_forward_inf.datasets import builtin_facts, candidate_pool, load_rows, proponents
 from hf_forward_inf.processes import say
 from hf_forward_inf.sentinels import SENTINEL, fill_in, without_sentinels
@@ -44,13 +43,17 @@ def _seq2seq_row(tokenizer: Any, row: dict[str, Any], asked: bool) -> dict[str, 
 def _causal_row(tokenizer: Any, row: dict[str, Any], asked: bool) -> dict[str, list[int]]:
     """Encode the filled-in sentence; a query's loss is that of its answer, given the words before."""
     inputs, target = row["inputs_pretokenized"], row["targets_pretokenized"]
-    ids = tokenizer(fill_in(inputs, target))["input_ids"]
+    read = tokenizer(fill_in(inputs, target), return_offsets_mapping=True)
+    ids = read["input_ids"]
     if not asked:
         return {"input_ids": ids, "labels": list(ids)}
-    prefix = SENTINEL.split(inputs)[0]
-    start = len(tokenizer(prefix.rstrip(), add_special_tokens=False)["input_ids"])
-    stop = len(tokenizer(prefix + without_sentinels(target), add_special_tokens=False)["input_ids"])
-    return {"input_ids": ids, "labels": [IGNORED] * start + ids[start:stop] + [IGNORED] * (len(ids) - stop)}
+    start = len(SENTINEL.split(inputs)[0])
+    stop = start + len(without_sentinels(target))
+    inside = [first < stop and start < last for first, last in read["offset_mapping"]]
+    return {
+        "input_ids": ids,
+        "labels": [token if taken else IGNORED for token, taken in zip(ids, inside, strict=True)],
+    }
 
 
 def seq2seq_task(folder: Path, data: Path | None) -> None:
@@ -61,9 +64,7 @@ def seq2seq_task(folder: Path, data: Path | None) -> None:
         queries, _ = answered(model, tokenizer, corpus["queries"], TraceOptions())
         queries, candidates = _drawn(queries, corpus["abstracts"])
     else:
-        model, tokenizer = (
-            part.from_pretrained(data / "model") for part in (AutoModelForSeq2SeqLM, AutoTokenizer)
-        )
+        model, tokenizer = (part.from_pretrained(data / "model") for part in (AutoModelForSeq2SeqLM, AutoTokenizer))
         queries, candidates = (load_rows(str(data / f"{name}.parquet"), name) for name in ("queries", "candidates"))
         queries = queries.select([i for i, right in enumerate(queries["answered"]) if right])
     write_task(folder, "seq2seq", (model, tokenizer), queries, candidates, proponents(queries, candidates))

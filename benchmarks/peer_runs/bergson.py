@@ -54,7 +54,8 @@ def track_star(task: Task) -> np.ndarray:
 
 
 def _index(task: Task, run: str, kind: type[IndexConfig] = IndexConfig) -> IndexConfig:
-    return kind(run_path=run, model=str(task.folder / "model"), data=DataConfig(dataset=_saved(task.candidates, "rows")))
+    data = DataConfig(dataset=_saved(task.candidates, "rows"))
+    return kind(run_path=run, model=str(task.folder / "model"), data=data)
 
 
 def _queries(task: Task) -> QuerySetConfig:

@@ -31,6 +31,7 @@ class Logits(nn.Module):
         self.model = model
 
     def forward(self, *inputs: Tensor) -> Tensor:
+        """Logits of every position."""
         return logits_of(self.model, dict(zip(INPUTS, inputs, strict=False)))
 
 

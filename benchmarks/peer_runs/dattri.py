@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from peer_runs.measure import main
 from peer_runs.task import Rows, Task, logits_of, losses
 
-BATCH = 64
-"""Rows whose gradients are held at a time."""
+BATCH = 256
+"""Rows whose gradients are held at a time: every batch draws the projection anew, so that few are cheaper."""
 
 Parameters = dict[str, Tensor]
 
@@ -26,14 +26,17 @@ class Functional:
         self.attribution = AttributionTask(self.loss, task.model, task.model.state_dict())
 
     def loss(self, parameters: Parameters, row: tuple[Tensor, ...]) -> Tensor:
+        """Summed cross-entropy of one row."""
         batch = {name: values[None] for name, values in zip(self.names, row, strict=True)}
         logits = logits_of(lambda **read: torch.func.functional_call(self.task.model, parameters, (), read), batch)
         return losses(logits, batch["labels"])[0]
 
     def probability(self, parameters: Parameters, row: tuple[Tensor, ...]) -> Tensor:
+        """Probability of all its target tokens."""
         return torch.exp(-self.loss(parameters, row))
 
     def rows(self, rows: Rows) -> DataLoader:
+        """Load rows in batches, padded to one length."""
         batch = self.task.collate(rows)
         return DataLoader(TensorDataset(*(batch[name] for name in self.names)), batch_size=BATCH)
 

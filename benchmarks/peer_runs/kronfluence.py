@@ -20,7 +20,12 @@ Batch = dict[str, Tensor]
 class LanguageModelling(KronfluenceTask):
     """Summed cross-entropy, for training and for queries; labels drawn from the model where factors are fitted."""
 
+    def __init__(self, model: nn.Module):
+        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        self.names = [name for name in linear if name != "lm_head"]
+
     def compute_train_loss(self, batch: Batch, model: nn.Module, sample: bool = False) -> Tensor:
+        """Loss whose curvature is fitted."""
         logits, labels = logits_of(model, batch), batch["labels"]
         if sample:
             drawn = torch.multinomial(F.softmax(logits.detach(), dim=-1).flatten(0, 1), 1).view_as(labels)
@@ -28,6 +33,7 @@ class LanguageModelling(KronfluenceTask):
         return losses(logits, labels).sum()
 
     def compute_measurement(self, batch: Batch, model: nn.Module) -> Tensor:
+        """Loss that is explained: the same."""
         return self.compute_train_loss(batch, model)
 
     def get_influence_tracked_modules(self) -> list[str]:
@@ -40,10 +46,6 @@ class LanguageModelling(KronfluenceTask):
         if "decoder_input_ids" not in batch:
             return inputs
         return {name: inputs if _reads_inputs(name) else targets.to(inputs) for name in self.names}
-
-    def __init__(self, model: nn.Module):
-        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        self.names = [name for name in linear if name != "lm_head"]
 
 
 def _reads_inputs(name: str) -> bool:
