@@ -5,7 +5,8 @@
 Two settings: a seq2seq model (the built-in facts with their tiny mT5, or `--data DIR` with `model/`,
 `candidates.parquet` and `queries.parquet`) and a small Llama trained on the built-in facts, for peers that know causal
 models only. Each peer gets a virtual environment of its own, made at the first run. A method that fails or runs out of
-time keeps its row, with its error. Figures go to `--output`, as `table.md` and `figures.json`.
+time keeps its row, with its error. Figures go to `--output`, as `table.md` and `figures.json`; a run that was stopped
+goes on with the rows that are missing there.
 """
 
 import argparse
@@ -65,7 +66,8 @@ def environment(peer: str, folder: Path) -> Path:
     wanted = "\n".join(SHARED + REQUIREMENTS[peer])
     if not ready.exists() or ready.read_text() != wanted:
         say(f"Installing {wanted.split()[-1]} ...")
-        venv.create(folder / peer, with_pip=True)
+        if not python.exists():
+            venv.create(folder / peer, with_pip=True, symlinks=os.name != "nt")
         pip = [str(python), "-m", "pip", "--disable-pip-version-check", "-q"]
         subprocess.run([*pip, "install", *SHARED, *REQUIREMENTS[peer]], check=True)
         subprocess.run([*pip, "uninstall", "-y", *UNWANTED], check=True, stderr=subprocess.DEVNULL)
@@ -116,11 +118,13 @@ def measure(
     return figures
 
 
-def as_markdown(rows: Mapping[tuple[str, str], Mapping[str, Any]]) -> str:
-    """Lay rows out as a table, wins and losses alike, errors where there are no figures."""
+def as_markdown(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """Lay rows, by `library/method`, out as a table: wins and losses alike, errors where there are no figures."""
     lines = ["| library | method | MRR (s.e.) | recall@10 | passes | memory | disk, MB |", "| --- " * 7 + "|"]
-    for (library, method), row in rows.items():
-        title = f"| {library} | {METHODS.get((library, method), method)} | "
+    for library, method in METHODS:
+        if (row := rows.get(f"{library}/{method}")) is None:
+            continue
+        title = f"| {library} | {METHODS[library, method]} | "
         if "error" in row:
             lines.append(f"{title}{_shortened(row['error'])} | | | | |")
             continue
@@ -129,7 +133,7 @@ def as_markdown(rows: Mapping[tuple[str, str], Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _shortened(error: str, length: int = 160) -> str:
+def _shortened(error: str, length: int = 100) -> str:
     error = error.replace("|", "/").strip()
     return error if len(error) <= length else f"{error[: length - 3]}..."
 
@@ -140,6 +144,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("outputs/peers"))
     parser.add_argument("--envs", type=Path, default=Path("outputs/peers/envs"), help="The peers' environments.")
     parser.add_argument("--limit", type=float, default=600, help="Seconds that a method may take.")
+    parser.add_argument("--overwrite", action="store_true", help="Measure again what an earlier run has measured.")
     parser.add_argument("--settings", nargs="*", default=["seq2seq", "causal"], choices=["seq2seq", "causal"])
     parser.add_argument("--only", nargs="*", help="Libraries to run: ours, bergson, captum, dattri, kronfluence.")
     return parser.parse_args(arguments)
@@ -150,23 +155,25 @@ def main() -> None:
     options.envs = options.envs.resolve()
     titles = {"seq2seq": "mT5, " + ("built-in facts" if options.data is None else options.data.name)}
     titles["causal"] = "Llama, built-in facts"
-    everything, tables = {}, []
+    kept = options.output / "figures.json"
+    figures = json.loads(kept.read_text()) if kept.exists() and not options.overwrite else {}
+    if figures.get("versions") != REQUIREMENTS:
+        figures = {"versions": REQUIREMENTS}
+    tables = []
     for setting in options.settings:
         task = options.output / "tasks" / titles[setting].replace(", ", "-").replace(" ", "-")
         if not (task / "task.json").exists():
             seq2seq_task(task, options.data) if setting == "seq2seq" else causal_task(task)
         proponents = json.loads((task / "task.json").read_text())["proponents"]
-        rows: dict[tuple[str, str], dict[str, Any]] = {}
+        rows = figures.setdefault(titles[setting], {})
         for library, method in METHODS:
-            if options.only and library not in options.only:
+            name = f"{library}/{method}"
+            if name in rows or (options.only and library not in options.only):
                 continue
-            say(f"{titles[setting]}: {library}, {METHODS[library, method]} ...")
-            rows[library, method] = measure(library, method, task, proponents, options)
-            say(str({name: value for name, value in rows[library, method].items() if name != "stderr"}))
+            say(f"{titles[setting]}: {name} ...")
+            rows[name] = measure(library, method, task, proponents, options)
+            kept.write_text(json.dumps(figures, indent=2))
         tables.append(f"{titles[setting]}:\n\n{as_markdown(rows)}\n")
-        everything[titles[setting]] = {f"{library}/{method}": row for (library, method), row in rows.items()}
-    versions = {"ours": "this checkout", **REQUIREMENTS}
-    (options.output / "figures.json").write_text(json.dumps({"versions": versions, **everything}, indent=2))
     (options.output / "table.md").write_text("\n".join(tables))
     print("\n".join(tables))
 

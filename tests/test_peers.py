@@ -92,7 +92,7 @@ def test_a_method_is_measured_in_a_process_of_its_own(task, tmp_path):
 def test_a_method_that_fails_keeps_its_row_and_tells_why(task, tmp_path, method, more, error):
     row = peers.measure("ours", method, task, [[0]] * 3, options(tmp_path, *more))
     assert error in row["error"]
-    assert error in peers.as_markdown({("ours", method): row})
+    assert error in peers.as_markdown({"ours/bm25": row})
 
 
 def test_a_peer_that_cannot_be_installed_keeps_its_row(task, tmp_path, monkeypatch):
@@ -110,11 +110,11 @@ def test_one_query_alone_has_costs_and_no_mrr(monkeypatch, task, tmp_path):
     monkeypatch.setattr(peers, "run", lambda *_: (dict(figures), scores))
     row = peers.measure("ours", "forward_inf_one", task, [[0]] * 3, options(tmp_path))
     assert row == figures
-    assert peers.as_markdown({("ours", "forward_inf_one"): row}).count("|") == 24
+    assert peers.as_markdown({"ours/forward_inf_one": row}).count("|") == 24
 
 
 def test_a_table_shows_figures_and_errors_alike():
     row = {"mrr": 0.5, "mrr_se": 0.1, "recall@10": 0.25, "passes": 3.0, "memory": 1.5, "disk": 2e6}
-    text = peers.as_markdown({("ours", "bm25"): row, ("bergson", "ekfac"): {"error": "a|b"}})
+    text = peers.as_markdown({"bergson/ekfac": {"error": "a|b"}, "ours/bm25": row})
     assert "| ours | BM25, no model | 0.500 (0.100) | 0.250 | 3.0 | 1.50 | 2.0 |" in text
     assert "| bergson | EK-FAC | a/b | | | | |" in text
