@@ -12,6 +12,7 @@ goes on with the rows that are missing there.
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -97,8 +98,10 @@ def run(python: Path, task: Path, library: str, method: str, limit: float) -> tu
         except subprocess.TimeoutExpired:
             return {"error": f"no result within {limit:.0f} s"}, None
         if ended.returncode:
-            (lines := ended.stderr.strip().splitlines()) or lines.append(f"exit status {ended.returncode}")
-            return {"error": lines[-1], "stderr": ended.stderr[-4000:]}, None
+            # A message may run over several lines; its first names the error.
+            lines = ended.stderr.strip().splitlines() or [f"exit status {ended.returncode}"]
+            named = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)]
+            return {"error": (named or lines)[-1], "stderr": ended.stderr[-4000:]}, None
         figures = json.loads((Path(result) / "figures.json").read_text())
         return figures, np.load(Path(result) / "scores.npy")
 
