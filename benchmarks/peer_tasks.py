@@ -11,8 +11,8 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, LlamaConfig, Llam
 
 from hf_forward_inf.datasets import builtin_facts, candidate_pool, load_rows, proponents
 from hf_forward_inf.processes import say
-from hf_forward_inf.sentinels import SENTINEL, fill_in, without_sentinels
 from hf_forward_inf.task import BUILTIN_CANDIDATES, TraceOptions, answered
+from hf_forward_inf.texts import SENTINEL, fill_in, without_sentinels
 from hf_forward_inf.tiny_models import tiny_mt5, train_tokenizer
 
 QUERIES = 47

@@ -42,6 +42,8 @@ UNWANTED = ["torchvision", "torchaudio"]
 METHODS = {
     ("ours", "forward_inf"): "Forward-INF",
     ("ours", "forward_inf_one"): "Forward-INF, one query",
+    ("ours", "tuned"): "Forward-INF, radius tuned",
+    ("ours", "cg"): "Forward-INF, cg",
     ("ours", "tracin_cosine"): "TracIn, cosine",
     ("ours", "trackstar"): "TrackStar",
     ("ours", "influence_functions"): "influence functions (cg)",

@@ -7,15 +7,16 @@ import numpy as np
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from hf_forward_inf import ForwardInf
+from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf.baselines import BM25, InfluenceFunctions, TracIn, TrackStar
 from hf_forward_inf.processes import progress_bars
+from hf_forward_inf.texts import SENTINEL, fill_in, without_sentinels
 from peer_runs.measure import main
 from peer_runs.task import Rows, Task
 
 
-def forward_inf(task: Task) -> np.ndarray:
-    return _trace(ForwardInf(*_model(task)), task.queries, task)
+def forward_inf(task: Task, **options: Any) -> np.ndarray:
+    return _trace(ForwardInf(*_model(task), **options), task.queries, task)
 
 
 def forward_inf_one(task: Task) -> np.ndarray:
@@ -23,6 +24,12 @@ def forward_inf_one(task: Task) -> np.ndarray:
     scores = np.full((len(task.queries), len(task.candidates)), np.nan)
     scores[0] = _trace(ForwardInf(*_model(task)), task.queries[:1], task)
     return scores
+
+
+def tuned(task: Task) -> np.ndarray:
+    """The radius found by self-retrieval, whose passes count too."""
+    tracer = ForwardInf(*_model(task)).tune(Dataset.from_list([_row(task, row, False) for row in task.candidates]))
+    return _trace(tracer, task.queries, task)
 
 
 def gradients(kind: Any, task: Task, **options: Any) -> np.ndarray:
@@ -38,12 +45,24 @@ def _model(task: Task) -> tuple[Any, Any]:
 
 
 def _trace(attributor: Any, queries: Rows, task: Task) -> np.ndarray:
+    asked, told = (
+        Dataset.from_list([_row(task, row, kind) for row in rows])
+        for rows, kind in ((queries, True), (task.candidates, False))
+    )
     with progress_bars(False):
-        return attributor.trace(_texts(queries), _texts(task.candidates)).scores
+        return attributor.trace(asked, told).scores
 
 
-def _texts(rows: Rows) -> Dataset:
-    return Dataset.from_list([{name: row[name] for name in row if name.endswith("_pretokenized")} for row in rows])
+def _row(task: Task, row: dict[str, Any], asked: bool) -> dict[str, str]:
+    """Columns for the model: of a causal one the sentence, and of a query the answer in it."""
+    inputs, target = row["inputs_pretokenized"], row["targets_pretokenized"]
+    if task.kind == "seq2seq":
+        return {"inputs_pretokenized": inputs, "targets_pretokenized": target}
+    text = fill_in(inputs, target)
+    if not asked:
+        return {"text": text}
+    before, answer = SENTINEL.split(inputs)[0], without_sentinels(target)
+    return {"text": text, "prompt": before, "completion": text[len(before) :], "span": answer}
 
 
 if __name__ == "__main__":
@@ -51,6 +70,8 @@ if __name__ == "__main__":
         {
             "forward_inf": forward_inf,
             "forward_inf_one": forward_inf_one,
+            "tuned": tuned,
+            "cg": partial(forward_inf, ascent=AscentConfig(direction="cg")),
             "tracin_cosine": partial(gradients, TracIn, similarity="cosine"),
             "trackstar": partial(gradients, TrackStar),
             "influence_functions": partial(gradients, InfluenceFunctions),
