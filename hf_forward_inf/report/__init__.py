@@ -49,17 +49,7 @@ def write_report(
             {
                 "parts": _parts(*text_and_target(query, columns)),
                 "proponents": None if truth is None else len(truth),
-                "rows": [
-                    {
-                        "rank": row["rank"],
-                        "score": row["score"],
-                        "width": max(0.0, 100 * row["score"] / top) if top > 0 else 0.0,
-                        "parts": _parts(*text_and_target(row, columns)),
-                        "terms": _heated(details.get((i, row["candidate"]))),
-                        "proponent": truth is not None and row["candidate"] in truth,
-                    }
-                    for row in found
-                ],
+                "rows": [_shown(row, columns, details.get((i, row["candidate"])), top, truth) for row in found],
             }
         )
     environment = Environment(
@@ -78,6 +68,27 @@ def write_report(
     Path(path).write_text(page, encoding="utf-8")
 
 
+def _shown(
+    row: Mapping[str, Any],
+    columns: tuple[str, ...],
+    detail: Mapping[str, Any] | None,
+    top: float,
+    truth: set[int] | None,
+) -> dict[str, Any]:
+    """What is shown of a candidate."""
+    text, target = text_and_target(row, columns)
+    terms = _heated(detail)
+    whole = bool(terms) and text in "".join(piece for piece, _, _ in terms)  # the tokens say it all
+    return {
+        "rank": row["rank"],
+        "score": row["score"],
+        "width": max(0.0, 100 * row["score"] / top) if top > 0 else 0.0,
+        "parts": [] if whole else _parts(text, target),
+        "terms": terms,
+        "proponent": truth is not None and row["candidate"] in truth,
+    }
+
+
 def _heated(detail: Mapping[str, Any] | None) -> list[tuple[str, float, float]]:
     """Tokens with their scores, and how dark each is shown: a share of the highest one."""
     if detail is None:
@@ -91,7 +102,8 @@ def _parts(text: str, target: str) -> list[tuple[str, bool]]:
     """Cut a text at its sentinels and fill the target in: pieces, and whether each is the target's."""
     answers = [without_sentinels(span) for span in SENTINEL.split(target)[1:]]
     if not SENTINEL.search(text):
-        return [piece for piece in ((text, False), (without_sentinels(target), True)) if piece[0]]
+        apart = f"{text} " if text and target else text
+        return [piece for piece in ((apart, False), (without_sentinels(target), True)) if piece[0]]
     pieces: list[tuple[str, bool]] = []
     for i, piece in enumerate(SENTINEL.split(text)):
         if i:
