@@ -104,22 +104,31 @@ class Pace:
 
 
 def pace(
-    trace: Callable[[Dataset, Dataset], Attribution], queries: Dataset, candidates: Dataset
+    trace: Callable[[Dataset, Dataset], Attribution],
+    queries: Dataset,
+    candidates: Dataset,
+    setup: float | None = None,
 ) -> tuple[Attribution, Pace, float]:
     """Trace, with nothing taken from the cache, and time it.
 
-    The setup is where the line through the times for an eighth of the candidates and for all of them begins.
+    Args:
+        trace (`Callable`): What traces.
+        queries (`datasets.Dataset`): The queries.
+        candidates (`datasets.Dataset`): The candidates.
+        setup (`float`, *optional*): Seconds before the first candidate, if known. By default measured: where the line
+            through the times for an eighth of the candidates and for all of them begins.
 
     Returns:
         `tuple`: The attribution over all candidates, the pace, and the peak of memory in bytes (0 where unknown).
     """
     found: list[Attribution] = []
-    eighth = candidates.select(range(0, len(candidates), 8))
     with uncached():
-        few, _ = timed(lambda: trace(queries, eighth))
         all_, peak = timed(lambda: found.append(trace(queries, candidates)))
-    part = len(eighth) / len(candidates)
-    setup = (few - part * all_) / (1 - part) if part < 1 else 0.0
+        if setup is None:
+            eighth = candidates.select(range(0, len(candidates), 8))
+            few, _ = timed(lambda: trace(queries, eighth))
+            part = len(eighth) / len(candidates)
+            setup = (few - part * all_) / (1 - part) if part < 1 else 0.0
     return found[0], Pace(min(max(0.0, setup), all_), all_), peak
 
 

@@ -21,8 +21,9 @@ def test_a_pace_tells_what_is_inspected_by_when():
 
 
 def test_the_setup_is_where_the_line_through_two_sizes_begins(queries, candidates, monkeypatch):
-    clock = iter([0.0, 3.0, 10.0, 20.0])  # an eighth takes 3 seconds, all take 10: 2 before the first candidate
+    clock = iter([0.0, 10.0, 20.0, 23.0, 30.0, 40.0])  # all take 10 seconds, an eighth 3: 2 before the first candidate
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
     found, measured, _ = pace(BM25().trace, queries, candidates)
     assert found.scores.shape == (len(queries), len(candidates))
     assert (measured.setup, measured.seconds) == (pytest.approx(2.0), 10.0)
+    assert pace(BM25().trace, queries, candidates, setup=4.0)[1] == Pace(4.0, 10.0)

@@ -94,7 +94,7 @@ class InfluenceFunctions(GradientBaseline):
     def _solved(self, sample: Sample, raw: Directions, gradients: ExampleGradients) -> Directions:
         adapter, names = self.adapter, list(raw)
         if self.solver == "cg":
-            matrix = GaussNewton(adapter, sample.batches(), names)
+            matrix = GaussNewton(adapter, sample.batches(set(names)), names)
 
         def drawn(number: int) -> Product:
             draw = np.random.default_rng((self.seed, number)).choice(len(sample), size=self.batch_size)
