@@ -7,21 +7,26 @@ from tests.line import points
 
 
 def trial(radius, mrr, steps=1, hubs=False):
-    return {"radius": radius, "steps": steps, "hubs": hubs, "self_mrr": mrr, "chosen": False}
+    setting = {"direction": "gradient", "damping": None, "radius": radius, "steps": steps, "hubs": hubs}
+    return {**setting, "self_mrr": mrr, "chosen": False}
+
+
+def chosen(trials):
+    return trials[_choose(trials, "self_mrr")]
 
 
 def test_the_best_retrieval_wins():
-    assert _choose([trial(0.1, 0.5), trial(1, 0.9), trial(10, 0.4)])["radius"] == 1
+    assert chosen([trial(0.1, 0.5), trial(1, 0.9), trial(10, 0.4)])["radius"] == 1
 
 
 def test_of_equals_the_uncorrected_the_fewer_steps_and_the_middle_radius_win():
     equal = [trial(r, 1.0, steps, hubs) for r in (0.1, 1, 10) for steps in (1, 3) for hubs in (True, False)]
-    assert _choose(equal) == trial(1, 1.0)
+    assert chosen(equal) == trial(1, 1.0)
 
 
 def test_when_nothing_is_retrieved_it_is_said():
     with pytest.raises(ValueError, match="No setting retrieves anything"):
-        _choose([trial(1, 0.0)])
+        chosen([trial(1, 0.0)])
 
 
 def test_training_examples_find_themselves_and_the_trials_are_shown(model, tokenizer, candidates):
