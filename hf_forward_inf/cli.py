@@ -9,6 +9,7 @@ from transformers import HfArgumentParser
 from transformers.utils.logging import disable_progress_bar
 
 from hf_forward_inf.ascent import AscentConfig
+from hf_forward_inf.counterfactual import CounterfactualOptions, counterfactual_run
 from hf_forward_inf.processes import start_the_other_processes
 from hf_forward_inf.run import trace_run
 from hf_forward_inf.task import TraceOptions
@@ -17,9 +18,10 @@ from hf_forward_inf.truth import TruthOptions, lds_run
 USAGE = """usage: hf-forward-inf <command> [options]
 
 commands:
-  trace    which training examples made a seq2seq model give its answers (--help for its options)
-  compare  the same, with every attributor beside (trace --compare)
-  lds      train a small model again on random halves of its data: which attributor foretold what came out?
+  trace           which training examples made a seq2seq model give its answers (--help for its options)
+  compare         the same, with every attributor beside (trace --compare)
+  lds             train a small model again on random halves of its data: which attributor foretold what came out?
+  counterfactual  take the found examples away, train again: does the answer go away?
 """
 
 
@@ -32,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return trace([*given[1:], "--compare"], "hf-forward-inf compare")
     if given[:1] == ["lds"]:
         return judge(lds_run, TruthOptions, given[1:], "hf-forward-inf lds")
+    if given[:1] == ["counterfactual"]:
+        return judge(counterfactual_run, CounterfactualOptions, given[1:], "hf-forward-inf counterfactual")
     print(USAGE, file=sys.stdout if given[:1] in (["-h"], ["--help"]) else sys.stderr, end="")
     return 0 if given[:1] in (["-h"], ["--help"]) else 2
 

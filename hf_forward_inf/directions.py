@@ -87,10 +87,10 @@ class KroneckerFactors:
         self.config, self.names = config, cache.names
         fit = KroneckerFit(cache.sample, cache.names, config.seed)
         self.layers = fit.layers
-        self.fitted = cache.get("kfac", fit.factors)
+        self.fitted = cache.get(f"kfac-{fit.draws}", fit.factors)
         if config.direction == "ekfac":
-            self.fitted = self.fitted | cache.get("ekfac", lambda: fit.corrected(self.fitted))
-        self.fingerprint = cache.fingerprint
+            self.fitted = self.fitted | cache.get(f"ekfac-{fit.draws}", lambda: fit.corrected(self.fitted))
+        self.fingerprint = fingerprint(cache.fingerprint, fit.draws)
 
     def ready(self) -> Correction:
         """Give the inverse."""

@@ -29,7 +29,7 @@ class TruthOptions:
     subsets: int = field(default=120, metadata={"help": "Random halves of the training data that are trained on."})
     seeds: int = field(default=3, metadata={"help": "Trainings of each, whose losses are averaged."})
     dampings: list[float] = field(
-        default_factory=lambda: [0.1, 0.03, 0.01, 0.003, 1e-3, 1e-4, 1e-5],
+        default_factory=lambda: [0.1, 0.03, 0.01, 0.006, 0.003, 0.001],
         metadata={"help": "Dampings tried on the other queries."},
     )
     radii: list[float] = field(default_factory=lambda: [0.3], metadata={"help": "Radii tried on the other queries."})
