@@ -42,17 +42,29 @@ def chosen_directions(
     *,
     dampings: Sequence[float],
     radii: Sequence[float],
+    names: Sequence[str] = tuple(DIRECTIONS),
     sample: int | None = None,
     seed: int = 0,
 ) -> tuple[dict[str, AscentConfig], str]:
     """Choose every direction's damping and radius by the LDS of other queries ([`tuning.tune`]).
 
+    Args:
+        adapter (`Adapter`): Of the explained model.
+        candidates (`datasets.Dataset`): The training data.
+        others (`Retrained`): What retraining did to queries that are not judged.
+        dampings (`Sequence[float]`): Dampings to try.
+        radii (`Sequence[float]`): Radii to try.
+        names (`Sequence[str]`, *optional*): Directions, of [`DIRECTIONS`].
+        sample (`int`, *optional*): Candidates whose curvature counts.
+        seed (`int`, defaults to 0): Draws them.
+
     Returns:
         `tuple`: Settings by direction, and the best direction.
     """
     found, heights = {}, {}
-    for name, options in DIRECTIONS.items():
-        ascent = AscentConfig(**options, seed=seed)
+    for name in names:
+        # Training moves every parameter, whatever the adapter's default.
+        ascent = AscentConfig(**DIRECTIONS[name], modules=["all"], seed=seed)
         if name != "gradient":
             ascent = replace(ascent, sample=sample)
         tracer = ForwardInf(adapter=adapter, ascent=ascent)

@@ -13,7 +13,7 @@ from datasets import Dataset
 from hf_forward_inf.adapters import Adapter
 from hf_forward_inf.attribution import Attribution, Attributor
 from hf_forward_inf.baselines import Ensemble, Random
-from hf_forward_inf.contenders import baselines, chosen_directions
+from hf_forward_inf.contenders import baselines
 from hf_forward_inf.fingerprints import fingerprint
 from hf_forward_inf.forward_inf import ForwardInf
 from hf_forward_inf.metrics import bootstrap_interval
@@ -21,7 +21,7 @@ from hf_forward_inf.processes import say
 from hf_forward_inf.retrainable import Retrainable
 from hf_forward_inf.retraining import retrained_losses
 from hf_forward_inf.run import check_output, environment, write_metrics
-from hf_forward_inf.truth import TruthOptions, load_task, retrain_halves
+from hf_forward_inf.truth import TruthOptions, choose, load_task, retrain_halves
 
 
 @dataclass
@@ -36,6 +36,7 @@ class CounterfactualOptions(TruthOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        assert self.candidates is not None
         if not 1 <= self.share * self.candidates < self.candidates:
             raise ValueError(f"--share {self.share} of {self.candidates} candidates takes away none or all.")
 
@@ -139,11 +140,11 @@ def counterfactual_run(options: CounterfactualOptions) -> dict[str, Any]:
     folder = Path(options.output)
     check_output(folder, options.overwrite)
     task = load_task(options)
-    adapters = [task.adapter(seed) for seed in range(options.seeds)]
+    adapters = [task.adapter(seed) for seed in range(options.seeds or 1)]
     methods = _methods(task, adapters, options)
     queries, wrong = answered_by(adapters[0], task.queries, task.classes)
     count = round(options.share * len(task.candidates))
-    counterfactual = Counterfactual(task, queries, options.seeds)
+    counterfactual = Counterfactual(task, queries, options.seeds or 1)
     say(f"\n{count} of {len(task.candidates)} candidates are taken away; {wrong.sum()} answers are wrong.")
     chance = counterfactual.without(without_best(Random().trace(queries, task.candidates), count))
     metrics: dict[str, Any] = {"queries": len(queries), "candidates": len(task.candidates), "removed": count}
@@ -161,22 +162,18 @@ def counterfactual_run(options: CounterfactualOptions) -> dict[str, Any]:
 def _methods(
     task: Retrainable, adapters: list[Adapter], options: CounterfactualOptions
 ) -> dict[str, Callable[[Dataset, Dataset], Attribution]]:
-    """The default, the best direction by the other queries, alone and over seeds, EK-FAC, and every baseline."""
+    """The default, the best direction by the other queries, alone and over seeds, every direction and baseline."""
     _, others = retrain_halves(task, options)
-    directions, best = chosen_directions(
-        adapters[0], task.candidates, others,
-        dampings=options.dampings, radii=options.radii, sample=options.sample, seed=options.seed,
-    )  # fmt: skip
+    directions, best = choose(task, adapters[0], others, options)
     say(f"The best direction by the LDS of other queries: {best}.")
     found: dict[str, Attributor] = {
         "forward_inf": ForwardInf(adapter=adapters[0]),
         "tuned": ForwardInf(adapter=adapters[0], ascent=directions[best]),
         "tuned_seeds": Ensemble([ForwardInf(adapter=one, ascent=directions[best]) for one in adapters]),
-        "gradient": ForwardInf(adapter=adapters[0], ascent=directions["gradient"]),
-        "ekfac": ForwardInf(adapter=adapters[0], ascent=directions["ekfac"]),
+        **{name: ForwardInf(adapter=adapters[0], ascent=ascent) for name, ascent in directions.items()},
         **baselines(adapters[0]),
     }
-    return {name: attributor.trace for name, attributor in found.items()}
+    return {name: attributor.trace for name, attributor in found.items() if name not in (options.without or ())}
 
 
 def _figures(removal: Removal, chance: Removal, wrong: np.ndarray) -> dict[str, float]:

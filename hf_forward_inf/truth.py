@@ -7,48 +7,86 @@ from typing import Any, Literal
 
 from datasets import concatenate_datasets
 
+from hf_forward_inf.adapters import Adapter
 from hf_forward_inf.ascent import AscentConfig
-from hf_forward_inf.contenders import chosen_directions, contenders
+from hf_forward_inf.attribution import Attributor
+from hf_forward_inf.baselines import Ensemble
+from hf_forward_inf.contenders import DIRECTIONS, chosen_directions, contenders
 from hf_forward_inf.metrics import lds
 from hf_forward_inf.processes import say
 from hf_forward_inf.retrainable import NETWORKS, Retrainable, digits
+from hf_forward_inf.retrainable_facts import facts
 from hf_forward_inf.retraining import Retrained, random_halves, retrained_losses
 from hf_forward_inf.run import check_output, environment, write_metrics
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "digits": {
+        "candidates": 800, "subsets": 120, "seeds": 3, "sample": 1024, "directions": list(DIRECTIONS), "without": [],
+        "dampings": [0.1, 0.03, 0.01, 0.006, 0.003, 0.001], "radii": [0.3],
+    },
+    "facts": {
+        "candidates": 400, "subsets": 60, "seeds": 2, "sample": 128, "without": ["influence_functions_lissa"],
+        "directions": ["gradient", "adam", "kfac", "ekfac", "cg_5", "cg_10"],
+        "dampings": [0.1, 0.01], "radii": [0.3, 1.0],
+    },
+}  # fmt: skip
+"""What a task takes if the user doesn't say: what two CPU cores do in about twenty minutes."""
 
 
 @dataclass
 class TruthOptions:
     """What to train again and again, and where the results go."""
 
-    output: str = field(default="outputs/truth", metadata={"help": "Folder for metrics.json."})
+    output: str = field(default="outputs/lds", metadata={"help": "Folder for metrics.json."})
     overwrite: bool = field(default=False, metadata={"help": "Replace a finished run in the output folder."})
-    task: Literal["digits"] = field(default="digits", metadata={"help": "Data and kind of model."})
-    network: str = field(default="perceptron", metadata={"help": f"For digits: {' or '.join(NETWORKS)}."})
-    candidates: int = field(default=800, metadata={"help": "Training examples."})
-    queries: int = field(default=40, metadata={"help": "Queries; as many others serve to choose settings."})
-    subsets: int = field(default=120, metadata={"help": "Random halves of the training data that are trained on."})
-    seeds: int = field(default=3, metadata={"help": "Trainings of each, whose losses are averaged."})
-    dampings: list[float] = field(
-        default_factory=lambda: [0.1, 0.03, 0.01, 0.006, 0.003, 0.001],
-        metadata={"help": "Dampings tried on the other queries."},
+    task: Literal["digits", "facts"] = field(
+        default="digits", metadata={"help": "Images and a small classifier, or sentences and a small mT5."}
     )
-    radii: list[float] = field(default_factory=lambda: [0.3], metadata={"help": "Radii tried on the other queries."})
-    sample: int = field(default=1024, metadata={"help": "Training examples whose curvature counts."})
+    network: str = field(default="perceptron", metadata={"help": f"For digits: {' or '.join(NETWORKS)}."})
+    candidates: int | None = field(default=None, metadata={"help": "Training examples (800; facts: 400)."})
+    queries: int = field(default=40, metadata={"help": "Queries; as many others serve to choose settings."})
+    subsets: int | None = field(default=None, metadata={"help": "Random halves that are trained on (120; facts: 60)."})
+    seeds: int | None = field(default=None, metadata={"help": "Trainings of each, averaged (3; facts: 2)."})
+    directions: list[str] | None = field(default=None, metadata={"help": f"Of {', '.join(DIRECTIONS)}."})
+    dampings: list[float] | None = field(default=None, metadata={"help": "Dampings tried on the other queries."})
+    radii: list[float] | None = field(default=None, metadata={"help": "Radii tried on the other queries."})
+    sample: int | None = field(default=None, metadata={"help": "Training examples whose curvature counts."})
+    without: list[str] | None = field(
+        default=None, metadata={"help": "Attributors to leave out (facts: influence_functions_lissa, for its time)."}
+    )
     seed: int = field(default=0, metadata={"help": "Draws the halves, and whatever else is drawn."})
 
     def __post_init__(self) -> None:
         if self.network not in NETWORKS:
             raise ValueError(f"--network {self.network} is not known: {' or '.join(NETWORKS)}.")
-        for name in ("candidates", "queries", "subsets", "seeds", "sample"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}.")
-        if self.subsets < 2:
-            raise ValueError("--subsets must be at least 2: a correlation takes two.")
+        for name, value in DEFAULTS[self.task].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        for name, least in {"candidates": 2, "queries": 1, "subsets": 2, "seeds": 1, "sample": 1}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name} must be at least {least}, not {getattr(self, name)}.")
+        for name in self.directions or ():
+            if name not in DIRECTIONS:
+                raise ValueError(f"--directions {name} is not known: {', '.join(DIRECTIONS)}.")
 
 
 def load_task(options: TruthOptions) -> Retrainable:
     """Load what is trained again, and find the queries."""
+    assert options.candidates is not None
+    if options.task == "facts":
+        return facts(options.candidates, options.queries)
     return digits(options.network, options.candidates, options.queries)
+
+
+def choose(
+    task: Retrainable, adapter: Adapter, others: Retrained, options: TruthOptions
+) -> tuple[dict[str, AscentConfig], str]:
+    """Choose the settings of every direction by the other queries, and the best direction."""
+    assert options.directions and options.dampings and options.radii
+    return chosen_directions(
+        adapter, task.candidates, others, names=options.directions, dampings=options.dampings, radii=options.radii,
+        sample=options.sample, seed=options.seed,
+    )  # fmt: skip
 
 
 def retrain_halves(task: Retrainable, options: TruthOptions) -> tuple[Retrained, Retrained]:
@@ -57,6 +95,7 @@ def retrain_halves(task: Retrainable, options: TruthOptions) -> tuple[Retrained,
         f"{len(task.candidates)} candidates, {len(task.queries)} queries; "
         f"{options.subsets} random halves x {options.seeds} seeds are retrained, or read from the cache."
     )
+    assert options.subsets is not None and options.seeds is not None
     subsets = random_halves(len(task.candidates), options.subsets, options.seed)
     everyone = concatenate_datasets([task.queries, task.others])
     train = task.train(everyone)
@@ -79,20 +118,17 @@ def lds_run(options: TruthOptions) -> dict[str, Any]:
     check_output(folder, options.overwrite)
     task = load_task(options)
     judged, others = retrain_halves(task, options)
-    adapters = [task.adapter(seed) for seed in range(options.seeds)]
-    directions, best = chosen_directions(
-        adapters[0], task.candidates, others,
-        dampings=options.dampings, radii=options.radii, sample=options.sample, seed=options.seed,
-    )  # fmt: skip
+    adapters = [task.adapter(seed) for seed in range(options.seeds or 1)]
+    directions, best = choose(task, adapters[0], others, options)
     metrics: dict[str, Any] = {"queries": len(task.queries), "candidates": len(task.candidates)}
-    say(f"\n{'':28}  LDS   95% interval   damping  seconds")
+    say(f"\n{'':28}  LDS   95% interval   damping  radius  seconds")
     for name, attributor in contenders(adapters, directions).items():
+        if name in (options.without or ()):
+            continue
         start = time.perf_counter()
         scores = attributor.trace(task.queries, task.candidates).dense()
         figures = {**lds(scores, judged.subsets, judged.losses), "seconds": time.perf_counter() - start}
-        own = getattr(attributor, "ascent", AscentConfig())
-        if own.damping is not None:
-            figures["damping"] = own.damping
+        figures |= _settings(attributor)
         say(_line(name, figures))
         metrics |= {key if name == "forward_inf" else f"{name}/{key}": value for key, value in figures.items()}
         if name == best:
@@ -103,7 +139,15 @@ def lds_run(options: TruthOptions) -> dict[str, Any]:
     return metrics
 
 
+def _settings(attributor: Attributor) -> dict[str, float]:
+    """Damping and radius, where it has them."""
+    one = attributor.attributors[0] if isinstance(attributor, Ensemble) else attributor
+    ascent = getattr(one, "ascent", None)
+    own = {"damping": ascent and ascent.damping, "radius": ascent and ascent.radius}
+    return {name: value for name, value in own.items() if value is not None}
+
+
 def _line(name: str, figures: dict[str, float]) -> str:
-    damping = f"{figures['damping']:8g}" if "damping" in figures else " " * 8
+    settings = "".join(f"{figures[key]:8g}" if key in figures else " " * 8 for key in ("damping", "radius"))
     interval = f"{figures['lds_low']:.3f} - {figures['lds_high']:.3f}"
-    return f"{name:27} {figures['lds']:.3f}  {interval:>13}  {damping} {figures['seconds']:8.1f}"
+    return f"{name:27} {figures['lds']:.3f}  {interval:>13}  {settings} {figures['seconds']:8.1f}"
