@@ -1,6 +1,7 @@
 """Curvature of the training loss: products with it, and systems solved by nothing but products."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TypeAlias
@@ -14,6 +15,8 @@ from hf_forward_inf.ascent import call
 
 Vector: TypeAlias = list[Tensor]
 """A direction in parameter space: one tensor a parameter, in the parameters' order."""
+UNSOLVED = 0.5
+"""Share of the gradient that is left in the residual beyond which conjugate gradients have not got anywhere."""
 Product: TypeAlias = Callable[[Vector], Vector]
 """A symmetric matrix, as what it does to a vector."""
 
@@ -87,6 +90,9 @@ def conjugate_gradients(
 ) -> Vector:
     """Solve (G + lambda I) x = b by conjugate gradients.
 
+    Few iterations are a regularisation of their own, so that a residual of some size is no fault. The best iterate is
+    given, which in exact arithmetic is the last: that of the least x.(G + lambda I)x / 2 - b.x.
+
     Args:
         product (`Callable`): Products with G, positive semidefinite.
         right (`list[Tensor]`): b.
@@ -95,6 +101,9 @@ def conjugate_gradients(
             curvature that b meets.
         tolerance (`float`, defaults to 1e-5): Stops when the residual has shrunk to this part of b; float32 reaches no
             smaller ones.
+
+    Warns:
+        UserWarning: If more than half of b is left in the residual.
 
     Raises:
         FloatingPointError: If a product is not finite.
@@ -108,6 +117,7 @@ def conjugate_gradients(
     x = [torch.zeros_like(b) for b in right]
     residual, direction = [b.clone() for b in right], [b.clone() for b in right]
     left = squared
+    best, lowest, unsolved = x, 0.0, squared
     for i in range(iterations):
         curved = [g + shift * d for g, d in zip(product(direction) if i else first, direction, strict=True)]
         bend = dot(direction, curved)
@@ -119,10 +129,23 @@ def conjugate_gradients(
         x = [a + step * d for a, d in zip(x, direction, strict=True)]
         residual = [r - step * c for r, c in zip(residual, curved, strict=True)]
         before, left = left, dot(residual, residual)
+        height = -(dot(right, x) + dot(residual, x)) / 2
+        if height < lowest:
+            best, lowest, unsolved = x, height, left
         if left <= tolerance**2 * squared:
             break
         direction = [r + left / before * d for r, d in zip(residual, direction, strict=True)]
-    return x
+    if unsolved > UNSOLVED**2 * squared:
+        _warn_of_residual(math.sqrt(unsolved / squared), i + 1)
+    return best
+
+
+def _warn_of_residual(residual: float, products: int) -> None:
+    warnings.warn(
+        f"Conjugate gradients have not converged: after {products} products the residual is {residual:.0%} of the "
+        "gradient. The best iterate is used. Raise iterations, or damping.",
+        stacklevel=3,
+    )
 
 
 def lissa(

@@ -105,6 +105,7 @@ class KroneckerFit:
                 inner[layer.weight] += inputs.T @ inputs
                 outer[layer.weight] += deltas.T @ deltas
         self._check_rank(positions)
+        self._tell_of_unknown()
         for layer in self.layers:
             name = layer.weight
             a, left = torch.linalg.eigh(inner[name].double() / positions[name])
@@ -162,6 +163,19 @@ class KroneckerFit:
                     stacklevel=2,
                 )
                 return
+
+    def _tell_of_unknown(self) -> None:
+        perturbed = {id(self.adapter.model.get_parameter(name)) for name in self.rest}
+        owners = [
+            f"{name} ({type(module).__name__})"
+            for name, module in self.adapter.model.named_modules()
+            if any(id(p) in perturbed for p in module.parameters(recurse=False)) and not is_known(module)
+        ]
+        if owners:
+            warnings.warn(
+                f"No Kronecker factors for layers of unknown kind, which get a diagonal: {', '.join(owners)}.",
+                stacklevel=2,
+            )
 
 
 def factored_layers(adapter: Adapter, names: list[str], batch: Batch) -> list[Layer]:

@@ -3,7 +3,7 @@
     python recipes/lds.py
     python recipes/lds.py --network conv
 
-With no option: scikit-learn's digits and a network of 1,834 parameters, trained again on 120 random halves of 800
+With no option: scikit-learn's digits and a network of 1,810 parameters, trained again on 120 random halves of 800
 examples with 3 seeds. Every direction of Forward-INF is judged by it, first order along the same directions, means
 over seeds, and every baseline. What is trained is kept: an interrupted run goes on where it was. `--help` lists all
 options.
