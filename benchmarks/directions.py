@@ -4,9 +4,9 @@
     python benchmarks/directions.py --model DIR --candidates FILE --queries FILE --training FILE
 
 The built-in facts with their tiny mT5 (trained once), or your own in FTRACE's format; of queries with a column
-`answered` only those that the model answers. The default modules are perturbed. Kronecker factors are fitted to targets
-drawn from the model (the true Fisher matrix), or, marked `empirical`, to the data's own. Cost is counted in plain
-forward passes over the candidates: of fitting once, and a query's.
+`answered` only those that the model answers. The default modules are perturbed. Kronecker factors are fitted to
+targets drawn from the model (the true Fisher matrix), or, marked `empirical`, to the data's own. Cost is counted in
+plain forward passes over the candidates: of fitting once, and a query's.
 """
 
 import argparse
