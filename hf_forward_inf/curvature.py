@@ -85,8 +85,23 @@ def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
     return sum(torch.sum(x.double() * y.double()).item() for x, y in zip(a, b, strict=True))
 
 
+def warn_of_residual(residual: float, products: int) -> None:
+    """Say that conjugate gradients have not got far."""
+    warnings.warn(
+        f"Conjugate gradients have not converged: after {products} products the residual is {residual:.0%} of the "
+        "gradient. The best iterate is used. Raise iterations, or damping.",
+        stacklevel=3,
+    )
+
+
 def conjugate_gradients(
-    product: Product, right: Sequence[Tensor], *, iterations: int = 10, damping: float = 0.1, tolerance: float = 1e-5
+    product: Product,
+    right: Sequence[Tensor],
+    *,
+    iterations: int = 10,
+    damping: float = 0.1,
+    tolerance: float = 1e-5,
+    tell: Callable[[float, int], None] = warn_of_residual,
 ) -> Vector:
     """Solve (G + lambda I) x = b by conjugate gradients.
 
@@ -101,9 +116,8 @@ def conjugate_gradients(
             curvature that b meets.
         tolerance (`float`, defaults to 1e-5): Stops when the residual has shrunk to this part of b; float32 reaches no
             smaller ones.
-
-    Warns:
-        UserWarning: If more than half of b is left in the residual.
+        tell (`Callable`, *optional*): Called with residual, as a part of b, and products, if more than half of b is
+            left. Warns by default.
 
     Raises:
         FloatingPointError: If a product is not finite.
@@ -136,16 +150,8 @@ def conjugate_gradients(
             break
         direction = [r + left / before * d for r, d in zip(residual, direction, strict=True)]
     if unsolved > UNSOLVED**2 * squared:
-        _warn_of_residual(math.sqrt(unsolved / squared), i + 1)
+        tell(math.sqrt(unsolved / squared), i + 1)
     return best
-
-
-def _warn_of_residual(residual: float, products: int) -> None:
-    warnings.warn(
-        f"Conjugate gradients have not converged: after {products} products the residual is {residual:.0%} of the "
-        "gradient. The best iterate is used. Raise iterations, or damping.",
-        stacklevel=3,
-    )
 
 
 def lissa(

@@ -5,13 +5,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from datasets import concatenate_datasets
+from datasets import Dataset, concatenate_datasets
 
 from hf_forward_inf.adapters import Adapter
 from hf_forward_inf.ascent import AscentConfig
 from hf_forward_inf.attribution import Attributor
 from hf_forward_inf.baselines import Ensemble
 from hf_forward_inf.contenders import DIRECTIONS, chosen_directions, contenders
+from hf_forward_inf.forward_inf import ForwardInf
 from hf_forward_inf.metrics import lds
 from hf_forward_inf.processes import say
 from hf_forward_inf.retrainable import NETWORKS, Retrainable, digits
@@ -25,12 +26,15 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "dampings": [0.1, 0.03, 0.01, 0.006, 0.003, 0.001], "radii": [0.3],
     },
     "facts": {
-        "candidates": 400, "subsets": 60, "seeds": 2, "sample": 128, "without": ["influence_functions_lissa"],
+        "candidates": 400, "subsets": 60, "seeds": 2, "sample": 128,
+        "without": ["influence_functions_lissa", "self_retrieval"],
         "directions": ["gradient", "adam", "kfac", "ekfac", "cg_5", "cg_10"],
         "dampings": [0.1, 0.01], "radii": [0.3, 1.0],
     },
 }  # fmt: skip
 """What a task takes if the user doesn't say: what two CPU cores do in about twenty minutes."""
+SELF_RETRIEVAL_RADII = (0.1, 0.3, 1.0)
+"""Radii tried where settings are chosen by self-retrieval."""
 
 
 @dataclass
@@ -52,7 +56,7 @@ class TruthOptions:
     radii: list[float] | None = field(default=None, metadata={"help": "Radii tried on the other queries."})
     sample: int | None = field(default=None, metadata={"help": "Training examples whose curvature counts."})
     without: list[str] | None = field(
-        default=None, metadata={"help": "Attributors to leave out (facts: influence_functions_lissa, for its time)."}
+        default=None, metadata={"help": "Attributors to leave out (facts: those that take long)."}
     )
     seed: int = field(default=0, metadata={"help": "Draws the halves, and whatever else is drawn."})
 
@@ -104,6 +108,17 @@ def retrain_halves(task: Retrainable, options: TruthOptions) -> tuple[Retrained,
     return Retrained(task.queries, subsets, losses[:, :count]), Retrained(task.others, subsets, losses[:, count:])
 
 
+def chosen_by_self_retrieval(
+    adapter: Adapter, candidates: Dataset, directions: dict[str, AscentConfig], options: TruthOptions
+) -> ForwardInf:
+    """Choose direction, damping, radius and hub correction without any retraining ([`tuning.tune`])."""
+    tracer = ForwardInf(adapter=adapter, ascent=AscentConfig(modules=["all"], seed=options.seed))
+    kinds = list(dict.fromkeys(ascent.direction for ascent in directions.values()))
+    tuned = tracer.tune(candidates, directions=kinds, dampings=options.dampings, radii=SELF_RETRIEVAL_RADII)
+    say(f"\nBy self-retrieval (* is used):\n{tuned.tuning}")
+    return tuned
+
+
 def lds_run(options: TruthOptions) -> dict[str, Any]:
     """Run it all and write `metrics.json`: `lds` of the default, `{name}/lds` of everyone else, with intervals.
 
@@ -121,8 +136,11 @@ def lds_run(options: TruthOptions) -> dict[str, Any]:
     adapters = [task.adapter(seed) for seed in range(options.seeds or 1)]
     directions, best = choose(task, adapters[0], others, options)
     metrics: dict[str, Any] = {"queries": len(task.queries), "candidates": len(task.candidates)}
+    everyone = contenders(adapters, directions)
+    if "self_retrieval" not in (options.without or ()):
+        everyone["self_retrieval"] = chosen_by_self_retrieval(adapters[0], task.candidates, directions, options)
     say(f"\n{'':28}  LDS   95% interval   damping  radius  seconds")
-    for name, attributor in contenders(adapters, directions).items():
+    for name, attributor in everyone.items():
         if name in (options.without or ()):
             continue
         start = time.perf_counter()

@@ -229,8 +229,11 @@ def test_a_seq2seq_adapters_predictions_leave_padding_out(model, tokenizer, cand
 
 
 def test_conjugate_gradients_that_do_not_converge_show_the_residual():
-    with pytest.warns(UserWarning, match=r"after 1 products the residual is \d+% of the gradient. The best iterate"):
+    with pytest.warns(
+        UserWarning, match=r"after 1 products the residual is \d+% of the gradient. The best iterate"
+    ) as told:
         steps(digits.perceptron(), direction="cg", damping=1e-6, iterations=1)
+    assert len(told) == 1  # though there are three queries
 
 
 def test_more_products_of_conjugate_gradients_never_give_a_worse_iterate():
