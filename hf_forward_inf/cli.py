@@ -4,21 +4,26 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
+from datasets.utils import disable_progress_bars
 from transformers import HfArgumentParser
 from transformers.utils.logging import disable_progress_bar
 
 from hf_forward_inf.ascent import AscentConfig
+from hf_forward_inf.counterfactual import CounterfactualOptions, counterfactual_run
 from hf_forward_inf.finetune import FinetuneOptions, finetune_run
 from hf_forward_inf.processes import start_the_other_processes
 from hf_forward_inf.run import trace_run
 from hf_forward_inf.task import TraceOptions
+from hf_forward_inf.truth import TruthOptions, lds_run
 
 USAGE = """usage: hf-forward-inf <command> [options]
 
 commands:
-  trace     which training examples made a language model give its answers (--help for its options)
-  compare   the same, with every attributor beside (trace --compare)
-  finetune  fine-tune a causal model, trace its answers, fine-tune it again without what was found
+  trace           which training examples made a language model give its answers (--help for its options)
+  compare         the same, with every attributor beside (trace --compare)
+  finetune        fine-tune a causal model, trace its answers, fine-tune it again without what was found
+  lds             train a small model again on random halves of its data: which attributor foretold what came out?
+  counterfactual  take the found examples away, train again: does the answer go away?
 """
 
 
@@ -31,6 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return finetune(given[1:], "hf-forward-inf finetune")
     if given[:1] == ["compare"]:
         return trace([*given[1:], "--compare"], "hf-forward-inf compare")
+    if given[:1] == ["lds"]:
+        return judge(lds_run, TruthOptions, given[1:], "hf-forward-inf lds")
+    if given[:1] == ["counterfactual"]:
+        return judge(counterfactual_run, CounterfactualOptions, given[1:], "hf-forward-inf counterfactual")
     print(USAGE, file=sys.stdout if given[:1] in (["-h"], ["--help"]) else sys.stderr, end="")
     return 0 if given[:1] in (["-h"], ["--help"]) else 2
 
@@ -60,6 +69,24 @@ def _run(
     disable_progress_bar()  # transformers' bars for loading weights
     try:
         run(options, ascent)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def judge(
+    run: Callable[[Any], object], kind: type, arguments: Sequence[str] | None = None, program: str | None = None
+) -> int:
+    """Parse the options of a run that retrains, and run it; a wrong input is told in one line, with exit status 1."""
+    parser = HfArgumentParser(cast(Any, kind), prog=program, description=run.__doc__)
+    try:
+        (options,) = parser.parse_args_into_dataclasses(args=arguments)
+    except ValueError as error:
+        parser.error(str(error))
+    disable_progress_bars()  # datasets' bars: a pass over a few hundred candidates is over in no time
+    try:
+        run(options)
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

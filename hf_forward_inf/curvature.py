@@ -1,6 +1,7 @@
 """Curvature of the training loss: products with it, and systems solved by nothing but products."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TypeAlias
@@ -14,6 +15,8 @@ from hf_forward_inf.ascent import call
 
 Vector: TypeAlias = list[Tensor]
 """A direction in parameter space: one tensor a parameter, in the parameters' order."""
+UNSOLVED = 0.5
+"""Share of the gradient that is left in the residual beyond which conjugate gradients have not got anywhere."""
 Product: TypeAlias = Callable[[Vector], Vector]
 """A symmetric matrix, as what it does to a vector."""
 
@@ -82,10 +85,28 @@ def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
     return sum(torch.sum(x.double() * y.double()).item() for x, y in zip(a, b, strict=True))
 
 
+def warn_of_residual(residual: float, products: int) -> None:
+    """Say that conjugate gradients have not got far."""
+    warnings.warn(
+        f"Conjugate gradients have not converged: after {products} products the residual is {residual:.0%} of the "
+        "gradient. The best iterate is used. Raise iterations, or damping.",
+        stacklevel=3,
+    )
+
+
 def conjugate_gradients(
-    product: Product, right: Sequence[Tensor], *, iterations: int = 10, damping: float = 0.1, tolerance: float = 1e-5
+    product: Product,
+    right: Sequence[Tensor],
+    *,
+    iterations: int = 10,
+    damping: float = 0.1,
+    tolerance: float = 1e-5,
+    tell: Callable[[float, int], None] = warn_of_residual,
 ) -> Vector:
     """Solve (G + lambda I) x = b by conjugate gradients.
+
+    Few iterations are a regularisation of their own, so that a residual of some size is no fault. The best iterate is
+    given, which in exact arithmetic is the last: that of the least x.(G + lambda I)x / 2 - b.x.
 
     Args:
         product (`Callable`): Products with G, positive semidefinite.
@@ -95,6 +116,8 @@ def conjugate_gradients(
             curvature that b meets.
         tolerance (`float`, defaults to 1e-5): Stops when the residual has shrunk to this part of b; float32 reaches no
             smaller ones.
+        tell (`Callable`, *optional*): Called with residual, as a part of b, and products, if more than half of b is
+            left. Warns by default.
 
     Raises:
         FloatingPointError: If a product is not finite.
@@ -108,6 +131,7 @@ def conjugate_gradients(
     x = [torch.zeros_like(b) for b in right]
     residual, direction = [b.clone() for b in right], [b.clone() for b in right]
     left = squared
+    best, lowest, unsolved = x, 0.0, squared
     for i in range(iterations):
         curved = [g + shift * d for g, d in zip(product(direction) if i else first, direction, strict=True)]
         bend = dot(direction, curved)
@@ -119,10 +143,15 @@ def conjugate_gradients(
         x = [a + step * d for a, d in zip(x, direction, strict=True)]
         residual = [r - step * c for r, c in zip(residual, curved, strict=True)]
         before, left = left, dot(residual, residual)
+        height = -(dot(right, x) + dot(residual, x)) / 2
+        if height < lowest:
+            best, lowest, unsolved = x, height, left
         if left <= tolerance**2 * squared:
             break
         direction = [r + left / before * d for r, d in zip(residual, direction, strict=True)]
-    return x
+    if unsolved > UNSOLVED**2 * squared:
+        tell(math.sqrt(unsolved / squared), i + 1)
+    return best
 
 
 def lissa(

@@ -15,7 +15,7 @@ from torch import Tensor
 from hf_forward_inf.adapters.base import Adapter
 from hf_forward_inf.ascent import AscentConfig, Correction, Direction
 from hf_forward_inf.candidate_pass import default_cache_dir
-from hf_forward_inf.curvature import GaussNewton, conjugate_gradients
+from hf_forward_inf.curvature import GaussNewton, conjugate_gradients, warn_of_residual
 from hf_forward_inf.fingerprints import fingerprint, fingerprint_of_model
 from hf_forward_inf.kept import Tensors, kept
 from hf_forward_inf.kronecker import Kronecker, KroneckerFit
@@ -65,6 +65,7 @@ class ConjugateGradients:
     def __init__(self, config: AscentConfig, sample: Sample, names: list[str]):
         self.config, self.sample, self.names = config, sample, names
         self.fingerprint = sample.fingerprint
+        self.told = False
 
     def ready(self) -> Correction:
         """Build the matrix."""
@@ -77,7 +78,13 @@ class ConjugateGradients:
             iterations=config.iterations,
             damping=config.damping,
             tolerance=config.tolerance,
+            tell=self._tell_once,
         )
+
+    def _tell_once(self, residual: float, products: int) -> None:
+        if not self.told:
+            warn_of_residual(residual, products)
+        self.told = True
 
 
 class KroneckerFactors:
@@ -87,10 +94,10 @@ class KroneckerFactors:
         self.config, self.names = config, cache.names
         fit = KroneckerFit(cache.sample, cache.names, config.seed)
         self.layers = fit.layers
-        self.fitted = cache.get("kfac", fit.factors)
+        self.fitted = cache.get(f"kfac-{fit.draws}", fit.factors)
         if config.direction == "ekfac":
-            self.fitted = self.fitted | cache.get("ekfac", lambda: fit.corrected(self.fitted))
-        self.fingerprint = cache.fingerprint
+            self.fitted = self.fitted | cache.get(f"ekfac-{fit.draws}", lambda: fit.corrected(self.fitted))
+        self.fingerprint = fingerprint(cache.fingerprint, fit.draws)
 
     def ready(self) -> Correction:
         """Give the inverse."""

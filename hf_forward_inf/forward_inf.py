@@ -40,8 +40,9 @@ class ForwardInf:
         model (`torch.nn.Module`): The trained model, theta, on the device it is to run on.
         processor (*optional*): Its tokenizer.
         adapter (`Adapter`, *optional*): Defaults to the one that knows this kind of model.
-        ascent (`AscentConfig`, *optional*): How the model is perturbed. Defaults to one normalised step of
-            radius 1 on the modules that the adapter prefers.
+        ascent (`AscentConfig`, *optional*): How the model is perturbed. Defaults to what the adapter prefers: one
+            normalised step, for language models of radius 1 along the query's gradient, for classifiers of tensors
+            corrected by curvature.
         reduction (`str`, defaults to `"sum"`): An example's loss is the `"sum"` or the `"mean"` over its
             target tokens.
         references (`datasets.Dataset`, *optional*): Reference queries; if given, scores are corrected for
@@ -82,7 +83,7 @@ class ForwardInf:
         if reduction not in ("sum", "mean"):
             raise ValueError(f"reduction={reduction!r} must be 'sum' or 'mean'.")
         self.adapter = adapter
-        self.ascent = ascent or AscentConfig()
+        self.ascent = ascent or AscentConfig(**adapter.default_ascent())
         self.reduction = reduction
         self.references = references
         self.training = training

@@ -20,6 +20,9 @@ from hf_forward_inf.sample import Sample
 
 LARGEST_SIDE = 8192
 """Inputs or outputs of a layer beyond which it gets a diagonal: eigenvectors take cubic time."""
+TARGETS = 8192
+"""Targets drawn in all, if a sample is smaller several for each prediction: with 800, K-FAC's LDS on digits was .69,
+with 12,800 .73, and the backward pass costs no new forward pass."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,8 @@ class KroneckerFit:
         self.layers = factored_layers(self.adapter, names, next(sample.batches(set(names))))
         factored = {name for layer in self.layers for name in (layer.weight, layer.bias)}
         self.rest = [name for name in names if name not in factored]
+        self.draws = math.ceil(TARGETS / sum(sample.features["terms"]))
+        self.rows = len(sample) * self.draws
 
     def factors(self) -> Tensors:
         """Fit both factors of every layer, and the diagonals of the rest.
@@ -91,9 +96,7 @@ class KroneckerFit:
         positions: Counter[str] = Counter()
         for uses, slopes in self._drawn(0):
             for name, slope in slopes.items():
-                found[f"diagonal/{name}"] = found.get(f"diagonal/{name}", 0) + slope.float().square() / len(
-                    self.sample
-                )
+                found[f"diagonal/{name}"] = found.get(f"diagonal/{name}", 0) + slope.float().square() / self.rows
             for layer, used in self._by_layer(uses):
                 inputs, deltas = (side.flatten(0, 1) for side in layer.positions(used))
                 live = deltas.any(dim=1)
@@ -102,10 +105,11 @@ class KroneckerFit:
                 inner[layer.weight] += inputs.T @ inputs
                 outer[layer.weight] += deltas.T @ deltas
         self._check_rank(positions)
+        self._tell_of_unknown()
         for layer in self.layers:
             name = layer.weight
             a, left = torch.linalg.eigh(inner[name].double() / positions[name])
-            d, right = torch.linalg.eigh(outer[name].double() / len(self.sample))
+            d, right = torch.linalg.eigh(outer[name].double() / self.rows)
             found |= {f"inputs/{name}": left.float(), f"outputs/{name}": right.float()}
             found[f"curvature/{name}"] = torch.outer(d.clamp(min=0), a.clamp(min=0)).float()
         return found
@@ -120,25 +124,28 @@ class KroneckerFit:
                 inputs, deltas = inputs @ factors[f"inputs/{name}"], deltas @ factors[f"outputs/{name}"]
                 step = max(1, CHUNK_BYTES // (4 * inputs.shape[2] * deltas.shape[2]))
                 for a, d in zip(inputs.split(step), deltas.split(step), strict=True):
-                    squares = (d.transpose(1, 2) @ a).square().sum(0) / len(self.sample)
+                    squares = (d.transpose(1, 2) @ a).square().sum(0) / self.rows
                     found[f"curvature/{name}"] = found[f"curvature/{name}"].to(squares.device) + squares
         return found
 
     def _drawn(self, draw: int) -> Iterator[tuple[list[Use], Tensors]]:
-        """Run every batch forwards and backwards for drawn targets: uses of the layers, gradients of the rest."""
+        """Run every batch forwards, and backwards for drawn targets: uses of the layers, gradients of the rest."""
         generator = torch.Generator().manual_seed(self.seed + draw)
         own = dict(self.adapter.model.named_parameters())
         for batch in self.sample.batches(set(self.names)):
             theta = {name: own[name].detach().requires_grad_() for name in self.names}
             with recorded([layer.module for layer in self.layers]) as uses, torch.enable_grad():
                 outputs, _ = self.adapter.predictions(partial(call, self.adapter.model, theta), batch)
-            slopes = self.adapter.sampled_slopes(outputs.detach(), generator).to(outputs.dtype)
             asked = [use.output for use in uses] + [theta[name] for name in self.rest]
-            gradients = torch.autograd.grad(outputs, asked, slopes, allow_unused=True, materialize_grads=True)
-            for use, gradient in zip(uses, gradients, strict=False):
-                use.gradient = gradient
-            with torch.no_grad():
-                yield uses, dict(zip(self.rest, gradients[len(uses) :], strict=True))
+            for left in reversed(range(self.draws)):
+                slopes = self.adapter.sampled_slopes(outputs.detach(), generator).to(outputs.dtype)
+                gradients = torch.autograd.grad(
+                    outputs, asked, slopes, retain_graph=left > 0, allow_unused=True, materialize_grads=True
+                )
+                for use, gradient in zip(uses, gradients, strict=False):
+                    use.gradient = gradient
+                with torch.no_grad():
+                    yield uses, dict(zip(self.rest, gradients[len(uses) :], strict=True))
 
     def _by_layer(self, uses: list[Use]) -> Iterator[tuple[Layer, list[Use]]]:
         for layer in self.layers:
@@ -147,14 +154,28 @@ class KroneckerFit:
     def _check_rank(self, positions: Counter[str]) -> None:
         for layer in self.layers:
             inputs, outputs = layer.matrix(dict(self.adapter.model.named_parameters())).shape[::-1]
-            if positions[layer.weight] < max(inputs, outputs):
+            seen = positions[layer.weight] // self.draws
+            if seen < max(inputs, outputs):
                 warnings.warn(
-                    f"{len(self.sample)} examples ({positions[layer.weight]} positions) are too few for the factors "
+                    f"{len(self.sample)} examples ({seen} positions) are too few for the factors "
                     f"of {layer.weight} ({inputs} inputs, {outputs} outputs), perhaps of others: they are "
                     "singular, and damping alone decides in many directions. Raise sample.",
                     stacklevel=2,
                 )
                 return
+
+    def _tell_of_unknown(self) -> None:
+        perturbed = {id(self.adapter.model.get_parameter(name)) for name in self.rest}
+        owners = [
+            f"{name} ({type(module).__name__})"
+            for name, module in self.adapter.model.named_modules()
+            if any(id(p) in perturbed for p in module.parameters(recurse=False)) and not is_known(module)
+        ]
+        if owners:
+            warnings.warn(
+                f"No Kronecker factors for layers of unknown kind, which get a diagonal: {', '.join(owners)}.",
+                stacklevel=2,
+            )
 
 
 def factored_layers(adapter: Adapter, names: list[str], batch: Batch) -> list[Layer]:

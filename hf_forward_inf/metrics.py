@@ -169,8 +169,7 @@ def evaluate(
         scores, proponents = collapse(scores, proponents, groups)
     pairs = list(zip(scores, proponents, strict=True))
     reciprocal = reciprocal_ranks(scores, proponents)
-    draws = np.random.default_rng(seed).integers(len(pairs), size=(resamples, len(pairs)))
-    low, high = np.percentile(reciprocal[draws].mean(axis=1), [2.5, 97.5])
+    low, high = bootstrap_interval(reciprocal, resamples=resamples, seed=seed)
     result = {
         "mrr": reciprocal.mean(),
         "mrr_se": reciprocal.std(ddof=1) / len(pairs) ** 0.5 if len(pairs) > 1 else 0.0,
@@ -227,10 +226,16 @@ def lds(
         1.0
     """
     by_query = lds_by_query(scores, subsets, losses)
-    draws = np.random.default_rng(seed).integers(len(by_query), size=(resamples, len(by_query)))
-    low, high = np.percentile(by_query[draws].mean(axis=1), [2.5, 97.5])
+    low, high = bootstrap_interval(by_query, resamples=resamples, seed=seed)
     error = by_query.std(ddof=1) / len(by_query) ** 0.5 if len(by_query) > 1 else 0.0
-    return {"lds": float(by_query.mean()), "lds_se": float(error), "lds_low": float(low), "lds_high": float(high)}
+    return {"lds": float(by_query.mean()), "lds_se": float(error), "lds_low": low, "lds_high": high}
+
+
+def bootstrap_interval(values: np.ndarray, *, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
+    """Give the 95% bootstrap interval of the mean of some queries' figures, `[queries]`."""
+    draws = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
+    low, high = np.percentile(values[draws].mean(axis=1), [2.5, 97.5])
+    return float(low), float(high)
 
 
 def lds_by_query(scores: np.ndarray, subsets: np.ndarray, losses: np.ndarray) -> np.ndarray:

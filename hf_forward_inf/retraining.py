@@ -8,6 +8,7 @@ from typing import TypeAlias
 import numpy as np
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from tqdm.auto import tqdm
@@ -20,6 +21,31 @@ from hf_forward_inf.processes import process_state
 Train: TypeAlias = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """Given subsets of the candidates, booleans `[models, candidates]`, and a seed for each model, trains a model on each
 and gives its losses of the queries, float32 `[models, queries]`."""
+
+
+@dataclass(frozen=True)
+class Retrained:
+    """What training on subsets of the candidates did to some queries.
+
+    Args:
+        queries (`datasets.Dataset`): The queries.
+        subsets (`np.ndarray`): Booleans, `[subsets, candidates]`: who was in.
+        losses (`np.ndarray`): `[subsets, queries]`, best averaged over several seeds of the training.
+
+    Raises:
+        ValueError: If the shapes don't fit together.
+    """
+
+    queries: Dataset
+    subsets: np.ndarray
+    losses: np.ndarray
+
+    def __post_init__(self) -> None:
+        if self.losses.shape != (len(self.subsets), len(self.queries)):
+            raise ValueError(
+                f"losses have shape {self.losses.shape}; {len(self.subsets)} subsets and {len(self.queries)} queries "
+                f"ask for {(len(self.subsets), len(self.queries))}."
+            )
 
 
 def random_halves(candidates: int, subsets: int, seed: int = 0) -> np.ndarray:
@@ -91,11 +117,16 @@ class BatchedTraining:
     learning_rate: float = 1e-2
     weight_decay: float = 1e-3
 
+    @property
+    def settings(self) -> tuple[int, float, float]:
+        """What training depends on beside network and data."""
+        return self.steps, self.learning_rate, self.weight_decay
+
     def __call__(self, subsets: np.ndarray, seeds: np.ndarray) -> np.ndarray:
         """Train on subsets of one size; give the queries' losses, float32 `[models, queries]`."""
         base, parameters = self.trained(subsets, seeds)
         with torch.no_grad():
-            losses = vmap(partial_loss(base, *self.queries))(parameters)
+            losses = vmap(losses_of(base, *self.queries))(parameters)
         return losses.numpy()
 
     def model(self, seed: int, subset: np.ndarray | None = None) -> nn.Module:
@@ -134,7 +165,7 @@ class BatchedTraining:
             return self.network()
 
 
-def partial_loss(network: nn.Module, inputs: Tensor, labels: Tensor) -> Callable[[dict[str, Tensor]], Tensor]:
+def losses_of(network: nn.Module, inputs: Tensor, labels: Tensor) -> Callable[[dict[str, Tensor]], Tensor]:
     """Give the function from parameters to each row's loss."""
 
     def losses(parameters: dict[str, Tensor]) -> Tensor:

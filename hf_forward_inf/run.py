@@ -100,14 +100,21 @@ def _plot(comparison: Comparison) -> str:
 
 def about(options: Any, tracer: ForwardInf) -> dict[str, Any]:
     """What made the figures: versions, device, seed and every option."""
+    return {
+        **environment(options),
+        **{f"ascent/{name}": value for name, value in asdict(tracer.ascent).items() if value is not None},
+        "hubs_corrected": tracer.references is not None,
+        "seed": tracer.ascent.seed,
+    }
+
+
+def environment(options: Any) -> dict[str, Any]:
+    """Versions, device, and every option of a dataclass."""
     packages = ("hf-forward-inf", "torch", "transformers", "datasets", "accelerate")
     state = process_state()
     return {
         **{f"version/{name}": importlib.metadata.version(name) for name in packages},
         **{f"option/{name}": value for name, value in asdict(options).items() if value is not None},
-        **{f"ascent/{name}": value for name, value in asdict(tracer.ascent).items() if value is not None},
-        "hubs_corrected": tracer.references is not None,
-        "seed": tracer.ascent.seed,
         "device": torch.cuda.get_device_name() if state.device.type == "cuda" else state.device.type,
         "processes": state.num_processes,
     }
@@ -143,11 +150,21 @@ def write_outputs(
         "report.html": lambda path: attribution.to_html(path, proponents=truth, metrics=shown, plot=plot),
         "metrics.json": lambda path: _write_json(path, metrics),
     }
+    _write_all(folder, writers)
+
+
+def write_metrics(folder: Path, metrics: dict[str, Any]) -> None:
+    """Write `metrics.json` alone, as [`write_outputs`] does."""
+    _write_all(folder, {"metrics.json": lambda path: _write_json(path, metrics)})
+    say(f"Written: {folder / 'metrics.json'}")
+
+
+def _write_all(folder: Path, writers: dict[str, Callable[[Path], None]]) -> None:
     staging = Path(tempfile.mkdtemp(dir=folder, prefix=".writing-"))
     try:
-        for name in OUTPUTS:
-            writers[name](staging / name)
-        for name in OUTPUTS:
+        for name, write in writers.items():
+            write(staging / name)
+        for name in writers:
             if (folder / name).is_dir():
                 shutil.rmtree(folder / name)
             (staging / name).replace(folder / name)

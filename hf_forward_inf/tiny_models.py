@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from hf_forward_inf.checks import check_rows
 from hf_forward_inf.fingerprints import fingerprint
 from hf_forward_inf.processes import process_state
 
+SIZES = {"d_model": 128, "d_kv": 32, "d_ff": 256, "num_heads": 4, "num_layers": 2, "num_decoder_layers": 2}
+"""Sizes of the tiny mT5."""
 SENTINELS = 4
 """`<extra_id_0>` ... `<extra_id_3>`."""
 
@@ -58,7 +60,7 @@ def tiny_mt5(
             part = Path(tempfile.mkdtemp(dir=folder.parent))
             try:
                 tokenizer = train_tokenizer([text for column in columns for text in rows[column]], vocabulary)
-                model = _train(rows, tokenizer, epochs, learning_rate, seed, state.device)
+                model = train_mt5(rows, tokenizer, epochs, learning_rate, seed, device=state.device)
                 model.save_pretrained(part)
                 tokenizer.save_pretrained(part)
                 os.replace(part, folder)
@@ -88,24 +90,39 @@ def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFas
     )
 
 
-def _train(
+def train_mt5(
     rows: Dataset,
     tokenizer: PreTrainedTokenizerFast,
     epochs: int,
     learning_rate: float,
     seed: int,
-    device: torch.device,
+    *,
+    sizes: dict[str, int] = SIZES,
+    batch_length: int = 256,
+    device: torch.device | None = None,
+    quiet: bool = False,
 ) -> MT5ForConditionalGeneration:
+    """Train an mT5 from the start.
+
+    Args:
+        rows (`datasets.Dataset`): With `inputs_pretokenized` and `targets_pretokenized`.
+        tokenizer: Its tokenizer.
+        epochs (`int`): Passes over the rows.
+        learning_rate (`float`): Peak of AdamW's one-cycle schedule.
+        seed (`int`): Initial weights and the order of batches.
+        sizes (`dict[str, int]`, *optional*): Of `MT5Config`.
+        batch_length (`int`, defaults to 256): Padded tokens in a batch.
+        device (`torch.device`, *optional*): Where. Defaults to the CPU.
+        quiet (`bool`, defaults to `False`): Show no progress.
+
+    Raises:
+        FloatingPointError: If training diverges.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         config = MT5Config(
+            **cast(Any, sizes),
             vocab_size=len(tokenizer),
-            d_model=128,
-            d_kv=32,
-            d_ff=256,
-            num_heads=4,
-            num_layers=2,
-            num_decoder_layers=2,
             dropout_rate=0.0,
             initializer_factor=0.3,  # at 1.0, embeddings take many more steps to learn
             decoder_start_token_id=0,
@@ -116,13 +133,14 @@ def _train(
         model.to(device)  # type: ignore[arg-type]
         adapter = Seq2SeqAdapter(model, tokenizer)
         features = _sorted_features(adapter, rows)
-        cuts = list(batches(adapter.lengths(features), max_batch_length=256))
+        cuts = list(batches(adapter.lengths(features), batch_length))
         optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.95))
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, learning_rate, total_steps=epochs * len(cuts), pct_start=0.1
         )
         model.train()
-        bar = tqdm(total=epochs, desc=f"training a tiny mT5 on {len(rows)} sentences", unit="epoch")
+        title = f"training a tiny mT5 on {len(rows)} sentences"
+        bar = tqdm(total=epochs, desc=title, unit="epoch", disable=quiet)
         for _ in range(epochs):
             total = 0.0
             for i in torch.randperm(len(cuts)).tolist():

@@ -1,31 +1,35 @@
-"""Choose the settings without labels, by self-retrieval (Algorithm 1: how K and alpha are chosen)."""
+"""Choose the settings without labels, by self-retrieval (Algorithm 1: how K and alpha are chosen) or by retraining."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from datasets import Dataset
 
 from hf_forward_inf.ascent import AscentConfig
 from hf_forward_inf.hubs import correct_hubs
-from hf_forward_inf.metrics import reciprocal_rank
+from hf_forward_inf.metrics import lds_by_query, reciprocal_ranks
+from hf_forward_inf.retraining import Retrained
 
 if TYPE_CHECKING:
     from hf_forward_inf.forward_inf import ForwardInf
 
 RADII = (0.1, 0.3, 1.0, 3.0, 10.0)
 """Radii tried if the user names none."""
+COLUMNS = {"direction": "s", "damping": "g", "radius": "g", "steps": "d", "hubs": "s", "self_mrr": ".3f", "lds": ".3f"}
+"""What is shown of a trial, where it is known."""
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """What self-retrieval found.
+    """What the trials found.
 
     Args:
         best (`AscentConfig`): The settings to use.
         references (`datasets.Dataset`, *optional*): Reference queries, if correcting hubs retrieved better.
-        trials (`list[dict]`): One row a trial: `radius`, `steps`, `hubs`, `self_mrr`, `chosen`.
+        trials (`list[dict]`): One row a trial: `direction`, `damping`, `radius`, `steps`, `hubs`, `self_mrr` or `lds`,
+            `chosen`.
     """
 
     best: AscentConfig
@@ -33,14 +37,26 @@ class Tuning:
     trials: list[dict[str, Any]]
 
     def __str__(self) -> str:
-        lines = ["  radius  steps  hubs corrected  self-retrieval MRR"]
+        shown = {name: form for name, form in COLUMNS.items() if name in self.trials[0]}
+        heads = {"hubs": "hubs corrected", "self_mrr": "self-retrieval MRR", "lds": "LDS"}
+        rows = [[heads.get(name, name) for name in shown]]
         for trial in self.trials:
-            mark = "*" if trial["chosen"] else " "
-            corrected = "yes" if trial["hubs"] else "no"
-            lines.append(
-                f"{mark} {trial['radius']:6g}  {trial['steps']:5d}  {corrected:>14}  {trial['self_mrr']:18.3f}"
-            )
-        return "\n".join(lines)
+            values = {**trial, "hubs": "yes" if trial["hubs"] else "no"}
+            rows.append(["-" if values[n] is None else format(values[n], form) for n, form in shown.items()])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        marks = [" ", *("*" if trial["chosen"] else " " for trial in self.trials)]
+        lines = ("  ".join(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True)) for row in rows)
+        return "\n".join(f"{mark} {line}" for mark, line in zip(marks, lines, strict=True))
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """What the settings are tried on, and how good their scores are: one figure a query, 1 at best."""
+
+    measure: str
+    queries: Dataset
+    candidates: Dataset
+    judge: Callable[[np.ndarray], np.ndarray]
 
 
 def tune(
@@ -49,55 +65,95 @@ def tune(
     *,
     radii: Sequence[float] = RADII,
     steps: Sequence[int] = (1,),
+    directions: Sequence[str] | None = None,
+    dampings: Sequence[float] | None = None,
+    retrained: Retrained | None = None,
     queries: int = 30,
     pool: int = 1024,
     seed: int | None = None,
 ) -> Tuning:
-    """Choose radius and steps so that training examples, used as queries, find themselves.
+    """Choose radius, steps, direction and damping so that training examples, used as queries, find themselves.
 
     Some candidates are drawn as queries. Under a good setting each ranks first among the candidates; the
     measure is the mean reciprocal rank of itself (or of a row equal to it). Each setting is tried as it is and
     with hubs corrected by the other drawn queries; the correction is taken only where it retrieves better.
     Among equally good radii the middle one is taken: the edges of a plateau are where it ends.
 
+    Self-retrieval tells good radii from bad ones, but directions only where the plain gradient fails at it: who can
+    afford to train the model again on some subsets of the candidates gives what came out as `retrained`, and the
+    measure is the linear datamodeling score ([`metrics.lds`]).
+
     Args:
         attributor (`ForwardInf`): Its model, adapter and other ascent options are used.
         candidates (`datasets.Dataset`): Where queries and candidates are drawn from.
         radii (`Sequence[float]`): Radii to try.
         steps (`Sequence[int]`): Numbers of steps to try.
+        directions (`Sequence[str]`, *optional*): Directions to try ([`AscentConfig`]), of equally good ones the first.
+            Defaults to the attributor's own alone.
+        dampings (`Sequence[float]`, *optional*): Dampings to try of every direction that has one. Defaults to the
+            attributor's own, or for other directions to theirs.
+        retrained (`Retrained`, *optional*): What retraining on subsets of all candidates did to some queries.
         queries (`int`, defaults to 30): Candidates drawn as queries.
         pool (`int`, defaults to 1024): Candidates they are ranked among, at most.
         seed (`int`, *optional*): Draws both. Defaults to the ascent's seed.
 
     Raises:
-        ValueError: If there are fewer than 2 candidates, or no setting retrieves anything.
+        ValueError: If there are fewer than 2 candidates, or no setting retrieves or foretells anything.
     """
     if len(candidates) < 2:
         raise ValueError(f"Tuning needs at least 2 candidates to tell apart, not {len(candidates)}.")
-    draw = np.random.default_rng(attributor.ascent.seed if seed is None else seed).permutation(len(candidates))
-    among = candidates.select(np.sort(draw[:pool]))
-    own = np.sort(np.searchsorted(np.sort(draw[:pool]), draw[:queries]))
-    sample = among.select(own)
-    columns = attributor.adapter.columns_in(among.column_names)
+    if retrained is None:
+        draw = np.random.default_rng(attributor.ascent.seed if seed is None else seed).permutation(len(candidates))
+        columns = attributor.adapter.columns_in(candidates.column_names)
+        judge = _self_retrieval(columns, candidates, draw[:pool], draw[: min(queries, pool)])
+    else:
+        judge = _retraining(retrained, candidates)
+    tracer = attributor if attributor.training is not None else attributor.with_options(training=candidates)
+    settings, trials = [], []
+    for ascent in _settings(attributor.ascent, directions, dampings, steps, radii):
+        scores = tracer.with_options(ascent=ascent).score(judge.queries, judge.candidates)
+        for hubs in (False, True) if retrained is None and len(scores) > 2 else (False,):
+            found = judge.judge(_corrected_by_each_other(scores) if hubs else scores)
+            shown = {name: getattr(ascent, name) for name in ("direction", "damping", "radius", "steps")}
+            trials.append({**shown, "hubs": hubs, judge.measure: float(found.mean()), "chosen": False})
+            settings.append(ascent)
+    best = _choose(trials, judge.measure)
+    trials[best]["chosen"] = True
+    return Tuning(settings[best], judge.queries if trials[best]["hubs"] else None, trials)
+
+
+def _settings(
+    ascent: AscentConfig,
+    directions: Sequence[str] | None,
+    dampings: Sequence[float] | None,
+    steps: Sequence[int],
+    radii: Sequence[float],
+) -> Iterator[AscentConfig]:
+    """Every combination, the attributor's other options kept."""
+    plain = replace(ascent, learning_rate=None, optimizer="sgd", radius=1.0)
+    for direction in directions or (ascent.direction,):
+        turned, chosen = plain, cast(Any, direction)
+        if direction != ascent.direction:  # damping and sample of another direction mean nothing to this one
+            turned = replace(plain, direction=chosen, damping=None, sample=None, second_moments=None)
+        for damping in (turned.damping,) if direction == "gradient" else dampings or (turned.damping,):
+            for k in steps:
+                yield from (replace(turned, damping=damping, steps=k, radius=radius) for radius in radii)
+
+
+def _self_retrieval(columns: Sequence[str], candidates: Dataset, pool: np.ndarray, own: np.ndarray) -> _Judge:
+    rows = np.sort(pool)
+    among = candidates.select(rows)
+    drawn = np.sort(np.searchsorted(rows, own))
     texts = list(zip(*(among[column] for column in columns), strict=True))
-    selves = [[j for j, text in enumerate(texts) if text == texts[row]] for row in own]
-
-    trials = []
-    for k in steps:
-        for radius in radii:
-            trial = _trial(attributor.ascent, radius, k)
-            scores = attributor.with_options(ascent=trial).score(sample, among)
-            for hubs in (False, True) if len(sample) > 2 else (False,):
-                found = _corrected_by_each_other(scores) if hubs else scores
-                mrr = np.mean([reciprocal_rank(row, rows) for row, rows in zip(found, selves, strict=True)])
-                trials.append({"radius": radius, "steps": k, "hubs": hubs, "self_mrr": float(mrr), "chosen": False})
-    best = _choose(trials)
-    best["chosen"] = True
-    return Tuning(_trial(attributor.ascent, best["radius"], best["steps"]), sample if best["hubs"] else None, trials)
+    selves = [[j for j, text in enumerate(texts) if text == texts[row]] for row in drawn]
+    return _Judge("self_mrr", among.select(drawn), among, lambda scores: reciprocal_ranks(scores, selves))
 
 
-def _trial(ascent: AscentConfig, radius: float, steps: int) -> AscentConfig:
-    return replace(ascent, radius=radius, learning_rate=None, optimizer="sgd", steps=steps)
+def _retraining(retrained: Retrained, candidates: Dataset) -> _Judge:
+    def judge(scores: np.ndarray) -> np.ndarray:
+        return lds_by_query(scores, retrained.subsets, retrained.losses)
+
+    return _Judge("lds", retrained.queries, candidates, judge)
 
 
 def _corrected_by_each_other(scores: np.ndarray) -> np.ndarray:
@@ -106,12 +162,22 @@ def _corrected_by_each_other(scores: np.ndarray) -> np.ndarray:
     return np.concatenate([correct_hubs(row[None], rest) for row, rest in zip(scores, others, strict=True)])
 
 
-def _choose(trials: list[dict[str, Any]]) -> dict[str, Any]:
-    """The best trial: uncorrected before corrected, fewer steps before more, the middle of equal radii."""
-    highest = max(trial["self_mrr"] for trial in trials)
-    if highest == 0:
-        raise ValueError("No setting retrieves anything: do the candidates' losses have gradients at all?")
-    equal = [trial for trial in trials if trial["self_mrr"] >= highest - 1e-9]
-    equal = [t for t in equal if t["hubs"] == min(u["hubs"] for u in equal)]
-    equal = [t for t in equal if t["steps"] == min(u["steps"] for u in equal)]
-    return sorted(equal, key=lambda trial: trial["radius"])[len(equal) // 2]
+def _choose(trials: list[dict[str, Any]], measure: str) -> int:
+    """The best trial: uncorrected before corrected, the first direction, fewer steps, the middle of equal ones."""
+    highest = max(trial[measure] for trial in trials)
+    if highest <= 0:
+        raise ValueError(
+            "No setting retrieves anything: do the candidates' losses have gradients at all?"
+            if measure == "self_mrr"
+            else "No setting foretells anything of what retraining did: are subsets and losses in the same order?"
+        )
+    equal = [i for i, trial in enumerate(trials) if trial[measure] >= highest - 1e-9]
+    first = {trial["direction"]: i for i, trial in reversed(list(enumerate(trials)))}
+    for cost in (
+        lambda trial: trial["hubs"],
+        lambda trial: first[trial["direction"]],
+        lambda trial: trial["steps"],
+    ):
+        least = min(cost(trials[i]) for i in equal)
+        equal = [i for i in equal if cost(trials[i]) == least]
+    return sorted(equal, key=lambda i: (trials[i]["damping"] or 0, trials[i]["radius"]))[len(equal) // 2]

@@ -8,7 +8,9 @@ from torch import nn
 from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf.adapters import Seq2SeqAdapter, TensorAdapter
 from hf_forward_inf.ascent import Mirrored, Perturbation
+from hf_forward_inf.baselines import FirstOrder
 from hf_forward_inf.cost import measure
+from hf_forward_inf.curvature import conjugate_gradients
 from hf_forward_inf.directions import direction_for
 from tests import digits
 from tests.line import assert_same_state, state
@@ -224,3 +226,59 @@ def test_a_seq2seq_adapters_predictions_leave_padding_out(model, tokenizer, cand
     outputs, loss = adapter.predictions(model, adapter.collate(features))
     assert len(outputs) == sum(features["terms"])
     torch.testing.assert_close(loss(outputs), adapter.loss(model, adapter.collate(features)).sum())
+
+
+def test_conjugate_gradients_that_do_not_converge_show_the_residual():
+    with pytest.warns(
+        UserWarning, match=r"after 1 products the residual is \d+% of the gradient. The best iterate"
+    ) as told:
+        steps(digits.perceptron(), direction="cg", damping=1e-6, iterations=1)
+    assert len(told) == 1  # though there are three queries
+
+
+def test_more_products_of_conjugate_gradients_never_give_a_worse_iterate():
+    curvatures = torch.logspace(-6, 3, 60)  # far beyond what float32 can solve
+    right = torch.randn(60, generator=torch.Generator().manual_seed(0))
+    heights = []
+    for iterations in (1, 5, 20, 100, 400):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            found = conjugate_gradients(
+                lambda v: [curvatures * v[0]], [right], iterations=iterations, damping=1e-9, tolerance=1e-12
+            )
+        x = found[0].double()
+        heights.append((x @ (curvatures * x) / 2 - right.double() @ x).item())
+    assert np.all(np.diff(heights) <= 1e-3 * np.abs(heights[:-1]))
+
+
+def test_inputs_that_are_always_zero_make_factors_singular_and_do_no_harm():
+    network = digits.perceptron()  # corners of the digits are blank
+    assert np.linalg.matrix_rank(np.array(CANDIDATES["x"])) < 64
+    for direction in ("kfac", "ekfac"):
+        assert torch.isfinite(steps(network, direction=direction, damping=1e-6)).all()
+
+
+def test_layers_of_unknown_kind_are_named_once():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(6))
+
+        def forward(self, x):
+            return x * self.scale
+
+    network = nn.Sequential(nn.Linear(64, 6), Scaled(), nn.Linear(6, 10))
+    with pytest.warns(UserWarning, match=r"unknown kind, which get a diagonal: 1 \(Scaled\)") as told:
+        assert torch.isfinite(steps(network, direction="ekfac")).all()
+    assert sum("unknown kind" in str(one.message) for one in told) == 1
+
+
+@pytest.mark.parametrize("direction", ["gradient", *CORRECTED])
+def test_first_order_is_the_limit_of_small_steps(direction):
+    adapter = TensorAdapter(digits.perceptron().double())
+    correction = {} if direction == "gradient" else {"sample": 100}
+    ascent = AscentConfig(direction=direction, radius=1e-3, mode="symmetric", **correction)
+    finite = ForwardInf(adapter=adapter, ascent=ascent).trace(QUERIES, CANDIDATES).scores
+    first = FirstOrder(adapter=adapter, ascent=ascent).trace(QUERIES, CANDIDATES).scores
+    for a, b in zip(finite, first, strict=True):
+        assert np.corrcoef(a, b)[0, 1] > 0.999

@@ -1,27 +1,35 @@
 import numpy as np
 import pytest
 
-from hf_forward_inf import ForwardInf
+from hf_forward_inf import AscentConfig, ForwardInf
+from hf_forward_inf.adapters import TensorAdapter
+from hf_forward_inf.retraining import Retrained, random_halves
 from hf_forward_inf.tuning import _choose
+from tests import digits
 from tests.line import points
 
 
 def trial(radius, mrr, steps=1, hubs=False):
-    return {"radius": radius, "steps": steps, "hubs": hubs, "self_mrr": mrr, "chosen": False}
+    setting = {"direction": "gradient", "damping": None, "radius": radius, "steps": steps, "hubs": hubs}
+    return {**setting, "self_mrr": mrr, "chosen": False}
+
+
+def chosen(trials):
+    return trials[_choose(trials, "self_mrr")]
 
 
 def test_the_best_retrieval_wins():
-    assert _choose([trial(0.1, 0.5), trial(1, 0.9), trial(10, 0.4)])["radius"] == 1
+    assert chosen([trial(0.1, 0.5), trial(1, 0.9), trial(10, 0.4)])["radius"] == 1
 
 
 def test_of_equals_the_uncorrected_the_fewer_steps_and_the_middle_radius_win():
     equal = [trial(r, 1.0, steps, hubs) for r in (0.1, 1, 10) for steps in (1, 3) for hubs in (True, False)]
-    assert _choose(equal) == trial(1, 1.0)
+    assert chosen(equal) == trial(1, 1.0)
 
 
 def test_when_nothing_is_retrieved_it_is_said():
     with pytest.raises(ValueError, match="No setting retrieves anything"):
-        _choose([trial(1, 0.0)])
+        chosen([trial(1, 0.0)])
 
 
 def test_training_examples_find_themselves_and_the_trials_are_shown(model, tokenizer, candidates):
@@ -55,3 +63,28 @@ def test_tune_is_one_argument_of_trace(line):
 def test_one_candidate_is_not_enough(line):
     with pytest.raises(ValueError, match="at least 2 candidates"):
         ForwardInf(adapter=line).tune(points(((3, 1), 0)))
+
+
+def test_directions_and_dampings_are_tried_where_they_are_named(model, tokenizer, candidates):
+    ascent = AscentConfig(modules=["decoder"])
+    tracer = ForwardInf(model, tokenizer, ascent=ascent)
+    options = {"directions": ["gradient", "kfac"], "dampings": (0.1, 1.0), "radii": (1.0,), "queries": 4}
+    trials = tracer.tune(candidates, **options).tuning.trials
+    settings = [(trial["direction"], trial["damping"]) for trial in trials if not trial["hubs"]]
+    assert settings == [("gradient", None), ("kfac", 0.1), ("kfac", 1.0)]
+
+
+def test_retraining_that_the_gradient_foretells_chooses_it():
+    adapter = TensorAdapter(digits.perceptron())
+    candidates, queries, subsets = digits.rows(0, 100), digits.rows(100, 104), random_halves(100, 30)
+    tracer = ForwardInf(adapter=adapter)
+    scores = tracer.with_options(ascent=AscentConfig(radius=0.3)).score(queries, candidates)
+    retrained = Retrained(queries, subsets, -(scores @ subsets.T).T)
+    options = {"directions": ["adam", "gradient"], "radii": (0.3, 3.0), "retrained": retrained}
+    tuned = tracer.tune(candidates, **options)
+    assert (tuned.ascent.direction, tuned.ascent.radius, tuned.references) == ("gradient", 0.3, None)
+    assert max(trial["lds"] for trial in tuned.tuning.trials) == pytest.approx(1.0)
+    assert "LDS" in str(tuned.tuning)
+    against = Retrained(queries, subsets, -retrained.losses)
+    with pytest.raises(ValueError, match="No setting foretells anything"):
+        tracer.tune(candidates, radii=(0.3,), retrained=against)

@@ -118,6 +118,10 @@ class Adapter(ABC):
         """Name the modules that are perturbed if the user names none: those that carry the answer."""
         return ["all"]
 
+    def default_ascent(self) -> dict[str, Any]:
+        """Give the options of [`AscentConfig`] that are taken if the user gives none: what evidence favours."""
+        return {}
+
     def prefix_parameters(self) -> Set[str]:
         """Name the parameters that `prefix` reads; perturbing none of them allows computing it once."""
         return frozenset()

@@ -85,3 +85,9 @@ def test_a_module_that_takes_no_tensor_is_refused():
 
     with pytest.raises(TypeError, match=r"Deaf.forward takes no argument"):
         TensorAdapter(Deaf())
+
+
+def test_the_default_step_is_corrected_by_curvature_and_a_given_one_is_taken():
+    adapter = TensorAdapter(digits.perceptron())
+    assert ForwardInf(adapter=adapter).ascent.direction == "cg"
+    assert ForwardInf(adapter=adapter, ascent=AscentConfig()).ascent.direction == "gradient"

@@ -1,0 +1,113 @@
+"""Fact tracing by every direction of the step: what it finds, and what a query costs.
+
+    python benchmarks/directions.py
+    python benchmarks/directions.py --model DIR --candidates FILE --queries FILE --training FILE
+
+The built-in facts with their tiny mT5 (trained once), or your own in FTRACE's format; of queries with a column
+`answered` only those that the model answers. The default modules are perturbed. Kronecker factors are fitted to
+targets drawn from the model (the true Fisher matrix), or, marked `empirical`, to the data's own. Cost is counted in
+plain forward passes over the candidates: of fitting once, and a query's.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+from hf_forward_inf import AscentConfig, ForwardInf
+from hf_forward_inf.adapters import Seq2SeqAdapter
+from hf_forward_inf.adapters.base import Batch, Forward
+from hf_forward_inf.cost import measure
+from hf_forward_inf.datasets import builtin_facts, candidate_pool, load_rows, proponents, sample_rows
+from hf_forward_inf.tiny_models import tiny_mt5
+
+
+class EmpiricalFisher(Seq2SeqAdapter):
+    """Fits Kronecker factors to the gradients of the true targets instead of drawn ones."""
+
+    @property
+    def settings(self) -> str:
+        """Tell its factors from the true ones in the cache."""
+        return f"{super().settings}, empirical Fisher"
+
+    def predictions(self, forward: Forward, batch: Batch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Remember the loss of the batch at hand."""
+        outputs, self.loss_of = super().predictions(forward, batch)
+        return outputs, self.loss_of
+
+    def sampled_slopes(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+        """Draw nothing: the slopes of that loss."""
+        with torch.enable_grad():
+            leaf = outputs.detach().requires_grad_()
+            return torch.autograd.grad(self.loss_of(leaf), leaf)[0]
+
+
+def load(options: argparse.Namespace) -> tuple[Any, Any, Dataset, Dataset, Dataset]:
+    """Give model, tokenizer, queries, candidates and training data."""
+    if not options.model:
+        corpus = builtin_facts()
+        model, tokenizer = tiny_mt5(corpus["abstracts"])
+        queries = sample_rows(corpus["queries"], options.num_queries)
+        answers = Seq2SeqAdapter(model, tokenizer).answer(queries[:])
+        right = [i for i, said in enumerate(answers) if said == queries[i]["targets_pretokenized"].strip()]
+        queries = queries.select(right)
+        candidates, _ = candidate_pool(queries, corpus["abstracts"], options.num_candidates, 0)
+        return model, tokenizer, queries, candidates, corpus["abstracts"]
+    model = AutoModelForSeq2SeqLM.from_pretrained(options.model).eval()
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    queries, candidates = load_rows(options.queries, "queries"), load_rows(options.candidates, "abstracts")
+    if "answered" in queries.column_names:
+        queries = queries.select([i for i, known in enumerate(queries["answered"]) if known])
+    training = load_rows(options.training, "abstracts") if options.training else candidates
+    return model, tokenizer, sample_rows(queries, options.num_queries), candidates, training
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("model", "candidates", "queries", "training"):
+        parser.add_argument(f"--{name}")
+    parser.add_argument("--num_queries", type=int, default=50)
+    parser.add_argument("--num_candidates", type=int, default=1200, help="Of the built-in facts.")
+    parser.add_argument("--directions", nargs="*", default=["gradient", "adam", "kfac", "ekfac", "cg"])
+    parser.add_argument("--dampings", type=float, nargs="*", default=[1.0, 0.1, 0.01])
+    parser.add_argument("--radii", type=float, nargs="*", default=[0.3, 1.0])
+    parser.add_argument("--output", type=Path, default=Path("outputs/directions"))
+    options = parser.parse_args()
+    model, tokenizer, queries, candidates, training = load(options)
+    truth = proponents(queries, candidates)
+    print(f"{len(queries)} queries, {len(candidates)} candidates, {len(training)} training rows\n")
+    print("| direction | damping | radius | MRR (s.e.) | recall@10 | passes to fit | passes a query |")
+    print(f"|{' --- |' * 7}", flush=True)
+    rows = []
+    for kind in (Seq2SeqAdapter, EmpiricalFisher):
+        for direction in options.directions:
+            if kind is EmpiricalFisher and direction not in ("kfac", "ekfac"):
+                continue
+            for damping in (None,) if direction == "gradient" else options.dampings:
+                cost: dict[str, float] = {}
+                for radius in options.radii:
+                    ascent = AscentConfig(direction=direction, damping=damping, radius=radius)
+                    tracer = ForwardInf(adapter=kind(model, tokenizer), ascent=ascent, training=training)
+                    figures = tracer.trace(queries, candidates).evaluate(truth)
+                    cost = cost or measure(tracer, queries.select(range(min(4, len(queries)))), candidates)
+                    name = direction + (" (empirical)" if kind is EmpiricalFisher else "")
+                    row = {"direction": name, "damping": damping, "radius": radius, **figures, **cost}
+                    rows.append(row)
+                    fit = f"{cost['forward_passes_to_fit']:.1f}" if "forward_passes_to_fit" in cost else ""
+                    print(
+                        f"| {name} | {damping or ''} | {radius:g} | {row['mrr']:.3f} ({row['mrr_se']:.3f}) | "
+                        f"{row['recall@10']:.3f} | {fit} | {cost['forward_passes_per_query']:.2f} |",
+                        flush=True,
+                    )
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "metrics.json").write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""What Forward-INF's step does to first order: gradients of the candidates along the same direction."""
+
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import nn
+
+from hf_forward_inf.ascent import AscentConfig
+from hf_forward_inf.baselines.gradients import Directions, GradientBaseline
+from hf_forward_inf.directions import direction_for
+from hf_forward_inf.example_gradients import ExampleGradients
+from hf_forward_inf.fingerprints import fingerprint
+
+
+class FirstOrder(GradientBaseline):
+    """Scores a candidate by the product of its gradient with the direction in which Forward-INF steps for the query.
+
+    The limit of Forward-INF's scores for a radius near 0, up to their scale, at the price of a gradient for every
+    candidate: what finite steps add to it, or lose, is seen by comparison. With `direction="cg"` these are influence
+    functions.
+
+    Args:
+        model (`torch.nn.Module`): The trained model.
+        processor (*optional*): Its tokenizer.
+        ascent (`AscentConfig`, *optional*): Direction, damping, sample; radius and mode count for nothing.
+        training (`datasets.Dataset`, *optional*): As in [`ForwardInf`].
+        **options: `adapter`, `modules`, `cache_dir`, `max_batch_length` of [`baselines.gradients.GradientBaseline`].
+    """
+
+    name = "first_order"
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        processor: Any = None,
+        *,
+        ascent: AscentConfig | None = None,
+        training: Dataset | None = None,
+        **options: Any,
+    ):
+        super().__init__(model, processor, **options)
+        self.ascent, self.training = ascent or AscentConfig(), training
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Those options of the ascent that make its direction."""
+        names = ("direction", "damping", "iterations", "tolerance", "sample", "second_moments", "seed")
+        options = asdict(self.ascent)
+        return {**{name: options[name] for name in names}, "modules": self.modules}
+
+    def score(self, queries: Dataset, candidates: Dataset) -> np.ndarray:
+        """Products with the directions, `[queries, candidates]`."""
+        training = candidates if self.training is None else self.training
+
+        def directions(raw: Directions, gradients: ExampleGradients) -> Directions:
+            adapter, names = self.adapter, list(raw)
+            direction = direction_for(self.ascent, adapter, training, names, self.cache_dir)
+            if direction is None:
+                return raw
+            correct = direction.ready()
+            shapes = [adapter.model.get_parameter(name).shape for name in names]
+            made = [
+                correct([raw[name][i].view(shape) for name, shape in zip(names, shapes, strict=True)])
+                for i in range(len(raw[names[0]]))
+            ]
+            return {name: torch.stack([one[n].flatten() for one in made]) for n, name in enumerate(names)}
+
+        key = fingerprint("first order", self.config, training._fingerprint)
+        return self.products(queries, candidates, key, directions=directions, norms=False)[0]

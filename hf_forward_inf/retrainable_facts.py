@@ -1,0 +1,64 @@
+"""A small language model that is taught facts in seconds, and taught them again without some sentences."""
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from hf_forward_inf.adapters import Adapter, Seq2SeqAdapter
+from hf_forward_inf.datasets import builtin_facts, candidate_pool, sample_rows
+from hf_forward_inf.fingerprints import fingerprint
+from hf_forward_inf.retrainable import Retrainable
+from hf_forward_inf.retraining import Train
+from hf_forward_inf.tiny_models import train_mt5, train_tokenizer
+
+SIZES = {"d_model": 48, "d_kv": 12, "d_ff": 96, "num_heads": 4, "num_layers": 1, "num_decoder_layers": 1}
+"""An mT5 of 94,000 parameters."""
+TRAINING = {"epochs": 25, "learning_rate": 8e-3, "batch_length": 512}
+"""It then knows its sentences (about 1 nat a token), but not by heart."""
+VOCABULARY = 800
+"""Tokens at most."""
+
+
+def facts(candidates: int = 400, queries: int = 40) -> Retrainable:
+    """The built-in facts and a tiny mT5: queries ask for facts in words that no candidate uses for them.
+
+    Args:
+        candidates (`int`, defaults to 400): Training sentences: the queries' proponents, and those most like them.
+        queries (`int`, defaults to 40): Queries, and as many others.
+
+    Raises:
+        ImportError: If the extra `facts` is not installed.
+    """
+    corpus = builtin_facts()
+    asked = sample_rows(corpus["queries"], 2 * queries, seed=0)
+    half = len(asked) // 2
+    data, _ = candidate_pool(asked, corpus["abstracts"], candidates, 0)
+    texts = [text for column in ("inputs_pretokenized", "targets_pretokenized") for text in data[column]]
+    tokenizer = train_tokenizer(texts, VOCABULARY)
+
+    def adapter(seed: int, rows: Dataset = data) -> Adapter:
+        model = train_mt5(rows, tokenizer, seed=seed, sizes=SIZES, quiet=True, **TRAINING)  # type: ignore[arg-type]
+        return Seq2SeqAdapter(model.eval(), tokenizer)
+
+    def train(asked: Dataset) -> Train:
+        return partial(_losses, adapter, data, asked)
+
+    key = fingerprint("facts", candidates, queries, SIZES, TRAINING, VOCABULARY)
+    return Retrainable(
+        key, data, asked.select(range(half)), asked.select(range(half, 2 * half)), adapter, train, together=5
+    )
+
+
+def _losses(
+    adapter: Callable[[int, Dataset], Adapter], data: Dataset, asked: Dataset, subsets: np.ndarray, seeds: np.ndarray
+) -> np.ndarray:
+    """Train one model after the other; give the queries' losses, float32 `[models, queries]`."""
+    found = []
+    for subset, seed in zip(subsets, seeds.tolist(), strict=True):
+        one = adapter(seed, data.select(np.flatnonzero(subset)))
+        with torch.no_grad():
+            found.append(one.loss(one.model, one.collate(one.encode(asked[:]))).numpy())
+    return np.stack(found)

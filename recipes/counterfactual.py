@@ -1,0 +1,18 @@
+"""Does the answer go away if the found examples are taken out of the training data?
+
+    python recipes/counterfactual.py
+    python recipes/counterfactual.py --network conv --share 0.05
+
+With no option: the digits and network of `recipes/lds.py`, whose retraining it shares. For each of 40 answers the 2%
+of the training examples that an attributor ranks first are taken away and the network is trained again, with 3 seeds:
+how much does the answer's loss rise, how often is another answer given? Random examples are the yardstick. `--help`
+lists all options.
+"""
+
+import sys
+
+from hf_forward_inf.cli import judge
+from hf_forward_inf.counterfactual import CounterfactualOptions, counterfactual_run
+
+if __name__ == "__main__":
+    sys.exit(judge(counterfactual_run, CounterfactualOptions))

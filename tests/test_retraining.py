@@ -1,0 +1,71 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from hf_forward_inf.retrainable import digits, hard_and_random
+from hf_forward_inf.retraining import BatchedTraining, Retrained, random_halves, retrained_losses
+from tests import digits as small
+
+SUBSETS = random_halves(30, 4)
+
+
+def training(steps=20):
+    data, queries = (small.rows(*cut).with_format("torch")[:] for cut in ((0, 30), (30, 35)))
+    pairs = [(rows["x"], rows["label"]) for rows in (data, queries)]
+    return BatchedTraining(lambda: nn.Linear(64, 10), *pairs, steps=steps)
+
+
+def test_networks_trained_together_are_those_trained_alone():
+    train = training()
+    found = train(SUBSETS, np.array([0, 0, 1, 1]))
+    for subset, seed, losses in zip(SUBSETS, (0, 0, 1, 1), found, strict=True):
+        model = train.model(seed, subset)
+        with torch.no_grad():
+            alone = nn.functional.cross_entropy(model(train.queries[0]), train.queries[1], reduction="none")
+        np.testing.assert_allclose(losses, alone, rtol=1e-3)
+
+
+def test_an_interrupted_run_goes_on_with_the_next_models(cache):
+    calls = []
+
+    def train(subsets, seeds):
+        calls.append(seeds.tolist())
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return np.stack([subsets.argmax(axis=1), seeds], axis=1).astype(np.float32)
+
+    with pytest.raises(KeyboardInterrupt):
+        retrained_losses(train, SUBSETS, key="a", seeds=2, together=3)
+    found = retrained_losses(train, SUBSETS, key="a", seeds=2, together=3)
+    assert calls == [[0, 0, 0], [0, 1, 1], [1, 1], [1, 1]]
+    np.testing.assert_array_equal(found[:, :, 0], [SUBSETS.argmax(axis=1)] * 2)
+    np.testing.assert_array_equal(found[:, :, 1], [[0] * 4, [1] * 4])
+
+
+def test_halves_are_halves_and_repeatable():
+    assert (SUBSETS.sum(axis=1) == 15).all()
+    np.testing.assert_array_equal(SUBSETS, random_halves(30, 4))
+
+
+def test_losses_that_fit_no_subsets_are_refused():
+    with pytest.raises(ValueError, match=r"4 subsets and 5 queries ask for \(4, 5\)"):
+        Retrained(small.rows(30, 35), SUBSETS, np.zeros((5, 4)))
+
+
+def test_queries_are_the_hardest_and_random_others_and_never_meet():
+    losses = np.array([5.0, 1, 9, 2, 8, 3, 7, 4, 6, 0])
+    judged, others = hard_and_random(losses, 4)
+    assert judged[:2].tolist() == [2, 4]
+    assert others[:2].tolist() == [6, 8]
+    assert len({*judged, *others}) == 8
+
+
+@pytest.mark.parametrize(("network", "size"), [("perceptron", 1810), ("conv", 1898)])
+def test_the_networks_of_the_digits(network, size):
+    task = digits(network, candidates=40, queries=4, steps=2)
+    assert sum(p.numel() for p in task.adapter(0).model.parameters()) == size
+    assert (len(task.candidates), len(task.queries), len(task.others)) == (40, 4, 4)
+    assert task.key != digits(network, candidates=40, queries=4, steps=3).key
+    with pytest.raises(ValueError, match="don't fit into 1797 digits"):
+        digits(network, candidates=1797)

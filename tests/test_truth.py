@@ -1,0 +1,93 @@
+import json
+
+import numpy as np
+import pytest
+
+from hf_forward_inf import ForwardInf
+from hf_forward_inf.cli import main
+from hf_forward_inf.counterfactual import Counterfactual, CounterfactualOptions, answered_by, without_best
+from hf_forward_inf.metrics import lds
+from hf_forward_inf.retrainable import digits
+from hf_forward_inf.retrainable_facts import facts
+from hf_forward_inf.truth import TruthOptions, retrain_halves
+
+SMALL = ["--candidates", "60", "--queries", "4", "--subsets", "4", "--seeds", "2", "--dampings", "0.1"]
+
+
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch):
+    monkeypatch.setattr("hf_forward_inf.retrainable.STEPS", 20)
+
+
+def run(command, folder, *options):
+    return main([command, "--output", str(folder), *SMALL, "--directions", "gradient", "kfac", *options])
+
+
+def test_lds_judges_every_attributor_beside_chance(tmp_path, capsys):
+    assert run("lds", tmp_path, "--without", "influence_functions_lissa") == 0
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    for name in ("", "tuned/", "kfac_symmetric/", "kfac_first_order/", "kfac_seeds/", "tracin/", "random/"):
+        assert found[f"{name}lds_low"] <= found[f"{name}lds"] <= found[f"{name}lds_high"]
+    assert found["tuned/direction"] in ("gradient", "kfac")
+    assert found["kfac/damping"] == 0.1
+    assert "influence_functions_lissa/lds" not in found
+    assert "kfac_seeds" in capsys.readouterr().out
+    assert run("lds", tmp_path) == 1
+    assert "already holds a run" in capsys.readouterr().err
+
+
+def test_a_counterfactual_run_tells_rises_and_answers_that_are_gone(tmp_path):
+    assert run("counterfactual", tmp_path, "--share", "0.1", "--without", "influence_functions_lissa") == 0
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    assert found["removed"] == 6
+    assert found["random/rise_over_random"] == 0
+    assert {"rise", "tuned/rise", "tracin/answer_gone"} <= set(found)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"network": "deep"}, "--network deep is not known"),
+        ({"subsets": 1}, "--subsets must be at least 2"),
+        ({"directions": ["up"]}, "--directions up is not known: gradient, adam"),
+    ],
+)
+def test_impossible_options_are_told(options, message):
+    with pytest.raises(ValueError, match=message):
+        TruthOptions(**options)
+
+
+def test_a_share_that_takes_nothing_away_is_told():
+    with pytest.raises(ValueError, match=r"--share 0.001 of 800 candidates takes away none or all"):
+        CounterfactualOptions(share=0.001)
+
+
+def test_what_is_taken_away_is_compared_with_the_same_seeds_trained_on_everything():
+    task = digits(candidates=60, queries=4)
+    queries, wrong = answered_by(task.adapter(0), task.queries, task.classes)
+    truth = Counterfactual(task, queries, seeds=2)
+    nothing = truth.without(np.ones((4, 60), dtype=bool))
+    np.testing.assert_array_equal(nothing.rises, 0)
+    np.testing.assert_array_equal(nothing.gone[~np.isnan(nothing.gone)], 0)
+    agree = np.array(queries["label"]) == np.array(task.queries["label"])
+    np.testing.assert_array_equal(wrong, ~agree)
+    kept = without_best(ForwardInf(adapter=task.adapter(0)).trace(queries, task.candidates), 6)
+    assert (kept.sum(axis=1) == 54).all()
+    expected = []
+    for i, row in enumerate(kept):
+        x, label = ([queries[name][i]] for name in ("x", "label"))
+        models = [[task.train(queries).model(seed, rows) for seed in range(2)] for rows in (row, np.ones(60, bool))]
+        adapter = task.adapter(0)
+        batch = adapter.collate({"input": x, "label": label})
+        without, whole = (np.mean([adapter.loss(model, batch).item() for model in some]) for some in models)
+        expected.append(without - whole)
+    np.testing.assert_allclose(truth.without(kept).rises, expected, atol=1e-4)
+
+
+def test_a_language_model_is_taught_again_without_half_of_its_sentences(monkeypatch):
+    monkeypatch.setattr("hf_forward_inf.retrainable_facts.TRAINING", {"epochs": 1, "learning_rate": 1e-3})
+    task = facts(candidates=40, queries=3)
+    judged, others = retrain_halves(task, TruthOptions(task="facts", subsets=3, seeds=1))
+    assert judged.losses.shape == others.losses.shape == (3, 3)
+    scores = ForwardInf(adapter=task.adapter(0)).trace(judged.queries, task.candidates).scores
+    assert -1 <= lds(scores, judged.subsets, judged.losses)["lds"] <= 1
