@@ -1,7 +1,7 @@
 """Decoder-only language models: Llama, Qwen, GPT-2, Gemma, Mistral and their kin."""
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from functools import partial
 from typing import Any
 
@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
+from typing_extensions import Self
 
 from hf_forward_inf.adapters.base import Adapter, Batch, Forward, Rows
+from hf_forward_inf.adapters.blocks import Blocks
 from hf_forward_inf.adapters.text import (
     IGNORED,
     input_of,
@@ -82,6 +84,7 @@ class CausalLMAdapter(Adapter):
         # What closes a text, where the tokenizer doesn't do it by itself.
         closes = tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
         self.end = "" if closes else tokenizer.eos_token or ""
+        self.blocks = Blocks(model)
         self.shortens = "logits_to_keep" in inspect.signature(_base(model).forward).parameters
 
     @property
@@ -198,8 +201,9 @@ class CausalLMAdapter(Adapter):
         first = max(1, int((labels != IGNORED).any(0).int().argmax()))
         if self.shortens:  # the output layer is dear, and prompts need none of it
             options["logits_to_keep"] = torch.arange(first - 1, labels.shape[1] - 1, device=labels.device)
-        read = {key: value for key, value in batch.items() if key != "labels"}
-        logits = forward(**read, use_cache=False, **options).logits
+        read = {key: value for key, value in batch.items() if key not in ("labels", "states")}
+        with self.blocks.from_middle(batch.get("states")):
+            logits = forward(**read, use_cache=False, **options).logits
         return logits if self.shortens else logits[:, first - 1 : -1], labels[:, first:]
 
     def predictions(self, forward: Forward, batch: Batch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
@@ -221,9 +225,24 @@ class CausalLMAdapter(Adapter):
         predicting = F.pad(valid[:, 1:], (0, 1)) if states.shape[1] == batch["labels"].shape[1] else valid
         return (states * predicting[..., None]).sum(1) / predicting.sum(1, keepdim=True)
 
+    def with_model(self, model: nn.Module) -> Self:
+        """Give the same adapter for another model of the same architecture."""
+        other = super().with_model(model)
+        other.blocks = Blocks(model)
+        return other
+
     def default_modules(self) -> list[str]:
         """Of a PEFT model what it has trained, else everything."""
         return peft_parameters(self.model) or ["all"]
+
+    def prefix_parameters(self) -> Set[str]:
+        """Everything outside the second half of the blocks: perturb that alone, and the first half is run once."""
+        return self.blocks.before_middle
+
+    def prefix(self, batch: Batch) -> Batch:
+        """Run the first half of the blocks."""
+        read = {key: value for key, value in batch.items() if key != "labels"}
+        return {**batch, "states": self.blocks.until_middle(lambda: self.model(**read, use_cache=False))}
 
     @torch.no_grad()
     def answer(self, rows: Rows, max_new_tokens: int = 64, batch_size: int = 32) -> list[str]:

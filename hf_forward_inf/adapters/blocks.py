@@ -1,0 +1,90 @@
+"""A stack of transformer blocks that can be run in two halves."""
+
+from collections.abc import Callable, Iterator, Set
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class Blocks:
+    """Runs the first half of a model's blocks once, and the second half from there as often as wanted.
+
+    Works on any transformers model with a list of equal blocks, from outside: by hooks, and by blocks that let their
+    input pass, both for the length of a call.
+
+    Args:
+        model (`torch.nn.Module`): The model; without such a list there is no middle.
+    """
+
+    def __init__(self, model: Any):
+        self.found = _blocks(model)
+        self.middle = len(self.found) // 2
+        late = {id(p) for block in self.found[self.middle :] for p in block.parameters()} if self.middle else set()
+        named = model.named_parameters()
+        self.before_middle: Set[str] = {name for name, p in named if id(p) not in late} if self.middle else set()
+        self.wrapped = False  # whether blocks give their states in a tuple
+
+    def until_middle(self, run: Callable[[], object]) -> Tensor:
+        """Run the first half: the states that the second half reads."""
+        read: list[Tensor] = []
+
+        def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            read.append(args[0] if args else kwargs["hidden_states"])
+            raise _MiddleReached
+
+        def look(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self.wrapped = isinstance(output, tuple)
+
+        handles = [
+            self.found[self.middle].register_forward_pre_hook(stop, with_kwargs=True),
+            self.found[0].register_forward_hook(look),
+        ]
+        try:
+            run()
+        except _MiddleReached:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        return read[0]
+
+    @contextmanager
+    def from_middle(self, states: Tensor | None) -> Iterator[None]:
+        """Let a run begin at the middle, with these states; with none, at the beginning."""
+        if states is None:
+            yield
+            return
+
+        def replace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
+
+        def let_pass(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return (hidden_states,) if self.wrapped else hidden_states
+
+        handle = self.found[self.middle].register_forward_pre_hook(replace, with_kwargs=True)
+        early = [block.__dict__ for block in self.found[: self.middle]]
+        own = [attributes.get("forward") for attributes in early]  # accelerate's hooks put one there
+        try:
+            for attributes in early:
+                attributes["forward"] = let_pass
+            yield
+        finally:
+            handle.remove()
+            for attributes, forward in zip(early, own, strict=True):
+                del attributes["forward"]
+                if forward is not None:
+                    attributes["forward"] = forward
+
+
+class _MiddleReached(Exception):
+    pass
+
+
+def _blocks(model: Any) -> list[nn.Module]:
+    """Find the longest list of blocks of one kind that transformers says must not be split."""
+    whole = set()
+    for module in model.modules():
+        whole |= set(getattr(module, "_no_split_modules", None) or ())
+    lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 1]
+    return max((one for one in lists if {type(m).__name__ for m in one} <= whole), key=len, default=[])
