@@ -139,6 +139,16 @@ def worst_hub(scores: np.ndarray, k: int = 10) -> float:
     return float(np.bincount(best.ravel()).max() / len(scores))
 
 
+def distinct(scores: np.ndarray, k: int = 10) -> float:
+    """Share of different candidates among the best k of all queries.
+
+    1 where no two queries share one, k / all places where all queries have the same best k. Without labels, it tells
+    whether rankings follow the queries. Equal scores go by row number.
+    """
+    best = np.argsort(-np.nan_to_num(scores, nan=-np.inf), axis=1, kind="stable")[:, :k]
+    return len(np.unique(best)) / best.size
+
+
 def evaluate(
     scores: np.ndarray,
     proponents: Sequence[Sequence[int]],

@@ -1,5 +1,6 @@
 """Choose the settings without labels, by self-retrieval (Algorithm 1: how K and alpha are chosen) or by retraining."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
@@ -9,7 +10,7 @@ from datasets import Dataset
 
 from hf_forward_inf.ascent import AscentConfig
 from hf_forward_inf.hubs import correct_hubs
-from hf_forward_inf.metrics import lds_by_query, reciprocal_ranks
+from hf_forward_inf.metrics import distinct, lds_by_query, reciprocal_ranks
 from hf_forward_inf.retraining import Retrained
 
 if TYPE_CHECKING:
@@ -17,8 +18,17 @@ if TYPE_CHECKING:
 
 RADII = (0.1, 0.3, 1.0, 3.0, 10.0)
 """Radii tried if the user names none."""
-COLUMNS = {"direction": "s", "damping": "g", "radius": "g", "steps": "d", "hubs": "s", "self_mrr": ".3f", "lds": ".3f"}
-"""What is shown of a trial, where it is known."""
+COLUMNS = {
+    "direction": ("direction", "s"),
+    "damping": ("damping", "g"),
+    "radius": ("radius", "g"),
+    "steps": ("steps", "d"),
+    "hubs": ("hubs corrected", "s"),
+    "self_mrr": ("self-retrieval MRR", ".3f"),
+    "distinct": ("distinct in top 10", ".3f"),
+    "lds": ("LDS", ".3f"),
+}
+"""What is shown of a trial, where it is known: heads and formats."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +38,8 @@ class Tuning:
     Args:
         best (`AscentConfig`): The settings to use.
         references (`datasets.Dataset`, *optional*): Reference queries, if correcting hubs retrieved better.
-        trials (`list[dict]`): One row a trial: `direction`, `damping`, `radius`, `steps`, `hubs`, `self_mrr` or `lds`,
-            `chosen`.
+        trials (`list[dict]`): One row a trial: `direction`, `damping`, `radius`, `steps`, `hubs`, `self_mrr` and
+            `distinct`, or `lds`, `chosen`.
     """
 
     best: AscentConfig
@@ -37,9 +47,8 @@ class Tuning:
     trials: list[dict[str, Any]]
 
     def __str__(self) -> str:
-        shown = {name: form for name, form in COLUMNS.items() if name in self.trials[0]}
-        heads = {"hubs": "hubs corrected", "self_mrr": "self-retrieval MRR", "lds": "LDS"}
-        rows = [[heads.get(name, name) for name in shown]]
+        shown = {name: form for name, (_, form) in COLUMNS.items() if name in self.trials[0]}
+        rows = [[COLUMNS[name][0] for name in shown]]
         for trial in self.trials:
             values = {**trial, "hubs": "yes" if trial["hubs"] else "no"}
             rows.append(["-" if values[n] is None else format(values[n], form) for n, form in shown.items()])
@@ -51,12 +60,11 @@ class Tuning:
 
 @dataclass(frozen=True)
 class _Judge:
-    """What the settings are tried on, and how good their scores are: one figure a query, 1 at best."""
+    """What the settings are tried on, and how good their scores are: figures whose product is 1 at best."""
 
-    measure: str
     queries: Dataset
     candidates: Dataset
-    judge: Callable[[np.ndarray], np.ndarray]
+    judge: Callable[[np.ndarray], dict[str, float]]
 
 
 def tune(
@@ -74,10 +82,12 @@ def tune(
 ) -> Tuning:
     """Choose radius, steps, direction and damping so that training examples, used as queries, find themselves.
 
-    Some candidates are drawn as queries. Under a good setting each ranks first among the candidates; the
-    measure is the mean reciprocal rank of itself (or of a row equal to it). Each setting is tried as it is and
-    with hubs corrected by the other drawn queries; the correction is taken only where it retrieves better.
-    Among equally good radii the middle one is taken: the edges of a plateau are where it ends.
+    Some candidates are drawn as queries. Under a good setting each ranks first among the candidates, and what ranks
+    high for one does not rank high for all: the measure is the mean reciprocal rank of itself (or of a row equal to
+    it), times the share of different candidates among all top tens ([`metrics.distinct`]). To find itself alone is
+    too easy: a radius may do so whose top tens are full of hubs. Each setting is tried as it is and with hubs
+    corrected by the other drawn queries; the correction is taken only where it does better. Among equally good radii
+    the middle one is taken: the edges of a plateau are where it ends.
 
     Self-retrieval tells good radii from bad ones, but directions only where the plain gradient fails at it: who can
     afford to train the model again on some subsets of the candidates gives what came out as `retrained`, and the
@@ -113,11 +123,11 @@ def tune(
     for ascent in _settings(attributor.ascent, directions, dampings, steps, radii):
         scores = tracer.with_options(ascent=ascent).score(judge.queries, judge.candidates)
         for hubs in (False, True) if retrained is None and len(scores) > 2 else (False,):
-            found = judge.judge(_corrected_by_each_other(scores) if hubs else scores)
+            found = _corrected_by_each_other(scores) if hubs else scores
             shown = {name: getattr(ascent, name) for name in ("direction", "damping", "radius", "steps")}
-            trials.append({**shown, "hubs": hubs, judge.measure: float(found.mean()), "chosen": False})
+            trials.append({**shown, "hubs": hubs, **judge.judge(found), "chosen": False})
             settings.append(ascent)
-    best = _choose(trials, judge.measure)
+    best = _choose(trials)
     trials[best]["chosen"] = True
     return Tuning(settings[best], judge.queries if trials[best]["hubs"] else None, trials)
 
@@ -146,14 +156,18 @@ def _self_retrieval(columns: Sequence[str], candidates: Dataset, pool: np.ndarra
     drawn = np.sort(np.searchsorted(rows, own))
     texts = list(zip(*(among[column] for column in columns), strict=True))
     selves = [[j for j, text in enumerate(texts) if text == texts[row]] for row in drawn]
-    return _Judge("self_mrr", among.select(drawn), among, lambda scores: reciprocal_ranks(scores, selves))
+
+    def judge(scores: np.ndarray) -> dict[str, float]:
+        return {"self_mrr": float(reciprocal_ranks(scores, selves).mean()), "distinct": distinct(scores)}
+
+    return _Judge(among.select(drawn), among, judge)
 
 
 def _retraining(retrained: Retrained, candidates: Dataset) -> _Judge:
-    def judge(scores: np.ndarray) -> np.ndarray:
-        return lds_by_query(scores, retrained.subsets, retrained.losses)
+    def judge(scores: np.ndarray) -> dict[str, float]:
+        return {"lds": float(lds_by_query(scores, retrained.subsets, retrained.losses).mean())}
 
-    return _Judge("lds", retrained.queries, candidates, judge)
+    return _Judge(retrained.queries, candidates, judge)
 
 
 def _corrected_by_each_other(scores: np.ndarray) -> np.ndarray:
@@ -162,16 +176,18 @@ def _corrected_by_each_other(scores: np.ndarray) -> np.ndarray:
     return np.concatenate([correct_hubs(row[None], rest) for row, rest in zip(scores, others, strict=True)])
 
 
-def _choose(trials: list[dict[str, Any]], measure: str) -> int:
+def _choose(trials: list[dict[str, Any]]) -> int:
     """The best trial: uncorrected before corrected, the first direction, fewer steps, the middle of equal ones."""
-    highest = max(trial[measure] for trial in trials)
+    measures = ("lds",) if "lds" in trials[0] else ("self_mrr", "distinct")
+    values = [math.prod(trial[measure] for measure in measures) for trial in trials]
+    highest = max(values)
     if highest <= 0:
         raise ValueError(
             "No setting retrieves anything: do the candidates' losses have gradients at all?"
-            if measure == "self_mrr"
+            if "lds" not in measures
             else "No setting foretells anything of what retraining did: are subsets and losses in the same order?"
         )
-    equal = [i for i, trial in enumerate(trials) if trial[measure] >= highest - 1e-9]
+    equal = [i for i, value in enumerate(values) if value >= highest - 1e-9]
     first = {trial["direction"]: i for i, trial in reversed(list(enumerate(trials)))}
     for cost in (
         lambda trial: trial["hubs"],

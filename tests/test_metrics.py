@@ -6,6 +6,7 @@ from scipy import stats
 
 from hf_forward_inf.metrics import (
     collapse,
+    distinct,
     evaluate,
     hits_at_k,
     lds,
@@ -101,6 +102,12 @@ def test_the_share_of_ties_is_told():
 def test_proponents_must_fit_the_queries():
     with pytest.raises(ValueError, match="2 lists of proponents don't fit 1 queries"):
         evaluate(np.zeros((1, 3)), [[0], [1]])
+
+
+def test_distinct_is_the_share_of_different_candidates_among_the_best():
+    scores = np.array([[3.0, 2.0, 1.0, 0.0], [0.0, 3.0, 2.0, 1.0], [3.0, 2.0, 1.0, 0.0]])
+    assert distinct(scores, k=1) == pytest.approx(2 / 3)
+    assert distinct(scores, k=2) == pytest.approx(3 / 6)
 
 
 def test_the_worst_hub_is_the_candidate_in_most_top_lists():

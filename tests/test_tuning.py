@@ -9,17 +9,21 @@ from tests import digits
 from tests.line import points
 
 
-def trial(radius, mrr, steps=1, hubs=False):
+def trial(radius, mrr, steps=1, hubs=False, distinct=1.0):
     setting = {"direction": "gradient", "damping": None, "radius": radius, "steps": steps, "hubs": hubs}
-    return {**setting, "self_mrr": mrr, "chosen": False}
+    return {**setting, "self_mrr": mrr, "distinct": distinct, "chosen": False}
 
 
 def chosen(trials):
-    return trials[_choose(trials, "self_mrr")]
+    return trials[_choose(trials)]
 
 
 def test_the_best_retrieval_wins():
     assert chosen([trial(0.1, 0.5), trial(1, 0.9), trial(10, 0.4)])["radius"] == 1
+
+
+def test_finding_itself_among_hubs_is_worth_less():
+    assert chosen([trial(0.3, 1.0, distinct=0.5), trial(1, 0.95, distinct=0.8), trial(3, 0.5)])["radius"] == 1
 
 
 def test_of_equals_the_uncorrected_the_fewer_steps_and_the_middle_radius_win():
@@ -39,7 +43,8 @@ def test_training_examples_find_themselves_and_the_trials_are_shown(model, token
     assert sum(trial["chosen"] for trial in tracer.tuning.trials) == 1
     assert str(tracer.tuning).count("\n") == 4
     chosen = next(trial for trial in tracer.tuning.trials if trial["chosen"])
-    assert chosen["self_mrr"] == max(trial["self_mrr"] for trial in tracer.tuning.trials)
+    value = max(trial["self_mrr"] * trial["distinct"] for trial in tracer.tuning.trials)
+    assert chosen["self_mrr"] * chosen["distinct"] == value
     assert chosen["self_mrr"] > 0.5
 
 
