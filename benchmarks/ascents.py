@@ -3,7 +3,8 @@
     python benchmarks/ascents.py
 
 The built-in facts with their tiny mT5 (trained once), or `--model`, `--candidates`, `--queries` as in the recipe. The
-column `self` is what tuning sees, without labels: training examples that find themselves, and no hubs. `*` is what tuning picks.
+column `self` is what tuning sees, without labels: training examples that find themselves, and few hubs. `*` is what
+tuning picks.
 """
 
 import argparse
