@@ -9,6 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from hf_forward_inf.attribution import Attribution
+from hf_forward_inf.report.gallery import heatmap, pictures_of
 from hf_forward_inf.texts import LAYOUTS, SENTINEL, text_and_target, text_columns, without_sentinels
 
 SHOWN = 10
@@ -48,6 +49,7 @@ def write_report(
         queries.append(
             {
                 "parts": _parts(*text_and_target(query, columns)),
+                "pictures": pictures_of(query),
                 "proponents": None if truth is None else len(truth),
                 "rows": [
                     {
@@ -55,7 +57,8 @@ def write_report(
                         "score": row["score"],
                         "width": max(0.0, 100 * row["score"] / top) if top > 0 else 0.0,
                         "parts": _parts(*text_and_target(row, columns)),
-                        "terms": _heated(details.get((i, row["candidate"]))),
+                        "pictures": pictures_of(row),
+                        **_where(details.get((i, row["candidate"])), "image" in row),
                         "proponent": truth is not None and row["candidate"] in truth,
                     }
                     for row in found
@@ -76,6 +79,11 @@ def write_report(
         plot=Markup(plot),
     )
     Path(path).write_text(page, encoding="utf-8")
+
+
+def _where(detail: Mapping[str, Any] | None, on_picture: bool) -> dict[str, Any]:
+    """Where in a candidate the score comes from: tokens, or a layer over its picture."""
+    return {"terms": [] if on_picture else _heated(detail), "heat": heatmap(detail) if on_picture else ""}
 
 
 def _heated(detail: Mapping[str, Any] | None) -> list[tuple[str, float, float]]:
