@@ -142,6 +142,8 @@ def _task(adapter: DiffusionAdapter, rows: Dataset, chosen: list[int], options: 
 
 def _ascent(adapter: DiffusionAdapter, ascent: AscentConfig, relative_radius: float) -> AscentConfig:
     """Fill in what works for pictures; a radius is told relative to the parameters' norm."""
+    if ascent.learning_rate is not None:
+        return ascent
     own = dict(adapter.model.named_parameters())
     radius = relative_radius * norm([own[name].detach() for name in perturbed_names(adapter, ascent.modules)])
     if ascent.direction != "gradient":
@@ -154,11 +156,15 @@ def _traced(tracer: ForwardInf, task: Task) -> dict[str, Attribution]:
     corrected = tracer.trace(task.queries, task.candidates)
     gradient = tracer.with_options(ascent=plain).trace(task.queries, task.candidates)
     return {
-        "forward_inf": replace(corrected, scores=standardised(corrected.scores)),
+        "forward_inf": _standardised(corrected),
         "unstandardised": corrected,
         "gradient": gradient,
-        "gradient_standardised": replace(gradient, scores=standardised(gradient.scores)),
+        "gradient_standardised": _standardised(gradient),
     }
+
+
+def _standardised(found: Attribution) -> Attribution:
+    return replace(found, scores=standardised(found.scores), config={**found.config, "standardised": True})
 
 
 def _controls(before: DiffusionAdapter, adapter: DiffusionAdapter, task: Task) -> dict[str, Attribution]:

@@ -7,13 +7,18 @@ from diffusers import (
     AutoencoderKL,
     DDPMPipeline,
     DDPMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UNet2DModel,
 )
 from PIL import Image as Pillow
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from hf_forward_inf.tiny_models import train_tokenizer
 
@@ -66,3 +71,41 @@ def rows(count, first=0):
         {"image": [square(i) for i in numbers], "caption": [f"a {colours[i % 3]} square" for i in numbers]},
         features=Features({"image": Image(), "caption": Value("string")}),
     )
+
+
+def _clip(kind, tokenizer):
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=6, projection_dim=16, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    return kind(config)
+
+
+def stable_diffusion_xl():
+    base = stable_diffusion()
+    unet = UNet2DConditionModel(
+        sample_size=8, cross_attention_dim=32, attention_head_dim=(2, 4), **SMALL, use_linear_projection=True,
+        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=64,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    return StableDiffusionXLPipeline(
+        vae=base.vae, unet=unet, scheduler=EulerDiscreteScheduler(timestep_spacing="leading"),
+        tokenizer=base.tokenizer, tokenizer_2=base.tokenizer,
+        text_encoder=_clip(CLIPTextModel, base.tokenizer),
+        text_encoder_2=_clip(CLIPTextModelWithProjection, base.tokenizer),
+    )  # fmt: skip
+
+
+def stable_diffusion_3():
+    base = stable_diffusion()
+    transformer = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=1, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=32,
+        pos_embed_max_size=8,
+    )  # fmt: skip
+    encoders = [_clip(CLIPTextModelWithProjection, base.tokenizer) for _ in range(2)]
+    return StableDiffusion3Pipeline(
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(), vae=base.vae,
+        text_encoder=encoders[0], text_encoder_2=encoders[1], text_encoder_3=None,
+        tokenizer=base.tokenizer, tokenizer_2=base.tokenizer, tokenizer_3=None,
+    )  # fmt: skip

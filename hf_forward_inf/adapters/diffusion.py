@@ -27,6 +27,7 @@ from hf_forward_inf.adapters.noising import draw, noising_for
 from hf_forward_inf.adapters.text import peft_parameters
 from hf_forward_inf.fingerprints import fingerprint
 from hf_forward_inf.pictures import UnreadableImage, images_of, pixels, read_image
+from hf_forward_inf.processes import progress_bars
 
 ENCODED_TOGETHER = 16
 """Rows that go through the VAE and the text encoder at once."""
@@ -102,10 +103,11 @@ class DiffusionAdapter(Adapter):
         """Leave decoding to `encode`: one corrupt image must not end the run."""
         column = self.columns[-1]
         feature, undecoded = rows.features[column], Image(decode=False)
-        if isinstance(feature, Image):
-            return rows.cast_column(column, undecoded)
-        if isinstance(getattr(feature, "feature", None), Image):
-            return rows.cast_column(column, List(undecoded))
+        with progress_bars(False):
+            if isinstance(feature, Image):
+                return rows.cast_column(column, undecoded)
+            if isinstance(getattr(feature, "feature", None), Image):
+                return rows.cast_column(column, List(undecoded))
         return rows
 
     def encode(self, rows: Rows) -> Rows:

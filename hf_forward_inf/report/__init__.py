@@ -23,7 +23,7 @@ def write_report(
     proponents: Sequence[Sequence[int]] | None = None,
     metrics: Mapping[str, Mapping[str, float]] | None = None,
     plot: str = "",
-    title: str = "Which training examples made the model say this?",
+    title: str | None = None,
     columns: tuple[str, ...] | None = None,
     k: int = SHOWN,
 ) -> None:
@@ -35,11 +35,12 @@ def write_report(
         proponents (`list[list[int]]`, *optional*): For each query, row numbers of its proponents: they are marked.
         metrics (`dict`, *optional*): Figures by attributor, shown as a table.
         plot (`str`, *optional*): An SVG of our own making ([`plots.budget_plot`]), shown below the table.
-        title (`str`): Heads the page.
+        title (`str`, *optional*): Heads the page. Defaults to a question about what the model said or drew.
         columns (`tuple[str, ...]`, *optional*): Columns of input and target texts. Found by [`texts.text_columns`].
         k (`int`, defaults to 10): Candidates shown for each query.
     """
     columns = columns or text_columns(attribution.queries.column_names) or LAYOUTS[0]
+    drawn = "image" in attribution.queries.column_names
     details = {(row["query"], row["candidate"]): row for row in attribution.details or []}
     queries = []
     for i, query in enumerate(attribution.queries):
@@ -69,7 +70,8 @@ def write_report(
         loader=PackageLoader("hf_forward_inf", "report"), autoescape=True, undefined=StrictUndefined
     )
     page = environment.get_template("page.html").render(
-        title=title,
+        title=title or f"Which training examples made the model {'draw' if drawn else 'say'} this?",
+        unit="" if drawn else " (in nats)",
         method=attribution.method,
         candidates=len(attribution.candidates),
         config={key: value for key, value in attribution.config.items() if value is not None},
