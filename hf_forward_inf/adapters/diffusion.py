@@ -1,7 +1,6 @@
 """Diffusion models: Stable Diffusion and its kin, pixel-space and unconditional UNets, flow-matching transformers."""
 
 import inspect
-import warnings
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -22,11 +21,12 @@ from hf_forward_inf.adapters.encoders import (
     reads_captions,
     state_of_encoders,
     text_conditions,
+    values_of,
 )
 from hf_forward_inf.adapters.noising import draw, noising_for
 from hf_forward_inf.adapters.text import peft_parameters
 from hf_forward_inf.fingerprints import fingerprint
-from hf_forward_inf.pictures import UnreadableImage, images_of, pixels, read_image
+from hf_forward_inf.pictures import images_of
 from hf_forward_inf.processes import progress_bars
 
 ENCODED_TOGETHER = 16
@@ -126,7 +126,8 @@ class DiffusionAdapter(Adapter):
         return encoded
 
     def _encoded(self, pictures: list[list[Any]], captions: list[str] | None) -> list[dict[str, Tensor]]:
-        read = [[self._read(image) for image in images] for images in pictures]
+        channels = self.shape[0] if self.vae is None else self.vae.config.in_channels
+        read = [[values_of(image, self.size, channels) for image in images] for images in pictures]
         flat = [array for images in read for array in images]
         counts = [len(images) for images in read]
         latents = (latents_of(self.vae, np.stack(flat)) if flat else torch.empty(0, *self.shape)).split(counts)
@@ -144,16 +145,6 @@ class DiffusionAdapter(Adapter):
                 }
             )
         return found
-
-    def _read(self, image: Any) -> np.ndarray:
-        """Pixels from -1 to 1, `[channels, height, width]`; NaN for what can't be read."""
-        channels = self.shape[0] if self.vae is None else self.vae.config.in_channels
-        try:
-            return pixels(read_image(image), self.size, channels).astype(np.float32) / 127.5 - 1
-        except UnreadableImage as error:
-            name = image.get("path") if isinstance(image, dict) else image if isinstance(image, str) else None
-            warnings.warn(f"An image {f'({name}) ' if name else ''}can't be read, no score: {error}.", stacklevel=2)
-            return np.full((channels, *self.size), np.nan, dtype=np.float32)
 
     def lengths(self, features: Rows) -> np.ndarray:
         """Latent pixels that the denoiser works on, `[rows, 1]`, in units of 64."""

@@ -1,6 +1,7 @@
 """What runs before the denoiser, once a row: the VAE, and the text encoders, which tell it what to draw."""
 
 import inspect
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from hf_forward_inf.adapters.base import Batch
 from hf_forward_inf.adapters.text import tokenizer_state
 from hf_forward_inf.fingerprints import fingerprint, fingerprint_of_model
+from hf_forward_inf.pictures import UnreadableImage, pixels, read_image
 
 ENCODERS = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 """A pipeline's components that images and captions go through before the denoiser."""
@@ -86,6 +88,16 @@ def encoders_evaluating(pipe: Any) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def values_of(image: Any, size: tuple[int, int], channels: int) -> np.ndarray:
+    """Give an image's pixels from -1 to 1, float32 `[channels, height, width]`; NaN, and a warning, if unreadable."""
+    try:
+        return pixels(read_image(image), size, channels).astype(np.float32) / 127.5 - 1
+    except UnreadableImage as error:
+        name = image.get("path") if isinstance(image, dict) else image if isinstance(image, str) else None
+        warnings.warn(f"An image {f'({name}) ' if name else ''}can't be read, no score: {error}.", stacklevel=2)
+        return np.full((channels, *size), np.nan, dtype=np.float32)
 
 
 def latents_of(vae: Any, images: np.ndarray) -> Tensor:
