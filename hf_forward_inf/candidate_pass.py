@@ -152,7 +152,7 @@ def encode(adapter: Adapter, rows: Dataset, role: str, cache_dir: Path | None = 
     state = process_state()
     name = fingerprint(rows._fingerprint, adapter.settings)
     with state.main_process_first(), progress_bars(state.is_main_process):
-        encoded = rows.select_columns(list(columns)).map(
+        encoded = adapter.prepare(rows.select_columns(list(columns))).map(
             adapter.encode,
             batched=True,
             remove_columns=list(columns),

@@ -22,6 +22,7 @@ commands:
   trace           which training examples made a language model give its answers (--help for its options)
   compare         the same, with every attributor beside (trace --compare)
   finetune        fine-tune a causal model, trace its answers, fine-tune it again without what was found
+  draw            teach a diffusion model some pictures, let it draw them, trace what it has drawn
   lds             train a small model again on random halves of its data: which attributor foretold what came out?
   counterfactual  take the found examples away, train again: does the answer go away?
 """
@@ -34,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return trace(given[1:], "hf-forward-inf trace")
     if given[:1] == ["finetune"]:
         return finetune(given[1:], "hf-forward-inf finetune")
+    if given[:1] == ["draw"]:
+        return draw(given[1:], "hf-forward-inf draw")
     if given[:1] == ["compare"]:
         return trace([*given[1:], "--compare"], "hf-forward-inf compare")
     if given[:1] == ["lds"]:
@@ -52,6 +55,16 @@ def trace(arguments: Sequence[str] | None = None, program: str | None = None) ->
 def finetune(arguments: Sequence[str] | None = None, program: str | None = None) -> int:
     """Parse the options of `finetune` and run it; a wrong input is told in one line, with exit status 1."""
     return _run(finetune_run, FinetuneOptions, arguments, program)
+
+
+def draw(arguments: Sequence[str] | None = None, program: str | None = None) -> int:
+    """Parse the options of `draw` and run it; a wrong input is told in one line, with exit status 1."""
+    try:
+        from hf_forward_inf.draw import DrawOptions, draw_run
+    except ImportError as error:
+        print(f"error: {error}. Pictures need the extra: pip install 'hf-forward-inf[diffusion]'.", file=sys.stderr)
+        return 1
+    return _run(draw_run, DrawOptions, arguments, program)
 
 
 def _run(

@@ -12,11 +12,17 @@ from torch import nn
 
 
 def fingerprint(*parts: Any) -> str:
-    """Hash values that JSON can hold.
+    """Hash values that JSON can hold, and bytes.
 
     By their JSON text: a pickle, as `Hasher.hash` makes one, differs with which equal strings are one object.
     """
-    return Hasher.hash_bytes(json.dumps(parts, sort_keys=True).encode())
+    return Hasher.hash_bytes(json.dumps(parts, sort_keys=True, default=_of_bytes).encode())
+
+
+def _of_bytes(value: Any) -> str:
+    if not isinstance(value, bytes):
+        raise TypeError(f"{type(value).__name__} has no fingerprint.")
+    return Hasher.hash_bytes(value)
 
 
 def fingerprint_of_model(model: nn.Module) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from datasets import Dataset
 from torch import nn
 
-from hf_forward_inf.adapters import Adapter, adapter_for
+from hf_forward_inf.adapters import Adapter, DiffusionAdapter, adapter_for, is_diffusion
 from hf_forward_inf.anytime import slices
 from hf_forward_inf.ascent import AscentConfig, Mirrored, Perturbation, evaluating, perturbed_names
 from hf_forward_inf.attribution import Attribution
@@ -93,7 +93,15 @@ class ForwardInf:
 
     @classmethod
     def from_pipe(cls, pipe: Any, **options: Any) -> "ForwardInf":
-        """Trace the outputs of a transformers pipeline: its model, its tokenizer."""
+        """Trace the outputs of a pipeline.
+
+        Args:
+            pipe (`transformers.Pipeline` or `diffusers.DiffusionPipeline`): Its model and tokenizer, or its denoiser
+                with all that comes before ([`adapters.DiffusionAdapter`], for its options).
+            **options: Of [`ForwardInf`].
+        """
+        if is_diffusion(pipe):
+            return cls(adapter=DiffusionAdapter(pipe), **options)
         return cls(pipe.model, pipe.tokenizer, **options)
 
     def with_options(self, **options: Any) -> "ForwardInf":
@@ -153,14 +161,17 @@ class ForwardInf:
         Args:
             inputs (`list`): Texts; for a causal model prompts, or conversations (lists of messages).
             candidates (`datasets.Dataset`): As in [`trace`].
-            **options: `top_k`, `tune`, `time_budget` of [`trace`].
+            **options: `top_k`, `tune`, `time_budget` of [`trace`]; all others go to the adapter's `answer`
+                (`num_images`, `seed`; `max_new_tokens`).
 
         Returns:
             `Attribution`: Its `queries` hold the answers.
         """
         first, last = self.adapter.columns
         given = {first: [inputs] if isinstance(inputs, str) else list(inputs)}
-        return self.trace(Dataset.from_dict({**given, last: self.adapter.answer(given)}), candidates, **options)
+        traced = {name: options.pop(name) for name in ("top_k", "tune", "time_budget") if name in options}
+        answer: Any = self.adapter.answer
+        return self.trace(Dataset.from_dict({**given, last: answer(given, **options)}), candidates, **traced)
 
     def explain(self, found: Attribution, k: int = 10) -> Attribution:
         """Tell which tokens of the best candidates the scores come from; see [`terms.explain`]."""

@@ -24,3 +24,19 @@ def correct_hubs(scores: np.ndarray, references: np.ndarray) -> np.ndarray:
     hub = np.sort(known, axis=0)[:-1].mean(axis=0).clip(min=0)
     floor = hub.mean() or 1.0
     return (scores / (hub + floor)).astype(np.float32)
+
+
+def standardised(scores: np.ndarray) -> np.ndarray:
+    """Measure each candidate's score by how it fares with all queries: (score - mean) / deviation, over the queries.
+
+    Where every query shakes the same candidates, what tells is which query shakes one more than the others do. No
+    labels are needed, only several queries on different things.
+
+    Args:
+        scores (`np.ndarray`): `[queries, candidates]`, at least 3 queries.
+    """
+    if len(scores) < 3:
+        raise ValueError(f"Standardising over queries takes at least 3 of them, not {len(scores)}.")
+    known = np.ma.masked_invalid(scores)
+    deviation = known.std(axis=0)
+    return np.ma.filled((known - known.mean(axis=0)) / np.ma.maximum(deviation, 1e-12), np.nan).astype(np.float32)

@@ -46,7 +46,7 @@ def explain(tracer: "ForwardInf", found: Attribution, k: int = 10) -> Attributio
             rows = found.top(i, k)["candidate"]
             if theta_k is None or not len(rows):
                 continue
-            features = adapter.encode(candidates.select_columns(columns)[list(rows)])
+            features = adapter.encode(adapter.prepare(candidates.select_columns(columns))[list(rows)])
             rises = _rises(tracer, theta_k, features).cpu().numpy()
             for row, texts, scores in zip(rows, adapter.term_texts(features), rises, strict=True):
                 details["query"].append(i)

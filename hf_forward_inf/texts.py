@@ -4,8 +4,14 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-LAYOUTS = (("inputs_pretokenized", "targets_pretokenized"), ("messages",), ("prompt", "completion"), ("text",))
-"""Columns of inputs and targets: FTRACE's, and those of TRL's trainers."""
+LAYOUTS = (
+    ("inputs_pretokenized", "targets_pretokenized"),
+    ("messages",),
+    ("prompt", "completion"),
+    ("text",),
+    ("caption",),
+)
+"""Columns of inputs and targets: FTRACE's, those of TRL's trainers, and pictures' captions."""
 SENTINEL = re.compile(r"<extra_id_\d+>")
 
 

@@ -6,10 +6,19 @@ from torch import nn
 
 from hf_forward_inf.adapters.base import Adapter
 from hf_forward_inf.adapters.causal_lm import CausalLMAdapter, is_causal_lm
+from hf_forward_inf.adapters.diffusion import DiffusionAdapter, is_diffusion
 from hf_forward_inf.adapters.seq2seq import Seq2SeqAdapter, is_seq2seq
 from hf_forward_inf.adapters.tensors import TensorAdapter
 
-__all__ = ["Adapter", "CausalLMAdapter", "Seq2SeqAdapter", "TensorAdapter", "adapter_for"]
+__all__ = [
+    "Adapter",
+    "CausalLMAdapter",
+    "DiffusionAdapter",
+    "Seq2SeqAdapter",
+    "TensorAdapter",
+    "adapter_for",
+    "is_diffusion",
+]
 
 
 def adapter_for(model: nn.Module, processor: Any = None) -> Adapter:

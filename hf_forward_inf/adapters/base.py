@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -42,6 +43,10 @@ class Adapter(ABC):
     @abstractmethod
     def settings(self) -> str:
         """Everything but the weights that the losses depend on, as text: part of the cache key."""
+
+    def prepare(self, rows: Dataset) -> Dataset:
+        """Put columns into the form in which `encode` reads them, before any row is read."""
+        return rows
 
     @abstractmethod
     def encode(self, rows: Rows) -> Rows:
@@ -104,8 +109,8 @@ class Adapter(ABC):
         """Give, for every term of each example's loss, the text that it stands for."""
         raise NotImplementedError(f"{type(self).__name__} does not say what the terms of its loss stand for.")
 
-    def answer(self, rows: Rows) -> list[str]:
-        """Let the model answer rows that have no target yet: one text a row, for the last of `columns`."""
+    def answer(self, rows: Rows) -> list[Any]:
+        """Let the model answer rows that have no target yet: one value a row, for the last of `columns`."""
         raise NotImplementedError(f"{type(self).__name__} does not generate: give queries a `{self.columns[-1]}`.")
 
     def with_model(self, model: nn.Module) -> Self:

@@ -9,6 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from hf_forward_inf.attribution import Attribution
+from hf_forward_inf.report.gallery import heatmap, pictures_of
 from hf_forward_inf.texts import LAYOUTS, SENTINEL, text_and_target, text_columns, without_sentinels
 
 SHOWN = 10
@@ -22,7 +23,7 @@ def write_report(
     proponents: Sequence[Sequence[int]] | None = None,
     metrics: Mapping[str, Mapping[str, float]] | None = None,
     plot: str = "",
-    title: str = "Which training examples made the model say this?",
+    title: str | None = None,
     columns: tuple[str, ...] | None = None,
     k: int = SHOWN,
 ) -> None:
@@ -34,11 +35,12 @@ def write_report(
         proponents (`list[list[int]]`, *optional*): For each query, row numbers of its proponents: they are marked.
         metrics (`dict`, *optional*): Figures by attributor, shown as a table.
         plot (`str`, *optional*): An SVG of our own making ([`plots.budget_plot`]), shown below the table.
-        title (`str`): Heads the page.
+        title (`str`, *optional*): Heads the page. Defaults to a question about what the model said or drew.
         columns (`tuple[str, ...]`, *optional*): Columns of input and target texts. Found by [`texts.text_columns`].
         k (`int`, defaults to 10): Candidates shown for each query.
     """
     columns = columns or text_columns(attribution.queries.column_names) or LAYOUTS[0]
+    drawn = "image" in attribution.queries.column_names
     details = {(row["query"], row["candidate"]): row for row in attribution.details or []}
     queries = []
     for i, query in enumerate(attribution.queries):
@@ -48,6 +50,7 @@ def write_report(
         queries.append(
             {
                 "parts": _parts(*text_and_target(query, columns)),
+                "pictures": pictures_of(query),
                 "proponents": None if truth is None else len(truth),
                 "rows": [_shown(row, columns, details.get((i, row["candidate"])), top, truth) for row in found],
             }
@@ -56,7 +59,8 @@ def write_report(
         loader=PackageLoader("hf_forward_inf", "report"), autoescape=True, undefined=StrictUndefined
     )
     page = environment.get_template("page.html").render(
-        title=title,
+        title=title or f"Which training examples made the model {'draw' if drawn else 'say'} this?",
+        unit="" if drawn else " (in nats)",
         method=attribution.method,
         candidates=len(attribution.candidates),
         config={key: value for key, value in attribution.config.items() if value is not None},
@@ -77,14 +81,17 @@ def _shown(
 ) -> dict[str, Any]:
     """What is shown of a candidate."""
     text, target = text_and_target(row, columns)
-    terms = _heated(detail)
+    on_picture = "image" in row
+    terms = [] if on_picture else _heated(detail)
     whole = bool(terms) and text in "".join(piece for piece, _, _ in terms)  # the tokens say it all
     return {
         "rank": row["rank"],
         "score": row["score"],
         "width": max(0.0, 100 * row["score"] / top) if top > 0 else 0.0,
         "parts": [] if whole else _parts(text, target),
+        "pictures": pictures_of(row),
         "terms": terms,
+        "heat": heatmap(detail) if on_picture else "",
         "proponent": truth is not None and row["candidate"] in truth,
     }
 

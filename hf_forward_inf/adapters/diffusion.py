@@ -1,0 +1,271 @@
+"""Diffusion models: Stable Diffusion and its kin, pixel-space and unconditional UNets, flow-matching transformers."""
+
+import inspect
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, Image, List
+from datasets.fingerprint import Hasher
+from safetensors.torch import load, save
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from hf_forward_inf.adapters.base import Adapter, Batch, Forward, Rows
+from hf_forward_inf.adapters.encoders import (
+    as_arguments,
+    encoders_evaluating,
+    latents_of,
+    reads_captions,
+    state_of_encoders,
+    text_conditions,
+    values_of,
+)
+from hf_forward_inf.adapters.noising import draw, noising_for
+from hf_forward_inf.adapters.text import peft_parameters
+from hf_forward_inf.fingerprints import fingerprint
+from hf_forward_inf.pictures import images_of
+from hf_forward_inf.processes import progress_bars
+
+ENCODED_TOGETHER = 16
+"""Rows that go through the VAE and the text encoder at once."""
+PIXELS_A_TOKEN = 64
+"""Latent pixels that count as much as one token in the size of a batch."""
+
+
+class DiffusionAdapter(Adapter):
+    """The denoising loss, as trainers have it: mean squared error of what the denoiser predicts.
+
+    A row is an image with its caption; for an unconditional model, an image. Images are cropped at the centre and
+    resized to the model's size. VAE (the mean of its latents) and text encoder run once a row, and their output is
+    kept; afterwards only the denoiser runs. Several images in one row, a list, share the caption: a query of pictures
+    drawn from one prompt. Their losses are averaged.
+
+    The loss is a mean over times, one drawn in each of `timesteps` equal strata of the schedule, and summed over
+    latent pixels, its terms. Times and noise belong to the row: they come from `seed`, image and caption, so they are
+    the same for every model, every query, any number of processes and after a resume. Guidance has no part in it.
+
+    An image that can't be read makes its row's loss NaN: it is told, ranked last, and the run goes on.
+
+    Args:
+        pipe (`diffusers.DiffusionPipeline`): Its `unet` or `transformer` is the model; with `vae`, or in pixels.
+        timesteps (`int`, defaults to 8): Times at which a row's loss is taken. Cost grows with them, and the noise in
+            scores falls; 8 is enough where theta and theta_K see the same noise.
+        image_column (`str`, defaults to `"image"`): Column of images, or of lists of images: an `Image` feature,
+            paths, or arrays of integers from 0 to 255.
+        caption_column (`str`, defaults to `"caption"`): Column of captions; an empty one is an empty prompt.
+        size (`tuple[int, int]`, *optional*): Height and width of images in pixels. Defaults to the model's.
+        seed (`int`, defaults to 0): Draws times and noise.
+
+    Raises:
+        TypeError: If the pipeline has no denoiser, or it is not known how it was trained.
+        ValueError: If the model states no size, or `timesteps` is below 1.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        *,
+        timesteps: int = 8,
+        image_column: str = "image",
+        caption_column: str = "caption",
+        size: tuple[int, int] | None = None,
+        seed: int = 0,
+    ):
+        if not is_diffusion(pipe):
+            raise TypeError(f"{type(pipe).__name__} has no unet or transformer that removes noise from images.")
+        if timesteps < 1:
+            raise ValueError(f"timesteps={timesteps} must be at least 1.")
+        super().__init__(pipe.transformer if getattr(pipe, "unet", None) is None else pipe.unet)
+        self.pipe, self.timesteps, self.seed = pipe, timesteps, seed
+        self.model: Any
+        self.vae = getattr(pipe, "vae", None)
+        self.noising = noising_for(pipe.scheduler)
+        # The noisy image is the denoiser's first argument, `sample` or `hidden_states`.
+        self.argument = next(iter(inspect.signature(self.model.forward).parameters))
+        self.columns = (caption_column, image_column) if reads_captions(pipe) else (image_column,)
+        scale = 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.size = size or _size(self.model, scale)
+        self.shape = (self.model.config.in_channels, self.size[0] // scale, self.size[1] // scale)
+
+    @cached_property
+    def _state(self) -> str:
+        return state_of_encoders(self.pipe)
+
+    @property
+    def settings(self) -> str:
+        """Columns, size, times, seed, schedule, and the weights of VAE and text encoder."""
+        return fingerprint(self.columns, self.size, self.timesteps, self.seed, self.noising.settings, self._state)
+
+    def prepare(self, rows: Dataset) -> Dataset:
+        """Leave decoding to `encode`: one corrupt image must not end the run."""
+        column = self.columns[-1]
+        feature, undecoded = rows.features[column], Image(decode=False)
+        with progress_bars(False):
+            if isinstance(feature, Image):
+                return rows.cast_column(column, undecoded)
+            if isinstance(getattr(feature, "feature", None), Image):
+                return rows.cast_column(column, List(undecoded))
+        return rows
+
+    def encode(self, rows: Rows) -> Rows:
+        """Turn images into latents and captions into embeddings, as bytes: Arrow reads them without a copy."""
+        encoded: Rows = {"tensors": [], "images": [], "terms": [], "truncated": []}
+        captions = [caption or "" for caption in rows[self.columns[0]]] if len(self.columns) > 1 else None
+        pictures = [images_of(value) for value in rows[self.columns[-1]]]
+        with encoders_evaluating(self.pipe):
+            for start in range(0, len(pictures), ENCODED_TOGETHER):
+                part = slice(start, start + ENCODED_TOGETHER)
+                for tensors in self._encoded(pictures[part], captions and captions[part]):
+                    encoded["tensors"].append(save(tensors))
+                    encoded["images"].append(len(tensors["latents"]))
+        encoded["terms"] = [self.shape[1] * self.shape[2] if images else 0 for images in encoded["images"]]
+        encoded["truncated"] = [False] * len(pictures)
+        return encoded
+
+    def _encoded(self, pictures: list[list[Any]], captions: list[str] | None) -> list[dict[str, Tensor]]:
+        channels = self.shape[0] if self.vae is None else self.vae.config.in_channels
+        read = [[values_of(image, self.size, channels) for image in images] for images in pictures]
+        flat = [array for images in read for array in images]
+        counts = [len(images) for images in read]
+        latents = (latents_of(self.vae, np.stack(flat)) if flat else torch.empty(0, *self.shape)).split(counts)
+        conditions = text_conditions(self.pipe, captions, self.size) if captions else {}
+        found = []
+        for i, images in enumerate(read):
+            caption = captions[i] if captions else ""
+            keys = [int(Hasher.hash_bytes([f"{self.seed} {caption}".encode(), a.tobytes()])[:15], 16) for a in images]
+            row = {name: values[i].float().cpu().contiguous() for name, values in conditions.items()}
+            found.append(
+                {
+                    "latents": latents[i].clone(memory_format=torch.contiguous_format),
+                    "keys": torch.tensor(keys, dtype=torch.int64),
+                    **row,
+                }
+            )
+        return found
+
+    def lengths(self, features: Rows) -> np.ndarray:
+        """Latent pixels that the denoiser works on, `[rows, 1]`, in units of 64."""
+        pixels = self.timesteps * self.shape[1] * self.shape[2]
+        return np.array([[max(1, images * pixels // PIXELS_A_TOKEN)] for images in features["images"]])
+
+    def collate(self, features: Rows) -> Batch:
+        """Stack latents, `[rows, images, ...]`, and draw each image's noise and times."""
+        rows = [load(bytes(tensors)) for tensors in features["tensors"]]
+        most = max(features["images"])
+        batch: Batch = {
+            "latents": torch.zeros(len(rows), most, *self.shape),
+            "noise": torch.zeros(len(rows), most, self.timesteps, *self.shape),
+            "parts": torch.zeros(len(rows), most, self.timesteps),
+            "weights": torch.zeros(len(rows), most),
+        }
+        for i, row in enumerate(rows):
+            count = len(row["latents"])
+            batch["latents"][i, :count], batch["weights"][i, :count] = row.pop("latents"), 1 / count
+            for j, key in enumerate(row.pop("keys").tolist()):
+                batch["parts"][i, j], batch["noise"][i, j] = draw(key, self.timesteps, self.shape)
+        return {**batch, **{name: torch.stack([row[name] for row in rows]) for name in rows[0]}}
+
+    def term_losses(self, forward: Forward, batch: Batch) -> Tensor:
+        """Squared error of every latent pixel, averaged over channels, times and images: `[rows, pixels]`."""
+        predicted, target = self._predicted(forward, batch)
+        errors = (predicted - target).square().mean(dim=3).flatten(3)
+        return torch.einsum("ritp,ri->rp", errors, batch["weights"]) / errors.shape[2]
+
+    def _predicted(self, forward: Forward, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What the denoiser predicts and what it is to predict, `[rows, images, times, channels, ...]`."""
+        noise, shape = batch["noise"], batch["noise"].shape
+        latents = batch["latents"][:, :, None].expand(shape).flatten(0, 2)
+        times = self.noising.times(batch["parts"].flatten())
+        copies = shape[1] * shape[2]
+        own = ("latents", "noise", "parts", "weights")
+        told = {name: value.repeat_interleave(copies, 0) for name, value in batch.items() if name not in own}
+        flat = noise.flatten(0, 2)
+        given = {self.argument: self.noising.noisy(latents, flat, times), **told}
+        dtype = next(self.model.parameters()).dtype
+        given = {name: value.to(dtype) if value.is_floating_point() else value for name, value in given.items()}
+        output = forward(timestep=times, **as_arguments(given)).sample.float()
+        # Models that learn the variance too give it in further channels.
+        output = output[:, : self.shape[0]].view(shape)
+        return output, self.noising.target(latents, flat, times).view(shape)
+
+    def predictions(self, forward: Forward, batch: Batch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Predictions of the rows that could be read, `[pixels, channels]`, and their squared error.
+
+        At one of each row's times: curvature is a mean over examples and times alike, and more examples tell more.
+        """
+        readable = batch["latents"].isfinite().flatten(1).all(dim=1)
+        batch = {name: value[readable] for name, value in batch.items()}
+        # The first time's place within its stratum draws which of the times counts.
+        chosen = (batch["parts"][:, :, 0] * self.timesteps**2).long() % self.timesteps
+        batch["parts"] = batch["parts"].gather(2, chosen[..., None])
+        at = chosen.view(*chosen.shape, *[1] * (len(self.shape) + 1)).expand(-1, -1, 1, *self.shape)
+        batch["noise"] = batch["noise"].gather(2, at)
+        predicted, target = (
+            value.movedim(3, -1).reshape(-1, self.shape[0]) for value in self._predicted(forward, batch)
+        )
+        shares = batch["weights"].flatten().repeat_interleave(self.shape[1] * self.shape[2]) / self.shape[0]
+        return predicted, lambda outputs: ((outputs - target).square().sum(1) * shares).sum()
+
+    def sampled_slopes(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+        """Slopes of the squared error for targets drawn around the predictions: their covariance is its Hessian."""
+        drawn = torch.randn(outputs.shape, generator=generator).to(outputs.device)
+        return drawn * (2 / self.shape[0]) ** 0.5
+
+    @torch.no_grad()
+    def representation(self, batch: Batch) -> Tensor:
+        """Latents, averaged over a row's images: `[rows, features]`."""
+        return torch.einsum("richw,ri->rchw", batch["latents"], batch["weights"]).flatten(1)
+
+    def term_texts(self, features: Rows) -> list[list[str]]:
+        """Each latent pixel's place, `row,column`."""
+        places = [f"{y},{x}" for y in range(self.shape[1]) for x in range(self.shape[2])]
+        return [places] * len(features["terms"])
+
+    def answer(self, rows: Rows, num_images: int = 4, seed: int = 0, **options: Any) -> list[list[Any]]:
+        """Draw pictures for captions.
+
+        Args:
+            rows (`dict[str, list]`): With the caption column.
+            num_images (`int`, defaults to 4): Pictures of each caption.
+            seed (`int`, defaults to 0): Draws the noise they begin with, the same for every caption.
+            **options: Of the pipeline: `num_inference_steps`, `guidance_scale`, ...
+
+        Returns:
+            `list[list[PIL.Image.Image]]`: Pictures of each row.
+        """
+        if not reads_captions(self.pipe):
+            raise NotImplementedError(f"{type(self.pipe).__name__} takes no prompt: give queries an `image`.")
+        return [
+            self.pipe(
+                caption, num_images_per_prompt=num_images, generator=torch.Generator().manual_seed(seed), **options
+            ).images
+            for caption in rows[self.columns[0]]
+        ]
+
+    def with_model(self, model: nn.Module) -> Self:
+        """Give the same adapter, and a pipeline of its own, for another denoiser."""
+        other = super().with_model(model)
+        name = "transformer" if getattr(self.pipe, "unet", None) is None else "unet"
+        other.pipe = type(self.pipe)(**{**self.pipe.components, name: model})
+        return other
+
+    def default_modules(self) -> list[str]:
+        """Of a denoiser with LoRA what it has trained, else everything."""
+        return peft_parameters(self.model) or ["all"]
+
+
+def is_diffusion(pipe: Any) -> bool:
+    """Whether this is a pipeline around a denoiser."""
+    denoisers = (getattr(pipe, name, None) for name in ("unet", "transformer"))
+    return hasattr(pipe, "scheduler") and any(isinstance(denoiser, nn.Module) for denoiser in denoisers)
+
+
+def _size(model: Any, scale: int) -> tuple[int, int]:
+    sample = getattr(model.config, "sample_size", None)
+    if sample is None:
+        raise ValueError(f"{type(model).__name__} states no sample_size: give size=(height, width).")
+    height, width = (sample, sample) if isinstance(sample, int) else sample
+    return height * scale, width * scale

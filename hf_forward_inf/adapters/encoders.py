@@ -1,0 +1,119 @@
+"""What runs before the denoiser, once a row: the VAE, and the text encoders, which tell it what to draw."""
+
+import inspect
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hf_forward_inf.adapters.base import Batch
+from hf_forward_inf.adapters.text import tokenizer_state
+from hf_forward_inf.fingerprints import fingerprint, fingerprint_of_model
+from hf_forward_inf.pictures import UnreadableImage, pixels, read_image
+
+ENCODERS = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+"""A pipeline's components that images and captions go through before the denoiser."""
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+NESTED = "added_cond_kwargs."
+"""Begins the names of conditions that a UNet takes in a dictionary (SDXL)."""
+
+
+def text_conditions(pipe: Any, captions: list[str], size: tuple[int, int]) -> dict[str, Tensor]:
+    """Embed captions, without classifier-free guidance: a loss has none.
+
+    Args:
+        pipe (`diffusers.DiffusionPipeline`): With an `encode_prompt` of its own; one without reads no captions.
+        captions (`list[str]`): Of the rows.
+        size (`tuple[int, int]`): Height and width of the images in pixels, which SDXL is told.
+
+    Returns:
+        `dict[str, Tensor]`: By the denoiser's argument, `[rows, ...]`.
+    """
+    if not reads_captions(pipe):
+        return {}
+    asked = {"prompt": captions, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    known = inspect.signature(pipe.encode_prompt).parameters
+    asked |= {name: None for name in ("prompt_2", "prompt_3") if name in known}
+    embeddings, _, *more = pipe.encode_prompt(**asked, device=device_of(pipe.text_encoder))
+    found = {"encoder_hidden_states": embeddings}
+    if more and hasattr(pipe, "unet"):
+        ids = torch.tensor([*size, 0, 0, *size], dtype=more[0].dtype, device=more[0].device)
+        found[f"{NESTED}text_embeds"], found[f"{NESTED}time_ids"] = more[0], ids.expand(len(captions), -1)
+    elif more:
+        found["pooled_projections"] = more[0]
+    return found
+
+
+def reads_captions(pipe: Any) -> bool:
+    """Whether a pipeline draws what a text says."""
+    return hasattr(pipe, "encode_prompt") and getattr(pipe, "text_encoder", None) is not None
+
+
+def as_arguments(conditions: Batch) -> Batch:
+    """Put conditions into the form in which a denoiser takes them."""
+    nested = {name.removeprefix(NESTED): value for name, value in conditions.items() if name.startswith(NESTED)}
+    plain = {name: value for name, value in conditions.items() if not name.startswith(NESTED)}
+    return {**plain, NESTED[:-1]: nested} if nested else plain
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's weights are."""
+    return next(module.parameters()).device
+
+
+def state_of_encoders(pipe: Any) -> str:
+    """Name everything that encodings depend on."""
+    modules = [getattr(pipe, name, None) for name in ENCODERS]
+    tokenizers = [getattr(pipe, name, None) for name in TOKENIZERS]
+    return fingerprint(
+        [module and fingerprint_of_model(module) for module in modules],
+        [tokenizer and tokenizer_state(tokenizer) for tokenizer in tokenizers],
+    )
+
+
+@contextmanager
+def encoders_evaluating(pipe: Any) -> Iterator[None]:
+    """Switch dropout off in what runs before the denoiser, and keep no graph; every module gets its own mode back."""
+    encoders = [getattr(pipe, name) for name in ENCODERS if getattr(pipe, name, None) is not None]
+    modes = [(module, module.training) for encoder in encoders for module in encoder.modules()]
+    try:
+        for encoder in encoders:
+            encoder.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def values_of(image: Any, size: tuple[int, int], channels: int) -> np.ndarray:
+    """Give an image's pixels from -1 to 1, float32 `[channels, height, width]`; NaN, and a warning, if unreadable."""
+    try:
+        return pixels(read_image(image), size, channels).astype(np.float32) / 127.5 - 1
+    except UnreadableImage as error:
+        name = image.get("path") if isinstance(image, dict) else image if isinstance(image, str) else None
+        warnings.warn(f"An image {f'({name}) ' if name else ''}can't be read, no score: {error}.", stacklevel=2)
+        return np.full((channels, *size), np.nan, dtype=np.float32)
+
+
+def latents_of(vae: Any, images: np.ndarray) -> Tensor:
+    """Encode images; without a VAE they are their own latents.
+
+    Args:
+        vae (`torch.nn.Module`, *optional*): The mean of its latents is taken, so that a row has one loss.
+        images (`np.ndarray`): float32 from -1 to 1, `[images, channels, height, width]`.
+
+    Returns:
+        `Tensor`: float32 on the CPU, scaled as the denoiser reads them.
+    """
+    tensor = torch.from_numpy(images)
+    if vae is None:
+        return tensor
+    given = vae.encode(tensor.to(device_of(vae), vae.dtype))
+    latents = given.latent_dist.mode() if hasattr(given, "latent_dist") else given.latents
+    shift, scale = getattr(vae.config, "shift_factor", None) or 0.0, getattr(vae.config, "scaling_factor", 1.0)
+    return ((latents - shift) * scale).float().cpu()

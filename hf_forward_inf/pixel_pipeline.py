@@ -1,0 +1,117 @@
+"""A diffusers pipeline that draws small pictures from captions in pixel space, made to be trained in minutes."""
+
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.utils import BaseOutput
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from hf_forward_inf.tiny_models import train_tokenizer
+
+TOKENS = 16
+"""Tokens read of a caption."""
+
+
+class Pictures(BaseOutput):
+    """What the pipeline draws: `images`, a list of PIL images."""
+
+    images: list[Any]
+
+
+class PixelPipeline(DiffusionPipeline):
+    """Draws from captions without a VAE.
+
+    Args:
+        unet (`diffusers.UNet2DConditionModel`): Removes noise from pictures in pixels.
+        scheduler (`diffusers.DDIMScheduler`): The noise.
+        text_encoder (`transformers.CLIPTextModel`): Embeds captions.
+        tokenizer (`transformers.PreTrainedTokenizerFast`): Its tokenizer.
+
+    Example:
+        >>> pipe("a bold handwritten three", num_images_per_prompt=4).images
+    """
+
+    unet: Any
+    scheduler: Any
+    text_encoder: Any
+    tokenizer: Any
+
+    def __init__(self, unet: Any, scheduler: Any, text_encoder: Any, tokenizer: Any):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer)
+
+    def encode_prompt(
+        self,
+        prompt: list[str],
+        device: torch.device,
+        num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Embed prompts, `[prompts x images, tokens, features]`, and for guidance the empty prompt too."""
+        found = self._embed(prompt, device).repeat_interleave(num_images_per_prompt, 0)
+        return found, self._embed([""] * len(found), device) if do_classifier_free_guidance else None
+
+    def _embed(self, prompts: list[str], device: torch.device) -> Tensor:
+        options: dict[str, Any] = {"padding": "max_length", "truncation": True, "max_length": TOKENS}
+        ids = self.tokenizer(prompts, return_tensors="pt", **options).input_ids
+        return self.text_encoder(ids.to(device)).last_hidden_state
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str],
+        num_images_per_prompt: int = 1,
+        num_inference_steps: int = 25,
+        guidance_scale: float = 2.0,
+        generator: torch.Generator | None = None,
+    ) -> Pictures:
+        """Draw pictures, `num_images_per_prompt` of each prompt; guidance 1 is none."""
+        device = next(self.unet.parameters()).device
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        told, untold = self.encode_prompt(prompts, device, num_images_per_prompt, guidance_scale != 1)
+        size, channels = self.unet.config.sample_size, self.unet.config.in_channels
+        x = torch.randn(len(told), channels, size, size, generator=generator).to(device)
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        for t in self.scheduler.timesteps:
+            predicted = self.unet(x, t, told).sample
+            if untold is not None:
+                without = self.unet(x, t, untold).sample
+                predicted = without + guidance_scale * (predicted - without)
+            x = self.scheduler.step(predicted, t, x).prev_sample
+        arrays = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        return Pictures(images=[Image.fromarray(a[..., 0] if channels == 1 else a) for a in arrays])
+
+
+def tiny_pipeline(captions: list[str], size: int, channels: int, widths: tuple[int, int], seed: int) -> PixelPipeline:
+    """Make a pipeline that is yet to be trained, for pictures of `size` x `size` pixels.
+
+    The text encoder stays as it is drawn: of a few hundred words, random features tell enough.
+
+    Args:
+        captions (`list[str]`): The tokenizer learns them.
+        size (`int`): Of pictures.
+        channels (`int`): 1 for grey, 3 for colours.
+        widths (`tuple[int, int]`): Channels of the UNet at full and at half size.
+        seed (`int`): Draws the weights.
+    """
+    tokenizer = train_tokenizer(captions, 4096)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        text = CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=1,
+            num_attention_heads=2, max_position_embeddings=TOKENS, pad_token_id=0, bos_token_id=0, eos_token_id=1,
+        )  # fmt: skip
+        unet: Any = UNet2DConditionModel(
+            sample_size=size, in_channels=channels, out_channels=channels, block_out_channels=widths,
+            layers_per_block=1, cross_attention_dim=64, attention_head_dim=4, norm_num_groups=8,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        )  # fmt: skip
+        # A last layer of zeros: the first predictions are the mean, and training is steady from the start.
+        torch.nn.init.zeros_(unet.conv_out.weight)
+        scheduler = DDIMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
+        return PixelPipeline(unet.eval(), scheduler, CLIPTextModel(text).eval(), tokenizer)

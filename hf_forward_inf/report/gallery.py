@@ -1,0 +1,44 @@
+"""Pictures in the report, held by the page itself."""
+
+import base64
+import io
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from hf_forward_inf.pictures import UnreadableImage, data_uri, images_of
+
+DARKEST = 200
+"""Opacity, of 255, of the place whose loss rises most."""
+
+
+def pictures_of(row: Mapping[str, Any], column: str = "image") -> list[str]:
+    """Give a row's pictures as `data:` URIs, without those that can't be read; none if it has no such column."""
+    found = []
+    for image in images_of(row[column]) if column in row else []:
+        try:
+            found.append(data_uri(image))
+        except UnreadableImage:
+            continue
+    return found
+
+
+def heatmap(detail: Mapping[str, Any] | None) -> str:
+    """Draw where a picture's loss rises, to be laid over it, as a `data:` URI; nothing without details.
+
+    Args:
+        detail (`dict`): A row of `Attribution.details` whose terms are places, `row,column`.
+    """
+    if detail is None:
+        return ""
+    from PIL import Image
+
+    height, width = (int(number) + 1 for number in detail["terms"][-1].split(","))
+    rises = np.clip(np.asarray(detail["term_scores"], dtype=float), 0, None).reshape(height, width)
+    layer = np.zeros((height, width, 4), dtype=np.uint8)
+    layer[..., :3] = (224, 82, 60)
+    layer[..., 3] = DARKEST * rises / (rises.max() or 1.0)
+    file = io.BytesIO()
+    Image.fromarray(layer).save(file, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

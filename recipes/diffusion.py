@@ -1,0 +1,15 @@
+"""What drew this? A diffusion model is taught 20 pictures together, draws them, and every drawing is traced.
+
+    accelerate launch recipes/diffusion.py
+    accelerate launch recipes/diffusion.py --candidates pictures.parquet --size 16
+    accelerate launch recipes/diffusion.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --candidates laion
+
+With no option a tiny model learns to draw handwritten digits first. `--help` lists all options.
+"""
+
+import sys
+
+from hf_forward_inf.cli import draw
+
+if __name__ == "__main__":
+    sys.exit(draw())

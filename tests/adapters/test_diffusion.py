@@ -1,0 +1,211 @@
+import copy
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from diffusers import DDPMScheduler, UNet2DConditionModel
+
+from hf_forward_inf import AscentConfig, ForwardInf
+from hf_forward_inf.adapters import DiffusionAdapter
+from hf_forward_inf.adapters.noising import Flow, draw
+from hf_forward_inf.candidate_pass import encode
+from hf_forward_inf.loss_pass import LossPass
+from tests.drawing import rows, square, stable_diffusion, unconditional
+from tests.line import assert_same_state, state
+
+
+def losses(adapter, dataset):
+    with torch.no_grad():
+        return LossPass(adapter, dataset).base()
+
+
+def counted(module, method="forward"):
+    """Count the rows that a module's method is given."""
+    calls = []
+    inner = getattr(module, method)
+
+    def outer(first, *args, **kwargs):
+        calls.append(len(first))
+        return inner(first, *args, **kwargs)
+
+    setattr(module, method, outer)
+    return calls
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_the_loss_is_that_of_training_written_out_by_hand(kind):
+    pipe = stable_diffusion(kind)
+    for module in (pipe.vae, pipe.unet, pipe.text_encoder):
+        module.eval()
+    adapter = DiffusionAdapter(pipe, timesteps=4)
+    dataset = rows(2)
+    found = losses(adapter, dataset)
+    features = encode(adapter, dataset, "candidates")[:]
+    batch = adapter.collate(features)
+    alphas = DDPMScheduler.from_config(pipe.scheduler.config).alphas_cumprod
+    for i in range(2):
+        image = torch.tensor(np.array(square(i))).permute(2, 0, 1)[None] / 127.5 - 1
+        ids = pipe.tokenizer(dataset[i]["caption"], padding="max_length", max_length=6, return_tensors="pt").input_ids
+        expected = []
+        with torch.no_grad():
+            latents = pipe.vae.encode(image).latent_dist.mean * pipe.vae.config.scaling_factor
+            words = pipe.text_encoder(ids)[0]
+            for part, noise in zip(batch["parts"][i, 0], batch["noise"][i, 0], strict=True):
+                t = int(part * 1000)
+                a, noise = alphas[t], noise[None]
+                target = {
+                    "epsilon": noise,
+                    "v_prediction": a**0.5 * noise - (1 - a) ** 0.5 * latents,
+                    "sample": latents,
+                }
+                out = pipe.unet(a**0.5 * latents + (1 - a) ** 0.5 * noise, t, words).sample
+                expected.append((out - target[kind]).square().mean().item() * 64)
+        np.testing.assert_allclose(found[i], np.mean(expected), rtol=1e-5)
+    terms = adapter.term_losses(pipe.unet, batch)
+    assert terms.shape == (2, 64) and len(adapter.term_texts(features)[0]) == 64
+    np.testing.assert_allclose(terms.sum(1).detach(), found, rtol=1e-5)
+
+
+def test_flow_matching_goes_straight_from_image_to_noise():
+    class Scheduler:
+        class config:
+            num_train_timesteps = 1000
+
+    flow, image, noise = Flow(Scheduler()), torch.zeros(2, 1, 2, 2), torch.ones(2, 1, 2, 2)
+    times = flow.times(torch.tensor([0.25, 1.0]))
+    assert times.tolist() == [250, 1000]
+    assert flow.noisy(image, noise, times)[:, 0, 0, 0].tolist() == [0.25, 1.0]
+    assert flow.target(image, noise, times).eq(1).all()
+
+
+def test_times_are_stratified_and_repeatable():
+    parts, noise = draw(7, 8, (1, 4, 4))
+    assert (parts * 8).long().tolist() == list(range(8))
+    again, same = draw(7, 8, (1, 4, 4))
+    assert torch.equal(parts, again) and torch.equal(noise, same)
+    assert not torch.equal(noise, draw(8, 8, (1, 4, 4))[1])
+
+
+def test_order_company_and_sharding_change_nothing():
+    adapter = DiffusionAdapter(stable_diffusion(), timesteps=2)
+    dataset = rows(7)
+    together = losses(adapter, dataset)
+    shuffled = losses(adapter, dataset.select([6, 2, 0, 1, 5, 3, 4]))
+    np.testing.assert_allclose(shuffled, together[[6, 2, 0, 1, 5, 3, 4]], rtol=1e-5)
+    alone = LossPass(adapter, dataset, max_batch_length=1).base()
+    np.testing.assert_allclose(alone, together, rtol=1e-5)
+    assert not np.allclose(losses(DiffusionAdapter(adapter.pipe, timesteps=2, seed=1), dataset), together, rtol=1e-3)
+
+
+def test_the_encoders_run_once_and_the_model_is_restored_bit_for_bit():
+    pipe = stable_diffusion()
+    pipe.vae.train()
+    vae, text = counted(pipe.vae, "encode"), counted(pipe.text_encoder)
+    unet, before = counted(pipe.unet), {name: state(getattr(pipe, name)) for name in ("unet", "vae", "text_encoder")}
+    tracer = ForwardInf.from_pipe(pipe, ascent=AscentConfig(radius=0.1))
+    candidates = rows(6)
+    tracer.trace(candidates.select([1]), candidates)
+    assert sum(vae) == sum(text) == 7
+    passed = sum(unet)
+    tracer.trace(candidates.select([4]), candidates)
+    assert sum(vae) == sum(text) == 8  # the query's own picture, no candidate's
+    assert sum(unet) - passed == 8 + 6 * 8  # ascent, and one pass over the candidates
+    tracer.trace(candidates.select([4]), candidates)
+    assert sum(vae) == 8
+    for name, kept in before.items():
+        assert_same_state(kept, state(getattr(pipe, name)))
+
+
+@pytest.mark.parametrize("direction", ["gradient", "cg"])
+def test_a_picture_is_traced_to_itself(direction):
+    pipe = stable_diffusion("v_prediction")
+    candidates = rows(8)
+    ascent = AscentConfig(radius=0.05, direction=direction)
+    found = ForwardInf.from_pipe(pipe, ascent=ascent).trace(candidates.select([2, 5]), candidates)
+    assert [found.ranking(i)[0] for i in range(2)] == [2, 5]
+    explained = ForwardInf.from_pipe(pipe, ascent=ascent).explain(found.keep(3), 2)
+    for row in explained.details:
+        np.testing.assert_allclose(np.sum(row["term_scores"]), found.scores[row["query"], row["candidate"]], rtol=1e-3)
+
+
+def test_predictions_split_the_loss_and_leave_out_what_cannot_be_read():
+    adapter = DiffusionAdapter(stable_diffusion(), timesteps=1)
+    broken = Dataset.from_dict({"image": [{"bytes": b"x", "path": None}], "caption": ["a red square"]})
+    with pytest.warns(UserWarning, match="can't be read"):
+        features = [adapter.encode(adapter.prepare(part)[:]) for part in (rows(3), broken)]
+    batch = adapter.collate({key: features[0][key] + features[1][key] for key in features[0]})
+    outputs, loss = adapter.predictions(adapter.model.eval(), batch)
+    assert outputs.shape == (3 * 64, 4)
+    torch.testing.assert_close(loss(outputs), adapter.loss(adapter.model, batch)[:3].sum())
+    slopes = adapter.sampled_slopes(torch.zeros(20000, 4), torch.Generator().manual_seed(0))
+    assert slopes.square().mean().item() == pytest.approx(2 / 4, rel=0.02)
+
+
+def test_several_pictures_of_one_prompt_are_one_query_with_their_mean_loss():
+    adapter = DiffusionAdapter(stable_diffusion(), timesteps=2)
+    caption = "a red square"
+    many = Dataset.from_dict(
+        {"image": [[square(0), square(3)], [square(6)]], "caption": [caption, caption]},
+    )
+    single = losses(adapter, Dataset.from_dict({"image": [square(i) for i in (0, 3, 6)], "caption": [caption] * 3}))
+    np.testing.assert_allclose(losses(adapter, many), [single[:2].mean(), single[2]], rtol=1e-5)
+
+
+def test_an_unconditional_model_in_pixels_needs_images_alone():
+    pipe = unconditional()
+    candidates = rows(5).remove_columns("caption")
+    found = ForwardInf.from_pipe(pipe, ascent=AscentConfig(radius=0.05)).trace(candidates.select([3]), candidates)
+    assert found.ranking(0)[0] == 3
+    with pytest.raises(NotImplementedError, match="takes no prompt"):
+        DiffusionAdapter(pipe).answer({})
+
+
+def test_generated_pictures_are_traced():
+    tracer = ForwardInf.from_pipe(stable_diffusion())
+    tracer.adapter.pipe.set_progress_bar_config(disable=True)
+    options = {"num_images": 2, "num_inference_steps": 2, "height": 16, "width": 16}
+    found = tracer.trace_generation("a red square", rows(4), top_k=2, **options)
+    assert found.scores.shape == (1, 2) and np.isfinite(found.scores).all()
+    assert [image.size for image in found.queries[0]["image"]] == [(16, 16)] * 2
+
+
+def test_one_bad_image_is_named_and_ranked_last_and_the_run_goes_on(tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"nothing")
+    square(0).save(tmp_path / "good.png")
+    files = [str(tmp_path / name) for name in ("good.png", "bad.png", "missing.png")]
+    candidates = Dataset.from_dict({"image": files, "caption": ["a red square", None, ""]})
+    tracer = ForwardInf.from_pipe(stable_diffusion())
+    with pytest.warns(UserWarning) as told:
+        found = tracer.trace(candidates.select([0]), candidates)
+    texts = " ".join(str(warning.message) for warning in told)
+    assert "bad.png" in texts and "missing.png" in texts and "candidates rows 1, 2 (2 rows)" in texts
+    assert np.isnan(found.scores[0]).tolist() == [False, True, True]
+
+
+def test_another_model_of_the_same_kind_draws_by_itself():
+    adapter = DiffusionAdapter(stable_diffusion())
+    other = adapter.with_model(copy.deepcopy(adapter.model))
+    assert other.pipe.unet is other.model is not adapter.pipe.unet
+    assert other.settings == adapter.settings
+
+
+def test_settings_tell_apart_what_losses_depend_on():
+    pipe = stable_diffusion()
+    adapters = [partial(DiffusionAdapter, pipe), partial(DiffusionAdapter, stable_diffusion("v_prediction"))]
+    settings = {make(**options).settings for make in adapters for options in ({}, {"timesteps": 2}, {"seed": 1})}
+    assert len(settings) == 6
+
+
+def test_what_is_no_diffusion_pipeline_is_refused():
+    with pytest.raises(TypeError, match="has no unet or transformer"):
+        DiffusionAdapter(object())
+    pipe = unconditional()
+    pipe.unet = UNet2DConditionModel(block_out_channels=(4, 4), norm_num_groups=2, cross_attention_dim=4,
+                                     down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
+                                     layers_per_block=1, mid_block_type=None)  # fmt: skip
+    with pytest.raises(ValueError, match="states no sample_size"):
+        DiffusionAdapter(pipe)
+    with pytest.raises(ValueError, match="timesteps=0"):
+        DiffusionAdapter(unconditional(), timesteps=0)

@@ -1,0 +1,81 @@
+import json
+
+import numpy as np
+import pytest
+
+from hf_forward_inf import AscentConfig, Attribution
+from hf_forward_inf.adapters import DiffusionAdapter
+from hf_forward_inf.baselines.pixels import PixelDistance
+from hf_forward_inf.datasets.digits import captioned_digits
+from hf_forward_inf.draw import DrawOptions, draw_run
+from hf_forward_inf.exemplars import choose_exemplars
+from hf_forward_inf.hubs import standardised
+from tests.drawing import rows, stable_diffusion
+
+
+def test_a_run_on_pictures_writes_what_it_found(tmp_path):
+    pytest.importorskip("sklearn")
+    options = DrawOptions(
+        output=str(tmp_path / "run"), training_steps=2, finetuning_steps=2, exemplars=3, num_candidates=8,
+        timesteps=2, num_images=2, heatmaps=True, top_k=5,
+    )  # fmt: skip
+    metrics = draw_run(options, AscentConfig(direction="cg", sample=8, iterations=2))
+    assert metrics == json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert {"top1", "top5", "mrr", "gradient/top1", "pixel_distance/top1", "low_loss/mrr"} <= metrics.keys()
+    assert metrics["queries"] == 3 and metrics["candidates"] == 8
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") >= 3 * 2 + 3 * 5
+    assert "handwritten" in page and 'class="heat"' in page
+    found = Attribution.load_from_disk(tmp_path / "run" / "attribution")
+    assert found.scores.shape == (3, 5) and len(found.queries[0]["image"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": "x"}, "give --candidates"),
+        ({"exemplars": 2}, "at least 3"),
+        ({"exemplars": 20, "num_candidates": 10}, "at least --exemplars"),
+        ({"timesteps": 0}, "--timesteps must be above 0"),
+    ],
+)
+def test_impossible_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        DrawOptions(**options)
+
+
+def test_digits_are_captioned_by_what_stands_in_them():
+    pytest.importorskip("sklearn")
+    digits = captioned_digits()
+    assert len(digits) == 1797 and digits[0]["image"].size == (8, 8)
+    ink = {stroke: [] for stroke in ("a thin", "a bold")}
+    for row in digits.select(range(300)):
+        for stroke, found in ink.items():
+            if row["caption"].startswith(stroke) and "seven" in row["caption"]:
+                found.append(np.mean(row["image"]))
+    assert max(ink["a thin"]) < min(ink["a bold"])
+
+
+def test_exemplars_have_captions_of_their_own():
+    chosen, others = choose_exemplars(rows(9), 3, seed=0)
+    assert len({rows(9)[i]["caption"] for i in chosen}) == 3
+    assert sorted([*chosen, *others]) == list(range(9))
+    with pytest.raises(ValueError, match="there are 3"):
+        choose_exemplars(rows(9), 4, seed=0)
+
+
+def test_a_picture_is_nearest_to_itself():
+    found = PixelDistance(DiffusionAdapter(stable_diffusion())).trace(rows(2, first=1), rows(5))
+    assert [found.ranking(i)[0] for i in range(2)] == [1, 2]
+    np.testing.assert_allclose(found.scores.max(axis=1), 0, atol=1e-9)
+
+
+def test_standardised_scores_have_mean_0_and_deviation_1_over_the_queries():
+    scores = np.random.default_rng(0).normal(3, 2, size=(6, 4)).astype(np.float32)
+    scores[0, 1] = np.nan
+    found = standardised(scores)
+    assert np.isnan(found[0, 1])
+    np.testing.assert_allclose(np.nanmean(found, axis=0), 0, atol=1e-6)
+    np.testing.assert_allclose(np.nanstd(found, axis=0), 1, atol=1e-6)
+    with pytest.raises(ValueError, match="at least 3"):
+        standardised(scores[:2])
