@@ -20,7 +20,7 @@ def test_a_change_in_one_weight_changes_the_models_name(model):
 
 
 def test_what_diffusers_notes_in_a_configuration_in_any_order_changes_no_name():
-    one, other = nn.Linear(1, 1), nn.Linear(1, 1)
+    one, other = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
     other.load_state_dict(one.state_dict())
     one.config = {"size": 8, "_use_default_values": ["a", "b"]}
     other.config = {"_use_default_values": ["b", "a"], "size": 8}
