@@ -27,7 +27,10 @@ def _of_bytes(value: Any) -> str:
 
 def fingerprint_of_model(model: nn.Module) -> str:
     """Hash a model's class, configuration and every parameter and buffer."""
-    parts = [type(model).__name__.encode(), str(getattr(model, "config", None)).encode()]
+    config = getattr(model, "config", None)
+    if isinstance(config, dict):  # diffusers keeps a list there whose order differs from process to process
+        config = sorted((key, str(value)) for key, value in config.items() if not key.startswith("_"))
+    parts = [type(model).__name__.encode(), str(config).encode()]
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, tensor in tensors.items():
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
