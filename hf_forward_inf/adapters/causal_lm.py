@@ -240,7 +240,9 @@ class CausalLMAdapter(Adapter):
         return self.blocks.before_middle
 
     def prefix(self, batch: Batch) -> Batch:
-        """Run the first half of the blocks."""
+        """Run the first half of the blocks, where there are two halves."""
+        if not self.blocks.middle:
+            return batch
         read = {key: value for key, value in batch.items() if key != "labels"}
         return {**batch, "states": self.blocks.until_middle(lambda: self.model(**read, use_cache=False))}
 
