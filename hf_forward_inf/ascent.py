@@ -1,8 +1,7 @@
 """Step 2 of the algorithm: move the model up (or down) the loss of one query, on a copy of its parameters."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -187,6 +186,13 @@ def _nothing_matches(model: nn.Module, pattern: str, names: Iterable[str]) -> st
     return f"No parameter is named by modules={pattern!r}.{hint} The model's top-level modules: {', '.join(tops)}."
 
 
+def held_at_once(model: nn.Module, names: list[str]) -> int:
+    """How many copies of the perturbed parameters are held: few enough not to count beside the model itself."""
+    size = {name: p.numel() * p.element_size() for name, p in model.named_parameters()}
+    room = max(64 * 2**20, sum(size.values()) // 10)
+    return max(1, min(32, room // sum(size[name] for name in names)))
+
+
 class Direction(Protocol):
     """What corrects gradients by curvature: known by a fingerprint at once, ready when first used."""
 
@@ -323,15 +329,3 @@ def to_device(batch: Batch, model: nn.Module) -> Batch:
     if device.type == "meta":
         raise ValueError("The model's weights are not loaded (they are on the meta device).")
     return {key: v.to(device) if isinstance(v, Tensor) else v for key, v in batch.items()}
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off, and give every module its own mode back afterwards, whatever happens."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 from datasets.utils import disable_progress_bars
@@ -31,30 +32,28 @@ commands:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; give its exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if given[:1] == ["trace"]:
-        return trace(given[1:], "hf-forward-inf trace")
-    if given[:1] == ["finetune"]:
-        return finetune(given[1:], "hf-forward-inf finetune")
-    if given[:1] == ["draw"]:
-        return draw(given[1:], "hf-forward-inf draw")
-    if given[:1] == ["compare"]:
-        return trace([*given[1:], "--compare"], "hf-forward-inf compare")
-    if given[:1] == ["lds"]:
-        return judge(lds_run, TruthOptions, given[1:], "hf-forward-inf lds")
-    if given[:1] == ["counterfactual"]:
-        return judge(counterfactual_run, CounterfactualOptions, given[1:], "hf-forward-inf counterfactual")
+    commands: dict[str, Callable[[list[str], str], int]] = {
+        "trace": trace,
+        "compare": lambda words, program: trace([*words, "--compare"], program),
+        "finetune": finetune,
+        "draw": draw,
+        "lds": partial(judge, lds_run, TruthOptions),
+        "counterfactual": partial(judge, counterfactual_run, CounterfactualOptions),
+    }
+    if given and given[0] in commands:
+        return commands[given[0]](given[1:], f"hf-forward-inf {given[0]}")
     print(USAGE, file=sys.stdout if given[:1] in (["-h"], ["--help"]) else sys.stderr, end="")
     return 0 if given[:1] in (["-h"], ["--help"]) else 2
 
 
 def trace(arguments: Sequence[str] | None = None, program: str | None = None) -> int:
     """Parse the options of `trace` and run it; a wrong input is told in one line, with exit status 1."""
-    return _run(trace_run, TraceOptions, arguments, program)
+    return _with_ascent(trace_run, TraceOptions, arguments, program)
 
 
 def finetune(arguments: Sequence[str] | None = None, program: str | None = None) -> int:
     """Parse the options of `finetune` and run it; a wrong input is told in one line, with exit status 1."""
-    return _run(finetune_run, FinetuneOptions, arguments, program)
+    return _with_ascent(finetune_run, FinetuneOptions, arguments, program)
 
 
 def draw(arguments: Sequence[str] | None = None, program: str | None = None) -> int:
@@ -64,42 +63,47 @@ def draw(arguments: Sequence[str] | None = None, program: str | None = None) -> 
     except ImportError as error:
         print(f"error: {error}. Pictures need the extra: pip install 'hf-forward-inf[diffusion]'.", file=sys.stderr)
         return 1
-    return _run(draw_run, DrawOptions, arguments, program)
-
-
-def _run(
-    run: Callable[[Any, AscentConfig], object], kind: Any, given: Sequence[str] | None, program: str | None
-) -> int:
-    start_the_other_processes()
-    parser = HfArgumentParser(cast(Any, (kind, AscentConfig)), prog=program, description=kind.__doc__)
-    try:
-        options, ascent = parser.parse_args_into_dataclasses(args=given)
-    except ValueError as error:
-        parser.error(str(error))
-    words = sys.argv[1:] if given is None else given
-    if any(word.partition("=")[0].replace("-", "_") in ("__radius", "__learning_rate") for word in words):
-        options.tune = False
-    disable_progress_bar()  # transformers' bars for loading weights
-    try:
-        run(options, ascent)
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return _with_ascent(draw_run, DrawOptions, arguments, program)
 
 
 def judge(
     run: Callable[[Any], object], kind: type, arguments: Sequence[str] | None = None, program: str | None = None
 ) -> int:
     """Parse the options of a run that retrains, and run it; a wrong input is told in one line, with exit status 1."""
-    parser = HfArgumentParser(cast(Any, kind), prog=program, description=run.__doc__)
+    disable_progress_bars()  # datasets' bars: a pass over a few hundred candidates is over in no time
+    return _run(run, (kind,), run.__doc__, arguments, program)
+
+
+def _with_ascent(
+    run: Callable[[Any, AscentConfig], object], kind: type, arguments: Sequence[str] | None, program: str | None
+) -> int:
+    start_the_other_processes()
+    disable_progress_bar()  # transformers' bars for loading weights
+    words = sys.argv[1:] if arguments is None else arguments
+    stepped = any(word.partition("=")[0].replace("-", "_") in ("__radius", "__learning_rate") for word in words)
+
+    def untuned_where_a_step_is_given(options: Any, ascent: AscentConfig) -> object:
+        if stepped:
+            options.tune = False
+        return run(options, ascent)
+
+    return _run(untuned_where_a_step_is_given, (kind, AscentConfig), kind.__doc__, arguments, program)
+
+
+def _run(
+    run: Callable[..., object],
+    kinds: tuple[type, ...],
+    description: str | None,
+    arguments: Sequence[str] | None,
+    program: str | None,
+) -> int:
+    parser = HfArgumentParser(cast(Any, kinds), prog=program, description=description)
     try:
-        (options,) = parser.parse_args_into_dataclasses(args=arguments)
+        options = parser.parse_args_into_dataclasses(args=arguments)
     except ValueError as error:
         parser.error(str(error))
-    disable_progress_bars()  # datasets' bars: a pass over a few hundred candidates is over in no time
     try:
-        run(options)
+        run(*options)
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

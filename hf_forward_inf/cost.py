@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 import torch
 from datasets import Dataset
 
-from hf_forward_inf.ascent import Mirrored, Perturbation, evaluating, perturbed_names
+from hf_forward_inf.ascent import Mirrored, Perturbation, perturbed_names
 from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.candidate_pass import encode
 from hf_forward_inf.directions import direction_for
 from hf_forward_inf.fingerprints import uncached
 from hf_forward_inf.loss_pass import LossPass
+from hf_forward_inf.modes import evaluating
 from hf_forward_inf.processes import progress_bars
 
 if TYPE_CHECKING:
@@ -100,7 +101,9 @@ class Pace:
         """Share of the candidates that it has inspected after some seconds."""
         if seconds >= self.seconds:
             return 1.0
-        return max(0.0, (seconds - self.setup) / (self.seconds - self.setup))
+        if seconds <= self.setup:  # all of it setup, perhaps: there is nothing to divide by
+            return 0.0
+        return (seconds - self.setup) / (self.seconds - self.setup)
 
 
 def pace(

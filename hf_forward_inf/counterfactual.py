@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from hf_forward_inf.adapters import Adapter
 from hf_forward_inf.attribution import Attribution, Attributor
 from hf_forward_inf.baselines import Ensemble, Random
 from hf_forward_inf.contenders import baselines
+from hf_forward_inf.evaluation import flat
 from hf_forward_inf.fingerprints import fingerprint
 from hf_forward_inf.forward_inf import ForwardInf
 from hf_forward_inf.metrics import bootstrap_interval
@@ -137,8 +137,7 @@ def counterfactual_run(options: CounterfactualOptions) -> dict[str, Any]:
         OSError: If the folder can't be written to. Both before anything is computed.
     """
     started = time.perf_counter()
-    folder = Path(options.output)
-    check_output(folder, options.overwrite)
+    folder = check_output(options.output, options.overwrite)
     task = load_task(options)
     adapters = [task.adapter(seed) for seed in range(options.seeds or 1)]
     methods = _methods(task, adapters, options)
@@ -153,7 +152,7 @@ def counterfactual_run(options: CounterfactualOptions) -> dict[str, Any]:
         removal = counterfactual.without(without_best(trace(queries, task.candidates), count))
         figures = _figures(removal, chance, wrong)
         say(_line(name, figures))
-        metrics |= {key if name == "forward_inf" else f"{name}/{key}": value for key, value in figures.items()}
+        metrics |= flat({name: figures})
     metrics |= {**environment(options), "total_seconds": time.perf_counter() - started}
     write_metrics(folder, metrics)
     return metrics

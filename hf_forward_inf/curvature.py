@@ -155,7 +155,13 @@ def conjugate_gradients(
 
 
 def lissa(
-    products: Callable[[int], Product], right: Vector, *, depth: int, scale: float, damping: float, repeats: int = 1
+    products: Callable[[int], Product],
+    right: Sequence[Tensor],
+    *,
+    depth: int,
+    scale: float,
+    damping: float,
+    repeats: int = 1,
 ) -> Vector:
     """Estimate (H + lambda I)^-1 b by LiSSA (Agarwal et al., 2017; Koh and Liang, 2017).
 

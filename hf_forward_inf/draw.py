@@ -3,25 +3,25 @@
 import copy
 import time
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, Features, Image, List, Value
 
 from hf_forward_inf.adapters import DiffusionAdapter
-from hf_forward_inf.ascent import AscentConfig, evaluating, norm, perturbed_names
+from hf_forward_inf.ascent import AscentConfig, norm, perturbed_names
 from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.baselines.pixels import PixelDistance
 from hf_forward_inf.datasets import load_rows
 from hf_forward_inf.datasets.digits import captioned_digits
 from hf_forward_inf.denoising import trained
-from hf_forward_inf.evaluation import as_text, compare
+from hf_forward_inf.evaluation import as_text, compare, flat
 from hf_forward_inf.exemplars import CAPTION, IMAGE, Teaching, choose_exemplars, tiny_drawer
 from hf_forward_inf.forward_inf import ForwardInf
 from hf_forward_inf.hubs import standardised
 from hf_forward_inf.loss_pass import LossPass
 from hf_forward_inf.metrics import recalls_at_k
+from hf_forward_inf.modes import evaluating
 from hf_forward_inf.processes import process_state, say
 from hf_forward_inf.run import about, check_output, write_outputs
 from hf_forward_inf.task import Task
@@ -84,8 +84,7 @@ def draw_run(options: DrawOptions, ascent: AscentConfig) -> dict[str, Any]:
         OSError: If the folder can't be written to. Both before anything is computed.
     """
     started = time.perf_counter()
-    folder = Path(options.output)
-    check_output(folder, options.overwrite)
+    folder = check_output(options.output, options.overwrite)
     before, rows, chosen = _drawer(options, ascent.seed)
     adapter = before.with_model(copy.deepcopy(before.model))
     say(f"Teaching it {len(chosen)} exemplars, together ...")
@@ -100,14 +99,12 @@ def draw_run(options: DrawOptions, ascent: AscentConfig) -> dict[str, Any]:
     table = compare(found, task)
     say(as_text(table, {}))
     metrics: dict[str, Any] = {"queries": len(task.queries), "candidates": len(task.candidates)}
-    for method, figures in table.items():
-        figures |= _detected(found[method].scores, task) if method in found else {}
-        metrics |= {key if method == "forward_inf" else f"{method}/{key}": value for key, value in figures.items()}
+    for method, attribution in found.items():
+        table[method] |= _detected(attribution.scores, task)
+    metrics |= flat(table)
     metrics |= {"seconds": time.perf_counter() - started, **about(options, tracer)}
-    if process_state().is_main_process:
-        kept = found["forward_inf"].keep(options.top_k)
-        write_outputs(folder, tracer.explain(kept) if options.heatmaps else kept, metrics, table, task.proponents, "")
-    process_state().wait_for_everyone()
+    kept = found["forward_inf"].keep(options.top_k)
+    write_outputs(folder, tracer.explain(kept) if options.heatmaps else kept, metrics, table, task.proponents, "")
     say(f"Written: {folder}")
     return metrics
 
@@ -168,7 +165,7 @@ def _standardised(found: Attribution) -> Attribution:
 
 
 def _controls(before: DiffusionAdapter, adapter: DiffusionAdapter, task: Task) -> dict[str, Attribution]:
-    with evaluating(before.model), evaluating(adapter.model):
+    with evaluating(before.model, adapter.model):
         first, now = (LossPass(one, task.candidates).base() for one in (before, adapter))
     blind = {
         name: Attribution(np.tile(scores, (len(task.queries), 1)), task.queries, task.candidates, method=name)

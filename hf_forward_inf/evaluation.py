@@ -57,6 +57,12 @@ def _under(group: str, figures: Mapping[str, float]) -> dict[str, float]:
     return {f"{group}/{name}" if group else name: value for name, value in figures.items()}
 
 
+def flat(table: Table) -> dict[str, float]:
+    """Name figures as `metrics.json` does: Forward-INF's stand bare, the others' under their method."""
+    named = [_under("" if method == REFERENCE else method, figures) for method, figures in table.items()]
+    return {name: value for figures in named for name, value in figures.items()}
+
+
 def _ranked_among_own(scores: np.ndarray, task: Task) -> np.ndarray:
     """Take the scores of candidates that are not in a query's own set away."""
     if task.own is None:

@@ -187,8 +187,8 @@ class ExampleGradients:
             `tuple`: float32 products `[rows, directions]`, and squared norms `[rows]`.
         """
         serving = self._serving(batch)
-        rows, count = _rows(batch), len(next(iter(directions.values())))
         first = next(iter(directions.values()))
+        rows, count = _rows(batch), len(first)
         found, norms = first.new_zeros(rows, count), first.new_zeros(rows) if squares else None
         with torch.no_grad():
             for name in (name for name in self.names if serving[name]):

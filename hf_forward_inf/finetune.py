@@ -1,8 +1,6 @@
 """A whole run on a causal model: fine-tune it, trace what it says, fine-tune it again without what was found."""
 
 import copy
-import os
-import shutil
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -21,9 +19,10 @@ from hf_forward_inf.candidate_pass import default_cache_dir, encode
 from hf_forward_inf.comparison import attributors
 from hf_forward_inf.datasets import load_rows, proponents, sample_rows
 from hf_forward_inf.datasets.questions import builtin_questions
-from hf_forward_inf.evaluation import as_text, compare
+from hf_forward_inf.evaluation import as_text, compare, flat
 from hf_forward_inf.fingerprints import fingerprint, fingerprint_of_model
 from hf_forward_inf.forward_inf import ForwardInf
+from hf_forward_inf.kept import keep_folder
 from hf_forward_inf.processes import process_state, say
 from hf_forward_inf.run import about, check_output, write_outputs
 from hf_forward_inf.task import Task, has_facts, load_model
@@ -124,13 +123,11 @@ class Finetuning:
         key = fingerprint(fingerprint_of_model(model), adapter.settings, encoded._fingerprint, recipe)
         folder = default_cache_dir() / "models" / key
         if not folder.exists():
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            part = Path(tempfile.mkdtemp(dir=folder.parent))
-            try:
+            with tempfile.TemporaryDirectory() as scratch:
                 Trainer(
                     model,
                     TrainingArguments(
-                        str(part / "trainer"), num_train_epochs=options.epochs, learning_rate=rate,
+                        scratch, num_train_epochs=options.epochs, learning_rate=rate,
                         per_device_train_batch_size=options.batch_size, lr_scheduler_type="cosine", warmup_steps=0.05,
                         weight_decay=0.01, save_strategy="no", logging_strategy="no", report_to=[], seed=self.seed,
                         use_cpu=state.device.type == "cpu", dataloader_pin_memory=False, remove_unused_columns=False,
@@ -138,12 +135,8 @@ class Finetuning:
                     train_dataset=encoded,
                     data_collator=lambda rows: adapter.collate({key: [row[key] for row in rows] for key in rows[0]}),
                 ).train()  # fmt: skip
-                if state.is_main_process:
-                    model.save_pretrained(part / "model")
-                    self.tokenizer.save_pretrained(part / "model")
-                    os.replace(part / "model", folder)
-            finally:
-                shutil.rmtree(part, ignore_errors=True)
+            if state.is_main_process:
+                keep_folder(folder, lambda part: [one.save_pretrained(part) for one in (model, self.tokenizer)])
             state.wait_for_everyone()
         return _loaded(model, folder).to(state.device).eval()
 
@@ -179,8 +172,7 @@ def finetune_run(options: FinetuneOptions, ascent: AscentConfig) -> dict[str, An
         ValueError: If no answer repeats what it was taught.
     """
     started = time.perf_counter()
-    folder = Path(options.output)
-    check_output(folder, options.overwrite)
+    folder = check_output(options.output, options.overwrite)
     train, queries = _data(options)
     finetuning = Finetuning(options, train, ascent.seed)
     adapter = finetuning(train)
@@ -195,18 +187,15 @@ def finetune_run(options: FinetuneOptions, ascent: AscentConfig) -> dict[str, An
         found |= {name: others[name].trace(task.queries, train) for name in BESIDE}
     table = compare(found, task)
     metrics: dict[str, Any] = {**figures, "queries": len(task.queries), "candidates": len(train)}
-    for method, row in table.items():
-        metrics |= {key if method == "forward_inf" else f"{method}/{key}": value for key, value in row.items()}
+    metrics |= flat(table)
     if table:
         say(as_text(table, {}))
     if task.proponents is not None and options.removed:
         metrics |= _without(finetuning, train, task, found["forward_inf"].ranking, options.removed)
     metrics |= cost.measure(tracer, task.queries, train)
     metrics |= {"seconds": time.perf_counter() - started, **about(options, tracer)}
-    if process_state().is_main_process:
-        kept = tracer.explain(found["forward_inf"].keep(options.top_k))
-        write_outputs(folder, kept, metrics, table, task.proponents, "")
-    process_state().wait_for_everyone()
+    kept = tracer.explain(found["forward_inf"].keep(options.top_k))
+    write_outputs(folder, kept, metrics, table, task.proponents, "")
     say(f"Written: {folder}")
     return metrics
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from hf_forward_inf.adapters import Adapter, DiffusionAdapter, adapter_for, is_diffusion
 from hf_forward_inf.anytime import slices
-from hf_forward_inf.ascent import AscentConfig, Mirrored, Perturbation, evaluating, perturbed_names
+from hf_forward_inf.ascent import AscentConfig, Mirrored, Perturbation, perturbed_names
 from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.candidate_pass import MAX_BATCH_LENGTH, encode
 from hf_forward_inf.checks import listed
@@ -21,6 +21,7 @@ from hf_forward_inf.directions import direction_for
 from hf_forward_inf.fingerprints import uncached
 from hf_forward_inf.hubs import correct_hubs
 from hf_forward_inf.loss_pass import LossPass
+from hf_forward_inf.modes import evaluating
 from hf_forward_inf.processes import process_state, progress_bars
 from hf_forward_inf.terms import explain
 from hf_forward_inf.tuning import Tuning, tune

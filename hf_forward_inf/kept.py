@@ -1,6 +1,7 @@
-"""Tensors that are computed once and kept in a file."""
+"""What is computed once and kept: tensors in a file, or a folder."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -28,3 +29,14 @@ def kept(file: Path, make: Callable[[], Tensors]) -> Tensors:
         finally:
             Path(part).unlink(missing_ok=True)
     return load_file(file)
+
+
+def keep_folder(folder: Path, write: Callable[[Path], object]) -> None:
+    """Let a folder be written beside its place first, and then put it there: no moment leaves half of it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(dir=folder.parent))
+    try:
+        write(part)
+        os.replace(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

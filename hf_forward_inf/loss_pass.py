@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_forward_inf.adapters.base import Batch
-from hf_forward_inf.ascent import Parameters, Perturbation, call
+from hf_forward_inf.ascent import Parameters, Perturbation, call, held_at_once
 from hf_forward_inf.candidate_pass import CandidatePass
 
 
@@ -36,10 +36,8 @@ class LossPass(CandidatePass):
         return self.run(work, len(perturbation), perturbation.fingerprint, title)
 
     def queries_a_pass(self, names: list[str]) -> int:
-        """How many perturbed models are held at once: few enough not to count beside the model itself."""
-        size = {name: p.numel() * p.element_size() for name, p in self.adapter.model.named_parameters()}
-        room = max(64 * 2**20, sum(size.values()) // 10)
-        return max(1, min(32, room // sum(size[name] for name in names)))
+        """How many perturbed models are held at once."""
+        return held_at_once(self.adapter.model, names)
 
     @torch.no_grad()
     def _losses(self, batch: Batch, thetas: Sequence[Parameters | None]) -> np.ndarray:

@@ -135,7 +135,7 @@ def worst_hub(scores: np.ndarray, k: int = 10) -> float:
     About (number of its facts' queries) / queries where rankings follow the queries, 1 where a candidate rises for
     every query. Equal scores go by row number.
     """
-    best = np.argsort(-np.nan_to_num(scores, nan=-np.inf), axis=1, kind="stable")[:, :k]
+    best = _best(scores, k)
     return float(np.bincount(best.ravel()).max() / len(scores))
 
 
@@ -145,8 +145,12 @@ def distinct(scores: np.ndarray, k: int = 10) -> float:
     1 where no two queries share one, k / all places where all queries have the same best k. Without labels, it tells
     whether rankings follow the queries. Equal scores go by row number.
     """
-    best = np.argsort(-np.nan_to_num(scores, nan=-np.inf), axis=1, kind="stable")[:, :k]
+    best = _best(scores, k)
     return len(np.unique(best)) / best.size
+
+
+def _best(scores: np.ndarray, k: int) -> np.ndarray:
+    return np.argsort(-np.nan_to_num(scores, nan=-np.inf), axis=1, kind="stable")[:, :k]
 
 
 def evaluate(

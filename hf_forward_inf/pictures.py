@@ -109,6 +109,11 @@ def data_uri(value: Any, longest: int = 192) -> str:
     image = image if image.mode in ("L", "RGB", "RGBA") else image.convert("RGBA")
     image = image.copy()
     image.thumbnail((longest, longest))
+    return png_uri(image)
+
+
+def png_uri(image: Any) -> str:
+    """Give a `PIL.Image.Image` as it is as a `data:` URI of a PNG."""
     file = io.BytesIO()
     image.save(file, format="PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

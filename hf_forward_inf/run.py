@@ -16,7 +16,7 @@ from hf_forward_inf import cost
 from hf_forward_inf.ascent import AscentConfig
 from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.comparison import Comparison, attributors, run_baselines, run_comparison
-from hf_forward_inf.evaluation import Table, as_text, average, compare
+from hf_forward_inf.evaluation import Table, as_text, average, compare, flat
 from hf_forward_inf.forward_inf import ForwardInf
 from hf_forward_inf.processes import process_state, say
 from hf_forward_inf.report.plots import budget_plot
@@ -39,8 +39,7 @@ def trace_run(options: TraceOptions, ascent: AscentConfig) -> dict[str, Any]:
         OSError: If the folder can't be written to. Both before anything is computed.
     """
     started = time.perf_counter()
-    folder = Path(options.output)
-    check_output(folder, options.overwrite)
+    folder = check_output(options.output, options.overwrite)
     source = load_source(options, ascent.seed)
     first = source.draw(options, ascent.seed)
     tracer = ForwardInf(source.model, source.tokenizer, ascent=ascent, reduction=options.reduction)
@@ -69,8 +68,7 @@ def trace_run(options: TraceOptions, ascent: AscentConfig) -> dict[str, Any]:
             chosen = found.get("fixed_learning_rate")
     table = average(tables)
     metrics: dict[str, Any] = {**source.figures, "queries": len(first.queries), "candidates": len(first.candidates)}
-    for method, figures in table.items():
-        metrics |= {key if method == "forward_inf" else f"{method}/{key}": v for key, v in figures.items()}
+    metrics |= flat(table)
     if chosen is not None:
         metrics |= {f"fixed_learning_rate/{key}": chosen.config[key] for key in ("learning_rate", "steps")}
     metrics |= {**costs, **cost.measure(tracer, first.queries, first.candidates)}
@@ -81,9 +79,7 @@ def trace_run(options: TraceOptions, ascent: AscentConfig) -> dict[str, Any]:
         f"A query costs {metrics['forward_passes_per_query']:.2f} forward passes over the candidates, "
         f"measured in this process."
     )
-    if process_state().is_main_process:
-        write_outputs(folder, kept, metrics, table, first.proponents, plot)
-    process_state().wait_for_everyone()
+    write_outputs(folder, kept, metrics, table, first.proponents, plot)
     say(f"Written: {', '.join(str(folder / name) for name in OUTPUTS)}")
     return metrics
 
@@ -120,8 +116,9 @@ def environment(options: Any) -> dict[str, Any]:
     }
 
 
-def check_output(folder: Path, overwrite: bool) -> None:
-    """Refuse a folder that holds a finished run or can't be written to, before anything is computed."""
+def check_output(output: str, overwrite: bool) -> Path:
+    """Give the output folder; refuse one that holds a finished run or can't be written to, before all computing."""
+    folder = Path(output)
     taken = [name for name in OUTPUTS if (folder / name).exists()]
     if taken and not overwrite:
         raise FileExistsError(f"{folder} already holds a run ({', '.join(taken)}): --overwrite, or another --output.")
@@ -132,6 +129,7 @@ def check_output(folder: Path, overwrite: bool) -> None:
         raise OSError(
             f"Can't write to the output folder {folder}: {error.strerror}. Give another --output."
         ) from error
+    return folder
 
 
 def write_outputs(
@@ -160,6 +158,13 @@ def write_metrics(folder: Path, metrics: dict[str, Any]) -> None:
 
 
 def _write_all(folder: Path, writers: dict[str, Callable[[Path], None]]) -> None:
+    """Write on the main process; the others wait."""
+    if process_state().is_main_process:
+        _replace_all(folder, writers)
+    process_state().wait_for_everyone()
+
+
+def _replace_all(folder: Path, writers: dict[str, Callable[[Path], None]]) -> None:
     staging = Path(tempfile.mkdtemp(dir=folder, prefix=".writing-"))
     try:
         for name, write in writers.items():

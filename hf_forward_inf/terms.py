@@ -9,10 +9,19 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from hf_forward_inf.ascent import Parameters, Perturbation, call, evaluating, perturbed_names, to_device
+from hf_forward_inf.ascent import (
+    Mirrored,
+    Parameters,
+    Perturbation,
+    call,
+    held_at_once,
+    perturbed_names,
+    to_device,
+)
 from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.candidate_pass import encode
 from hf_forward_inf.directions import direction_for
+from hf_forward_inf.modes import evaluating
 
 if TYPE_CHECKING:
     from hf_forward_inf.forward_inf import ForwardInf
@@ -41,22 +50,28 @@ def explain(tracer: "ForwardInf", found: Attribution, k: int = 10) -> Attributio
     with evaluating(adapter.model), torch.no_grad():
         training = candidates if tracer.training is None else tracer.training
         direction = direction_for(tracer.ascent, adapter, training, names, tracer.cache_dir)
-        for i in range(len(found)):
-            (theta_k,) = Perturbation(adapter, queries[i : i + 1], names, tracer.ascent, direction).thetas
-            rows = found.top(i, k)["candidate"]
-            if theta_k is None or not len(rows):
-                continue
-            features = adapter.encode(adapter.prepare(candidates.select_columns(columns))[list(rows)])
-            rises = _rises(tracer, theta_k, features).cpu().numpy()
-            for row, texts, scores in zip(rows, adapter.term_texts(features), rises, strict=True):
-                details["query"].append(i)
-                details["candidate"].append(row)
-                details["terms"].append(texts)
-                details["term_scores"].append(scores[: len(texts)].astype(np.float32))
+        block = held_at_once(adapter.model, names)
+        for start in range(0, len(found), block):
+            perturbation = Perturbation(adapter, queries[start : start + block], names, tracer.ascent, direction)
+            mirrored = Mirrored(perturbation) if tracer.ascent.mode == "symmetric" else None
+            for j, theta_k in enumerate(perturbation.thetas):
+                rows = found.top(start + j, k)["candidate"]
+                if theta_k is None or not len(rows):
+                    continue
+                features = adapter.encode(adapter.prepare(candidates.select_columns(columns))[list(rows)])
+                other = mirrored.thetas[j] if mirrored else None
+                rises = _rises(tracer, theta_k, other, features).cpu().numpy()
+                for row, texts, scores in zip(rows, adapter.term_texts(features), rises, strict=True):
+                    details["query"].append(start + j)
+                    details["candidate"].append(row)
+                    details["terms"].append(texts)
+                    details["term_scores"].append(scores[: len(texts)].astype(np.float32))
     return replace(found, details=Dataset.from_dict(details))
 
 
-def _rises(tracer: "ForwardInf", theta_k: Parameters, features: dict[str, list[Any]]) -> Tensor:
+def _rises(
+    tracer: "ForwardInf", theta_k: Parameters, mirrored: Parameters | None, features: dict[str, list[Any]]
+) -> Tensor:
     """By how much each term's loss rises, `[rows, terms]`, with the sign that scores have."""
     adapter, model = tracer.adapter, tracer.adapter.model
     batch = to_device(adapter.collate(features), model)
@@ -64,8 +79,7 @@ def _rises(tracer: "ForwardInf", theta_k: Parameters, features: dict[str, list[A
     def losses(theta: Parameters) -> Tensor:
         return adapter.term_losses(partial(call, model, theta), batch)
 
-    if tracer.ascent.mode == "symmetric":
-        own = dict(model.named_parameters())
-        return (losses(theta_k) - losses({name: 2 * own[name] - value for name, value in theta_k.items()})) / 2
+    if mirrored is not None:
+        return (losses(theta_k) - losses(mirrored)) / 2
     rise = losses(theta_k) - losses({})
     return -rise if tracer.ascent.mode == "descent" else rise

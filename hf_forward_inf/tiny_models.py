@@ -1,9 +1,6 @@
 """Small real models, trained once on the data they are traced on, and cached: for recipes without a model."""
 
 import math
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +15,7 @@ from hf_forward_inf.adapters.seq2seq import Seq2SeqAdapter
 from hf_forward_inf.candidate_pass import batches, check_terms, default_cache_dir
 from hf_forward_inf.checks import check_rows
 from hf_forward_inf.fingerprints import fingerprint
+from hf_forward_inf.kept import keep_folder
 from hf_forward_inf.processes import process_state
 
 SIZES = {"d_model": 128, "d_kv": 32, "d_ff": 256, "num_heads": 4, "num_layers": 2, "num_decoder_layers": 2}
@@ -54,18 +52,15 @@ def tiny_mt5(
     columns = ["inputs_pretokenized", "targets_pretokenized"]
     key = fingerprint([rows[column][:] for column in columns], epochs, learning_rate, vocabulary, seed)
     folder = (cache_dir or default_cache_dir()) / "models" / key
+
+    def write(part: Path) -> None:
+        tokenizer = train_tokenizer([text for column in columns for text in rows[column]], vocabulary)
+        train_mt5(rows, tokenizer, epochs, learning_rate, seed, device=state.device).save_pretrained(part)
+        tokenizer.save_pretrained(part)
+
     with state.main_process_first():
         if not folder.exists():
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            part = Path(tempfile.mkdtemp(dir=folder.parent))
-            try:
-                tokenizer = train_tokenizer([text for column in columns for text in rows[column]], vocabulary)
-                model = train_mt5(rows, tokenizer, epochs, learning_rate, seed, device=state.device)
-                model.save_pretrained(part)
-                tokenizer.save_pretrained(part)
-                os.replace(part, folder)
-            finally:
-                shutil.rmtree(part, ignore_errors=True)
+            keep_folder(folder, write)
     model = MT5ForConditionalGeneration.from_pretrained(folder).to(state.device).eval()
     return model, PreTrainedTokenizerFast.from_pretrained(folder)
 

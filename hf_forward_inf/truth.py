@@ -2,7 +2,6 @@
 
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from datasets import Dataset, concatenate_datasets
@@ -12,6 +11,7 @@ from hf_forward_inf.ascent import AscentConfig
 from hf_forward_inf.attribution import Attributor
 from hf_forward_inf.baselines import Ensemble
 from hf_forward_inf.contenders import DIRECTIONS, chosen_directions, contenders
+from hf_forward_inf.evaluation import flat
 from hf_forward_inf.forward_inf import ForwardInf
 from hf_forward_inf.metrics import lds
 from hf_forward_inf.processes import say
@@ -129,8 +129,7 @@ def lds_run(options: TruthOptions) -> dict[str, Any]:
         OSError: If the folder can't be written to. Both before anything is computed.
     """
     started = time.perf_counter()
-    folder = Path(options.output)
-    check_output(folder, options.overwrite)
+    folder = check_output(options.output, options.overwrite)
     task = load_task(options)
     judged, others = retrain_halves(task, options)
     adapters = [task.adapter(seed) for seed in range(options.seeds or 1)]
@@ -148,7 +147,7 @@ def lds_run(options: TruthOptions) -> dict[str, Any]:
         figures = {**lds(scores, judged.subsets, judged.losses), "seconds": time.perf_counter() - start}
         figures |= _settings(attributor)
         say(_line(name, figures))
-        metrics |= {key if name == "forward_inf" else f"{name}/{key}": value for key, value in figures.items()}
+        metrics |= flat({name: figures})
         if name == best:
             metrics |= {f"tuned/{key}": value for key, value in figures.items()}
     metrics |= {"tuned/direction": best, **environment(options), "total_seconds": time.perf_counter() - started}

@@ -18,6 +18,7 @@ def test_a_pace_tells_what_is_inspected_by_when():
     pace = Pace(setup=2.0, seconds=6.0)
     assert [pace.inspected(t) for t in (1.0, 2.0, 3.0, 6.0, 9.0)] == [0.0, 0.0, 0.25, 1.0, 1.0]
     assert Pace(setup=0.0, seconds=0.0).inspected(0.0) == 1.0
+    assert Pace(setup=6.0, seconds=6.0).inspected(3.0) == 0.0
 
 
 def test_the_setup_is_where_the_line_through_two_sizes_begins(queries, candidates, monkeypatch):

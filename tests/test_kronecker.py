@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from hf_forward_inf.adapters import Seq2SeqAdapter, TensorAdapter
-from hf_forward_inf.ascent import evaluating
 from hf_forward_inf.kronecker import Kronecker, KroneckerFit
+from hf_forward_inf.modes import evaluating
 from hf_forward_inf.sample import Sample
 from tests import digits
 from tests.line import assert_same_state, state

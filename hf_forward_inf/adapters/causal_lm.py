@@ -92,6 +92,12 @@ class CausalLMAdapter(Adapter):
         """Columns, length limit, the tokenizer's whole state and its chat template."""
         return fingerprint(self.formats, self.max_length, tokenizer_state(self.tokenizer))
 
+    @property
+    def filler(self) -> int:
+        """The token that pads; it is masked, so that any will do where the tokenizer has none for it."""
+        padding = self.tokenizer.pad_token_id
+        return (self.tokenizer.eos_token_id or 0) if padding is None else padding
+
     def columns_in(self, names: Iterable[str]) -> tuple[str, ...]:
         """Find out how the rows are written: messages, else prompt and completion, else texts.
 
@@ -179,9 +185,8 @@ class CausalLMAdapter(Adapter):
             [IGNORED] * start + row[start:stop] + [IGNORED] * (len(row) - stop)
             for row, (start, stop) in zip(ids, cuts, strict=True)
         ]
-        filler = self.tokenizer.pad_token_id
         return {
-            "input_ids": pad(ids, (self.tokenizer.eos_token_id or 0) if filler is None else filler),
+            "input_ids": pad(ids, self.filler),
             "attention_mask": pad([[1] * len(row) for row in ids], 0),
             "labels": pad(labels, IGNORED),
         }
@@ -267,16 +272,16 @@ class CausalLMAdapter(Adapter):
             prompts = [ids[:-1] if ids[-1:] == [self.tokenizer.eos_token_id] else ids for ids in prompts]
         prompts = [ids[1 - self.max_length :] for ids in prompts]
         device = next(self.model.parameters()).device
-        filler = self.tokenizer.pad_token_id
-        filler = (self.tokenizer.eos_token_id or 0) if filler is None else filler
         answers: list[str] = []
         for start in range(0, len(prompts), batch_size):
             chunk = [ids[::-1] for ids in prompts[start : start + batch_size]]  # turned round: padded on the left
-            ids, mask = (pad(side, value).flip(1).to(device) for side, value in ((chunk, filler), (_ones(chunk), 0)))
+            ids, mask = (
+                pad(side, value).flip(1).to(device) for side, value in ((chunk, self.filler), (_ones(chunk), 0))
+            )
             room = min(max_new_tokens, self.max_length - ids.shape[1])
             made = self.model.generate(
                 input_ids=ids, attention_mask=mask, max_new_tokens=room, do_sample=False, num_beams=1,
-                pad_token_id=filler,
+                pad_token_id=self.filler,
             )  # fmt: skip
             answers += self.tokenizer.batch_decode(made[:, ids.shape[1] :], skip_special_tokens=True)
         return answers

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hf_forward_inf.adapters.base import Batch
 from hf_forward_inf.adapters.text import tokenizer_state
 from hf_forward_inf.fingerprints import fingerprint, fingerprint_of_model
+from hf_forward_inf.modes import evaluating
 from hf_forward_inf.pictures import UnreadableImage, pixels, read_image
 
 ENCODERS = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
@@ -77,17 +78,10 @@ def state_of_encoders(pipe: Any) -> str:
 
 @contextmanager
 def encoders_evaluating(pipe: Any) -> Iterator[None]:
-    """Switch dropout off in what runs before the denoiser, and keep no graph; every module gets its own mode back."""
-    encoders = [getattr(pipe, name) for name in ENCODERS if getattr(pipe, name, None) is not None]
-    modes = [(module, module.training) for encoder in encoders for module in encoder.modules()]
-    try:
-        for encoder in encoders:
-            encoder.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    """Switch dropout off in what runs before the denoiser, and keep no graph."""
+    encoders = (getattr(pipe, name, None) for name in ENCODERS)
+    with evaluating(*(encoder for encoder in encoders if encoder is not None)), torch.no_grad():
+        yield
 
 
 def values_of(image: Any, size: tuple[int, int], channels: int) -> np.ndarray:

@@ -4,12 +4,11 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset
 from torch import nn
 
 from hf_forward_inf.ascent import AscentConfig
-from hf_forward_inf.baselines.gradients import Directions, GradientBaseline
+from hf_forward_inf.baselines.gradients import Directions, GradientBaseline, corrected
 from hf_forward_inf.directions import direction_for
 from hf_forward_inf.example_gradients import ExampleGradients
 from hf_forward_inf.fingerprints import fingerprint
@@ -56,17 +55,8 @@ class FirstOrder(GradientBaseline):
         training = candidates if self.training is None else self.training
 
         def directions(raw: Directions, gradients: ExampleGradients) -> Directions:
-            adapter, names = self.adapter, list(raw)
-            direction = direction_for(self.ascent, adapter, training, names, self.cache_dir)
-            if direction is None:
-                return raw
-            correct = direction.ready()
-            shapes = [adapter.model.get_parameter(name).shape for name in names]
-            made = [
-                correct([raw[name][i].view(shape) for name, shape in zip(names, shapes, strict=True)])
-                for i in range(len(raw[names[0]]))
-            ]
-            return {name: torch.stack([one[n].flatten() for one in made]) for n, name in enumerate(names)}
+            direction = direction_for(self.ascent, self.adapter, training, list(raw), self.cache_dir)
+            return raw if direction is None else corrected(raw, gradients, direction.ready())
 
         key = fingerprint("first order", self.config, training._fingerprint)
         return self.products(queries, candidates, key, directions=directions, norms=False)[0]

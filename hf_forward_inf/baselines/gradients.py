@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from hf_forward_inf.adapters import Adapter, adapter_for
 from hf_forward_inf.adapters.base import Batch, Rows
-from hf_forward_inf.ascent import evaluating, perturbed_names, to_device
+from hf_forward_inf.ascent import Correction, perturbed_names, to_device
 from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.candidate_pass import MAX_BATCH_LENGTH, CandidatePass, encode
 from hf_forward_inf.example_gradients import ExampleGradients
 from hf_forward_inf.fingerprints import fingerprint
+from hf_forward_inf.modes import evaluating
 
 Directions: TypeAlias = dict[str, Tensor]
 """A direction in parameter space for each query, by parameter: `[queries, numel]`."""
@@ -192,6 +193,17 @@ def query_gradients(gradients: ExampleGradients, queries: Rows) -> Directions:
         for name, _, values in gradients.of(batch):
             found.setdefault(name, values.new_zeros(count, values.shape[1]))[i] = values[0]
     return found
+
+
+def corrected(raw: Directions, gradients: ExampleGradients, correct: Correction) -> Directions:
+    """Make a direction of each query's gradient, `[queries, numel]` by parameter."""
+    shapes = {name: gradients.model.get_parameter(name).shape for name in raw}
+    made: Directions = {name: torch.empty_like(values) for name, values in raw.items()}
+    for i in range(len(next(iter(raw.values())))):
+        right = [values[i].view(shapes[name]) for name, values in raw.items()]
+        for name, values in zip(made, correct(right), strict=True):
+            made[name][i] = values.flatten()
+    return made
 
 
 def cosines(products: np.ndarray, own: np.ndarray, theirs: np.ndarray) -> np.ndarray:

@@ -4,13 +4,12 @@ from functools import partial
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from datasets import Dataset
 from torch import nn
 
-from hf_forward_inf.ascent import to_device
-from hf_forward_inf.baselines.gradients import Directions, GradientBaseline, cosines
-from hf_forward_inf.curvature import GaussNewton, Product, Vector, conjugate_gradients, hessian_product, lissa
+from hf_forward_inf.ascent import Correction, to_device
+from hf_forward_inf.baselines.gradients import Directions, GradientBaseline, corrected, cosines
+from hf_forward_inf.curvature import GaussNewton, Product, conjugate_gradients, hessian_product, lissa
 from hf_forward_inf.example_gradients import ExampleGradients
 from hf_forward_inf.fingerprints import fingerprint
 from hf_forward_inf.sample import Sample
@@ -93,21 +92,18 @@ class InfluenceFunctions(GradientBaseline):
 
     def _solved(self, sample: Sample, raw: Directions, gradients: ExampleGradients) -> Directions:
         adapter, names = self.adapter, list(raw)
-        if self.solver == "cg":
-            matrix = GaussNewton(adapter, sample.batches(set(names)), names)
 
         def drawn(number: int) -> Product:
             draw = np.random.default_rng((self.seed, number)).choice(len(sample), size=self.batch_size)
             batch = to_device(adapter.collate(sample.features[np.sort(draw)]), adapter.model)
             return partial(hessian_product, adapter, batch, names)
 
-        solved: Directions = {name: torch.empty_like(values) for name, values in raw.items()}
-        for i in range(len(raw[names[0]])):
-            right: Vector = [raw[name][i].view(adapter.model.get_parameter(name).shape) for name in names]
-            if self.solver == "cg":
-                x = conjugate_gradients(matrix, right, iterations=self.iterations, damping=self.damping)
-            else:
-                x = lissa(drawn, right, depth=self.depth, scale=self.scale, damping=self.damping, repeats=self.repeats)
-            for name, values in zip(names, x, strict=True):
-                solved[name][i] = values.flatten()
-        return solved
+        correct: Correction
+        if self.solver == "cg":
+            matrix = GaussNewton(adapter, sample.batches(set(names)), names)
+            correct = partial(conjugate_gradients, matrix, iterations=self.iterations, damping=self.damping)
+        else:
+            correct = partial(
+                lissa, drawn, depth=self.depth, scale=self.scale, damping=self.damping, repeats=self.repeats
+            )
+        return corrected(raw, gradients, correct)

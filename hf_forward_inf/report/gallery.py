@@ -1,13 +1,11 @@
 """Pictures in the report, held by the page itself."""
 
-import base64
-import io
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from hf_forward_inf.pictures import UnreadableImage, data_uri, images_of
+from hf_forward_inf.pictures import UnreadableImage, data_uri, images_of, png_uri
 
 DARKEST = 200
 """Opacity, of 255, of the place whose loss rises most."""
@@ -39,6 +37,4 @@ def heatmap(detail: Mapping[str, Any] | None) -> str:
     layer = np.zeros((height, width, 4), dtype=np.uint8)
     layer[..., :3] = (224, 82, 60)
     layer[..., 3] = DARKEST * rises / (rises.max() or 1.0)
-    file = io.BytesIO()
-    Image.fromarray(layer).save(file, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    return png_uri(Image.fromarray(layer))
