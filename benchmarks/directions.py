@@ -23,9 +23,9 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf.adapters import Seq2SeqAdapter
 from hf_forward_inf.adapters.base import Batch, Forward
-from hf_forward_inf.cost import measure
 from hf_forward_inf.datasets import builtin_facts, candidate_pool, load_rows, proponents, sample_rows
-from hf_forward_inf.tiny_models import tiny_mt5
+from hf_forward_inf.experiments.cost import measure
+from hf_forward_inf.experiments.tiny_models import tiny_mt5
 
 
 class EmpiricalFisher(Seq2SeqAdapter):

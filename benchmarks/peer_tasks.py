@@ -10,10 +10,10 @@ from peer_runs.task import IGNORED, Task, logits_of, losses
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from hf_forward_inf.datasets import builtin_facts, candidate_pool, load_rows, proponents
+from hf_forward_inf.experiments.task import BUILTIN_CANDIDATES, TraceOptions, answered
+from hf_forward_inf.experiments.tiny_models import tiny_mt5, train_tokenizer
 from hf_forward_inf.processes import say
-from hf_forward_inf.task import BUILTIN_CANDIDATES, TraceOptions, answered
 from hf_forward_inf.texts import SENTINEL, fill_in, without_sentinels
-from hf_forward_inf.tiny_models import tiny_mt5, train_tokenizer
 
 QUERIES = 47
 VOCABULARY = 1024

@@ -15,10 +15,10 @@ from datasets import Dataset
 
 from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf.datasets import load_rows
+from hf_forward_inf.experiments.run import trace_run
+from hf_forward_inf.experiments.task import TraceOptions
+from hf_forward_inf.experiments.tiny_models import tiny_mt5
 from hf_forward_inf.processes import say
-from hf_forward_inf.run import trace_run
-from hf_forward_inf.task import TraceOptions
-from hf_forward_inf.tiny_models import tiny_mt5
 
 WORDINGS = 6
 """Sentences tried for each fact."""

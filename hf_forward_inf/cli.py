@@ -10,12 +10,12 @@ from transformers import HfArgumentParser
 from transformers.utils.logging import disable_progress_bar
 
 from hf_forward_inf.ascent import AscentConfig
-from hf_forward_inf.counterfactual import CounterfactualOptions, counterfactual_run
-from hf_forward_inf.finetune import FinetuneOptions, finetune_run
+from hf_forward_inf.experiments.counterfactual import CounterfactualOptions, counterfactual_run
+from hf_forward_inf.experiments.finetune import FinetuneOptions, finetune_run
+from hf_forward_inf.experiments.run import trace_run
+from hf_forward_inf.experiments.task import TraceOptions
+from hf_forward_inf.experiments.truth import TruthOptions, lds_run
 from hf_forward_inf.processes import start_the_other_processes
-from hf_forward_inf.run import trace_run
-from hf_forward_inf.task import TraceOptions
-from hf_forward_inf.truth import TruthOptions, lds_run
 
 USAGE = """usage: hf-forward-inf <command> [options]
 
@@ -59,7 +59,7 @@ def finetune(arguments: Sequence[str] | None = None, program: str | None = None)
 def draw(arguments: Sequence[str] | None = None, program: str | None = None) -> int:
     """Parse the options of `draw` and run it; a wrong input is told in one line, with exit status 1."""
     try:
-        from hf_forward_inf.draw import DrawOptions, draw_run
+        from hf_forward_inf.experiments.draw import DrawOptions, draw_run
     except ImportError as error:
         print(f"error: {error}. Pictures need the extra: pip install 'hf-forward-inf[diffusion]'.", file=sys.stderr)
         return 1

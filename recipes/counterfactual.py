@@ -12,7 +12,7 @@ lists all options.
 import sys
 
 from hf_forward_inf.cli import judge
-from hf_forward_inf.counterfactual import CounterfactualOptions, counterfactual_run
+from hf_forward_inf.experiments.counterfactual import CounterfactualOptions, counterfactual_run
 
 if __name__ == "__main__":
     sys.exit(judge(counterfactual_run, CounterfactualOptions))

@@ -9,9 +9,9 @@ from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf.adapters import Seq2SeqAdapter, TensorAdapter
 from hf_forward_inf.ascent import Mirrored, Perturbation
 from hf_forward_inf.baselines import FirstOrder
-from hf_forward_inf.cost import measure
 from hf_forward_inf.curvature import conjugate_gradients
 from hf_forward_inf.directions import direction_for
+from hf_forward_inf.experiments.cost import measure
 from tests import digits
 from tests.line import assert_same_state, state
 

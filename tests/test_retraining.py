@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_forward_inf.retrainable import digits, hard_and_random
+from hf_forward_inf.experiments.retrainable import digits, hard_and_random
 from hf_forward_inf.retraining import BatchedTraining, Retrained, random_halves, retrained_losses
 from tests import digits as small
 

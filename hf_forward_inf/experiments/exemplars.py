@@ -6,9 +6,9 @@ import numpy as np
 from datasets import Dataset
 
 from hf_forward_inf.adapters import DiffusionAdapter
-from hf_forward_inf.denoising import trained
+from hf_forward_inf.experiments.denoising import trained
+from hf_forward_inf.experiments.pixel_pipeline import tiny_pipeline
 from hf_forward_inf.pictures import read_image
-from hf_forward_inf.pixel_pipeline import tiny_pipeline
 from hf_forward_inf.processes import process_state, say
 
 CAPTION, IMAGE = "caption", "image"

@@ -14,17 +14,17 @@ from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.baselines.pixels import PixelDistance
 from hf_forward_inf.datasets import load_rows
 from hf_forward_inf.datasets.digits import captioned_digits
-from hf_forward_inf.denoising import trained
-from hf_forward_inf.evaluation import as_text, compare, flat
-from hf_forward_inf.exemplars import CAPTION, IMAGE, Teaching, choose_exemplars, tiny_drawer
+from hf_forward_inf.experiments.denoising import trained
+from hf_forward_inf.experiments.evaluation import as_text, compare, flat
+from hf_forward_inf.experiments.exemplars import CAPTION, IMAGE, Teaching, choose_exemplars, tiny_drawer
+from hf_forward_inf.experiments.run import about, check_output, write_outputs
+from hf_forward_inf.experiments.task import Task
 from hf_forward_inf.forward_inf import ForwardInf
 from hf_forward_inf.hubs import standardised
 from hf_forward_inf.loss_pass import LossPass
 from hf_forward_inf.metrics import recalls_at_k
 from hf_forward_inf.modes import evaluating
 from hf_forward_inf.processes import process_state, say
-from hf_forward_inf.run import about, check_output, write_outputs
-from hf_forward_inf.task import Task
 
 DAMPING = 0.01
 """Of conjugate gradients; less than for language models, by experiment."""

@@ -12,21 +12,21 @@ import torch
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from hf_forward_inf import cost
 from hf_forward_inf.adapters import CausalLMAdapter
 from hf_forward_inf.ascent import AscentConfig
 from hf_forward_inf.candidate_pass import default_cache_dir, encode
-from hf_forward_inf.comparison import attributors
 from hf_forward_inf.datasets import load_rows, proponents, sample_rows
 from hf_forward_inf.datasets.questions import builtin_questions
-from hf_forward_inf.evaluation import as_text, compare, flat
+from hf_forward_inf.experiments import cost
+from hf_forward_inf.experiments.comparison import attributors
+from hf_forward_inf.experiments.evaluation import as_text, compare, flat
+from hf_forward_inf.experiments.run import about, check_output, write_outputs
+from hf_forward_inf.experiments.task import Task, has_facts, load_model
+from hf_forward_inf.experiments.tiny_models import train_tokenizer
 from hf_forward_inf.fingerprints import fingerprint, fingerprint_of_model
 from hf_forward_inf.forward_inf import ForwardInf
 from hf_forward_inf.kept import keep_folder
 from hf_forward_inf.processes import process_state, say
-from hf_forward_inf.run import about, check_output, write_outputs
-from hf_forward_inf.task import Task, has_facts, load_model
-from hf_forward_inf.tiny_models import train_tokenizer
 
 SIZES: dict[str, Any] = {
     "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -12,16 +12,16 @@ from datasets import Dataset
 from hf_forward_inf.adapters import Adapter
 from hf_forward_inf.attribution import Attribution, Attributor
 from hf_forward_inf.baselines import Ensemble, Random
-from hf_forward_inf.contenders import baselines
-from hf_forward_inf.evaluation import flat
+from hf_forward_inf.experiments.contenders import baselines
+from hf_forward_inf.experiments.evaluation import flat
+from hf_forward_inf.experiments.retrainable import Retrainable
+from hf_forward_inf.experiments.run import check_output, environment, write_metrics
+from hf_forward_inf.experiments.truth import TruthOptions, choose, load_task, retrain_halves
 from hf_forward_inf.fingerprints import fingerprint
 from hf_forward_inf.forward_inf import ForwardInf
 from hf_forward_inf.metrics import bootstrap_interval
 from hf_forward_inf.processes import say
-from hf_forward_inf.retrainable import Retrainable
 from hf_forward_inf.retraining import retrained_losses
-from hf_forward_inf.run import check_output, environment, write_metrics
-from hf_forward_inf.truth import TruthOptions, choose, load_task, retrain_halves
 
 
 @dataclass

@@ -9,10 +9,10 @@ from datasets import Dataset
 
 from hf_forward_inf.adapters import Adapter, Seq2SeqAdapter
 from hf_forward_inf.datasets import builtin_facts, candidate_pool, sample_rows
+from hf_forward_inf.experiments.retrainable import Retrainable
+from hf_forward_inf.experiments.tiny_models import train_mt5, train_tokenizer
 from hf_forward_inf.fingerprints import fingerprint
-from hf_forward_inf.retrainable import Retrainable
 from hf_forward_inf.retraining import Train
-from hf_forward_inf.tiny_models import train_mt5, train_tokenizer
 
 SIZES = {"d_model": 48, "d_kv": 12, "d_ff": 96, "num_heads": 4, "num_layers": 1, "num_decoder_layers": 1}
 """An mT5 of 94,000 parameters."""

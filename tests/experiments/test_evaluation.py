@@ -3,9 +3,9 @@ import pytest
 from datasets import Dataset
 
 from hf_forward_inf import Attribution
-from hf_forward_inf.cost import Pace
-from hf_forward_inf.evaluation import as_text, average, compare, mrr_after
-from hf_forward_inf.task import Task
+from hf_forward_inf.experiments.cost import Pace
+from hf_forward_inf.experiments.evaluation import as_text, average, compare, mrr_after
+from hf_forward_inf.experiments.task import Task
 
 
 def rows(*texts):

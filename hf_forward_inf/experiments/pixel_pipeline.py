@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from hf_forward_inf.tiny_models import train_tokenizer
+from hf_forward_inf.experiments.tiny_models import train_tokenizer
 
 TOKENS = 16
 """Tokens read of a caption."""

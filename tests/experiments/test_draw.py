@@ -7,8 +7,8 @@ from hf_forward_inf import AscentConfig, Attribution
 from hf_forward_inf.adapters import DiffusionAdapter
 from hf_forward_inf.baselines.pixels import PixelDistance
 from hf_forward_inf.datasets.digits import captioned_digits
-from hf_forward_inf.draw import DrawOptions, draw_run
-from hf_forward_inf.exemplars import choose_exemplars
+from hf_forward_inf.experiments.draw import DrawOptions, draw_run
+from hf_forward_inf.experiments.exemplars import choose_exemplars
 from hf_forward_inf.hubs import standardised
 from tests.drawing import rows, stable_diffusion
 

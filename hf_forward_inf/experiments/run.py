@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-from hf_forward_inf import cost
 from hf_forward_inf.ascent import AscentConfig
 from hf_forward_inf.attribution import Attribution
-from hf_forward_inf.comparison import Comparison, attributors, run_baselines, run_comparison
-from hf_forward_inf.evaluation import Table, as_text, average, compare, flat
+from hf_forward_inf.experiments import cost
+from hf_forward_inf.experiments.comparison import Comparison, attributors, run_baselines, run_comparison
+from hf_forward_inf.experiments.evaluation import Table, as_text, average, compare, flat
+from hf_forward_inf.experiments.task import TraceOptions, load_source
 from hf_forward_inf.forward_inf import ForwardInf
 from hf_forward_inf.processes import process_state, say
 from hf_forward_inf.report.plots import budget_plot
-from hf_forward_inf.task import TraceOptions, load_source
 
 OUTPUTS = ("attribution", "report.html", "metrics.json")
 """What a run writes, in this order: a folder with metrics.json holds a finished run."""

@@ -11,10 +11,10 @@ import pytest
 
 from hf_forward_inf import AscentConfig, Attribution
 from hf_forward_inf.cli import main
-from hf_forward_inf.run import OUTPUTS, trace_run
-from hf_forward_inf.task import TraceOptions
+from hf_forward_inf.experiments.run import OUTPUTS, trace_run
+from hf_forward_inf.experiments.task import TraceOptions
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "ftrace.py"
+RECIPE = Path(__file__).parents[2] / "recipes" / "ftrace.py"
 
 
 @pytest.fixture

@@ -10,15 +10,15 @@ from hf_forward_inf.adapters import Adapter
 from hf_forward_inf.ascent import AscentConfig
 from hf_forward_inf.attribution import Attributor
 from hf_forward_inf.baselines import Ensemble
-from hf_forward_inf.contenders import DIRECTIONS, chosen_directions, contenders
-from hf_forward_inf.evaluation import flat
+from hf_forward_inf.experiments.contenders import DIRECTIONS, chosen_directions, contenders
+from hf_forward_inf.experiments.evaluation import flat
+from hf_forward_inf.experiments.retrainable import NETWORKS, Retrainable, digits
+from hf_forward_inf.experiments.retrainable_facts import facts
+from hf_forward_inf.experiments.run import check_output, environment, write_metrics
 from hf_forward_inf.forward_inf import ForwardInf
 from hf_forward_inf.metrics import lds
 from hf_forward_inf.processes import say
-from hf_forward_inf.retrainable import NETWORKS, Retrainable, digits
-from hf_forward_inf.retrainable_facts import facts
 from hf_forward_inf.retraining import Retrained, random_halves, retrained_losses
-from hf_forward_inf.run import check_output, environment, write_metrics
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "digits": {

@@ -6,10 +6,10 @@ from typing import TypeAlias
 import numpy as np
 
 from hf_forward_inf.attribution import Attribution
-from hf_forward_inf.cost import Pace
 from hf_forward_inf.datasets.ftrace import word_overlap
+from hf_forward_inf.experiments.cost import Pace
+from hf_forward_inf.experiments.task import Task
 from hf_forward_inf.metrics import evaluate, random_figures, recalls_at_k, reciprocal_ranks, worst_hub
-from hf_forward_inf.task import Task
 from hf_forward_inf.texts import fill_in, text_and_target, text_columns
 
 Table: TypeAlias = dict[str, dict[str, float]]

@@ -8,9 +8,9 @@ from datasets import Dataset, concatenate_datasets
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from hf_forward_inf.datasets import builtin_facts, candidate_pool, load_rows, own_candidates, proponents, sample_rows
+from hf_forward_inf.experiments.tiny_models import tiny_mt5
 from hf_forward_inf.forward_inf import ForwardInf
 from hf_forward_inf.processes import process_state, say
-from hf_forward_inf.tiny_models import tiny_mt5
 
 BUILTIN_CANDIDATES = 1200
 """Candidates traced of the built-in facts, unless the user says how many."""

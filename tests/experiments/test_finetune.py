@@ -7,7 +7,7 @@ from hf_forward_inf import AscentConfig
 from hf_forward_inf.cli import main
 from hf_forward_inf.datasets import proponents, questions
 from hf_forward_inf.datasets.questions import builtin_questions
-from hf_forward_inf.finetune import SIZES, FinetuneOptions, finetune_run
+from hf_forward_inf.experiments.finetune import SIZES, FinetuneOptions, finetune_run
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 2}
 

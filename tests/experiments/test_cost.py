@@ -3,7 +3,7 @@ from datasets import is_caching_enabled
 
 from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf.baselines import BM25
-from hf_forward_inf.cost import Pace, measure, pace
+from hf_forward_inf.experiments.cost import Pace, measure, pace
 
 
 def test_costs_are_measured_and_caching_is_left_as_it_was(model, tokenizer, corpus, queries):

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from hf_forward_inf import cost
 from hf_forward_inf.ascent import AscentConfig, perturbed_names
 from hf_forward_inf.attribution import Attribution, Attributor
 from hf_forward_inf.baselines import (
@@ -18,10 +17,11 @@ from hf_forward_inf.baselines import (
     TracIn,
     TrackStar,
 )
-from hf_forward_inf.evaluation import mrr_after
+from hf_forward_inf.experiments import cost
+from hf_forward_inf.experiments.evaluation import mrr_after
+from hf_forward_inf.experiments.task import Task
 from hf_forward_inf.forward_inf import ForwardInf
 from hf_forward_inf.processes import say
-from hf_forward_inf.task import Task
 
 FIXED_LEARNING_RATES = ((0.1, 1), (1.0, 1), (0.1, 3))
 """Learning rates and steps of the paper's fixed-rate ascent that are tried."""

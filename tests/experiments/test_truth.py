@@ -5,18 +5,18 @@ import pytest
 
 from hf_forward_inf import ForwardInf
 from hf_forward_inf.cli import main
-from hf_forward_inf.counterfactual import Counterfactual, CounterfactualOptions, answered_by, without_best
+from hf_forward_inf.experiments.counterfactual import Counterfactual, CounterfactualOptions, answered_by, without_best
+from hf_forward_inf.experiments.retrainable import digits
+from hf_forward_inf.experiments.retrainable_facts import facts
+from hf_forward_inf.experiments.truth import TruthOptions, retrain_halves
 from hf_forward_inf.metrics import lds
-from hf_forward_inf.retrainable import digits
-from hf_forward_inf.retrainable_facts import facts
-from hf_forward_inf.truth import TruthOptions, retrain_halves
 
 SMALL = ["--candidates", "60", "--queries", "4", "--subsets", "4", "--seeds", "2", "--dampings", "0.1"]
 
 
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch):
-    monkeypatch.setattr("hf_forward_inf.retrainable.STEPS", 20)
+    monkeypatch.setattr("hf_forward_inf.experiments.retrainable.STEPS", 20)
 
 
 def run(command, folder, *options):
@@ -85,7 +85,7 @@ def test_what_is_taken_away_is_compared_with_the_same_seeds_trained_on_everythin
 
 
 def test_a_language_model_is_taught_again_without_half_of_its_sentences(monkeypatch):
-    monkeypatch.setattr("hf_forward_inf.retrainable_facts.TRAINING", {"epochs": 1, "learning_rate": 1e-3})
+    monkeypatch.setattr("hf_forward_inf.experiments.retrainable_facts.TRAINING", {"epochs": 1, "learning_rate": 1e-3})
     task = facts(candidates=40, queries=3)
     judged, others = retrain_halves(task, TruthOptions(task="facts", subsets=3, seeds=1))
     assert judged.losses.shape == others.losses.shape == (3, 3)
