@@ -1,10 +1,8 @@
 """Step 2 of the algorithm: move the model up (or down) the loss of one query, on a copy of its parameters."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
 from functools import cached_property, partial
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -13,10 +11,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from hf_forward_inf.adapters.base import Adapter, Batch, Rows
+from hf_forward_inf.adapters.text import peft_parameters
 from hf_forward_inf.fingerprints import fingerprint
+from hf_forward_inf.lora import RANK, LowRank, added, is_quantised, slopes
+from hf_forward_inf.modules import perturbed_names
 
-Parameters: TypeAlias = dict[str, Tensor]
-"""Perturbed parameters by name: theta_K, without what it shares with theta."""
+Parameters: TypeAlias = dict[str, Tensor | LowRank]
+"""Perturbed parameters by name, or changes of them: theta_K, without what it shares with theta."""
 
 Correction: TypeAlias = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 """Makes the direction of a step of a gradient, both one tensor a perturbed parameter."""
@@ -60,6 +61,11 @@ class AscentConfig:
         sample (`int`, *optional*): Candidates whose curvature counts. Defaults to 128 for `"cg"`, else to 1024.
         second_moments (`str`, *optional*): For `"adam"`: a Trainer's `optimizer.pt` or its folder. By default second
             moments are estimated on the sample.
+        lora_rank (`int`, *optional*): Leave the weights alone, and perturb linear layers through a fresh LoRA of this
+            rank at most. Its A is not drawn, but spans what each layer reads of the query, so that up to the query's
+            tokens the step is the gradient's own, and beyond that nearest to it. Any weights will do, and a
+            perturbed model takes next to no memory. The output layer stays out unless named. Defaults to 64 where
+            weights are quantised, else to perturbing the weights.
         seed (`int`, defaults to 0): Seeds whatever is drawn at random.
 
     Raises:
@@ -97,6 +103,10 @@ class AscentConfig:
     second_moments: str | None = field(
         default=None, metadata={"help": "For adam: a Trainer's optimizer.pt or its folder (default: estimated)."}
     )
+    lora_rank: int | None = field(
+        default=None,
+        metadata={"help": "Perturb through a fresh LoRA of this rank (default: 64, where weights are quantised)."},
+    )
     seed: int = field(default=0, metadata={"help": "Seeds whatever is drawn at random."})
 
     def __post_init__(self) -> None:
@@ -115,7 +125,7 @@ class AscentConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {allowed}.")
         self._check_direction()
-        for name in ("radius", "learning_rate", "steps", "damping", "iterations", "tolerance", "sample"):
+        for name in ("radius", "learning_rate", "steps", "damping", "iterations", "tolerance", "sample", "lora_rank"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 hint = "; mode='descent' goes the other way" if name in ("radius", "learning_rate") else ""
@@ -136,6 +146,11 @@ class AscentConfig:
                 f"direction={self.direction!r} needs a radius: the length of a corrected gradient says nothing, so a "
                 "learning_rate can't be applied to it."
             )
+        if self.lora_rank is not None and (self.direction != "gradient" or self.optimizer != "sgd"):
+            raise ValueError(
+                "lora_rank goes along the gradient alone: a correction by curvature, or Adam, needs the weights' own "
+                "gradients. Leave out direction and optimizer, or lora_rank."
+            )
         if self.second_moments is not None and self.direction != "adam":
             raise ValueError(f"second_moments are read by direction='adam', not by {self.direction!r}.")
         if self.damping is None and self.direction != "gradient":
@@ -144,53 +159,27 @@ class AscentConfig:
             object.__setattr__(self, "sample", SAMPLE[self.direction])
 
 
-def perturbed_names(adapter: Adapter, modules: list[str] | None) -> list[str]:
-    """List the parameters that ascent will change.
-
-    Args:
-        adapter (`Adapter`): Knows the model and its preferred modules.
-        modules (`list[str]`, *optional*): As in [`AscentConfig`].
+def lora_rank(adapter: Adapter, config: AscentConfig) -> int | None:
+    """Give the rank of the fresh LoRA that ascent goes through; `None` where it changes the weights themselves.
 
     Raises:
-        ValueError: If a pattern names nothing, or only parameters that go by another module's name.
+        ValueError: If weights are quantised and the direction needs their gradients.
     """
-    trainable = {name: p for name, p in adapter.model.named_parameters() if p.is_floating_point()}
-    if modules is None:
-        # What the adapter names it knows to be there; parameters tied to the prefix stay out.
-        prefix = adapter.prefix_parameters()
-        chosen = _matching(trainable, adapter.default_modules())
-        return [name for name in chosen if name not in prefix] or chosen
-    for pattern in modules:
-        if not _matching(trainable, [pattern]):
-            raise ValueError(_nothing_matches(adapter.model, pattern, trainable))
-    return _matching(trainable, modules)
+    if config.lora_rank is not None:
+        return config.lora_rank
+    if peft_parameters(adapter.model) or not is_quantised(adapter.model):
+        return None
+    if config.direction != "gradient" or config.optimizer != "sgd":
+        raise ValueError(
+            "The model's weights are quantised, so that it is perturbed through a fresh LoRA, and that goes along the "
+            "gradient alone: leave out direction and optimizer, or load the model unquantised."
+        )
+    return RANK
 
 
-def _matching(names: Iterable[str], patterns: list[str]) -> list[str]:
-    def named_by(name: str, pattern: str) -> bool:
-        return pattern == "all" or fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
-
-    return [name for name in names if any(named_by(name, pattern) for pattern in patterns)]
-
-
-def _nothing_matches(model: nn.Module, pattern: str, names: Iterable[str]) -> str:
-    tied = _matching([n for n, _ in model.named_parameters(remove_duplicate=False)], [pattern])
-    if tied:
-        holder = dict(model.named_parameters(remove_duplicate=False))[tied[0]]
-        owner = next(n for n, p in model.named_parameters() if p is holder)
-        return f"{tied[0]} is tied to {owner}: perturbing it changes both. Name {owner} if that is wanted."
-    known = [name for name, _ in model.named_modules() if name] + list(names)
-    close = get_close_matches(pattern, known, n=3)
-    tops = sorted({name.split(".")[0] for name in names})
-    hint = f" Close: {', '.join(close)}." if close else ""
-    return f"No parameter is named by modules={pattern!r}.{hint} The model's top-level modules: {', '.join(tops)}."
-
-
-def held_at_once(model: nn.Module, names: list[str]) -> int:
-    """How many copies of the perturbed parameters are held: few enough not to count beside the model itself."""
-    size = {name: p.numel() * p.element_size() for name, p in model.named_parameters()}
-    room = max(64 * 2**20, sum(size.values()) // 10)
-    return max(1, min(32, room // sum(size[name] for name in names)))
+def names_for(adapter: Adapter, config: AscentConfig) -> list[str]:
+    """List the parameters that ascent will change, or add a LoRA to ([`modules.perturbed_names`])."""
+    return perturbed_names(adapter, config.modules, lora=lora_rank(adapter, config) is not None)
 
 
 class Direction(Protocol):
@@ -209,7 +198,7 @@ class Perturbation:
     Args:
         adapter (`Adapter`): Gives the loss, and knows the model.
         queries (`dict[str, list]`): Encoded queries (`Adapter.encode`), one a row.
-        names (`list[str]`): Parameters to perturb ([`perturbed_names`]).
+        names (`list[str]`): Parameters to perturb ([`modules.perturbed_names`]).
         config (`AscentConfig`): Steps and their length.
         direction (`Direction`, *optional*): Corrects the gradients ([`directions.direction_for`]).
     """
@@ -254,9 +243,13 @@ class Mirrored(Perturbation):
         """The mirror image of each query's theta_K."""
         own = dict(self.other.adapter.model.named_parameters())
         return [
-            theta and {name: 2 * own[name].detach() - value for name, value in theta.items()}
+            theta and {name: _mirrored(own, name, value) for name, value in theta.items()}
             for theta in self.other.thetas
         ]
+
+
+def _mirrored(own: Mapping[str, Tensor], name: str, value: Tensor | LowRank) -> Tensor | LowRank:
+    return value * -1.0 if isinstance(value, LowRank) else 2 * own[name].detach() - value
 
 
 def ascend(
@@ -265,7 +258,8 @@ def ascend(
     """Take K steps up (or down) the loss of one query (Algorithm 1).
 
     The model itself is never written to: the steps are taken on copies of the named parameters, which
-    `torch.func.functional_call` puts in their place for the length of a call.
+    `torch.func.functional_call` puts in their place for the length of a call, or on changes of low rank that are added
+    to what linear layers give.
 
     Args:
         adapter (`Adapter`): Gives the loss, and knows the model.
@@ -275,38 +269,73 @@ def ascend(
         correct (`Callable`, *optional*): Makes the direction of a step of the gradient; the gradient by default.
 
     Returns:
-        `dict[str, Tensor]`: theta_K of the named parameters, or `None` where a gradient is zero or not
+        `dict[str, Tensor | LowRank]`: theta_K of the named parameters, or `None` where a gradient is zero or not
         finite: such a query cannot move the model.
     """
     model = adapter.model
+    batch = to_device(adapter.collate(query), model)
+    if not adapter.prefix_parameters() & set(names):
+        with torch.no_grad():
+            batch = adapter.prefix(batch)
+
+    def loss(theta: Parameters) -> Tensor:
+        return adapter.loss(partial(call, model, theta), batch).sum() / sum(query["terms"])
+
+    rank = lora_rank(adapter, config)
+    with torch.enable_grad(), torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        if rank is not None:
+            return _ascend_lora(model, loss, names, config, rank)
+        return _ascend_weights(model, loss, names, config, correct)
+
+
+def _ascend_weights(
+    model: nn.Module,
+    loss: Callable[[Parameters], Tensor],
+    names: list[str],
+    config: AscentConfig,
+    correct: Correction | None,
+) -> Parameters | None:
     own = dict(model.named_parameters())
     theta = {name: own[name].detach().clone().requires_grad_() for name in names}
     optimizer = OPTIMIZERS[config.optimizer](
         theta.values(), lr=config.learning_rate or 0.0, maximize=config.mode != "descent"
     )
-    batch = to_device(adapter.collate(query), model)
-    if not adapter.prefix_parameters() & set(names):
-        with torch.no_grad():
-            batch = adapter.prefix(batch)
-    with torch.enable_grad(), torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        for _ in range(config.steps):
-            loss = adapter.loss(partial(call, model, theta), batch).sum() / sum(query["terms"])
-            step: Sequence[Tensor] = torch.autograd.grad(
-                loss, list(theta.values()), allow_unused=True, materialize_grads=True
-            )
+    for _ in range(config.steps):
+        step: Sequence[Tensor] = torch.autograd.grad(
+            loss({**theta}), list(theta.values()), allow_unused=True, materialize_grads=True
+        )
+        length = norm(step)
+        if correct is not None and 0 < length < math.inf:
+            step = correct(step)
             length = norm(step)
-            if correct is not None and 0 < length < math.inf:
-                step = correct(step)
-                length = norm(step)
-            if not 0 < length < math.inf:
-                return None
-            if config.radius is not None:
-                optimizer.param_groups[0]["lr"] = config.radius / config.steps / length
-            for value, s in zip(theta.values(), step, strict=True):
-                value.grad = s.to(value.dtype)
-            optimizer.step()
+        if not 0 < length < math.inf:
+            return None
+        if config.radius is not None:
+            optimizer.param_groups[0]["lr"] = config.radius / config.steps / length
+        for value, s in zip(theta.values(), step, strict=True):
+            value.grad = s.to(value.dtype)
+        optimizer.step()
     return {name: value.detach() for name, value in theta.items()}
+
+
+def _ascend_lora(
+    model: nn.Module, loss: Callable[[Parameters], Tensor], names: list[str], config: AscentConfig, rank: int
+) -> Parameters | None:
+    """Go along changes of low rank, whose A is what layers read of the query: a drawn one would see a part of it."""
+    sign = -1.0 if config.mode == "descent" else 1.0
+    theta: dict[str, LowRank] = {}
+    for _ in range(config.steps):
+        step = {
+            name: slope.truncated(rank)[0] for name, slope in slopes(model, names, partial(loss, {**theta})).items()
+        }
+        length = math.hypot(*(change.norm() for change in step.values()))
+        if not 0 < length < math.inf:
+            return None
+        rate = sign * (config.learning_rate or (config.radius or 0.0) / config.steps / length)
+        for name, change in step.items():
+            theta[name] = (theta[name] + change * rate).truncated(rank)[0] if name in theta else change * rate
+    return {**theta}
 
 
 def norm(vector: Sequence[Tensor]) -> float:
@@ -314,9 +343,11 @@ def norm(vector: Sequence[Tensor]) -> float:
     return torch.stack([part.float().norm() for part in vector]).norm().item()
 
 
-def call(model: nn.Module, theta: Parameters, **inputs: Any) -> Any:
+def call(model: nn.Module, theta: Mapping[str, Tensor | LowRank], **inputs: Any) -> Any:
     """Run the model with the parameters theta in place of its own; without any, the model as it is."""
-    return functional_call(model, theta, (), inputs) if theta else model(**inputs)
+    whole = {name: value for name, value in theta.items() if isinstance(value, Tensor)}
+    with added(model, {name: value for name, value in theta.items() if isinstance(value, LowRank)}):
+        return functional_call(model, whole, (), inputs) if whole else model(**inputs)
 
 
 def to_device(batch: Batch, model: nn.Module) -> Batch:

@@ -107,7 +107,7 @@ class ExampleGradients:
 
     Args:
         adapter (`Adapter`): Gives the losses, and knows the model.
-        names (`list[str]`): Parameters wanted ([`ascent.perturbed_names`]).
+        names (`list[str]`): Parameters wanted ([`modules.perturbed_names`]).
         example (`dict[str, list]`): One encoded row, run to see which layers are called with a batch.
 
     Raises:

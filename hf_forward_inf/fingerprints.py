@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from datasets import disable_caching, enable_caching, is_caching_enabled
 from datasets.fingerprint import Hasher
-from torch import nn
+from torch import Tensor, nn
 
 
 def fingerprint(*parts: Any) -> str:
@@ -33,9 +33,21 @@ def fingerprint_of_model(model: nn.Module) -> str:
     parts = [type(model).__name__.encode(), str(config).encode()]
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, tensor in tensors.items():
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        parts += [f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), data]
+        parts.append(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        parts += [_bytes(plain) for plain in _plain(tensor.detach())]
     return Hasher.hash_bytes(parts)
+
+
+def _plain(tensor: Tensor) -> list[Tensor]:
+    """Take a tensor of several, such as quantised weights with their scales, apart."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names for part in _plain(getattr(tensor, name))]
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -13,15 +13,17 @@ from torch import nn
 
 from hf_forward_inf.adapters import Adapter, DiffusionAdapter, adapter_for, is_diffusion
 from hf_forward_inf.anytime import slices
-from hf_forward_inf.ascent import AscentConfig, Mirrored, Perturbation, perturbed_names
+from hf_forward_inf.ascent import AscentConfig, Mirrored, Perturbation, names_for
 from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.candidate_pass import MAX_BATCH_LENGTH, encode
 from hf_forward_inf.checks import listed
 from hf_forward_inf.directions import direction_for
 from hf_forward_inf.fingerprints import uncached
 from hf_forward_inf.hubs import correct_hubs
+from hf_forward_inf.lora import RANK
 from hf_forward_inf.loss_pass import LossPass
 from hf_forward_inf.modes import evaluating
+from hf_forward_inf.peft_folder import save_perturbation
 from hf_forward_inf.processes import process_state, progress_bars
 from hf_forward_inf.terms import explain
 from hf_forward_inf.tuning import Tuning, tune
@@ -178,10 +180,32 @@ class ForwardInf:
         """Tell which tokens of the best candidates the scores come from; see [`terms.explain`]."""
         return explain(self, found, k)
 
+    def save_perturbation(self, query: Mapping[str, Any], folder: str | Path, rank: int = RANK) -> float:
+        """Perturb the model for a query, and save what changed as an ordinary PEFT adapter.
+
+        `PeftModel.from_pretrained(base, folder)`, or an engine that serves LoRA, then gives theta_K's losses. LoRA
+        holds linear layers: perturb those alone, with `AscentConfig(lora_rank=...)`. Of a PEFT model, the adapter that
+        it has is saved, perturbed.
+
+        Args:
+            query (`dict`): One row of the queries.
+            folder (`Path`): Where: `adapter_config.json`, `adapter_model.safetensors` and a model card.
+            rank (`int`, defaults to 64): Of LoRA's matrices, at most. One step along the gradient has no higher rank
+                than the query has tokens.
+
+        Returns:
+            `float`: The share of the change's squared norm that the rank can't hold, 0 where it is exact.
+
+        Raises:
+            FileExistsError: If the folder holds something.
+            ValueError: If parameters are perturbed that LoRA can't hold, or the query moves the model nowhere.
+        """
+        return save_perturbation(self, query, Path(folder), rank)
+
     def score(self, queries: Dataset, candidates: Dataset) -> np.ndarray:
         """Algorithm 1: float32 scores, `[queries, candidates]`, without what [`trace`] puts around them."""
         d_tst = encode(self.adapter, queries, "queries", self.cache_dir)
-        names = perturbed_names(self.adapter, self.ascent.modules)
+        names = names_for(self.adapter, self.ascent)
         scores = np.empty((len(queries), len(candidates)), dtype=np.float32)
         with evaluating(self.adapter.model), np.errstate(invalid="ignore"):
             loss = LossPass(self.adapter, candidates, cache_dir=self.cache_dir, max_batch_length=self.max_batch_length)

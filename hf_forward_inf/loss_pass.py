@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from hf_forward_inf.adapters.base import Batch
-from hf_forward_inf.ascent import Parameters, Perturbation, call, held_at_once
+from hf_forward_inf.ascent import Parameters, Perturbation, call
 from hf_forward_inf.candidate_pass import CandidatePass
+from hf_forward_inf.modules import held_at_once
 
 
 class LossPass(CandidatePass):

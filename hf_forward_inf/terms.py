@@ -14,14 +14,14 @@ from hf_forward_inf.ascent import (
     Parameters,
     Perturbation,
     call,
-    held_at_once,
-    perturbed_names,
+    names_for,
     to_device,
 )
 from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.candidate_pass import encode
 from hf_forward_inf.directions import direction_for
 from hf_forward_inf.modes import evaluating
+from hf_forward_inf.modules import held_at_once
 
 if TYPE_CHECKING:
     from hf_forward_inf.forward_inf import ForwardInf
@@ -43,7 +43,7 @@ def explain(tracer: "ForwardInf", found: Attribution, k: int = 10) -> Attributio
         NotImplementedError: If the adapter can't say what the terms of its loss stand for.
     """
     adapter, candidates = tracer.adapter, found.candidates
-    names = perturbed_names(adapter, tracer.ascent.modules)
+    names = names_for(adapter, tracer.ascent)
     queries = encode(adapter, found.queries, "queries", tracer.cache_dir)
     columns = list(adapter.columns_in(candidates.column_names))
     details: dict[str, list[Any]] = {"query": [], "candidate": [], "terms": [], "term_scores": []}

@@ -5,8 +5,9 @@ import torch
 
 from hf_forward_inf import AscentConfig
 from hf_forward_inf.adapters import Seq2SeqAdapter
-from hf_forward_inf.ascent import Perturbation, ascend, perturbed_names
+from hf_forward_inf.ascent import Perturbation, ascend
 from hf_forward_inf.modes import evaluating
+from hf_forward_inf.modules import perturbed_names
 
 # At w = (1, -2) the query x = (3, 1), y = 0 has residual 1, loss 1 and gradient 2 * 1 * x = (6, 2), norm sqrt(40).
 QUERY = {"x": [[3.0, 1.0]], "y": [0.0], "terms": [1]}

@@ -3,9 +3,9 @@ import torch
 from transformers import BartConfig, BartForConditionalGeneration
 
 from hf_forward_inf.adapters import Seq2SeqAdapter, TensorAdapter
-from hf_forward_inf.ascent import perturbed_names
 from hf_forward_inf.example_gradients import ExampleGradients
 from hf_forward_inf.modes import evaluating
+from hf_forward_inf.modules import perturbed_names
 from tests import digits
 from tests.line import assert_same_state, state
 

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from hf_forward_inf.adapters import Adapter, adapter_for
 from hf_forward_inf.adapters.base import Batch, Rows
-from hf_forward_inf.ascent import Correction, perturbed_names, to_device
+from hf_forward_inf.ascent import Correction, to_device
 from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.candidate_pass import MAX_BATCH_LENGTH, CandidatePass, encode
 from hf_forward_inf.example_gradients import ExampleGradients
 from hf_forward_inf.fingerprints import fingerprint
 from hf_forward_inf.modes import evaluating
+from hf_forward_inf.modules import perturbed_names
 
 Directions: TypeAlias = dict[str, Tensor]
 """A direction in parameter space for each query, by parameter: `[queries, numel]`."""

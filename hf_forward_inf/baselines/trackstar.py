@@ -8,10 +8,10 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
-from hf_forward_inf.ascent import perturbed_names
 from hf_forward_inf.baselines.gradients import GradientBaseline, Transform, cosines
 from hf_forward_inf.fingerprints import fingerprint
 from hf_forward_inf.modes import evaluating
+from hf_forward_inf.modules import perturbed_names
 from hf_forward_inf.sample import Sample
 from hf_forward_inf.second_moments import estimated_second_moments, optimizer_file, read_second_moments
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from hf_forward_inf.ascent import AscentConfig, perturbed_names
+from hf_forward_inf.ascent import AscentConfig
 from hf_forward_inf.attribution import Attribution, Attributor
 from hf_forward_inf.baselines import (
     BM25,
@@ -21,6 +21,7 @@ from hf_forward_inf.experiments import cost
 from hf_forward_inf.experiments.evaluation import mrr_after
 from hf_forward_inf.experiments.task import Task
 from hf_forward_inf.forward_inf import ForwardInf
+from hf_forward_inf.modules import perturbed_names
 from hf_forward_inf.processes import say
 
 FIXED_LEARNING_RATES = ((0.1, 1), (1.0, 1), (0.1, 3))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from datasets import Dataset
 
-from hf_forward_inf.ascent import Mirrored, Perturbation, perturbed_names
+from hf_forward_inf.ascent import Mirrored, Perturbation, names_for
 from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.candidate_pass import encode
 from hf_forward_inf.directions import direction_for
@@ -45,7 +45,7 @@ def measure(tracer: "ForwardInf", queries: Dataset, candidates: Dataset) -> dict
         pass / peak of the plain pass, each with all that the process holds.
     """
     adapter = tracer.adapter
-    names = perturbed_names(adapter, tracer.ascent.modules)
+    names = names_for(adapter, tracer.ascent)
     with uncached(), evaluating(adapter.model), progress_bars(False):
         loss = LossPass(adapter, candidates, cache_dir=tracer.cache_dir, max_batch_length=tracer.max_batch_length)
         few = min(QUERIES, len(queries), loss.queries_a_pass(names))

@@ -9,7 +9,7 @@ import numpy as np
 from datasets import Dataset, Features, Image, List, Value
 
 from hf_forward_inf.adapters import DiffusionAdapter
-from hf_forward_inf.ascent import AscentConfig, norm, perturbed_names
+from hf_forward_inf.ascent import AscentConfig, norm
 from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.baselines.pixels import PixelDistance
 from hf_forward_inf.datasets import load_rows
@@ -24,6 +24,7 @@ from hf_forward_inf.hubs import standardised
 from hf_forward_inf.loss_pass import LossPass
 from hf_forward_inf.metrics import recalls_at_k
 from hf_forward_inf.modes import evaluating
+from hf_forward_inf.modules import perturbed_names
 from hf_forward_inf.processes import process_state, say
 
 DAMPING = 0.01

@@ -6,62 +6,29 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import BertConfig, BertForMaskedLM, GPT2LMHeadModel
 
 from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf.adapters import CausalLMAdapter, adapter_for
-from hf_forward_inf.ascent import perturbed_names
 from hf_forward_inf.baselines import InfluenceFunctions, RepresentationSimilarity, TracIn, TrackStar
+from hf_forward_inf.modules import perturbed_names
+from tests.causal import LAYOUTS, questions, train_tokens, untrained
 from tests.line import assert_same_state, state
-
-CHAT = (
-    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<end>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-SIZE = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 32}
-FACTS = [("France", "Paris"), ("Italy", "Rome"), ("Peru", "Lima"), ("Cuba", "Havana"), ("Kenya", "Nairobi")]
 
 
 @pytest.fixture(scope="module")
 def tokens():
-    inner = Tokenizer(models.BPE())
-    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    texts = [f"What is the capital of {place}? It is {city}." for place, city in FACTS]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = ["<end>", "<|user|>", "<|assistant|>"]
-    inner.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>", chat_template=CHAT)
+    return train_tokens()
 
 
-@pytest.fixture(params=["llama", "gpt2", "qwen2, tied"])
+@pytest.fixture(params=LAYOUTS)
 def network(request, tokens):
-    torch.manual_seed(0)
-    size = {"vocab_size": len(tokens), "bos_token_id": None, "eos_token_id": 0}
-    if request.param == "gpt2":
-        return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64, **size)).eval()
-    wide = {**SIZE, **size, "num_key_value_heads": 1, "intermediate_size": 48, "max_position_embeddings": 64}
-    if request.param == "llama":
-        return LlamaForCausalLM(LlamaConfig(**wide)).eval()
-    return Qwen2ForCausalLM(Qwen2Config(tie_word_embeddings=True, **wide)).eval()
+    return untrained(request.param, len(tokens))
 
 
 @pytest.fixture(scope="module")
 def rows():
-    asked = [f"What is the capital of {place}?" for place, _ in FACTS]
-    return Dataset.from_dict({"prompt": asked, "completion": [f" It is {city}." for _, city in FACTS]})
+    return questions()
 
 
 @pytest.fixture
