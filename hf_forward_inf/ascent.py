@@ -292,6 +292,10 @@ def ascend(
         torch.manual_seed(config.seed)
         for _ in range(config.steps):
             loss = adapter.loss(partial(call, model, theta), batch).sum() / sum(query["terms"])
+            if config.radius is not None and loss.item() != 0:
+                # Only the direction counts: in units of the loss itself, the gradient of a memorised query has an
+                # ordinary length, where its own would vanish in float32.
+                loss = loss / loss.detach().abs()
             step: Sequence[Tensor] = torch.autograd.grad(
                 loss, list(theta.values()), allow_unused=True, materialize_grads=True
             )

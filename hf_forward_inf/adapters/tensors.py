@@ -9,11 +9,16 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate.utils.memory import should_reduce_batch_size
+from datasets import Dataset
 from datasets.fingerprint import Hasher
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from hf_forward_inf.adapters.base import Adapter, Batch, Forward, Rows
+from hf_forward_inf.checks import listed
 from hf_forward_inf.fingerprints import fingerprint
+from hf_forward_inf.modes import evaluating
 
 
 class TensorAdapter(Adapter):
@@ -49,7 +54,7 @@ class TensorAdapter(Adapter):
         arguments = list(inspect.signature(model.forward).parameters)
         if not arguments:
             raise TypeError(f"{type(model).__name__}.forward takes no argument, so no tensor can be given to it.")
-        self.argument = arguments[0]
+        self.argument: str = getattr(model, "main_input_name", arguments[0])
         self.columns = (input_column, label_column)
         self.transform = transform
 
@@ -58,21 +63,53 @@ class TensorAdapter(Adapter):
         """Columns and the transform's code."""
         return fingerprint(self.columns, None if self.transform is None else Hasher.hash(self.transform))
 
+    def prepare(self, rows: Dataset) -> Dataset:
+        """Check all labels first.
+
+        Raises:
+            ValueError: If one is no class. It names the rows.
+        """
+        column, classes = self.columns[1], self.classes()
+        labels = rows[column][:]
+        odd = [i for i, label in enumerate(labels) if label is not None and not _is_label(label)]
+        if odd:
+            raise ValueError(
+                f"Column `{column}` holds {labels[odd[0]]!r} in {listed(np.array(odd))}; a label is an integer from "
+                "0. Dataset.class_encode_column makes integers of names."
+            )
+        beyond = [i for i, label in enumerate(labels) if label is not None and classes and label >= classes]
+        if beyond:
+            raise ValueError(
+                f"Column `{column}` holds {labels[beyond[0]]} in {listed(np.array(beyond))}, but the model knows only "
+                f"the classes 0 to {classes - 1}. Give a model with more classes, or drop the rows."
+            )
+        return rows
+
+    def classes(self) -> int:
+        """How many classes the model states, 0 if it states nothing; its logits are looked at in any case."""
+        return 0
+
     def encode(self, rows: Rows) -> Rows:
-        """Transform arrays, and check labels; a row whose label is missing has nothing to predict."""
+        """Transform arrays; they are kept as bytes, which Arrow reads without a copy.
+
+        A row whose label is missing has nothing to predict.
+        """
         values, labels = (rows[column] for column in self.columns)
-        for label in labels:
-            if label is not None and (not isinstance(label, Integral) or isinstance(label, bool) or label < 0):
-                raise ValueError(f"Column `{self.columns[1]}` holds {label!r}; a label is an integer from 0.")
-        arrays = values if self.transform is None else [np.asarray(self.transform(value)).tolist() for value in values]
         return {
-            "input": arrays,
+            "input": [save({"input": self.array(value)}) for value in values],
             "label": [0 if label is None else int(label) for label in labels],
             "terms": [int(label is not None) for label in labels],
             "truncated": [False] * len(labels),
         }
 
-    def lengths(self, features: Rows) -> np.ndarray:
+    def array(self, value: Any) -> Tensor:
+        """Make the model's input, without the batch axis, of what a row holds."""
+        found = np.asarray(value if self.transform is None else self.transform(value))
+        if found.dtype.kind not in "biuf":
+            raise ValueError(f"Column `{self.columns[0]}` holds {str(value)[:60]}, which is no array of numbers.")
+        return torch.from_numpy(np.ascontiguousarray(found, dtype=np.float32 if found.dtype.kind == "f" else None))
+
+    def lengths(self, features: Rows | Dataset) -> np.ndarray:
         """One for every row: nothing is padded."""
         return np.ones((len(features["terms"]), 1), dtype=int)
 
@@ -82,27 +119,41 @@ class TensorAdapter(Adapter):
         Raises:
             ValueError: If the arrays are of several shapes.
         """
-        shapes = sorted({np.shape(value) for value in features["input"]})
+        arrays = [load(bytes(value))["input"] for value in features["input"]]
+        shapes = sorted({tuple(array.shape) for array in arrays})
         if len(shapes) > 1:
             raise ValueError(
                 f"Column `{self.columns[0]}` holds arrays of the shapes {shapes[0]} and {shapes[1]}: "
                 "bring them to one, for example with transform=..."
             )
-        inputs = torch.tensor(features["input"])
+        inputs = torch.stack(arrays)
         if inputs.is_floating_point():
             inputs = inputs.to(next((p.dtype for p in self.model.parameters() if p.is_floating_point()), inputs.dtype))
         return {"input": inputs, "label": torch.tensor(features["label"])}
 
     def term_losses(self, forward: Forward, batch: Batch) -> Tensor:
         """Cross-entropy of every row's label, `[rows, 1]`."""
-        return F.cross_entropy(self._logits(forward, batch), batch["label"], reduction="none")[:, None]
+        return cross_entropies(self.logits(forward, batch), batch["label"])[:, None]
 
-    def _logits(self, forward: Forward, batch: Batch) -> Tensor:
-        logits = forward(**{self.argument: batch["input"]}).float()
-        if logits.dim() != 2:
+    def logits(self, forward: Forward, batch: Batch) -> Tensor:
+        """Run the model: logits `[rows, classes]`.
+
+        Raises:
+            ValueError: If it can't take arrays of this shape, gives no logits, or knows no such label.
+        """
+        model = type(self.model).__name__
+        try:
+            output = forward(**{self.argument: batch["input"]})
+        except RuntimeError as error:
+            if should_reduce_batch_size(error):
+                raise
+            shape = tuple(batch["input"].shape[1:])
+            raise ValueError(f"{model} can't take what `{self.columns[0]}` holds, shape {shape}: {error}") from error
+        logits = output if isinstance(output, Tensor) else output.logits
+        if logits.dim() != 2 or logits.shape[1] < 2:
             raise ValueError(
-                f"{type(self.model).__name__} gives a tensor of shape {tuple(logits.shape)} for {len(batch['label'])} "
-                "rows; logits have the shape [rows, classes]."
+                f"{model} gives a tensor of shape {tuple(logits.shape)} for {len(batch['label'])} rows; logits have "
+                "the shape [rows, classes], of 2 classes or more."
             )
         if batch["label"].max() >= logits.shape[1]:
             raise ValueError(
@@ -113,7 +164,7 @@ class TensorAdapter(Adapter):
 
     def predictions(self, forward: Forward, batch: Batch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Logits, `[rows, classes]`, and their cross-entropy."""
-        return self._logits(forward, batch), partial(F.cross_entropy, target=batch["label"], reduction="sum")
+        return self.logits(forward, batch).float(), partial(F.cross_entropy, target=batch["label"], reduction="sum")
 
     def default_ascent(self) -> dict[str, Any]:
         """Conjugate gradients: they foretell retraining far better than the gradient (`recipes/lds.py`)."""
@@ -130,7 +181,33 @@ class TensorAdapter(Adapter):
         read: list[Tensor] = []
         handle = layers[-1].register_forward_hook(lambda module, args, output: read.append(args[0]))
         try:
-            self._logits(self.model, batch)
+            self.logits(self.model, batch)
         finally:
             handle.remove()
         return read[-1].float().flatten(1)
+
+    @torch.no_grad()
+    def answer(self, rows: Rows) -> list[int]:
+        """Let the model classify: the class of the highest logit, one a row."""
+        values = rows[self.columns[0]]
+        features = self.encode({self.columns[0]: values, self.columns[1]: [0] * len(values)})
+        device = next(self.model.parameters()).device
+        batch = {name: value.to(device) for name, value in self.collate(features).items()}
+        with evaluating(self.model):
+            return self.logits(self.model, batch).argmax(dim=1).tolist()
+
+
+def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
+    """Give the cross-entropy of every row's label, float64 (float32 where a device has no better), `[rows]`.
+
+    From the margin log(p / (1 - p)): softplus(-margin) tells losses down to 1e-308 apart, with their gradients, where
+    log_softmax gives 0 as soon as float32 rounds p to 1. Examples that the model has memorised are there.
+    """
+    logits = logits.float() if logits.device.type == "mps" else logits.double()
+    own = labels[:, None]
+    others = logits.scatter(1, own, -torch.inf).logsumexp(dim=1)
+    return F.softplus(others - logits.gather(1, own)[:, 0])
+
+
+def _is_label(label: Any) -> bool:
+    return isinstance(label, Integral) and not isinstance(label, bool) and int(label) >= 0
