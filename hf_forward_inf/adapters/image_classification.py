@@ -1,14 +1,17 @@
 """Image classifiers: transformers' models with their image processor, and any torch module from images to logits."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Set
+from typing import Any, Literal
 
 import numpy as np
+import torch
 from datasets import Dataset, Image
 from safetensors.torch import save
-from torch import Tensor, nn, zeros
+from torch import Tensor, nn
+from typing_extensions import Self
 
-from hf_forward_inf.adapters.base import Rows
+from hf_forward_inf.adapters.base import Batch, Forward, Rows
+from hf_forward_inf.adapters.blocks import Blocks
 from hf_forward_inf.adapters.tensors import TensorAdapter
 from hf_forward_inf.adapters.text import peft_parameters
 from hf_forward_inf.fingerprints import fingerprint
@@ -36,12 +39,17 @@ class ImageClassificationAdapter(TensorAdapter):
         image_column (`str`, defaults to `"image"`): Column of images: an `Image` feature, paths, or arrays of integers
             from 0 to 255.
         label_column (`str`, defaults to `"label"`): Column of labels, integers from 0.
+        objective (`str`, defaults to `"cross_entropy"`): As in [`TensorAdapter`].
         channels (`int`, *optional*): 3 for RGB, 1 for grey. Defaults to what the model's configuration or first
             convolution says; images of a model that says nothing keep to grey or RGB.
+        first (`str`, *optional*): The child of the model with which perturbation begins, `"layer3"` of a ResNet. What
+            its children before it compute is then computed once for many queries, and a query costs what the others
+            cost. Defaults to all of it; of transformers' models with a list of blocks, the first half is run once if
+            nothing but blocks of the second is perturbed (`AscentConfig.modules`).
 
     Raises:
         TypeError: If a transformers model comes without its image processor.
-        ValueError: If both processor and transform are given.
+        ValueError: If both processor and transform are given, or `first` names no child.
 
     Example:
         >>> model = AutoModelForImageClassification.from_pretrained(name)
@@ -57,7 +65,9 @@ class ImageClassificationAdapter(TensorAdapter):
         transform: Callable[[Any], Any] | None = None,
         image_column: str = "image",
         label_column: str = "label",
+        objective: Literal["cross_entropy", "margin"] = "cross_entropy",
         channels: int | None = None,
+        first: str | None = None,
     ):
         if image_processor is not None and transform is not None:
             raise ValueError("Give either an image_processor or a transform: each makes the model's input.")
@@ -66,8 +76,13 @@ class ImageClassificationAdapter(TensorAdapter):
                 f"{type(model).__name__} needs its image processor: AutoImageProcessor.from_pretrained(...), or "
                 "a transform=..."
             )
-        super().__init__(model, input_column=image_column, label_column=label_column, transform=transform)
+        super().__init__(
+            model, input_column=image_column, label_column=label_column, transform=transform, objective=objective
+        )
         self.image_processor = image_processor
+        self.first = first
+        self.blocks = Blocks(model, first)
+        self.checked = False
         self.channels = channels or _channels(model)
 
     @property
@@ -96,7 +111,7 @@ class ImageClassificationAdapter(TensorAdapter):
                 readable.append(self.array(value))
                 why.append("")
             except UnreadableImage as error:
-                readable.append(zeros(0))
+                readable.append(torch.zeros(0))
                 why.append(str(error) or "it is corrupt")
             sizes.append(max(1, int(np.prod(readable[-1].shape[-2:])) // PIXELS_A_TOKEN))
         labels = rows[self.columns[1]]
@@ -123,8 +138,50 @@ class ImageClassificationAdapter(TensorAdapter):
         """Patches of 16 x 16 pixels, `[rows, 1]`."""
         return np.array(features["size"][:])[:, None]
 
+    def logits(self, forward: Forward, batch: Batch) -> Tensor:
+        """Run the model, or what of it comes after the prefix: logits `[rows, classes]`."""
+        with self.blocks.from_middle(batch.get("states")):
+            return super().logits(forward, batch)
+
+    def prefix_parameters(self) -> Set[str]:
+        """Everything before `first`, or outside the second half of the blocks."""
+        return self.blocks.before_middle
+
+    def prefix(self, batch: Batch) -> Batch:
+        """Run what comes before, where something does.
+
+        Raises:
+            ValueError: If going on from there gives other logits: the model does not run its children in a line.
+        """
+        if not self.blocks.middle:
+            return batch
+        one = {name: value[:1] for name, value in batch.items()}
+        if not self.checked:
+            expected = self.logits(self.model, one)
+            found = self.logits(self.model, {**one, "states": self._states(one)})
+            if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-3, atol=1e-4):
+                raise ValueError(
+                    f"{type(self.model).__name__} does not run its children one after the other: nothing can be "
+                    "computed once. Leave first= out."
+                )
+            self.checked = True
+        return {**batch, "states": self._states(batch)}
+
+    def _states(self, batch: Batch) -> Tensor:
+        return self.blocks.until_middle(lambda: self.model(**{self.argument: batch["input"]}))
+
+    def with_model(self, model: nn.Module) -> Self:
+        """Give the same adapter for another model of the same architecture."""
+        other = super().with_model(model)
+        other.blocks = Blocks(model, self.first)
+        return other
+
     def default_modules(self) -> list[str]:
-        """Of a PEFT model what it has trained, else everything."""
+        """From `first` on; of a PEFT model what it has trained, else everything."""
+        if self.first is not None:
+            names = [name for name, _ in self.model.named_children()]
+            late = names[names.index(self.first) :]
+            return [name for name in late if any(True for _ in self.model.get_submodule(name).parameters())]
         return peft_parameters(self.model) or ["all"]
 
     def default_ascent(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable
 from functools import partial
 from numbers import Integral
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -33,9 +33,14 @@ class TensorAdapter(Adapter):
         label_column (`str`, defaults to `"label"`): Column of labels, integers from 0.
         transform (`Callable`, *optional*): Makes a row's array of what the input column holds. Without randomness:
             a candidate is to have one loss.
+        objective (`str`, defaults to `"cross_entropy"`): What is raised for a query, and whose rise is a candidate's
+            score: `"cross_entropy"`, or `"margin"`, -log(p / (1 - p)) with p the label's probability. Steps are the
+            same; but the cross-entropy of a candidate that the model is sure of hardly rises whatever happens to it,
+            so that unsure ones come first for every query. Margins rise for both alike: take them to find copies.
 
     Raises:
         TypeError: If the model's forward takes no argument.
+        ValueError: For an unknown objective.
 
     Example:
         >>> tracer = ForwardInf(adapter=TensorAdapter(network))
@@ -49,19 +54,24 @@ class TensorAdapter(Adapter):
         input_column: str = "x",
         label_column: str = "label",
         transform: Callable[[Any], Any] | None = None,
+        objective: Literal["cross_entropy", "margin"] = "cross_entropy",
     ):
         super().__init__(model)
+        if objective not in ("cross_entropy", "margin"):
+            raise ValueError(f"objective={objective!r} must be 'cross_entropy' or 'margin'.")
         arguments = list(inspect.signature(model.forward).parameters)
         if not arguments:
             raise TypeError(f"{type(model).__name__}.forward takes no argument, so no tensor can be given to it.")
         self.argument: str = getattr(model, "main_input_name", arguments[0])
         self.columns = (input_column, label_column)
         self.transform = transform
+        self.objective = objective
 
     @property
     def settings(self) -> str:
-        """Columns and the transform's code."""
-        return fingerprint(self.columns, None if self.transform is None else Hasher.hash(self.transform))
+        """Columns, the objective and the transform's code."""
+        transform = None if self.transform is None else Hasher.hash(self.transform)
+        return fingerprint(self.columns, self.objective, transform)
 
     def prepare(self, rows: Dataset) -> Dataset:
         """Check all labels first.
@@ -132,8 +142,9 @@ class TensorAdapter(Adapter):
         return {"input": inputs, "label": torch.tensor(features["label"])}
 
     def term_losses(self, forward: Forward, batch: Batch) -> Tensor:
-        """Cross-entropy of every row's label, `[rows, 1]`."""
-        return cross_entropies(self.logits(forward, batch), batch["label"])[:, None]
+        """Cross-entropy of every row's label, or minus its margin, float64 `[rows, 1]`."""
+        margins = margins_of(self.logits(forward, batch), batch["label"])
+        return (-margins if self.objective == "margin" else cross_entropies(margins))[:, None]
 
     def logits(self, forward: Forward, batch: Batch) -> Tensor:
         """Run the model: logits `[rows, classes]`.
@@ -197,16 +208,20 @@ class TensorAdapter(Adapter):
             return self.logits(self.model, batch).argmax(dim=1).tolist()
 
 
-def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
-    """Give the cross-entropy of every row's label, float64 (float32 where a device has no better), `[rows]`.
-
-    From the margin log(p / (1 - p)): softplus(-margin) tells losses down to 1e-308 apart, with their gradients, where
-    log_softmax gives 0 as soon as float32 rounds p to 1. Examples that the model has memorised are there.
-    """
+def margins_of(logits: Tensor, labels: Tensor) -> Tensor:
+    """Give log(p / (1 - p)), p the probability of a row's label: float64 (float32 where a device has no better)."""
     logits = logits.float() if logits.device.type == "mps" else logits.double()
     own = labels[:, None]
-    others = logits.scatter(1, own, -torch.inf).logsumexp(dim=1)
-    return F.softplus(others - logits.gather(1, own)[:, 0])
+    return logits.gather(1, own)[:, 0] - logits.scatter(1, own, -torch.inf).logsumexp(dim=1)
+
+
+def cross_entropies(margins: Tensor) -> Tensor:
+    """Give the cross-entropy -log p of margins, `[rows]`.
+
+    As softplus(-margin) it tells losses down to 1e-308 apart, with their gradients; log_softmax gives 0 as soon as
+    float32 rounds p to 1, and examples that the model has memorised are there.
+    """
+    return F.softplus(-margins)
 
 
 def _is_label(label: Any) -> bool:

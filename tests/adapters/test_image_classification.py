@@ -10,7 +10,10 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf.adapters import ImageClassificationAdapter, TensorAdapter, adapter_for
-from hf_forward_inf.adapters.tensors import cross_entropies
+from hf_forward_inf.adapters.tensors import cross_entropies, margins_of
+from hf_forward_inf.datasets.images import load_images
+from hf_forward_inf.experiments.classifiers import Training, train, untrained
+from hf_forward_inf.experiments.networks import ResNet
 from tests.line import assert_same_state, state
 
 
@@ -75,7 +78,7 @@ def test_scores_are_those_of_the_algorithm_written_out_by_hand():
 def test_losses_and_slopes_are_true_where_float32_rounds_them_to_nothing():
     logits = torch.tensor([[60.0, 0.0, 1.0], [0.0, 2.0, -1.0], [-300.0, 0.0, 0.0]], requires_grad=True)
     labels = torch.tensor([0, 1, 0])
-    losses = cross_entropies(logits, labels)
+    losses = cross_entropies(margins_of(logits, labels))
     others = [np.exp(-60) * (1 + np.e), np.exp(-2) + np.exp(-3), np.inf]
     expected = [np.log1p(others[0]), np.log1p(others[1]), 300 + np.log(2)]
     np.testing.assert_allclose(losses.detach().numpy(), expected, rtol=1e-9)
@@ -83,6 +86,82 @@ def test_losses_and_slopes_are_true_where_float32_rounds_them_to_nothing():
     chances = torch.softmax(logits.detach().double(), dim=1)
     np.testing.assert_allclose(logits.grad[1], chances[1] - torch.tensor([0, 1, 0]), rtol=1e-6)
     np.testing.assert_allclose(logits.grad[0, 1:], [np.exp(-60), np.exp(-59)], rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1, 5])
+def test_a_memorised_query_finds_its_copy_although_its_loss_is_nothing(scale):
+    pytest.importorskip("sklearn")
+    data = load_images().select(range(100))
+    adapter = untrained("resnet", data, 10)
+    train(adapter, data, Training(epochs=10, batch_size=32))
+    with torch.no_grad():
+        adapter.model.linear.weight *= 8 * scale  # surer still
+        logits = adapter.model(torch.stack([adapter.array(image) for image in data["image"]]))
+    losses = nn.functional.cross_entropy(logits, torch.tensor(data["label"][:]), reduction="none")
+    sure = losses.argsort()[:20].tolist()
+    assert losses[sure].max() < 1e-6  # log_softmax makes nothing of most
+    adapter = ImageClassificationAdapter(adapter.model, transform=adapter.transform, objective="margin")
+    found = ForwardInf(adapter=adapter, ascent=AscentConfig(radius=0.01)).trace(data.select(sure), data)
+    assert [found.ranking(i)[0] for i in range(20)] == sure
+
+
+def test_margins_are_log_odds_and_have_scores_of_their_own():
+    data, model = rows(12), network()
+    adapter = ImageClassificationAdapter(model, objective="margin")
+    found = ForwardInf(adapter=adapter, ascent=AscentConfig(radius=0.3)).trace(data.select([5]), data)
+    images, labels = tensors(data)
+
+    def odds():
+        chances = model.eval()(images).double().softmax(1)[range(12), labels]
+        return (chances / (1 - chances)).log()
+
+    base = odds()
+    step = torch.autograd.grad(-base[5], list(model.parameters()), retain_graph=True)
+    norm = torch.cat([part.flatten() for part in step]).norm()
+    with torch.no_grad():
+        for p, part in zip(model.parameters(), step, strict=True):
+            p += 0.3 * part / norm
+        np.testing.assert_allclose(found.scores[0], base - odds(), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["resnet", "transformer"])
+def test_what_is_not_perturbed_is_run_once_for_all_queries(kind, tmp_path):
+    torch.manual_seed(0)
+    data, runs = rows(10), []
+    if kind == "resnet":
+        model, options = ResNet(blocks=1, width=4, classes=3), {"first": "layer3"}
+        late, early = ["layer3", "linear"], model.layer1[0].conv1
+        assert ImageClassificationAdapter(model, first="layer3").default_modules() == late
+    else:
+        model, options = vision_transformer(), {"image_processor": processor()}
+        late, early = ["vit.layers.1"], model.vit.layers[0].attention.q_proj
+    early.register_forward_hook(lambda *_: runs.append(1))
+    before, ascent = state(model), AscentConfig(modules=late, radius=0.3)
+    found = ForwardInf(adapter=ImageClassificationAdapter(model, **options), ascent=ascent).trace(data, data).scores
+    assert_same_state(before, state(model))
+    once = len(runs)
+    adapter = ImageClassificationAdapter(model, options.get("image_processor"))
+    adapter.blocks.before_middle = set(before["parameters"])  # now nothing may be run before
+    expected = ForwardInf(adapter=adapter, ascent=ascent, cache_dir=tmp_path).trace(data, data).scores
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert once < 18 and len(runs) - once == 1 + 10 + 10  # base losses, ascents, loss passes of the queries
+
+
+def test_a_module_that_does_not_run_its_children_in_a_line_is_told():
+    class Skipping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.early, self.late, self.head = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), nn.Linear(3, 3)
+
+        def forward(self, x):
+            x = self.early(x)
+            return self.head((x + self.late(x)).mean(dim=(2, 3)))
+
+    adapter = ImageClassificationAdapter(Skipping(), first="late")
+    with pytest.raises(ValueError, match="does not run its children one after the other"):
+        ForwardInf(adapter=adapter).trace(rows(1), rows(3))
+    with pytest.raises(ValueError, match="no child 'body'; it has early, late, head"):
+        ImageClassificationAdapter(Skipping(), first="body")
 
 
 def test_transformers_models_and_pipelines_find_their_adapter(tmp_path):
