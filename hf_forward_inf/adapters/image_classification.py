@@ -18,8 +18,8 @@ from hf_forward_inf.fingerprints import fingerprint
 from hf_forward_inf.pictures import UnreadableImage, in_channels, read_image
 from hf_forward_inf.processes import progress_bars
 
-PIXELS_A_TOKEN = 256
-"""Pixels that count as much as one token in the size of a batch: a patch of a vision transformer."""
+PIXELS_A_TOKEN = 64
+"""Pixels that count as much as one token in the size of a batch: large ones are slower on a CPU."""
 
 
 class ImageClassificationAdapter(TensorAdapter):
@@ -135,7 +135,7 @@ class ImageClassificationAdapter(TensorAdapter):
         return super().array(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
 
     def lengths(self, features: Rows | Dataset) -> np.ndarray:
-        """Patches of 16 x 16 pixels, `[rows, 1]`."""
+        """Pixels, `[rows, 1]`, in units of 64."""
         return np.array(features["size"][:])[:, None]
 
     def logits(self, forward: Forward, batch: Batch) -> Tensor:

@@ -121,5 +121,5 @@ def _parts(text: str, target: str) -> list[tuple[str, bool]]:
 
 def _figure_order(name: str) -> tuple[int, str, int]:
     kind, _, k = name.partition("@")
-    order = ("mrr", "mrr_se", "precision", "recall")
+    order = ("top1", "top5", "mrr", "mrr_se", "precision", "recall")
     return (order.index(kind) if kind in order else len(order), kind, int(k or 0))
