@@ -182,8 +182,8 @@ class TensorAdapter(Adapter):
         return {"direction": "cg", "damping": 0.03, "radius": 0.3, "sample": 1024}
 
     @torch.no_grad()
-    def representation(self, batch: Batch) -> Tensor:
-        """What the last linear layer reads, `[rows, features]`."""
+    def representation(self, batch: Batch, forward: Forward | None = None) -> Tensor:
+        """What the last linear layer reads, `[rows, features]`; of a perturbed model, if its forward is given."""
         layers = [module for module in self.model.modules() if isinstance(module, nn.Linear)]
         if not layers:
             raise NotImplementedError(
@@ -192,7 +192,7 @@ class TensorAdapter(Adapter):
         read: list[Tensor] = []
         handle = layers[-1].register_forward_hook(lambda module, args, output: read.append(args[0]))
         try:
-            self.logits(self.model, batch)
+            self.logits(forward or self.model, batch)
         finally:
             handle.remove()
         return read[-1].float().flatten(1)

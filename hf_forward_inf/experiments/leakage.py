@@ -4,22 +4,19 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from datasets import Dataset, Features, Image, Value
+from datasets import Dataset, Features, Image
 
 from hf_forward_inf.adapters import ImageClassificationAdapter
 from hf_forward_inf.ascent import AscentConfig
 from hf_forward_inf.attribution import Attribution, Attributor
 from hf_forward_inf.baselines import InfluenceFunctions, RepresentationSimilarity, TracIn
-from hf_forward_inf.datasets import sample_rows
-from hf_forward_inf.datasets.images import class_names, count_classes, load_images
 from hf_forward_inf.experiments import cost
 from hf_forward_inf.experiments.changes import CHANGES, changed
-from hf_forward_inf.experiments.classifiers import Training, accuracy, load_classifier, train, untrained
 from hf_forward_inf.experiments.evaluation import as_text, compare, flat
-from hf_forward_inf.experiments.networks import ResNet
+from hf_forward_inf.experiments.image_task import ImageTask, captioned, load_image_task, with_objective
 from hf_forward_inf.experiments.run import about, check_output, write_outputs
 from hf_forward_inf.experiments.task import Task
 from hf_forward_inf.fingerprints import uncached
@@ -34,45 +31,6 @@ RADII = (0.003, 0.01, 0.03, 0.1, 0.3)
 """Lengths of the step that are tried, unless the user names some."""
 LEAST_TUNING = 3
 """Queries by which settings are chosen at least: scores are standardised over them."""
-
-
-@dataclass
-class ImageTask:
-    """Images, and the classifier that was trained on them.
-
-    With no `model`, a small network is trained on the candidates once; with no `candidates` either, on handwritten
-    digits.
-    """
-
-    output: str = field(default="outputs/images", metadata={"help": "Folder for metrics, attribution and report."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace a finished run in the output folder."})
-    model: str | None = field(
-        default=None,
-        metadata={"help": "Image classifier: hub name or folder, or a folder with weights of a small ResNet."},
-    )
-    candidates: str | None = field(
-        default=None, metadata={"help": "Its training images: hub name, folder of folders, parquet (default: digits)."}
-    )
-    label_column: str = field(default="label", metadata={"help": "Column of labels."})
-    image_column: str | None = field(default=None, metadata={"help": "Column of images (default: found)."})
-    num_candidates: int | None = field(default=None, metadata={"help": "Candidates drawn at random (default: all)."})
-    network: Literal["resnet", "conv"] = field(
-        default="resnet", metadata={"help": "Network that is trained: a ResNet-20, or two convolutions."}
-    )
-    epochs: int = field(default=10, metadata={"help": "Epochs of its training."})
-    first: str | None = field(
-        default=None, metadata={"help": "Child of the model with which perturbation begins (layer3 of a ResNet)."}
-    )
-    top_k: int = field(default=100, metadata={"help": "Candidates of each query kept in the attribution."})
-    seed: int = field(default=0, metadata={"help": "Draws whatever is drawn, and the weights of a new network."})
-
-    def __post_init__(self) -> None:
-        if self.model and not self.candidates:
-            raise ValueError("--model is given: give its training images as --candidates with it.")
-        for name in ("epochs", "top_k", "num_candidates"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} must be at least 1, not {value}.")
 
 
 @dataclass
@@ -110,34 +68,6 @@ class LeakageOptions(ImageTask):
     def tuning(self) -> int:
         """Leaked images by which settings are chosen."""
         return round(self.tuning_share * self.queries)
-
-
-def load_image_task(options: ImageTask) -> tuple[Dataset, ImageClassificationAdapter]:
-    """Load candidates and the classifier that knows them, or train one."""
-    candidates = load_images(options.candidates, label_column=options.label_column, image_column=options.image_column)
-    if options.num_candidates is not None:
-        candidates = sample_rows(candidates, options.num_candidates, options.seed)
-    if options.model is not None:
-        say(f"What {options.model} learned from {len(candidates):,} images of {options.candidates}.")
-        adapter = load_classifier(options.model)
-        say(f"It knows {accuracy(adapter, candidates):.1%} of their labels.")
-        return candidates, adapter
-    source = options.candidates or "handwritten digits"
-    say(f"A {options.network} network learns {len(candidates):,} images of {source}; --model, --candidates for yours.")
-    adapter = untrained(options.network, candidates, count_classes(candidates), options.seed)
-    knows = train(adapter, candidates, Training(epochs=options.epochs, batch_size=64, seed=options.seed))
-    say(f"It knows {knows:.1%} of their labels.")
-    return candidates, adapter
-
-
-def with_objective(
-    adapter: ImageClassificationAdapter, objective: Literal["cross_entropy", "margin"], first: str | None
-) -> ImageClassificationAdapter:
-    """Give an adapter of the same model that perturbs from `first` on, `layer3` of a [`networks.ResNet`]."""
-    return ImageClassificationAdapter(
-        adapter.model, adapter.image_processor, transform=adapter.transform, channels=adapter.channels,
-        objective=objective, first=first or ("layer3" if isinstance(adapter.model, ResNet) else None),
-    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -281,7 +211,8 @@ def leakage_run(options: LeakageOptions) -> dict[str, Any]:
     metrics |= cost.measure(tracer, task.queries.select(task.groups[""]), candidates)
     say(f"A query costs {metrics['forward_passes_per_query']:.2f} forward passes over the candidates.")
     metrics |= {"seconds": time.perf_counter() - started, **about(options, tracer)}
-    kept = captioned(found["forward_inf"].keep(options.top_k), task)
+    notes = {row: change for change, rows in task.groups.items() for row in rows if change}
+    kept = captioned(found["forward_inf"].keep(options.top_k), notes)
     columns = ("top1", "top5", "mrr", "mrr_se")
     title = "Which training images are these test images copies of?"
     write_outputs(folder, kept, metrics, table, task.proponents, "", columns=columns, title=title)
@@ -307,16 +238,3 @@ def detected(scores: np.ndarray, task: Task) -> dict[str, float]:
             name = f"{group}/top{k}" if group else f"top{k}"
             figures[name] = float(recalls_at_k(scores[rows], truth, k).mean())
     return figures
-
-
-def captioned(found: Attribution, task: Task) -> Attribution:
-    """Tell in words what is on each image, and what was done to it, for the report."""
-    names = class_names(found.candidates)
-    done = {row: group for group, rows in task.groups.items() for row in rows if group}
-
-    def words(rows: Dataset, notes: Mapping[int, str]) -> Dataset:
-        told = [str(label) if names is None else names[label] for label in rows["label"][:]]
-        texts = [f"{word}, {notes[i]}" if i in notes else word for i, word in enumerate(told)]
-        return rows.add_column("caption", texts, feature=Value("string"))
-
-    return replace(found, queries=words(found.queries, done), candidates=words(found.candidates, {}))
