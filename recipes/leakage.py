@@ -4,8 +4,8 @@
     python recipes/leakage.py --change none shifted recoloured recompressed
     python recipes/leakage.py --model resnet20_cifar10 --candidates train_10k.parquet
 
-With no option: scikit-learn's digits and a ResNet-20 that is trained on them once. Radius and score are chosen on a
-fifth of the leaked images, the others are judged, beside TracIn, influence functions and representations. `--help`
+With no option: scikit-learn's digits and a small network that is trained on them once. Radius and score are chosen on
+a fifth of the leaked images, the others are judged, beside TracIn, influence functions and representations. `--help`
 lists all options.
 """
 

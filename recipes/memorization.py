@@ -3,7 +3,8 @@
     python recipes/memorization.py
     python recipes/memorization.py --model resnet20_cifar10 --candidates train_10k.parquet --queries test_2k.parquet
 
-With no option: scikit-learn's digits and a ResNet-20 trained on four fifths of them once. `--help` lists all options.
+With no option: scikit-learn's digits and a small network trained on four fifths of them once. `--help` lists all
+options.
 """
 
 import sys

@@ -185,8 +185,8 @@ class ImageClassificationAdapter(TensorAdapter):
         return peft_parameters(self.model) or ["all"]
 
     def default_ascent(self) -> dict[str, Any]:
-        """One normalised step along the gradient."""
-        return {"radius": 0.3}
+        """One normalised step along the gradient; margins tell copies apart at small radii (`recipes/leakage.py`)."""
+        return {"radius": 0.01 if self.objective == "margin" else 0.3}
 
 
 def is_image_classifier(model: Any) -> bool:

@@ -36,7 +36,8 @@ class TensorAdapter(Adapter):
         objective (`str`, defaults to `"cross_entropy"`): What is raised for a query, and whose rise is a candidate's
             score: `"cross_entropy"`, or `"margin"`, -log(p / (1 - p)) with p the label's probability. Steps are the
             same; but the cross-entropy of a candidate that the model is sure of hardly rises whatever happens to it,
-            so that unsure ones come first for every query. Margins rise for both alike: take them to find copies.
+            so that unsure ones come first for every query. Margins rise for both alike: take them to find copies (of
+            51 in 10,000 CIFAR-10 images, a ResNet-20: first in 50 against 13, `recipes/leakage.py`).
 
     Raises:
         TypeError: If the model's forward takes no argument.

@@ -36,9 +36,9 @@ class ImageTask:
     image_column: str | None = field(default=None, metadata={"help": "Column of images (default: found)."})
     num_candidates: int | None = field(default=None, metadata={"help": "Candidates drawn at random (default: all)."})
     network: Literal["resnet", "conv"] = field(
-        default="resnet", metadata={"help": "Network that is trained: a ResNet-20, or two convolutions."}
+        default="conv", metadata={"help": "Network that is trained: two convolutions (conv), or a ResNet-20."}
     )
-    epochs: int = field(default=10, metadata={"help": "Epochs of its training."})
+    epochs: int = field(default=30, metadata={"help": "Epochs of its training."})
     first: str | None = field(
         default=None, metadata={"help": "Child of the model with which perturbation begins (layer3 of a ResNet)."}
     )

@@ -132,13 +132,13 @@ def choose(adapter: ImageClassificationAdapter, task: Task, options: LeakageOpti
     """Choose Forward-INF's settings by how high the copies rank, over all changes alike.
 
     Objectives, radii, and scores as they are or standardised over the queries are tried; of equally good ones the
-    cross-entropy, unstandardised scores and the middle radius are taken.
+    cross-entropy, unstandardised scores and the radius at which copies stand out most ([`lead`]) are taken.
 
     Returns:
         `dict`: `forward_inf`, the best; `cross_entropy`, the best with the paper's score.
     """
     assert task.proponents is not None
-    heights: dict[Setting, float] = {}
+    heights: dict[Setting, tuple[float, float]] = {}
     say(f"Settings, by the mean reciprocal rank of {len(task.queries)} copies among {len(task.candidates):,}:")
     for objective in ("cross_entropy", "margin"):
         own = with_objective(adapter, objective, options.first)
@@ -148,18 +148,27 @@ def choose(adapter: ImageClassificationAdapter, task: Task, options: LeakageOpti
             for standardise in (False, True):
                 shown = standardised(scores) if standardise else scores
                 setting = Setting(tracer, standardise)
-                heights[setting] = float(reciprocal_ranks(shown, task.proponents).mean())
-                say(f"  {heights[setting]:.3f}  {setting}")
+                height = float(reciprocal_ranks(shown, task.proponents).mean())
+                heights[setting] = height, lead(shown, task.proponents)
+                say(f"  {height:.3f}  {setting}")
     plain = {one: height for one, height in heights.items() if not one.standardise and "cross" in str(one)}
     return {"forward_inf": _best(heights), "cross_entropy": _best(plain)}
 
 
-def _best(heights: Mapping[Setting, float]) -> Setting:
-    highest = max(heights.values())
-    equal = [one for one, height in heights.items() if height >= highest - 1e-9]
+def lead(scores: np.ndarray, truth: list[list[int]]) -> float:
+    """By how much copies stand above all other candidates, in deviations of a query's scores: mean over queries."""
+    leads = []
+    for row, own in zip(scores, truth, strict=True):
+        leads.append((np.max(row[own]) - np.nanmax(np.delete(row, own))) / max(np.nanstd(row), 1e-12))
+    return float(np.mean(leads))
+
+
+def _best(heights: Mapping[Setting, tuple[float, float]]) -> Setting:
+    highest = max(height for height, _ in heights.values())
+    equal = [one for one, (height, _) in heights.items() if height >= highest - 1e-9]
     kind = str(equal[0]).rpartition(",")[0]
     equal = [one for one in equal if str(one).rpartition(",")[0] == kind]
-    return equal[len(equal) // 2]
+    return max(equal, key=lambda one: heights[one][1])
 
 
 def others(adapter: ImageClassificationAdapter, options: LeakageOptions) -> dict[str, Attributor]:

@@ -7,7 +7,7 @@ from PIL import Image as Pillow
 from hf_forward_inf import Attribution
 from hf_forward_inf.datasets.images import load_images
 from hf_forward_inf.experiments.changes import CHANGES, changed
-from hf_forward_inf.experiments.leakage import LeakageOptions, draw_tasks, leakage_run
+from hf_forward_inf.experiments.leakage import LeakageOptions, draw_tasks, lead, leakage_run
 from tests.adapters.test_image_classification import picture
 
 
@@ -86,3 +86,8 @@ def test_impossible_options_are_refused(options, message):
 def test_more_queries_than_candidates_are_refused(digits):
     with pytest.raises(ValueError, match="20 queries need more than 20 candidates"):
         draw_tasks(digits.select(range(20)), LeakageOptions(queries=20))
+
+
+def test_a_lead_is_counted_in_deviations_of_the_querys_scores():
+    scores = np.array([[5.0, 1.0, 3.0, 3.0], [0.0, 2.0, 0.0, 2.0]])
+    assert np.isclose(lead(scores, [[0], [2]]), (2 / 2**0.5 + -2 / 1) / 2)
