@@ -279,7 +279,12 @@ def ascend(
             batch = adapter.prefix(batch)
 
     def loss(theta: Parameters) -> Tensor:
-        return adapter.loss(partial(call, model, theta), batch).sum() / sum(query["terms"])
+        mean = adapter.loss(partial(call, model, theta), batch).sum() / sum(query["terms"])
+        if config.radius is None or mean.item() == 0:
+            return mean
+        # Only the direction counts: in units of the loss itself, the gradient of a memorised query has an ordinary
+        # length, where its own would vanish in float32.
+        return mean / mean.detach().abs()
 
     rank = lora_rank(adapter, config)
     with torch.enable_grad(), torch.random.fork_rng():

@@ -58,7 +58,7 @@ class CandidatePass:
         self.state = process_state()
         encoded = encode(adapter, candidates, "candidates", self.cache_dir)
         self.terms = np.array(encoded["terms"], dtype=np.float32)
-        lengths = adapter.lengths(encoded.with_format(None)[:])
+        lengths = adapter.lengths(encoded.with_format(None))
         # Longest first: if memory runs out, it does so at once. Ties keep their order, so that runs agree.
         self.order = np.lexsort(-lengths.T[::-1])
         self.encoded = encoded.select(self.order)
@@ -160,6 +160,9 @@ def encode(adapter: Adapter, rows: Dataset, role: str, cache_dir: Path | None = 
             new_fingerprint=name,
             desc=f"encoding {role}",
         )
+    if "unreadable" in encoded.column_names:
+        check_readable(encoded["unreadable"][:], columns[0], role)
+        encoded = encoded.remove_columns("unreadable")
     check_terms(np.array(encoded["terms"]), columns[-1], role)
     truncated = int(np.sum(encoded["truncated"]))
     if truncated and state.is_main_process:
@@ -168,6 +171,15 @@ def encode(adapter: Adapter, rows: Dataset, role: str, cache_dir: Path | None = 
             stacklevel=3,
         )
     return encoded.remove_columns("truncated")
+
+
+def check_readable(reasons: list[str], column: str, role: str) -> None:
+    """Raise a `ValueError` that names the rows that can't be read: those with a reason."""
+    rows = np.flatnonzero([bool(reason) for reason in reasons])
+    if len(rows):
+        raise ValueError(
+            f"`{column}` can't be read in {role} {listed(rows)}: {reasons[rows[0]]}. Mend the rows or drop them."
+        )
 
 
 def check_terms(terms: np.ndarray, column: str, role: str) -> None:

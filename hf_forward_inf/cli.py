@@ -12,6 +12,8 @@ from transformers.utils.logging import disable_progress_bar
 from hf_forward_inf.ascent import AscentConfig
 from hf_forward_inf.experiments.counterfactual import CounterfactualOptions, counterfactual_run
 from hf_forward_inf.experiments.finetune import FinetuneOptions, finetune_run
+from hf_forward_inf.experiments.leakage import LeakageOptions, leakage_run
+from hf_forward_inf.experiments.memorization import MemorizationOptions, memorization_run
 from hf_forward_inf.experiments.run import trace_run
 from hf_forward_inf.experiments.task import TraceOptions
 from hf_forward_inf.experiments.truth import TruthOptions, lds_run
@@ -24,6 +26,8 @@ commands:
   compare         the same, with every attributor beside (trace --compare)
   finetune        fine-tune a causal model, trace its answers, fine-tune it again without what was found
   draw            teach a diffusion model some pictures, let it draw them, trace what it has drawn
+  leakage         put training images into the test set: does each find its training copy?
+  memorization    which training images does a classifier remember when it sees a test image?
   lds             train a small model again on random halves of its data: which attributor foretold what came out?
   counterfactual  take the found examples away, train again: does the answer go away?
 """
@@ -37,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "compare": lambda words, program: trace([*words, "--compare"], program),
         "finetune": finetune,
         "draw": draw,
+        "leakage": partial(judge, leakage_run, LeakageOptions),
+        "memorization": partial(judge, memorization_run, MemorizationOptions),
         "lds": partial(judge, lds_run, TruthOptions),
         "counterfactual": partial(judge, counterfactual_run, CounterfactualOptions),
     }

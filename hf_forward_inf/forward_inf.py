@@ -41,7 +41,7 @@ class ForwardInf:
 
     Args:
         model (`torch.nn.Module`): The trained model, theta, on the device it is to run on.
-        processor (*optional*): Its tokenizer.
+        processor (*optional*): Its tokenizer or image processor.
         adapter (`Adapter`, *optional*): Defaults to the one that knows this kind of model.
         ascent (`AscentConfig`, *optional*): How the model is perturbed. Defaults to what the adapter prefers: one
             normalised step, for language models of radius 1 along the query's gradient, for classifiers of tensors
@@ -99,13 +99,13 @@ class ForwardInf:
         """Trace the outputs of a pipeline.
 
         Args:
-            pipe (`transformers.Pipeline` or `diffusers.DiffusionPipeline`): Its model and tokenizer, or its denoiser
-                with all that comes before ([`adapters.DiffusionAdapter`], for its options).
+            pipe (`transformers.Pipeline` or `diffusers.DiffusionPipeline`): Its model with tokenizer or image
+                processor, or its denoiser with all that comes before ([`adapters.DiffusionAdapter`], for its options).
             **options: Of [`ForwardInf`].
         """
         if is_diffusion(pipe):
             return cls(adapter=DiffusionAdapter(pipe), **options)
-        return cls(pipe.model, pipe.tokenizer, **options)
+        return cls(pipe.model, pipe.tokenizer or pipe.image_processor, **options)
 
     def with_options(self, **options: Any) -> "ForwardInf":
         """Give the same attributor with other options (`ascent`, `reduction`, `references`, ...)."""

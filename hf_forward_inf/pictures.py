@@ -59,28 +59,45 @@ def _opened(value: Any) -> Any:
     return Image.fromarray(np.asarray(value).astype(np.uint8))
 
 
-def pixels(image: Any, size: tuple[int, int], channels: int) -> np.ndarray:
-    """Bring an image to a size: the largest centred part of its shape, resized.
+def in_channels(image: Any, channels: int | None = None) -> Any:
+    """Make an image grey or RGB.
 
     Transparent parts become white, palettes and CMYK become RGB, and the camera's orientation is applied.
 
     Args:
         image (`PIL.Image.Image`): Decoded.
-        size (`tuple[int, int]`): Height and width.
-        channels (`int`): 3 for RGB, 1 for grey.
+        channels (`int`, *optional*): 3 for RGB, 1 for grey. Defaults to grey for grey images, else RGB.
 
     Returns:
-        `np.ndarray`: uint8 `[channels, height, width]`.
+        `PIL.Image.Image`: Of mode `RGB` or `L`.
     """
     from PIL import Image, ImageOps
 
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if channels is None:
+        channels = 1 if image.mode in ("1", "L", "LA") else 3
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("L" if channels == 1 else "RGB")
+    return image.convert("L" if channels == 1 else "RGB")
+
+
+def pixels(image: Any, size: tuple[int, int], channels: int) -> np.ndarray:
+    """Bring an image to a size: the largest centred part of its shape, resized.
+
+    Args:
+        image (`PIL.Image.Image`): Decoded.
+        size (`tuple[int, int]`): Height and width.
+        channels (`int`): As in [`in_channels`].
+
+    Returns:
+        `np.ndarray`: uint8 `[channels, height, width]`.
+    """
+    from PIL import Image, ImageOps
+
+    image = in_channels(image, channels)
     if (image.height, image.width) != size:
         image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BICUBIC)
     array = np.asarray(image, dtype=np.uint8)

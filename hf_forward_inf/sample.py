@@ -30,7 +30,7 @@ class Sample:
     def __init__(self, adapter: Adapter, candidates: Dataset, size: int, seed: int, cache_dir: Path | None = None):
         self.adapter = adapter
         drawn = encode(adapter, sample_rows(candidates, size, seed), "candidates", cache_dir)
-        self.lengths = adapter.lengths(drawn[:])
+        self.lengths = adapter.lengths(drawn)
         order = np.lexsort(self.lengths.T[::-1])
         self.features, self.lengths = drawn.select(order), self.lengths[order]
 

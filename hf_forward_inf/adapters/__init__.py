@@ -7,6 +7,7 @@ from torch import nn
 from hf_forward_inf.adapters.base import Adapter
 from hf_forward_inf.adapters.causal_lm import CausalLMAdapter, is_causal_lm
 from hf_forward_inf.adapters.diffusion import DiffusionAdapter, is_diffusion
+from hf_forward_inf.adapters.image_classification import ImageClassificationAdapter, is_image_classifier
 from hf_forward_inf.adapters.seq2seq import Seq2SeqAdapter, is_seq2seq
 from hf_forward_inf.adapters.tensors import TensorAdapter
 
@@ -14,6 +15,7 @@ __all__ = [
     "Adapter",
     "CausalLMAdapter",
     "DiffusionAdapter",
+    "ImageClassificationAdapter",
     "Seq2SeqAdapter",
     "TensorAdapter",
     "adapter_for",
@@ -26,7 +28,7 @@ def adapter_for(model: nn.Module, processor: Any = None) -> Adapter:
 
     Args:
         model (`torch.nn.Module`): The trained model.
-        processor (*optional*): Its tokenizer.
+        processor (*optional*): Its tokenizer or image processor.
 
     Raises:
         TypeError: If no adapter knows this kind of model.
@@ -35,8 +37,12 @@ def adapter_for(model: nn.Module, processor: Any = None) -> Adapter:
         return Seq2SeqAdapter(model, processor)
     if is_causal_lm(model):
         return CausalLMAdapter(model, processor)
+    if is_image_classifier(model):
+        return ImageClassificationAdapter(model, processor)
     raise TypeError(
         f"No adapter knows {type(model).__name__}: it has no loss over labels that the library can read. "
-        "Load a language model with AutoModelForSeq2SeqLM or AutoModelForCausalLM, or write an adapter "
-        "(hf_forward_inf.adapters.Adapter) and pass it as ForwardInf(model, adapter=...)."
+        "Load a language model with AutoModelForSeq2SeqLM or AutoModelForCausalLM, an image classifier with "
+        "AutoModelForImageClassification. For a module from images to logits give "
+        "ForwardInf(adapter=ImageClassificationAdapter(model, transform=...)), for one from arrays TensorAdapter, or "
+        "write an adapter (hf_forward_inf.adapters.Adapter)."
     )

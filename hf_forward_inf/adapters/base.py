@@ -53,11 +53,12 @@ class Adapter(ABC):
         """Turn rows into features that Arrow can hold, one list entry a row.
 
         Beside its own features it returns `terms` (`int`: how many terms the example's loss sums, 0 where
-        there is nothing to predict) and `truncated` (`bool`: whether the row was longer than the model reads).
+        there is nothing to predict) and `truncated` (`bool`: whether the row was longer than the model reads);
+        where rows may be corrupt, `unreadable` too (`str`: why it can't be read, empty where it can).
         """
 
     @abstractmethod
-    def lengths(self, features: Rows) -> np.ndarray:
+    def lengths(self, features: Rows | Dataset) -> np.ndarray:
         """Give the lengths that padding will bring to a common size, `[rows, axes]`.
 
         Rows are sorted by them, the first axis first: put first the one whose padding costs most.

@@ -1,4 +1,4 @@
-"""A stack of transformer blocks that can be run in two halves."""
+"""A stack of blocks that can be run in two halves."""
 
 from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
@@ -10,16 +10,23 @@ from torch import Tensor, nn
 class Blocks:
     """Runs the first half of a model's blocks once, and the second half from there as often as wanted.
 
-    Works on any transformers model with a list of equal blocks, from outside: by hooks, and by blocks that let their
-    input pass, both for the length of a call.
+    Works on any transformers model with a list of equal blocks, or on one that runs its children one after the other,
+    from outside: by hooks, and by blocks that let their input pass, both for the length of a call.
 
     Args:
         model (`torch.nn.Module`): The model; without such a list there is no middle.
+        first (`str`, *optional*): The child with which the second half begins. All children are blocks then.
+
+    Raises:
+        ValueError: If the model has no such child.
     """
 
-    def __init__(self, model: Any):
-        self.found = _blocks(model)
-        self.middle = len(self.found) // 2
+    def __init__(self, model: Any, first: str | None = None):
+        children = dict(model.named_children())
+        if first is not None and first not in children:
+            raise ValueError(f"{type(model).__name__} has no child {first!r}; it has {', '.join(children)}.")
+        self.found = _blocks(model) if first is None else list(children.values())
+        self.middle = len(self.found) // 2 if first is None else list(children).index(first)
         late = {id(p) for block in self.found[self.middle :] for p in block.parameters()} if self.middle else set()
         named = model.named_parameters()
         self.before_middle: Set[str] = {name for name, p in named if id(p) not in late} if self.middle else set()

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import Self
@@ -174,7 +175,7 @@ class CausalLMAdapter(Adapter):
         # A chat template writes the special tokens itself. verbose=False: our own warning counts the rows, once.
         return self.tokenizer(texts, add_special_tokens=not any(templated), verbose=False)
 
-    def lengths(self, features: Rows) -> np.ndarray:
+    def lengths(self, features: Rows | Dataset) -> np.ndarray:
         """Tokens of each row, `[rows, 1]`."""
         return np.array([[len(ids)] for ids in features["input_ids"]])
 

@@ -146,7 +146,7 @@ class DiffusionAdapter(Adapter):
             )
         return found
 
-    def lengths(self, features: Rows) -> np.ndarray:
+    def lengths(self, features: Rows | Dataset) -> np.ndarray:
         """Latent pixels that the denoiser works on, `[rows, 1]`, in units of 64."""
         pixels = self.timesteps * self.shape[1] * self.shape[2]
         return np.array([[max(1, images * pixels // PIXELS_A_TOKEN)] for images in features["images"]])

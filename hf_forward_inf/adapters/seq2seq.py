@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -90,7 +91,7 @@ class Seq2SeqAdapter(Adapter):
     def _cut(self, ids: list[int]) -> list[int]:
         return ids if len(ids) <= self.max_length else [*ids[: self.max_length - 1], ids[-1]]
 
-    def lengths(self, features: Rows) -> np.ndarray:
+    def lengths(self, features: Rows | Dataset) -> np.ndarray:
         """Target length first: the decoder runs once a query, the encoder once a block of queries."""
         pairs = zip(features["labels"], features["input_ids"], strict=True)
         return np.array([(len(labels), len(ids)) for labels, ids in pairs])

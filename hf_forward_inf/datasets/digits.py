@@ -1,7 +1,9 @@
-"""Real pictures with captions, without a download: scikit-learn's handwritten digits."""
+"""Real pictures with captions or labels, without a download: scikit-learn's handwritten digits."""
+
+from typing import Any
 
 import numpy as np
-from datasets import Dataset, Features, Image, Value
+from datasets import ClassLabel, Dataset, Features, Image, Value
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 STROKES = ("thin ", "", "bold ")
@@ -19,23 +21,48 @@ def captioned_digits() -> Dataset:
     Raises:
         ImportError: If scikit-learn is not installed.
     """
-    from PIL import Image as Pillow
+    images, digits = _scanned()
+    strokes = _thirds(images.mean(axis=(1, 2)), digits)
+    leans = _thirds(_lean(images), digits)
+    captions = [
+        f"a {STROKES[stroke]}handwritten {WORDS[digit]}{LEANS[lean]}"
+        for digit, stroke, lean in zip(digits, strokes, leans, strict=True)
+    ]
+    return _as_rows(images, caption=(captions, Value("string")))
 
+
+def labelled_digits() -> Dataset:
+    """Give the same 1,797 pictures with the digit on each.
+
+    Returns:
+        `datasets.Dataset`: Columns `image` and `label`, a `ClassLabel`.
+
+    Raises:
+        ImportError: If scikit-learn is not installed.
+    """
+    images, digits = _scanned()
+    return _as_rows(images, label=(digits.tolist(), ClassLabel(names=[str(digit) for digit in range(10)])))
+
+
+def _scanned() -> tuple[np.ndarray, np.ndarray]:
+    """Pictures, uint8 `[1797, 8, 8]`, and the digits on them."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise ImportError("The digits need the extra `truth`: pip install 'hf-forward-inf[truth]'.") from error
     data = load_digits()
-    images = np.round(data.images * 255 / 16).astype(np.uint8)
-    strokes = _thirds(images.mean(axis=(1, 2)), data.target)
-    leans = _thirds(_lean(data.images), data.target)
-    captions = [
-        f"a {STROKES[stroke]}handwritten {WORDS[digit]}{LEANS[lean]}"
-        for digit, stroke, lean in zip(data.target, strokes, leans, strict=True)
-    ]
+    return np.round(data.images * 255 / 16).astype(np.uint8), data.target
+
+
+def _as_rows(images: np.ndarray, **columns: tuple[Any, Any]) -> Dataset:
+    """Put pictures beside other columns, each given by its values and its feature."""
+    from PIL import Image as Pillow
+
+    values = {name: value for name, (value, _) in columns.items()}
+    features = {name: feature for name, (_, feature) in columns.items()}
     return Dataset.from_dict(
-        {"image": [Pillow.fromarray(image) for image in images], "caption": captions},
-        features=Features({"image": Image(), "caption": Value("string")}),
+        {"image": [Pillow.fromarray(image) for image in images], **values},
+        features=Features({"image": Image(), **features}),
     )
 
 

@@ -16,7 +16,7 @@ SHARES = {"bm25": BM25_NEIGHBOURS, "same_target": 100, "random": 100}
 """Distractors of each kind that FTRACE takes for a query."""
 
 
-def load_rows(source: str, role: str) -> Dataset:
+def load_rows(source: str, role: str, split: str = "train") -> Dataset:
     """Load queries or candidates.
 
     Args:
@@ -25,9 +25,10 @@ def load_rows(source: str, role: str) -> Dataset:
             configuration (`ekinakyurek/ftrace:abstracts`). Without one, FTRACE's configuration for the role is taken
             if the dataset has configurations.
         role (`str`): `"abstracts"` or `"queries"`.
+        split (`str`, defaults to `"train"`): Taken where there are several.
 
     Returns:
-        `datasets.Dataset`: The `train` split where there are splits, else the only one.
+        `datasets.Dataset`: The split, or the only one.
 
     Raises:
         FileNotFoundError: If it looks like a path and nothing is there.
@@ -39,13 +40,13 @@ def load_rows(source: str, role: str) -> Dataset:
         return load_dataset(_builder(path), data_files=str(path), split="train")
     if path.is_dir():
         if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-            return _only_split(load_from_disk(str(path)), source)
+            return _one_split(load_from_disk(str(path)), source, split)
         if all((path / file).exists() for file in FILES):
             return template_facts(path)[role]
-        return _only_split(_load_named(str(path), config, role), source)
+        return _one_split(_load_named(str(path), config, role), source, split)
     if path.suffix or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"There is no file or folder {source} (nor can it be a dataset on the hub).")
-    return _only_split(_load_named(name, config, role), source)
+    return _one_split(_load_named(name, config, role), source, split)
 
 
 def _builder(path: Path) -> str:
@@ -61,14 +62,14 @@ def _load_named(name: str, config: str, role: str) -> Any:
     return load_dataset(name, config or None)
 
 
-def _only_split(data: Dataset | DatasetDict, source: str) -> Dataset:
+def _one_split(data: Dataset | DatasetDict, source: str, split: str) -> Dataset:
     if isinstance(data, Dataset):
         return data
-    if "train" in data:
-        return data["train"]
+    if split in data:
+        return data[split]
     if len(data) == 1:
         return next(iter(data.values()))
-    raise ValueError(f"{source} has the splits {', '.join(data)}, and none is called train: give one as a file.")
+    raise ValueError(f"{source} has the splits {', '.join(data)}, and none is called {split}: give one as a file.")
 
 
 def fact_lists(rows: Dataset) -> list[list[str]]:

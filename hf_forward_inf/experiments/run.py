@@ -5,7 +5,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -139,13 +139,23 @@ def write_outputs(
     table: Table,
     truth: list[list[int]] | None,
     plot: str,
+    *,
+    columns: Sequence[str] = ("mrr", "mrr_se", "precision@1", "precision@10", "recall@10"),
+    title: str | None = None,
+    plot_caption: str | None = None,
+    more: Mapping[str, Callable[[Path], None]] | None = None,
 ) -> None:
-    """Write beside the old outputs first, then put the new ones in their places: no moment leaves half a file."""
-    columns = ("mrr", "mrr_se", "precision@1", "precision@10", "recall@10")
+    """Write everything, and `more` files by name.
+
+    Beside the old outputs first, then the new ones are put in their places: no moment leaves half a file.
+    """
     shown = {method: {key: row[key] for key in columns if key in row} for method, row in table.items()}
     writers: dict[str, Callable[[Path], None]] = {
         "attribution": attribution.save_to_disk,
-        "report.html": lambda path: attribution.to_html(path, proponents=truth, metrics=shown, plot=plot),
+        "report.html": lambda path: attribution.to_html(
+            path, proponents=truth, metrics=shown, plot=plot, title=title, plot_caption=plot_caption
+        ),
+        **(more or {}),
         "metrics.json": lambda path: _write_json(path, metrics),
     }
     _write_all(folder, writers)

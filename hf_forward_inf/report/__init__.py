@@ -14,6 +14,10 @@ from hf_forward_inf.texts import LAYOUTS, SENTINEL, text_and_target, text_column
 
 SHOWN = 10
 """Candidates shown for each query."""
+BUDGET_CAPTION = (
+    "What each attributor has found after a time, candidates that it has not inspected yet ranked last. Each inspects "
+    "candidates at its own measured pace, in one random order; a cascade begins with the best of its first stage."
+)
 
 
 def write_report(
@@ -23,6 +27,7 @@ def write_report(
     proponents: Sequence[Sequence[int]] | None = None,
     metrics: Mapping[str, Mapping[str, float]] | None = None,
     plot: str = "",
+    plot_caption: str | None = None,
     title: str | None = None,
     columns: tuple[str, ...] | None = None,
     k: int = SHOWN,
@@ -35,6 +40,7 @@ def write_report(
         proponents (`list[list[int]]`, *optional*): For each query, row numbers of its proponents: they are marked.
         metrics (`dict`, *optional*): Figures by attributor, shown as a table.
         plot (`str`, *optional*): An SVG of our own making ([`plots.budget_plot`]), shown below the table.
+        plot_caption (`str`, *optional*): Stands below it. Defaults to that of [`plots.budget_plot`].
         title (`str`, *optional*): Heads the page. Defaults to a question about what the model said or drew.
         columns (`tuple[str, ...]`, *optional*): Columns of input and target texts. Found by [`texts.text_columns`].
         k (`int`, defaults to 10): Candidates shown for each query.
@@ -68,6 +74,7 @@ def write_report(
         figures=sorted({name for row in (metrics or {}).values() for name in row}, key=_figure_order),
         queries=queries,
         plot=Markup(plot),
+        plot_caption=plot_caption or BUDGET_CAPTION,
     )
     Path(path).write_text(page, encoding="utf-8")
 
@@ -121,5 +128,5 @@ def _parts(text: str, target: str) -> list[tuple[str, bool]]:
 
 def _figure_order(name: str) -> tuple[int, str, int]:
     kind, _, k = name.partition("@")
-    order = ("mrr", "mrr_se", "precision", "recall")
+    order = ("top1", "top5", "mrr", "mrr_se", "precision", "recall")
     return (order.index(kind) if kind in order else len(order), kind, int(k or 0))

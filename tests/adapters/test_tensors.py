@@ -66,7 +66,7 @@ def test_a_row_is_most_like_itself():
     ("rows", "message"),
     [
         ({"x": [[0.0] * 64], "label": [None]}, "Nothing to predict in candidates row 0"),
-        ({"x": [[0.0] * 64], "label": [0.5]}, "`label` holds 0.5; a label is an integer from 0"),
+        ({"x": [[0.0] * 64], "label": [0.5]}, "`label` holds 0.5 in row 0; a label is an integer from 0"),
         ({"x": [[0.0] * 64], "label": [10]}, "`label` holds 10, but the model knows only the classes 0 to 9"),
         ({"x": [[0.0] * 64, [0.0] * 63], "label": [1, 1]}, r"arrays of the shapes \(63,\) and \(64,\)"),
         ({"x": [[[0.0] * 64] * 2], "label": [1]}, r"shape \(1, 2, 10\) for 1 rows"),

@@ -1,0 +1,75 @@
+"""Plots of experiments on images: pairs side by side, and features under ascent."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hf_forward_inf.pictures import in_channels, read_image
+
+KINDS = {"others": ("0.75", 8), "proponents": ("C0", 22), "query": ("C3", 60)}
+"""What a point stands for: its colour and size."""
+
+
+def pair_grid(path: Path, pairs: Sequence[dict[str, Any]], columns: int = 8) -> None:
+    """Draw test images, each above the training image of most influence on it, as a PNG.
+
+    Args:
+        path (`Path`): The file to write.
+        pairs (`list[dict]`): `query` and `candidate` (images), `query_label`, `candidate_label`, `score`.
+        columns (`int`, defaults to 8): Pairs in a line.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    figure = _figure()(figsize=(1.25 * columns, 3.0 * -(-len(pairs) // columns)), layout="constrained")
+    axes = figure.subplots(2 * -(-len(pairs) // columns), columns, squeeze=False)
+    for axis in axes.ravel():
+        axis.axis("off")
+    for i, pair in enumerate(pairs):
+        line, column = 2 * (i // columns), i % columns
+        for axis, side, title in (
+            (axes[line, column], "query", f"test: {pair['query_label']}"),
+            (axes[line + 1, column], "candidate", f"{pair['candidate_label']}, {pair['score']:.3g}"),
+        ):
+            image = in_channels(read_image(pair[side]))
+            axis.imshow(image, cmap="gray" if image.mode == "L" else None, interpolation="nearest")
+            axis.set_title(title, fontsize=8)
+    figure.savefig(path, format="png", dpi=150)
+
+
+def dynamics_plot(points: np.ndarray, kinds: Sequence[str], radii: Sequence[float]) -> str:
+    """Draw where examples are as the model is moved up the loss of a query, one panel a radius, as SVG text.
+
+    Args:
+        points (`np.ndarray`): `[radii, examples, 2]`.
+        kinds (`list[str]`): What each example is: `"query"`, `"proponents"` or `"others"`.
+        radii (`list[float]`): From 0.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    figure = _figure()(figsize=(3.2 * len(radii), 3.4), layout="constrained")
+    axes = figure.subplots(1, len(radii), sharex=True, sharey=True, squeeze=False)[0]
+    of = np.array(kinds)
+    for axis, places, radius in zip(axes, points, radii, strict=True):
+        for kind, (colour, size) in KINDS.items():
+            marker = "*" if kind == "query" else "o"
+            axis.scatter(*places[of == kind].T, s=size, c=colour, marker=marker, linewidths=0, label=kind)
+        axis.set_title("the trained model" if radius == 0 else f"radius {radius:g}", fontsize=10)
+        axis.set_xticks([])
+        axis.set_yticks([])
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()[text.getvalue().index("<svg") :]
+
+
+def _figure() -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Plots need the extra `plots`: pip install 'hf-forward-inf[plots]'.") from error
+    return Figure

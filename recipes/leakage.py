@@ -1,0 +1,18 @@
+"""Data leakage (the paper's Table 2): training images in the test set; does each find its training copy?
+
+    python recipes/leakage.py
+    python recipes/leakage.py --change none shifted recoloured recompressed
+    python recipes/leakage.py --model resnet20_cifar10 --candidates train_10k.parquet
+
+With no option: scikit-learn's digits and a small network that is trained on them once. Radius and score are chosen on
+a fifth of the leaked images, the others are judged, beside TracIn, influence functions and representations. `--help`
+lists all options.
+"""
+
+import sys
+
+from hf_forward_inf.cli import judge
+from hf_forward_inf.experiments.leakage import LeakageOptions, leakage_run
+
+if __name__ == "__main__":
+    sys.exit(judge(leakage_run, LeakageOptions))
