@@ -12,6 +12,7 @@ from transformers.utils.logging import disable_progress_bar
 from hf_forward_inf.ascent import AscentConfig
 from hf_forward_inf.experiments.counterfactual import CounterfactualOptions, counterfactual_run
 from hf_forward_inf.experiments.finetune import FinetuneOptions, finetune_run
+from hf_forward_inf.experiments.hypothesis import HypothesisOptions, hypothesis_run
 from hf_forward_inf.experiments.leakage import LeakageOptions, leakage_run
 from hf_forward_inf.experiments.memorization import MemorizationOptions, memorization_run
 from hf_forward_inf.experiments.run import trace_run
@@ -26,6 +27,7 @@ commands:
   compare         the same, with every attributor beside (trace --compare)
   finetune        fine-tune a causal model, trace its answers, fine-tune it again without what was found
   draw            teach a diffusion model some pictures, let it draw them, trace what it has drawn
+  hypothesis      does what an example does to a query mirror what the query does to the example?
   leakage         put training images into the test set: does each find its training copy?
   memorization    which training images does a classifier remember when it sees a test image?
   lds             train a small model again on random halves of its data: which attributor foretold what came out?
@@ -41,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "compare": lambda words, program: trace([*words, "--compare"], program),
         "finetune": finetune,
         "draw": draw,
+        "hypothesis": partial(judge, hypothesis_run, HypothesisOptions),
         "leakage": partial(judge, leakage_run, LeakageOptions),
         "memorization": partial(judge, memorization_run, MemorizationOptions),
         "lds": partial(judge, lds_run, TruthOptions),

@@ -1,7 +1,8 @@
 """Training anew without some of the data: the truth that attributions are judged by."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import TypeAlias
 
@@ -99,15 +100,17 @@ def retrained_losses(
 
 @dataclass(frozen=True)
 class BatchedTraining:
-    """Trains many small networks at once: one stacked step of Adam, over all of the data, for all of them.
+    """Trains many small networks at once, by stacked steps for all of them.
 
     Args:
         network (`Callable`): Makes the untrained network: from `[rows, ...]` to logits `[rows, classes]`.
         data (`tuple`): Inputs `[candidates, ...]` and labels `[candidates]`.
         queries (`tuple`): Inputs and labels of the queries.
-        steps (`int`, defaults to 400): Steps, each over a whole subset.
-        learning_rate (`float`, defaults to 1e-2): Adam's; falls to 0 along a cosine, so that training ends at rest.
-        weight_decay (`float`, defaults to 1e-3): Adam's, a part of the loss: weight_decay / 2 x squared norm.
+        steps (`int`, defaults to 400): Steps.
+        learning_rate (`float`, defaults to 1e-2): Falls to 0 along a cosine, so that training ends at rest.
+        weight_decay (`float`, defaults to 1e-3): A part of the loss: weight_decay / 2 x squared norm.
+        momentum (`float`, *optional*): Take steps of SGD with this momentum. Defaults to steps of Adam.
+        batch_size (`int`, *optional*): Rows of a step, in an order that the seed draws. Defaults to a whole subset.
     """
 
     network: Callable[[], nn.Module]
@@ -116,11 +119,13 @@ class BatchedTraining:
     steps: int = 400
     learning_rate: float = 1e-2
     weight_decay: float = 1e-3
+    momentum: float | None = None
+    batch_size: int | None = None
 
     @property
-    def settings(self) -> tuple[int, float, float]:
+    def settings(self) -> tuple[float | None, ...]:
         """What training depends on beside network and data."""
-        return self.steps, self.learning_rate, self.weight_decay
+        return self.steps, self.learning_rate, self.weight_decay, self.momentum, self.batch_size
 
     def __call__(self, subsets: np.ndarray, seeds: np.ndarray) -> np.ndarray:
         """Train on subsets of one size; give the queries' losses, float32 `[models, queries]`."""
@@ -145,19 +150,38 @@ class BatchedTraining:
                 f"{type(networks[0]).__name__} has buffers ({', '.join(buffers)}), which are not trained."
             )
         rows = torch.from_numpy(np.stack([np.flatnonzero(subset) for subset in subsets]))
-        inputs, labels = (part[rows] for part in self.data)
 
         def loss(one: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
             return F.cross_entropy(functional_call(networks[0], one, (x,)), y)
 
-        optimizer = torch.optim.Adam(parameters.values(), lr=self.learning_rate, weight_decay=self.weight_decay)
+        optimizer = self._optimizer(parameters.values())
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
-        for _ in range(self.steps):
+        for inputs, labels in self._batches(rows, seeds):
             optimizer.zero_grad()
             vmap(loss)(parameters, inputs, labels).sum().backward()
             optimizer.step()
             schedule.step()
         return networks[0], {name: value.detach() for name, value in parameters.items()}
+
+    def _optimizer(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+        if self.momentum is None:
+            return torch.optim.Adam(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
+        return torch.optim.SGD(
+            parameters, lr=self.learning_rate, momentum=self.momentum, weight_decay=self.weight_decay
+        )
+
+    def _batches(self, rows: Tensor, seeds: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
+        """Give every step's inputs, `[models, batch, ...]`, and labels, of each model's own rows, `[models, rows]`."""
+        if self.batch_size is None:
+            yield from repeat((self.data[0][rows], self.data[1][rows]), self.steps)
+            return
+        draws = [np.random.default_rng(seed) for seed in seeds.tolist()]
+        order = torch.empty(len(rows), 0, dtype=torch.long)
+        for _ in range(self.steps):
+            if order.shape[1] < min(self.batch_size, rows.shape[1]):  # an epoch is over: what is left is dropped
+                order = torch.from_numpy(np.stack([draw.permutation(rows.shape[1]) for draw in draws]))
+            batch, order = rows.gather(1, order[:, : self.batch_size]), order[:, self.batch_size :]
+            yield self.data[0][batch], self.data[1][batch]
 
     def _untrained(self, seed: int) -> nn.Module:
         with torch.random.fork_rng():

@@ -69,3 +69,27 @@ def test_the_networks_of_the_digits(network, size):
     assert task.key != digits(network, candidates=40, queries=4, steps=3).key
     with pytest.raises(ValueError, match="don't fit into 1797 digits"):
         digits(network, candidates=1797)
+
+
+def test_steps_over_batches_are_those_of_plain_sgd():
+    rows = small.rows(0, 30)
+    data = torch.tensor(rows["x"][:]), torch.tensor(rows["label"][:])
+    training = BatchedTraining(
+        lambda: nn.Linear(64, 10), data, data, steps=5, learning_rate=0.1, momentum=0.9, batch_size=8
+    )
+    subset = np.arange(30) % 5 > 0
+    found = training.model(3, subset)
+    torch.manual_seed(3)
+    plain, own, draw = nn.Linear(64, 10), np.flatnonzero(subset), np.random.default_rng(3)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5)
+    order = []
+    for _ in range(5):
+        if not order:
+            order = own[draw.permutation(24)].reshape(3, 8).tolist()
+        batch = order.pop(0)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(plain(data[0][batch]), data[1][batch]).backward()
+        optimizer.step()
+        schedule.step()
+    torch.testing.assert_close(found.weight, plain.weight)

@@ -1,7 +1,7 @@
 """Plots of experiments on images: pairs side by side, and features under ascent."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,31 @@ def dynamics_plot(points: np.ndarray, kinds: Sequence[str], radii: Sequence[floa
         axis.set_xticks([])
         axis.set_yticks([])
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    return _as_svg(figure)
+
+
+def scatter_plot(panels: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> str:
+    """Draw pairs of influences against each other, one panel a comparison, as SVG text.
+
+    Args:
+        panels (`dict`): By title: values across and up, `[points]` each.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    figure = _figure()(figsize=(3.6 * len(panels), 3.4), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (title, (across, up)) in zip(axes, panels.items(), strict=True):
+        axis.scatter(across, up, s=14 if len(across) < 100 else 5, alpha=0.6, linewidths=0, rasterized=True)
+        axis.axhline(0, color="0.8", linewidth=0.8, zorder=0)
+        axis.axvline(0, color="0.8", linewidth=0.8, zorder=0)
+        axis.set_title(f"{title}\nPearson {np.corrcoef(across, up)[0, 1]:.3f}", fontsize=10)
+        axis.tick_params(labelsize=7)
+        axis.spines[["top", "right"]].set_visible(False)
+    return _as_svg(figure)
+
+
+def _as_svg(figure: Any) -> str:
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue()[text.getvalue().index("<svg") :]

@@ -1,0 +1,92 @@
+"""The hypothesis where training is noisy: groups of rising mislabel ratio against clean queries (section 2.1)."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+
+from hf_forward_inf.adapters import TensorAdapter
+from hf_forward_inf.ascent import AscentConfig, ascend, call
+from hf_forward_inf.directions import direction_for
+from hf_forward_inf.experiments.point_to_point import Influences
+from hf_forward_inf.fingerprints import fingerprint
+from hf_forward_inf.retraining import BatchedTraining, losses_of, retrained_losses
+
+
+def mislabelled(labels: np.ndarray, groups: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Cut examples into groups of one size, and give wrong labels to more and more of each: from none to all.
+
+    Args:
+        labels (`np.ndarray`): Integers from 0, `[examples]`; as many as fill the groups are used.
+        groups (`int`): How many; at least 2.
+        classes (`int`): Labels are drawn from the others of so many.
+        seed (`int`, defaults to 0): Draws which, and what.
+
+    Returns:
+        `tuple`: Each example's group, and its label.
+    """
+    size = len(labels) // groups
+    of, noisy = np.repeat(np.arange(groups), size), labels[: groups * size].copy()
+    draw = np.random.default_rng(seed)
+    for group in range(groups):
+        wrong = draw.permutation(np.flatnonzero(of == group))[: round(size * group / (groups - 1))]
+        noisy[wrong] = (noisy[wrong] + draw.integers(1, classes, len(wrong))) % classes
+    return of, noisy
+
+
+@dataclass(frozen=True)
+class GroupTask:
+    """Examples in groups, and queries that belong together.
+
+    Args:
+        training (`BatchedTraining`): Its data are the examples, and the queries after them.
+        of (`np.ndarray`): Each example's group, `[examples]`.
+    """
+
+    training: BatchedTraining
+    of: np.ndarray
+
+    def by_group(self, losses: np.ndarray) -> np.ndarray:
+        """Average the examples' losses, `[..., rows]`, over groups: `[..., groups]`."""
+        return np.stack([losses[..., : len(self.of)][..., self.of == g].mean(-1) for g in np.unique(self.of)], -1)
+
+    def influences(self, seeds: int) -> Influences:
+        """Train without each group, and with the queries added; `[seeds, groups]` each."""
+        count, groups = len(self.of), len(np.unique(self.of))
+        rows = len(self.training.data[0])
+        base, added = np.arange(rows)[None] < count, np.ones((1, rows), dtype=bool)
+        without = np.repeat(base, groups, axis=0)
+        for group in range(groups):
+            without[group, :count] &= self.of != group
+        key = fingerprint(repr(self.training.settings), *(part.numpy().tobytes() for part in self.training.data))
+        losses = partial(retrained_losses, self.training, key=key, seeds=seeds)
+        before = losses(base)[:, 0]
+        to_query = losses(without)[..., count:].mean(-1) - before[:, count:].mean(-1)[:, None]
+        return Influences(to_query, self.by_group(before) - self.by_group(losses(added)[:, 0]))
+
+    def model(self, seed: int) -> nn.Module:
+        """Train on the examples alone."""
+        return self.training.model(seed, np.arange(len(self.training.data[0])) < len(self.of))
+
+    def forward_inf(self, model: nn.Module, ascent: AscentConfig) -> np.ndarray:
+        """Give how much each group's loss rises as the model is moved up the mean loss of all queries, `[groups]`."""
+        inputs, labels = self.training.data
+        count = len(self.of)
+        adapter = TensorAdapter(model)
+        names = [name for name, _ in model.named_parameters()]
+        direction = direction_for(ascent, adapter, _rows(inputs[:count], labels[:count]), names)
+        queries = adapter.encode(_rows(inputs[count:], labels[count:])[:])
+        theta = ascend(adapter, queries, names, ascent, None if direction is None else direction.ready())
+        if theta is None:
+            raise ValueError("The queries' gradient is zero or not finite: it moves the model nowhere.")
+        with torch.no_grad():
+            losses = losses_of(model, inputs[:count], labels[:count])
+            moved = nn.functional.cross_entropy(call(model, theta, x=inputs[:count]), labels[:count], reduction="none")
+            return self.by_group((moved - losses({})).numpy())
+
+
+def _rows(inputs: Tensor, labels: Tensor) -> Dataset:
+    return Dataset.from_dict({"x": inputs.numpy().tolist(), "label": labels.tolist()})

@@ -1,0 +1,183 @@
+"""The paper's hypothesis: what an example does to a query correlates with what the query does to the example."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from hf_forward_inf.ascent import AscentConfig
+from hf_forward_inf.attribution import Attribution
+from hf_forward_inf.checks import listed
+from hf_forward_inf.datasets import sample_rows
+from hf_forward_inf.datasets.images import count_classes, load_images
+from hf_forward_inf.experiments.groups import GroupTask, mislabelled
+from hf_forward_inf.experiments.image_task import captioned
+from hf_forward_inf.experiments.networks import ConvNet
+from hf_forward_inf.experiments.point_to_point import Influences, LogisticRegression, point_to_point
+from hf_forward_inf.experiments.run import check_output, environment, write_outputs
+from hf_forward_inf.metrics import spearman
+from hf_forward_inf.pictures import in_channels, read_image
+from hf_forward_inf.processes import say
+from hf_forward_inf.report.image_plots import scatter_plot
+from hf_forward_inf.retraining import BatchedTraining
+
+CAPTION = (
+    "Each point is a training example (left) or a group of them: across, how much the query's loss rises when it is "
+    "left out of training; up, how much its own loss falls when the query is trained on, or how much it rises as "
+    "Forward-INF moves the model."
+)
+
+
+@dataclass
+class HypothesisOptions:
+    """What is trained, left out and added, and where the results go."""
+
+    output: str = field(default="outputs/hypothesis", metadata={"help": "Folder for metrics, scores and report."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace a finished run in the output folder."})
+    candidates: str | None = field(
+        default=None, metadata={"help": "Images with labels: hub name, folder of folders, parquet (default: digits)."}
+    )
+    label_column: str = field(default="label", metadata={"help": "Column of labels."})
+    image_column: str | None = field(default=None, metadata={"help": "Column of images (default: found)."})
+    training: int = field(default=1000, metadata={"help": "Examples of the logistic regression."})
+    queries: int = field(default=10, metadata={"help": "Its queries: of the others those of the highest loss."})
+    groups: int = field(default=30, metadata={"help": "Groups, from no wrong labels to nothing else."})
+    group_size: int = field(default=35, metadata={"help": "Examples in a group."})
+    group_queries: int = field(default=500, metadata={"help": "Queries of the groups, all with right labels."})
+    width: int = field(default=8, metadata={"help": "Channels of the network's first convolution."})
+    epochs: int = field(default=20, metadata={"help": "Epochs of its training."})
+    learning_rate: float = field(default=0.05, metadata={"help": "Of its training."})
+    batch_size: int = field(default=50, metadata={"help": "Of its training."})
+    seeds: int = field(default=4, metadata={"help": "Trainings of each, averaged."})
+    radius: float = field(default=0.1, metadata={"help": "Length of Forward-INF's step."})
+    seed: int = field(default=0, metadata={"help": "Draws examples and wrong labels."})
+
+    def __post_init__(self) -> None:
+        for name, least in {"training": 2, "groups": 2, "seeds": 1, "radius": 0.0, "learning_rate": 0.0}.items():
+            value = getattr(self, name)
+            if value < least or not value > 0:
+                raise ValueError(f"--{name} must be {'above 0' if not least else f'at least {least}'}, not {value}.")
+        for name in ("queries", "group_size", "group_queries", "width", "epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}.")
+
+
+def hypothesis_run(options: HypothesisOptions) -> dict[str, Any]:
+    """Run it all and write `metrics.json`, `attribution/` and `report.html` into the output folder.
+
+    `noiseless/pearson` and `spearman`: of the two influences of single examples on the queries of a logistic
+    regression (Table 1). `noisy/...`: of groups on the queries of a convolutional network. `forward_inf/...`:
+    Forward-INF's scores of groups against the influence that they stand for, Inf(D_i <- D_tst) (Table 7);
+    `forward_inf_cg/...`, along conjugate gradients.
+
+    Raises:
+        FileExistsError: If the folder holds a finished run and `overwrite` is not set.
+        OSError: If the folder can't be written to. Both before anything is computed.
+        ValueError: If there are too few images, or of several sizes.
+    """
+    started = time.perf_counter()
+    folder = check_output(options.output, options.overwrite)
+    rows, inputs, labels = _drawn(options)
+    say(f"Leaving out {options.training} examples of a logistic regression, one at a time ...")
+    found, single = _noiseless(rows, inputs, labels, options)
+    figures = {"noiseless": _figures(single.to_query, single.from_query)}
+    task = _groups(rows, inputs, labels, options)
+    say(f"Training a network without each of {options.groups} groups, {options.seeds} times ...")
+    grouped = task.influences(options.seeds)
+    mirrored = grouped.from_query.mean(0)
+    figures["noisy"] = _figures([grouped.to_query.mean(0)], [mirrored])
+    models = [task.model(seed) for seed in range(options.seeds)]
+    scores = {
+        "forward_inf": [task.forward_inf(one, AscentConfig(radius=options.radius)) for one in models],
+        "forward_inf_cg": [
+            task.forward_inf(one, AscentConfig(radius=options.radius, direction="cg", sample=1024)) for one in models
+        ],
+    }
+    figures |= {name: _figures([mirrored], [np.mean(rise, axis=0)]) for name, rise in scores.items()}
+    for name, row in figures.items():
+        say(f"{name:16} Pearson {row['pearson']:.4f}  Spearman {row['spearman']:.4f}")
+    metrics: dict[str, Any] = {f"{name}/{key}": value for name, row in figures.items() for key, value in row.items()}
+    metrics |= {"queries": options.queries, "candidates": options.training, **environment(options)}
+    panels = {
+        "One example, one query": (single.to_query.ravel(), single.from_query.ravel()),
+        "Groups, by retraining": (grouped.to_query.mean(0), mirrored),
+        "Groups, Forward-INF": (mirrored, np.mean(scores["forward_inf"], axis=0)),
+    }
+    metrics["seconds"] = time.perf_counter() - started
+    write_outputs(
+        folder, found, metrics, figures, None, _plot(panels), columns=("pearson", "spearman"), plot_caption=CAPTION,
+        title="Does the mirror hold? Leaving one example out, against adding the query",
+    )  # fmt: skip
+    say(f"Written: {folder}")
+    return metrics
+
+
+def _drawn(options: HypothesisOptions) -> tuple[Dataset, torch.Tensor, torch.Tensor]:
+    """Draw images and read them: rows, float32 `[rows, channels, height, width]` from 0 to 1, and labels."""
+    rows = load_images(options.candidates, label_column=options.label_column, image_column=options.image_column)
+    missing = np.flatnonzero([label is None for label in rows["label"][:]])
+    if len(missing):
+        raise ValueError(f"Rows {listed(missing)} have no label in `{options.label_column}`: take them out.")
+    single = options.training + options.queries
+    grouped = options.groups * options.group_size + options.group_queries
+    if len(rows) < max(single, grouped):
+        raise ValueError(
+            f"There are {len(rows)} images; the logistic regression takes {single} (--training, --queries), "
+            f"the groups {grouped} (--groups, --group_size, --group_queries)."
+        )
+    rows = sample_rows(rows, max(grouped, min(len(rows), 2 * options.training)), options.seed)
+    channels = 1 if read_image(rows[0]["image"]).mode in ("L", "1") else 3
+    arrays = [np.asarray(in_channels(read_image(row["image"]), channels), dtype=np.float32) / 255 for row in rows]
+    if len({array.shape for array in arrays}) > 1:
+        raise ValueError("The images are of several sizes: bring them to one.")
+    inputs = torch.from_numpy(np.stack(arrays)).view(len(rows), *arrays[0].shape[:2], channels).permute(0, 3, 1, 2)
+    return rows, inputs.contiguous(), torch.tensor(rows["label"][:])
+
+
+def _noiseless(
+    rows: Dataset, inputs: torch.Tensor, labels: torch.Tensor, options: HypothesisOptions
+) -> tuple[Attribution, Influences]:
+    flat = inputs.flatten(1).double()
+    constant = torch.ones(len(flat), 1, dtype=torch.float64)
+    model = LogisticRegression(torch.cat([flat, constant], dim=1), labels, count_classes(rows))
+    chosen, influences = point_to_point(model, options.training, options.queries)
+    found = Attribution(
+        influences.from_query.astype(np.float32), rows.select(chosen), rows.select(range(options.training)),
+        method="adding each query to the training of a logistic regression (so a score is a loss's fall)",
+    )  # fmt: skip
+    return captioned(found, {}), influences
+
+
+def _groups(rows: Dataset, inputs: torch.Tensor, labels: torch.Tensor, options: HypothesisOptions) -> GroupTask:
+    classes, count = count_classes(rows), options.groups * options.group_size
+    of, noisy = mislabelled(labels[:count].numpy(), options.groups, classes, options.seed)
+    kept = slice(count, count + options.group_queries)
+    data = torch.cat([inputs[:count], inputs[kept]]), torch.cat([torch.from_numpy(noisy), labels[kept]])
+    training = BatchedTraining(
+        partial(ConvNet, inputs.shape[1], (inputs.shape[2], inputs.shape[3]), classes, options.width), data, data,
+        steps=options.epochs * -(-count // options.batch_size), learning_rate=options.learning_rate, momentum=0.9,
+        batch_size=options.batch_size,
+    )  # fmt: skip
+    return GroupTask(training, of)
+
+
+def _figures(one: Sequence[Any] | np.ndarray, other: Sequence[Any] | np.ndarray) -> dict[str, float]:
+    """Correlate query by query, and average."""
+    pairs = list(zip(one, other, strict=True))
+    return {
+        "pearson": float(np.mean([np.corrcoef(a, b)[0, 1] for a, b in pairs])),
+        "spearman": float(np.mean([spearman(a, b) for a, b in pairs])),
+    }
+
+
+def _plot(panels: dict[str, tuple[np.ndarray, np.ndarray]]) -> str:
+    try:
+        return scatter_plot(panels)
+    except ImportError as error:
+        say(f"The report goes without its plot. {error}")
+        return ""
