@@ -49,7 +49,7 @@ def test_factors_of_a_linear_layer_are_mean_outer_products_of_inputs_and_slopes(
     before = state(network)
     factors = fit.factors()
     assert_same_state(before, state(network))
-    x = torch.tensor(sample.features["input"])
+    x = sample.adapter.collate(sample.features[:])["input"]
     hidden = torch.cat([network[1](network[0](x)), torch.ones(80, 1)], dim=1)
     logits = network(x)
     slopes = logits.softmax(-1) - nn.functional.one_hot(logits.argmax(-1), 10)

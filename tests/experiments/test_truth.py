@@ -78,7 +78,7 @@ def test_what_is_taken_away_is_compared_with_the_same_seeds_trained_on_everythin
         x, label = ([queries[name][i]] for name in ("x", "label"))
         models = [[task.train(queries).model(seed, rows) for seed in range(2)] for rows in (row, np.ones(60, bool))]
         adapter = task.adapter(0)
-        batch = adapter.collate({"input": x, "label": label})
+        batch = adapter.collate(adapter.encode({"x": x, "label": label}))
         without, whole = (np.mean([adapter.loss(model, batch).item() for model in some]) for some in models)
         expected.append(without - whole)
     np.testing.assert_allclose(truth.without(kept).rises, expected, atol=1e-4)
