@@ -15,6 +15,7 @@ from hf_forward_inf.experiments.finetune import FinetuneOptions, finetune_run
 from hf_forward_inf.experiments.hypothesis import HypothesisOptions, hypothesis_run
 from hf_forward_inf.experiments.leakage import LeakageOptions, leakage_run
 from hf_forward_inf.experiments.memorization import MemorizationOptions, memorization_run
+from hf_forward_inf.experiments.mislabel import MislabelOptions, mislabel_run
 from hf_forward_inf.experiments.run import trace_run
 from hf_forward_inf.experiments.task import TraceOptions
 from hf_forward_inf.experiments.truth import TruthOptions, lds_run
@@ -30,6 +31,7 @@ commands:
   hypothesis      does what an example does to a query mirror what the query does to the example?
   leakage         put training images into the test set: does each find its training copy?
   memorization    which training images does a classifier remember when it sees a test image?
+  mislabel        which labels are wrong? Training examples that nothing but themselves supports
   lds             train a small model again on random halves of its data: which attributor foretold what came out?
   counterfactual  take the found examples away, train again: does the answer go away?
 """
@@ -46,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "hypothesis": partial(judge, hypothesis_run, HypothesisOptions),
         "leakage": partial(judge, leakage_run, LeakageOptions),
         "memorization": partial(judge, memorization_run, MemorizationOptions),
+        "mislabel": partial(judge, mislabel_run, MislabelOptions),
         "lds": partial(judge, lds_run, TruthOptions),
         "counterfactual": partial(judge, counterfactual_run, CounterfactualOptions),
     }

@@ -25,6 +25,7 @@ from hf_forward_inf.loss_pass import LossPass
 from hf_forward_inf.modes import evaluating
 from hf_forward_inf.peft_folder import save_perturbation
 from hf_forward_inf.processes import process_state, progress_bars
+from hf_forward_inf.self_influence import self_influence
 from hf_forward_inf.terms import explain
 from hf_forward_inf.tuning import Tuning, tune
 
@@ -179,6 +180,20 @@ class ForwardInf:
     def explain(self, found: Attribution, k: int = 10) -> Attribution:
         """Tell which tokens of the best candidates the scores come from; see [`terms.explain`]."""
         return explain(self, found, k)
+
+    def self_influence(self, rows: Dataset) -> np.ndarray:
+        """Tell how much each training example's loss rises when the model is moved against that example (section 4.3).
+
+        Examples that nothing else supports, such as mislabelled ones, come high. Each is forwarded alone: all of them
+        cost about a backward and three forward passes, not a pass for each.
+
+        Args:
+            rows (`datasets.Dataset`): Training examples, with the columns of [`trace`].
+
+        Returns:
+            `np.ndarray`: float32 `[rows]`; NaN where an example has no gradient.
+        """
+        return self_influence(self, rows)
 
     def save_perturbation(self, query: Mapping[str, Any], folder: str | Path, rank: int = RANK) -> float:
         """Perturb the model for a query, and save what changed as an ordinary PEFT adapter.

@@ -274,3 +274,34 @@ def mean_ranks(values: np.ndarray) -> np.ndarray:
     """Ranks from 1 for the highest, equal values sharing their mean."""
     _, group, sizes = np.unique(-values, return_inverse=True, return_counts=True)
     return (np.cumsum(sizes) - (sizes - 1) / 2)[group]
+
+
+def detection(scores: np.ndarray, wrong: np.ndarray, share: float = 0.15) -> dict[str, float]:
+    """Tell how well the highest scores find what is wrong.
+
+    Args:
+        scores (`np.ndarray`): `[examples]`; NaN comes last.
+        wrong (`np.ndarray`): bool `[examples]`, with both kinds among them.
+        share (`float`, defaults to 0.15): Of the examples that are examined.
+
+    Returns:
+        `dict`: `detected_at_15_percent`, the share of all wrong ones among those examined; `ceiling_at_15_percent`,
+        what it could be at most; `precision_at_15_percent`, the share of wrong ones among the examined; `auc`, the
+        chance that a wrong one scores above a right one, ties counting half.
+    """
+    ranks = mean_ranks(-np.nan_to_num(scores.astype(np.float64), nan=-np.inf))  # 1 for the lowest
+    bad, good = int(wrong.sum()), int((~wrong).sum())
+    examined = max(1, round(share * len(scores)))
+    hits = int(found_by(scores, wrong)[examined - 1])
+    name = f"at_{round(100 * share)}_percent"
+    return {
+        f"detected_{name}": hits / bad,
+        f"ceiling_{name}": min(1.0, examined / bad),
+        f"precision_{name}": hits / examined,
+        "auc": float((ranks[wrong].sum() - bad * (bad + 1) / 2) / (bad * good)),
+    }
+
+
+def found_by(scores: np.ndarray, wrong: np.ndarray) -> np.ndarray:
+    """Count the wrong ones among the highest scores, `[examples]`; NaN comes last."""
+    return wrong[np.argsort(np.nan_to_num(-scores.astype(np.float64), nan=np.inf), kind="stable")].cumsum()

@@ -60,8 +60,8 @@ def explain(tracer: "ForwardInf", found: Attribution, k: int = 10) -> Attributio
                     continue
                 features = adapter.encode(adapter.prepare(candidates.select_columns(columns))[list(rows)])
                 other = mirrored.thetas[j] if mirrored else None
-                rises = _rises(tracer, theta_k, other, features).cpu().numpy()
-                for row, texts, scores in zip(rows, adapter.term_texts(features), rises, strict=True):
+                risen = rises(tracer, theta_k, other, features).cpu().numpy()
+                for row, texts, scores in zip(rows, adapter.term_texts(features), risen, strict=True):
                     details["query"].append(start + j)
                     details["candidate"].append(row)
                     details["terms"].append(texts)
@@ -69,7 +69,7 @@ def explain(tracer: "ForwardInf", found: Attribution, k: int = 10) -> Attributio
     return replace(found, details=Dataset.from_dict(details))
 
 
-def _rises(
+def rises(
     tracer: "ForwardInf", theta_k: Parameters, mirrored: Parameters | None, features: dict[str, list[Any]]
 ) -> Tensor:
     """By how much each term's loss rises, `[rows, terms]`, with the sign that scores have."""

@@ -6,6 +6,7 @@ from scipy import stats
 
 from hf_forward_inf.metrics import (
     collapse,
+    detection,
     distinct,
     evaluate,
     hits_at_k,
@@ -151,3 +152,14 @@ def test_ties_share_their_mean_rank():
 def test_lds_of_shapes_that_do_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"\(2, 4\).*\(3, 5\).*don't fit"):
         lds(np.zeros((2, 4)), np.zeros((3, 5), dtype=bool), np.zeros((3, 2)))
+
+
+def test_detection_counts_what_is_found_among_the_first():
+    scores, wrong = np.array([9.0, 8, 7, np.nan, 5, 4, 3, 2, 1, 0]), np.zeros(10, dtype=bool)
+    wrong[[0, 2, 3]] = True
+    found = detection(scores, wrong, share=0.2)
+    assert found["detected_at_20_percent"] == pytest.approx(1 / 3)
+    assert found["ceiling_at_20_percent"] == pytest.approx(2 / 3)
+    assert found["precision_at_20_percent"] == 0.5
+    pairs = [(a > b) + (a == b) / 2 for a in (9, 7, -1) for b in (8, 5, 4, 3, 2, 1, 0)]
+    assert found["auc"] == pytest.approx(np.mean(pairs))

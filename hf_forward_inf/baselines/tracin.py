@@ -71,6 +71,21 @@ class TracIn(GradientBaseline):
             total += weight * there._at(queries, candidates)
         return total
 
+    def self_influence(self, rows: Dataset) -> np.ndarray:
+        """Tell each training example's product with itself, its squared gradient norm, summed as scores are: `[rows]`.
+
+        Raises:
+            ValueError: If the similarity is a cosine, which is 1 for all.
+        """
+        if self.similarity == "cosine":
+            raise ValueError("The cosine of an example with itself is 1: similarity='dot' tells examples apart.")
+        if self.checkpoints is None:
+            _, _, norms = self.products(rows.select([0]), rows, "gradients")
+            return norms**2
+        there = ((one, load_checkpoint(self.adapter.model, one.folder)) for one in self.checkpoints)
+        plain = TracIn(adapter=self.adapter, modules=self.modules, cache_dir=self.cache_dir)
+        return sum(one.learning_rate * plain.with_model(model).self_influence(rows) for one, model in there)
+
     def _at(self, queries: Dataset, candidates: Dataset) -> np.ndarray:
         norms = self.similarity == "cosine"
         products, own, theirs = self.products(queries, candidates, "gradients", norms=norms)

@@ -1,6 +1,6 @@
 """The hypothesis where training has no noise: one example against one query, logistic regression (section 2.1)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -135,9 +135,11 @@ def point_to_point(model: LogisticRegression, training: int, count: int) -> tupl
     Returns:
         `tuple`: Row numbers of the queries, and their influences.
     """
-    losses = model.losses(model.fit(_mean((torch.arange(len(model.labels)) < training).double())))
+    alone = _within(model, training)
+    losses = alone.losses(alone.fit(_mean((torch.arange(len(model.labels)) < training).double())))
     queries = training + losses[training:].argsort(descending=True, stable=True)[:count]
-    model = _compressed(model, torch.cat([torch.arange(training), queries]))
+    rows = torch.cat([torch.arange(training), queries])
+    model = _within(replace(model, inputs=model.inputs[rows], labels=model.labels[rows]), len(rows))
     everyone = (torch.arange(training + count) < training).double()
     whole = model.fit(_mean(everyone))
     factor, base = model.factor(whole, _mean(everyone)), model.losses(whole)
@@ -163,9 +165,8 @@ def _mean(counts: Tensor) -> Tensor:
     return counts / counts.sum(dim=-1, keepdim=True)
 
 
-def _compressed(model: LogisticRegression, rows: Tensor) -> LogisticRegression:
-    """Keep some rows, turned so that they have no more features than there are rows: no loss changes by that."""
-    inputs = model.inputs[rows]
-    if inputs.shape[1] > len(rows):
-        inputs = torch.linalg.qr(inputs.T).R.T
-    return LogisticRegression(inputs, model.labels[rows], model.classes, model.l2)
+def _within(model: LogisticRegression, rows: int) -> LogisticRegression:
+    """Turn inputs so that they have no more features than the first rows span: a minimum over those lies within."""
+    if model.inputs.shape[1] <= rows:
+        return model
+    return replace(model, inputs=model.inputs @ torch.linalg.qr(model.inputs[:rows].T).Q)

@@ -86,6 +86,28 @@ def scatter_plot(panels: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> str:
     return _as_svg(figure)
 
 
+def detection_plot(curves: Mapping[str, np.ndarray]) -> str:
+    """Draw the share of all wrong labels found against the share of examples examined, as SVG text.
+
+    Args:
+        curves (`dict`): By method, float `[examples]`: the share found after each example.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    figure = _figure()(figsize=(6.4, 4), layout="constrained")
+    axis = figure.subplots()
+    for i, (name, found) in enumerate(curves.items()):
+        style = {"color": "black", "linewidth": 2.5} if name == "forward_inf" else {"color": f"C{i}", "linewidth": 1.3}
+        axis.plot(np.arange(1, len(found) + 1) / len(found), found, label=name, **style)
+    axis.set_xlabel("share of the examples examined")
+    axis.set_ylabel("share of the wrong labels found")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.25)
+    axis.legend(frameon=False, fontsize=9, loc="lower right")
+    return _as_svg(figure)
+
+
 def _as_svg(figure: Any) -> str:
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None})

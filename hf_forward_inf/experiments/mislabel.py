@@ -1,0 +1,128 @@
+"""Wrong labels, and whether self-influence finds them: the paper's section on mislabelled data."""
+
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from hf_forward_inf.ascent import AscentConfig
+from hf_forward_inf.baselines import TracIn
+from hf_forward_inf.datasets import sample_rows
+from hf_forward_inf.datasets.images import class_names, count_classes, load_images
+from hf_forward_inf.experiments.evaluation import flat
+from hf_forward_inf.experiments.image_task import ImageTask, captioned, load_image_task
+from hf_forward_inf.experiments.run import about, check_output, write_outputs
+from hf_forward_inf.forward_inf import ForwardInf
+from hf_forward_inf.loss_pass import LossPass
+from hf_forward_inf.metrics import detection, found_by
+from hf_forward_inf.modes import evaluating
+from hf_forward_inf.processes import say
+from hf_forward_inf.report.image_plots import detection_plot
+
+SHOWN = 20
+"""Images that the report shows, those of highest self-influence."""
+CAPTION = "The share of all wrong labels among the examples examined, those of highest self-influence (or loss) first."
+
+
+@dataclass
+class MislabelOptions(ImageTask):
+    """Where wrong labels come from, and where the results go."""
+
+    output: str = field(default="outputs/mislabel", metadata={"help": "Folder for metrics, attribution and report."})
+    flipped: float = field(default=0.2, metadata={"help": "Share of the images that get a random label."})
+    noisy_column: str | None = field(
+        default=None, metadata={"help": "Column of labels as people gave them, instead of random ones."}
+    )
+    radius: float = field(default=0.01, metadata={"help": "Length of the step; longer ones find less."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.noisy_column is None and not 0 < self.flipped < 1:
+            raise ValueError(f"--flipped must be between 0 and 1, not {self.flipped}: some labels wrong, and not all.")
+        if not self.radius > 0:
+            raise ValueError(f"--radius must be above 0, not {self.radius}.")
+
+
+def flip(labels: np.ndarray, share: float, classes: int, seed: int = 0) -> np.ndarray:
+    """Give a share of the rows a label drawn from all classes: some keep the one that they had."""
+    draw, noisy = np.random.default_rng(seed), labels.copy()
+    rows = draw.permutation(len(labels))[: round(share * len(labels))]
+    noisy[rows] = draw.integers(0, classes, len(rows))
+    return noisy
+
+
+def mislabel_run(options: MislabelOptions) -> dict[str, Any]:
+    """Run it all and write `metrics.json`, `attribution/` and `report.html` into the output folder.
+
+    `detected_at_15_percent`, with its ceiling and precision, and `auc` ([`metrics.detection`]): bare of Forward-INF's
+    self-influence, and of TracIn's, of the loss and of a random order under their names. The report traces the images
+    of highest self-influence.
+
+    Raises:
+        FileExistsError: If the folder holds a finished run and `overwrite` is not set.
+        OSError: If the folder can't be written to. Both before anything is computed.
+        ValueError: If no label is wrong, or all are.
+    """
+    started = time.perf_counter()
+    folder = check_output(options.output, options.overwrite)
+    rows, truth = _labelled(options)
+    wrong = np.array(rows["label"][:]) != truth
+    if not 0 < wrong.sum() < len(wrong):
+        raise ValueError(f"{wrong.sum()} of {len(wrong)} labels are wrong: nothing is to be found, or nothing else.")
+    say(f"{wrong.sum()} of {len(rows):,} labels are wrong.")
+    rows, adapter = load_image_task(replace(options, num_candidates=None), rows)
+    tracer = ForwardInf(adapter=adapter, ascent=AscentConfig(radius=options.radius, seed=options.seed))
+    with evaluating(adapter.model):
+        losses = LossPass(adapter, rows).base()
+    scores = {
+        "forward_inf": tracer.self_influence(rows),
+        "tracin": TracIn(adapter=adapter).self_influence(rows),
+        "loss": losses,
+        "random": np.random.default_rng(options.seed).random(len(rows)),
+    }
+    table = {name: detection(one, wrong) for name, one in scores.items()}
+    for name, row in table.items():
+        say(f"{name:12}" + "".join(f"  {key} {value:.3f}" for key, value in row.items()))
+    highest = np.argsort(np.nan_to_num(-scores["forward_inf"], nan=np.inf), kind="stable")[:SHOWN]
+    found = tracer.trace(rows.select(highest), rows, top_k=min(options.top_k, len(rows)))
+    metrics: dict[str, Any] = {"candidates": len(rows), "mislabelled": int(wrong.sum()), **flat(table)}
+    metrics |= {"seconds": time.perf_counter() - started, **about(options, tracer)}
+    write_outputs(
+        folder, captioned(found, _notes(rows, truth, highest)), metrics, table, None, _plot(scores, wrong),
+        columns=tuple(table["loss"]), plot_caption=CAPTION, title="Which labels are wrong?",
+    )  # fmt: skip
+    say(f"Written: {folder}")
+    return metrics
+
+
+def _labelled(options: MislabelOptions) -> tuple[Dataset, np.ndarray]:
+    """Load images with the labels that are trained on, and the right ones."""
+
+    def load(column: str) -> Dataset:
+        rows = load_images(options.candidates, label_column=column, image_column=options.image_column)
+        few = options.num_candidates
+        return rows if few is None else sample_rows(rows, few, options.seed)
+
+    rows = load(options.label_column)
+    truth = np.array(rows["label"][:])
+    if options.noisy_column is not None:
+        return load(options.noisy_column), truth
+    noisy = flip(truth, options.flipped, count_classes(rows), options.seed)
+    return rows.remove_columns("label").add_column("label", noisy.tolist(), feature=rows.features["label"]), truth
+
+
+def _notes(rows: Dataset, truth: np.ndarray, shown: np.ndarray) -> dict[int, str]:
+    """What the wrong ones of some rows really are, by place."""
+    names = class_names(rows) or [str(label) for label in range(truth.max() + 1)]
+    given = rows["label"][:]
+    return {i: f"really {names[truth[row]]}" for i, row in enumerate(shown.tolist()) if given[row] != truth[row]}
+
+
+def _plot(scores: dict[str, np.ndarray], wrong: np.ndarray) -> str:
+    try:
+        return detection_plot({name: found_by(one, wrong) / wrong.sum() for name, one in scores.items()})
+    except ImportError as error:
+        say(f"The report goes without its plot. {error}")
+        return ""

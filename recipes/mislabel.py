@@ -1,0 +1,16 @@
+"""Mislabelled data (the paper's section 4.3): does self-influence rank wrong labels first?
+
+    python recipes/mislabel.py
+    python recipes/mislabel.py --candidates train_10k.parquet --noisy_column noisy_label_worst --num_candidates 2000
+
+With no option: scikit-learn's digits, a fifth of which get a random label, and a small network that is trained on them
+once. Beside: TracIn's self-influence, the loss, and chance. `--help` lists all options.
+"""
+
+import sys
+
+from hf_forward_inf.cli import judge
+from hf_forward_inf.experiments.mislabel import MislabelOptions, mislabel_run
+
+if __name__ == "__main__":
+    sys.exit(judge(mislabel_run, MislabelOptions))
