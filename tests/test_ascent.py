@@ -112,6 +112,8 @@ def test_a_perturbation_is_known_by_query_modules_and_settings(line):
         ({"direction": "cg", "iterations": 0}, "iterations=0 must be above 0"),
         ({"direction": "kfac", "damping": -1.0}, "damping=-1.0 must be above 0"),
         ({"direction": "kfac", "sample": 0}, "sample=0 must be above 0"),
+        ({"lora_rank": 0}, "lora_rank=0 must be above 0"),
+        ({"lora_rank": 8, "direction": "cg"}, "lora_rank goes along the gradient alone"),
     ],
 )
 def test_impossible_settings_are_refused(options, message):

@@ -4,31 +4,35 @@ import sys
 
 import numpy as np
 import pytest
-from datasets import Dataset
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 
 from hf_forward_inf import AscentConfig, ForwardInf
-from hf_forward_inf.adapters import TensorAdapter
+from hf_forward_inf.lora import linear_layers
 from hf_forward_inf.loss_pass import LossPass
-from tests import digits
 from tests.causal import questions, train_tokens, untrained
 from tests.line import assert_same_state, state
 
-pytest.importorskip("peft")
-
-RELOAD = """
-import json, sys
-from datasets import Dataset
+FRESH = """
+import json, sys, torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
-from hf_forward_inf.adapters import adapter_for
-from hf_forward_inf.loss_pass import LossPass
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-base, folder, rows, kind = sys.argv[1:]
-auto = AutoModelForCausalLM if kind == "causal" else AutoModelForSeq2SeqLM
-model = PeftModel.from_pretrained(auto.from_pretrained(base), folder).eval()
-adapter = adapter_for(model, AutoTokenizer.from_pretrained(base))
-print(json.dumps(LossPass(adapter, Dataset.from_list(json.loads(rows))).base().tolist()))
+losses = []
+for folder in sys.argv[1:]:
+    kind = AutoModelForSeq2SeqLM if "mt5" in folder else AutoModelForCausalLM
+    model = PeftModel.from_pretrained(kind.from_pretrained(folder), f"{folder}-moved").eval()
+    rows = json.load(open(f"{folder}.json"))
+    with torch.no_grad():
+        losses.append([model(**{k: torch.tensor([v]) for k, v in row.items()}).loss.item() for row in rows])
+print(json.dumps(losses))
 """
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return train_tokens()
 
 
 @pytest.fixture(scope="module")
@@ -36,72 +40,101 @@ def rows():
     return questions()
 
 
-def saved(network, tokens, folder):
-    """As it comes from a hub: with a name that the adapter's configuration can hold."""
-    network.save_pretrained(folder)
-    tokens.save_pretrained(folder)
-    return type(network).from_pretrained(folder).eval()
+def losses_of(tracer, rows, query):
+    """Mean losses of rows under the perturbed model, by way of scores."""
+    loss = LossPass(tracer.adapter, rows)
+    return (loss.base() + tracer.trace(query, rows).scores[0]) / loss.terms
 
 
-def losses_in_a_fresh_process(base, folder, rows, kind):
-    command = [sys.executable, "-c", RELOAD, str(base), str(folder), json.dumps(rows.to_list()), kind]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
-    return np.array(json.loads(run.stdout.splitlines()[-1]))
+def test_a_fresh_process_loads_it_by_peft_and_has_the_same_losses(
+    model, tokenizer, tokens, rows, queries, candidates, tmp_path
+):
+    expected, folders = [], []
+    for name in ("llama", "gpt2", "qwen2, tied", "mt5"):
+        network, processor = (model, tokenizer) if name == "mt5" else (untrained(name, len(tokens)), tokens)
+        asked, among = (
+            (queries.select([0]), candidates.select(range(5))) if name == "mt5" else (rows.select([0]), rows)
+        )
+        tracer = ForwardInf(network, processor, ascent=AscentConfig(lora_rank=64))
+        folder = tmp_path / name
+        network.save_pretrained(folder)
+        before = state(network)
+        assert tracer.save_perturbation(asked[0], tmp_path / f"{name}-moved") < 1e-9
+        assert_same_state(before, state(network))
+        expected.append(losses_of(tracer, among, asked))
+        encoded = tracer.adapter.encode(among[:])
+        batches = [tracer.adapter.collate({k: [v[i]] for k, v in encoded.items()}) for i in range(len(among))]
+        (tmp_path / f"{name}.json").write_text(json.dumps([{k: v[0].tolist() for k, v in b.items()} for b in batches]))
+        folders.append(str(folder))
+    done = subprocess.run([sys.executable, "-c", FRESH, *folders], capture_output=True, text=True, check=True)
+    np.testing.assert_allclose(json.loads(done.stdout.splitlines()[-1]), np.stack(expected), atol=1e-4)
 
 
-@pytest.mark.parametrize("layout", ["llama", "gpt2"])
-def test_a_saved_perturbation_gives_the_same_losses_in_a_fresh_process(layout, rows, tmp_path):
-    tokens = train_tokens()
-    network = saved(untrained(layout, len(tokens)), tokens, tmp_path / "base")
-    before = state(network)
-    tracer = ForwardInf(network, tokens, ascent=AscentConfig(lora_rank=64))
-    scores = tracer.trace(rows.select([0]), rows).scores[0]
-    assert tracer.save_perturbation(rows[0], tmp_path / "moved") < 1e-6
-    assert_same_state(before, state(network))
-    expected = LossPass(tracer.adapter, rows).base() + scores
-    given = losses_in_a_fresh_process(tmp_path / "base", tmp_path / "moved", rows, "causal")
-    np.testing.assert_allclose(given, expected, atol=1e-4)
+def test_a_change_beyond_the_rank_is_cut_and_the_loss_told(tokens, rows, tmp_path):
+    network = untrained("llama", len(tokens))
+    names = [name for name in linear_layers(network) if "proj" in name]
+    tracer = ForwardInf(
+        network, tokens, training=rows, ascent=AscentConfig(modules=names, direction="cg", iterations=3)
+    )
+    assert tracer.save_perturbation(rows[0], tmp_path / "whole", rank=99) < 1e-9
+    lost = tracer.save_perturbation(rows[0], tmp_path / "cut", rank=1)
+    whole, cut = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "cut"))
+    layers = {name.rpartition(".lora_")[0] for name in whole}
+    changes = [[f[f"{name}.lora_B.weight"] @ f[f"{name}.lora_A.weight"] for f in (whole, cut)] for name in layers]
+    missed = sum((a - b).square().sum() for a, b in changes) / sum(a.square().sum() for a, _ in changes)
+    assert lost == pytest.approx(missed.item(), rel=1e-3)
+    assert json.loads((tmp_path / "cut" / "adapter_config.json").read_text())["r"] == 1
+
+
+def test_of_a_peft_model_its_own_adapter_is_saved_perturbed(tokens, rows, tmp_path):
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    tuned = get_peft_model(untrained("llama", len(tokens)), config).eval()
+    tracer = ForwardInf(tuned, tokens)
+    expected = losses_of(tracer, rows, rows.select([1]))
+    before = state(tuned)
+    tracer.save_perturbation(rows[1], tmp_path / "moved")
+    assert_same_state(before, state(tuned))
+    again = PeftModel.from_pretrained(untrained("llama", len(tokens)), str(tmp_path / "moved")).eval()
+    loss = LossPass(tracer.adapter.with_model(again), rows)
+    np.testing.assert_allclose(loss.base() / loss.terms, expected, atol=1e-4)
+    with pytest.raises(ValueError, match="has LoRA weights of its own"):
+        tracer.with_options(ascent=AscentConfig(lora_rank=4)).save_perturbation(rows[1], tmp_path / "other")
+
+
+def test_its_card_tells_what_it_is(tokens, rows, tmp_path):
+    tracer = ForwardInf(untrained("llama", len(tokens)), tokens, ascent=AscentConfig(lora_rank=4))
+    tracer.save_perturbation({"text": "# A\n```\nMarkdown", "other": 1}, tmp_path / "moved")
     card = (tmp_path / "moved" / "README.md").read_text()
-    assert "capital of France" in card
-    assert json.dumps(str(tmp_path / "base")) in card
-
-
-def test_so_does_that_of_a_seq2seq_model(model, tokenizer, queries, candidates, tmp_path):
-    network = saved(model, tokenizer, tmp_path / "base")
-    tracer = ForwardInf(network, tokenizer, ascent=AscentConfig(lora_rank=64))
-    scores = tracer.trace(queries.select([0]), candidates).scores[0]
-    tracer.save_perturbation(queries[0], tmp_path / "moved")
-    rows = candidates.select_columns(["inputs_pretokenized", "targets_pretokenized"])
-    given = losses_in_a_fresh_process(tmp_path / "base", tmp_path / "moved", rows, "seq2seq")
-    np.testing.assert_allclose(given, LossPass(tracer.adapter, candidates).base() + scores, atol=1e-4)
-
-
-def test_what_a_rank_cannot_hold_is_told(rows, tmp_path):
-    tokens = train_tokens()
-    network = untrained("llama", len(tokens))
-    tracer = ForwardInf(network, tokens, ascent=AscentConfig(lora_rank=64))
-    assert 0 < tracer.save_perturbation(rows[0], tmp_path / "thin", rank=1) < 1
-    assert json.loads((tmp_path / "thin" / "adapter_config.json").read_text())["r"] == 1
-
-
-def test_what_lora_cannot_hold_is_refused_by_name(rows, tmp_path):
-    tokens = train_tokens()
-    network = untrained("llama", len(tokens))
-    tracer = ForwardInf(network, tokens, ascent=AscentConfig(modules=["model.norm"]))
-    with pytest.raises(ValueError, match=r"can't hold the change of model\.norm\.weight.*lora_rank=64"):
+    assert "library_name: peft" in card
+    assert '    {"text": "# A\\n```\\nMarkdown"}' in card
+    assert '"radius": 1.0' in card
+    with pytest.raises(FileExistsError, match="is not empty"):
         tracer.save_perturbation(rows[0], tmp_path / "moved")
-    with pytest.raises(ValueError, match="direction='cg' needs the training data"):
-        cg = AscentConfig(direction="cg", modules=["model.layers.1.mlp"])
-        tracer.with_options(ascent=cg).save_perturbation(rows[0], tmp_path / "moved")
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "file").touch()
-    with pytest.raises(FileExistsError, match="not empty"):
-        tracer.save_perturbation(rows[0], tmp_path / "full")
 
 
-def test_only_language_models_have_one(tmp_path):
-    network = digits.perceptron()
-    row = Dataset.from_dict({"x": [[0.0] * 64], "label": [1]})[0]
-    with pytest.raises(TypeError, match="not those of TensorAdapter"):
-        ForwardInf(adapter=TensorAdapter(network)).save_perturbation(row, tmp_path / "moved")
+@pytest.mark.parametrize(
+    ("ascent", "message"),
+    [
+        (AscentConfig(), r"can't hold the change of .*layernorm.weight.*AscentConfig\(lora_rank=64\)"),
+        (AscentConfig(modules=["*proj.weight"], direction="cg"), "direction='cg' needs the training data"),
+    ],
+)
+def test_what_lora_cannot_hold_is_told_before_computing(ascent, message, tokens, rows, tmp_path):
+    tracer = ForwardInf(untrained("llama", len(tokens)), tokens, ascent=ascent)
+    with pytest.raises(ValueError, match=message):
+        tracer.save_perturbation(rows[0], tmp_path / "moved")
+    assert not (tmp_path / "moved").exists()
+
+
+def test_other_models_perturbations_are_not_saved(line, tmp_path):
+    with pytest.raises(TypeError, match="Perturbations of language models can be saved, not those of LineAdapter"):
+        ForwardInf(adapter=line).save_perturbation({"x": [1.0, 1.0], "y": 3.0}, tmp_path / "moved")
+
+
+def test_a_query_that_moves_nothing_is_told(tokens, tmp_path, rows):
+    network = untrained("llama", len(tokens))
+    with torch.no_grad():
+        network.lm_head.weight.zero_()  # all tokens equally likely, whatever the layers before give
+    tracer = ForwardInf(network, tokens, ascent=AscentConfig(lora_rank=4))
+    with pytest.raises(ValueError, match="moves the model nowhere"):
+        tracer.save_perturbation(rows[0], tmp_path / "moved")
