@@ -10,6 +10,7 @@ import numpy as np
 from datasets import Dataset, Features, List, Value, load_from_disk
 
 from hf_forward_inf import metrics
+from hf_forward_inf.hubs import standardised
 from hf_forward_inf.processes import progress_bars
 
 FORMAT = 1
@@ -58,7 +59,16 @@ class Attribution:
         """Give candidate row numbers, best first; equal scores go by row number, rows without a score last."""
         if self.indices is not None:
             return self.indices[query]
-        return _best_first(self.scores[query])
+        return metrics.best_first(self.scores[query])
+
+    def standardised(self) -> "Attribution":
+        """Measure each candidate's score by how it fares with all queries; see [`hubs.standardised`].
+
+        Raises:
+            ValueError: If there are fewer than 3 queries.
+        """
+        config = {**self.config, "standardised": True}
+        return replace(self, scores=standardised(self.scores), config=config)
 
     def keep(self, top_k: int | None) -> "Attribution":
         """Keep only the best candidates of each query; all of them if `top_k` exceeds their number.
@@ -207,7 +217,3 @@ class Attributor(Protocol):
     def trace(self, queries: Dataset, candidates: Dataset, top_k: int | None = None) -> Attribution:
         """Score every candidate for every query."""
         ...
-
-
-def _best_first(scores: np.ndarray) -> np.ndarray:
-    return np.argsort(-np.nan_to_num(scores, nan=-np.inf), kind="stable")

@@ -1,6 +1,7 @@
 """Checks of what users bring, and how messages name rows."""
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
@@ -25,6 +26,11 @@ def check_rows(rows: Dataset, columns: Iterable[str], role: str) -> None:
                 f"The {role} have no column `{column}`; they have {', '.join(rows.column_names)}. "
                 "Rename one (Dataset.rename_column), or name yours when you make the adapter or attributor."
             )
+
+
+def looks_like_path(name: str) -> bool:
+    """Whether a name is a file's or a folder's: one on the hub has at most one slash, and no ending."""
+    return bool(Path(name).suffix) or name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def listed(rows: np.ndarray) -> str:

@@ -135,7 +135,7 @@ def worst_hub(scores: np.ndarray, k: int = 10) -> float:
     About (number of its facts' queries) / queries where rankings follow the queries, 1 where a candidate rises for
     every query. Equal scores go by row number.
     """
-    best = _best(scores, k)
+    best = best_first(scores)[:, :k]
     return float(np.bincount(best.ravel()).max() / len(scores))
 
 
@@ -145,12 +145,13 @@ def distinct(scores: np.ndarray, k: int = 10) -> float:
     1 where no two queries share one, k / all places where all queries have the same best k. Without labels, it tells
     whether rankings follow the queries. Equal scores go by row number.
     """
-    best = _best(scores, k)
+    best = best_first(scores)[:, :k]
     return len(np.unique(best)) / best.size
 
 
-def _best(scores: np.ndarray, k: int) -> np.ndarray:
-    return np.argsort(-np.nan_to_num(scores, nan=-np.inf), axis=1, kind="stable")[:, :k]
+def best_first(scores: np.ndarray) -> np.ndarray:
+    """Give places along the last axis, best first; equal scores go by place, NaN comes last."""
+    return np.argsort(-np.nan_to_num(scores, nan=-np.inf), axis=-1, kind="stable")
 
 
 def evaluate(
@@ -304,4 +305,4 @@ def detection(scores: np.ndarray, wrong: np.ndarray, share: float = 0.15) -> dic
 
 def found_by(scores: np.ndarray, wrong: np.ndarray) -> np.ndarray:
     """Count the wrong ones among the highest scores, `[examples]`; NaN comes last."""
-    return wrong[np.argsort(np.nan_to_num(-scores.astype(np.float64), nan=np.inf), kind="stable")].cumsum()
+    return wrong[best_first(scores)].cumsum()

@@ -29,10 +29,7 @@ def perturbed_names(adapter: Adapter, modules: list[str] | None, lora: bool = Fa
     else:
         trainable = {name: p for name, p in adapter.model.named_parameters() if p.is_floating_point()}
     if modules is None:
-        # What the adapter names it knows to be there; parameters tied to the prefix stay out.
-        prefix = adapter.prefix_parameters()
-        chosen = _matching(trainable, adapter.default_modules())
-        return [name for name in chosen if name not in prefix] or chosen
+        return _after_prefix(adapter, _matching(trainable, adapter.default_modules()))
     for pattern in modules:
         if not _matching(trainable, [pattern]):
             raise ValueError(_nothing_matches(adapter.model, pattern, trainable))
@@ -43,10 +40,14 @@ def _inner(adapter: Adapter, layers: list[str]) -> list[str]:
     """Of linear layers those that the adapter prefers, as far as they are within the model."""
     output = getattr(adapter.model, "get_output_embeddings", lambda: None)()
     own = next((f"{name}.weight" for name, module in adapter.model.named_modules() if module is output), None)
-    prefix = adapter.prefix_parameters()
     inner = [name for name in layers if name != own]
-    chosen = _matching(inner, adapter.default_modules()) or inner
-    return [name for name in chosen if name not in prefix] or chosen
+    return _after_prefix(adapter, _matching(inner, adapter.default_modules()) or inner)
+
+
+def _after_prefix(adapter: Adapter, names: list[str]) -> list[str]:
+    """Leave out what is tied to, or stands in, the prefix, unless nothing else is there."""
+    prefix = adapter.prefix_parameters()
+    return [name for name in names if name not in prefix] or names
 
 
 def _matching(names: Iterable[str], patterns: list[str]) -> list[str]:

@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from datasets import Dataset, List
+from datasets import Image as ImageFeature
+
+from hf_forward_inf.processes import progress_bars
 
 MAX_PIXELS = 89_478_485
 """Larger images are refused before they are decoded: Pillow's own limit, at which it would only warn."""
@@ -14,6 +18,18 @@ MAX_PIXELS = 89_478_485
 
 class UnreadableImage(ValueError):
     """What a row holds is no image that may be read."""
+
+
+def undecoded(rows: Dataset, column: str) -> Dataset:
+    """Leave a column's images, or lists of images, as they are stored: who reads them tells which are corrupt."""
+    feature = rows.features[column]
+    stored = ImageFeature(decode=False)
+    with progress_bars(False):
+        if isinstance(feature, ImageFeature):
+            return rows.cast_column(column, stored)
+        if isinstance(getattr(feature, "feature", None), ImageFeature):
+            return rows.cast_column(column, List(stored))
+    return rows
 
 
 def read_image(value: Any) -> Any:
@@ -100,8 +116,13 @@ def pixels(image: Any, size: tuple[int, int], channels: int) -> np.ndarray:
     image = in_channels(image, channels)
     if (image.height, image.width) != size:
         image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BICUBIC)
+    return planes(image)
+
+
+def planes(image: Any) -> np.ndarray:
+    """Give the channels of a grey or RGB `PIL.Image.Image`, uint8 `[channels, height, width]`."""
     array = np.asarray(image, dtype=np.uint8)
-    return array[None] if channels == 1 else array.transpose(2, 0, 1)
+    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
 
 def images_of(value: Any) -> list[Any]:

@@ -1,5 +1,6 @@
 """Where in a training example the loss rises: at which tokens."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -43,30 +44,49 @@ def explain(tracer: "ForwardInf", found: Attribution, k: int = 10) -> Attributio
         NotImplementedError: If the adapter can't say what the terms of its loss stand for.
     """
     adapter, candidates = tracer.adapter, found.candidates
-    names = names_for(adapter, tracer.ascent)
     queries = encode(adapter, found.queries, "queries", tracer.cache_dir)
     columns = list(adapter.columns_in(candidates.column_names))
     details: dict[str, list[Any]] = {"query": [], "candidate": [], "terms": [], "term_scores": []}
     with evaluating(adapter.model), torch.no_grad():
-        training = candidates if tracer.training is None else tracer.training
-        direction = direction_for(tracer.ascent, adapter, training, names, tracer.cache_dir)
-        block = held_at_once(adapter.model, names)
-        for start in range(0, len(found), block):
-            perturbation = Perturbation(adapter, queries[start : start + block], names, tracer.ascent, direction)
-            mirrored = Mirrored(perturbation) if tracer.ascent.mode == "symmetric" else None
-            for j, theta_k in enumerate(perturbation.thetas):
-                rows = found.top(start + j, k)["candidate"]
-                if theta_k is None or not len(rows):
-                    continue
-                features = adapter.encode(adapter.prepare(candidates.select_columns(columns))[list(rows)])
-                other = mirrored.thetas[j] if mirrored else None
-                risen = rises(tracer, theta_k, other, features).cpu().numpy()
-                for row, texts, scores in zip(rows, adapter.term_texts(features), risen, strict=True):
-                    details["query"].append(start + j)
-                    details["candidate"].append(row)
-                    details["terms"].append(texts)
-                    details["term_scores"].append(scores[: len(texts)].astype(np.float32))
+        for i, theta_k, mirrored in perturbed(tracer, queries, candidates):
+            rows = found.top(i, k)["candidate"]
+            if not len(rows):
+                continue
+            features = adapter.encode(adapter.prepare(candidates.select_columns(columns))[list(rows)])
+            risen = rises(tracer, theta_k, mirrored, features).cpu().numpy()
+            for row, texts, scores in zip(rows, adapter.term_texts(features), risen, strict=True):
+                details["query"].append(i)
+                details["candidate"].append(row)
+                details["terms"].append(texts)
+                details["term_scores"].append(scores[: len(texts)].astype(np.float32))
     return replace(found, details=Dataset.from_dict(details))
+
+
+def perturbed(
+    tracer: "ForwardInf", queries: Dataset, candidates: Dataset
+) -> Iterator[tuple[int, Parameters, Parameters | None]]:
+    """Perturb the model for one query after the other, a block at a time.
+
+    Args:
+        tracer (`ForwardInf`): How.
+        queries (`datasets.Dataset`): Encoded.
+        candidates (`datasets.Dataset`): Stand for the training data, unless the tracer has it.
+
+    Yields:
+        `tuple`: The query's row, theta_K, and its mirror image where scores are symmetric. Queries that cannot move
+        the model are left out.
+    """
+    adapter = tracer.adapter
+    names = names_for(adapter, tracer.ascent)
+    training = candidates if tracer.training is None else tracer.training
+    direction = direction_for(tracer.ascent, adapter, training, names, tracer.cache_dir)
+    block = held_at_once(adapter.model, names)
+    for start in range(0, len(queries), block):
+        perturbation = Perturbation(adapter, queries[start : start + block], names, tracer.ascent, direction)
+        mirrored = Mirrored(perturbation).thetas if tracer.ascent.mode == "symmetric" else None
+        for i, theta_k in enumerate(perturbation.thetas):
+            if theta_k is not None:
+                yield start + i, theta_k, mirrored[i] if mirrored else None
 
 
 def rises(

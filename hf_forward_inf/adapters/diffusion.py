@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, Image, List
+from datasets import Dataset
 from datasets.fingerprint import Hasher
 from safetensors.torch import load, save
 from torch import Tensor, nn
@@ -26,8 +26,7 @@ from hf_forward_inf.adapters.encoders import (
 from hf_forward_inf.adapters.noising import draw, noising_for
 from hf_forward_inf.adapters.text import peft_parameters
 from hf_forward_inf.fingerprints import fingerprint
-from hf_forward_inf.pictures import images_of
-from hf_forward_inf.processes import progress_bars
+from hf_forward_inf.pictures import images_of, undecoded
 
 ENCODED_TOGETHER = 16
 """Rows that go through the VAE and the text encoder at once."""
@@ -101,14 +100,7 @@ class DiffusionAdapter(Adapter):
 
     def prepare(self, rows: Dataset) -> Dataset:
         """Leave decoding to `encode`: one corrupt image must not end the run."""
-        column = self.columns[-1]
-        feature, undecoded = rows.features[column], Image(decode=False)
-        with progress_bars(False):
-            if isinstance(feature, Image):
-                return rows.cast_column(column, undecoded)
-            if isinstance(getattr(feature, "feature", None), Image):
-                return rows.cast_column(column, List(undecoded))
-        return rows
+        return undecoded(rows, self.columns[-1])
 
     def encode(self, rows: Rows) -> Rows:
         """Turn images into latents and captions into embeddings, as bytes: Arrow reads them without a copy."""

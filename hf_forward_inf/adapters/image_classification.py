@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from datasets import Dataset, Image
+from datasets import Dataset
 from safetensors.torch import save
 from torch import Tensor, nn
 from typing_extensions import Self
@@ -15,8 +15,7 @@ from hf_forward_inf.adapters.blocks import Blocks
 from hf_forward_inf.adapters.tensors import TensorAdapter
 from hf_forward_inf.adapters.text import peft_parameters
 from hf_forward_inf.fingerprints import fingerprint
-from hf_forward_inf.pictures import UnreadableImage, in_channels, read_image
-from hf_forward_inf.processes import progress_bars
+from hf_forward_inf.pictures import UnreadableImage, in_channels, planes, read_image, undecoded
 
 PIXELS_A_TOKEN = 64
 """Pixels that count as much as one token in the size of a batch: large ones are slower on a CPU."""
@@ -97,11 +96,7 @@ class ImageClassificationAdapter(TensorAdapter):
 
     def prepare(self, rows: Dataset) -> Dataset:
         """Check labels, and leave decoding to `encode`: it tells which images can't be read."""
-        rows = super().prepare(rows)
-        if not isinstance(rows.features[self.columns[0]], Image):
-            return rows
-        with progress_bars(False):
-            return rows.cast_column(self.columns[0], Image(decode=False))
+        return undecoded(super().prepare(rows), self.columns[0])
 
     def encode(self, rows: Rows) -> Rows:
         """Make the model's input of images; `unreadable` tells why there is none."""
@@ -114,14 +109,11 @@ class ImageClassificationAdapter(TensorAdapter):
                 readable.append(torch.zeros(0))
                 why.append(str(error) or "it is corrupt")
             sizes.append(max(1, int(np.prod(readable[-1].shape[-2:])) // PIXELS_A_TOKEN))
-        labels = rows[self.columns[1]]
         return {
             "input": [save({"input": array}) for array in readable],
             "size": sizes,
             "unreadable": why,
-            "label": [0 if label is None else int(label) for label in labels],
-            "terms": [int(label is not None) for label in labels],
-            "truncated": [False] * len(labels),
+            **self.targets(rows),
         }
 
     def array(self, value: Any) -> Tensor:
@@ -131,8 +123,7 @@ class ImageClassificationAdapter(TensorAdapter):
             return self.image_processor(images=image, return_tensors="pt")["pixel_values"][0].contiguous()
         if self.transform is not None:
             return super().array(image)
-        pixels = np.asarray(image, dtype=np.float32) / 255
-        return super().array(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
+        return super().array(planes(image).astype(np.float32) / 255)
 
     def lengths(self, features: Rows | Dataset) -> np.ndarray:
         """Pixels, `[rows, 1]`, in units of 64."""

@@ -105,9 +105,12 @@ class TensorAdapter(Adapter):
 
         A row whose label is missing has nothing to predict.
         """
-        values, labels = (rows[column] for column in self.columns)
+        return {"input": [save({"input": self.array(value)}) for value in rows[self.columns[0]]], **self.targets(rows)}
+
+    def targets(self, rows: Rows) -> Rows:
+        """Read labels; where one is missing there is nothing to predict."""
+        labels = rows[self.columns[1]]
         return {
-            "input": [save({"input": self.array(value)}) for value in values],
             "label": [0 if label is None else int(label) for label in labels],
             "terms": [int(label is not None) for label in labels],
             "truncated": [False] * len(labels),

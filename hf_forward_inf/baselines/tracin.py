@@ -80,11 +80,16 @@ class TracIn(GradientBaseline):
         if self.similarity == "cosine":
             raise ValueError("The cosine of an example with itself is 1: similarity='dot' tells examples apart.")
         if self.checkpoints is None:
-            _, _, norms = self.products(rows.select([0]), rows, "gradients")
-            return norms**2
-        there = ((one, load_checkpoint(self.adapter.model, one.folder)) for one in self.checkpoints)
-        plain = TracIn(adapter=self.adapter, modules=self.modules, cache_dir=self.cache_dir)
-        return sum(one.learning_rate * plain.with_model(model).self_influence(rows) for one, model in there)
+            return self._self_at(rows)
+        total = np.zeros(len(rows), dtype=np.float32)
+        for one in self.checkpoints:
+            there = self.with_model(load_checkpoint(self.adapter.model, one.folder))
+            total += one.learning_rate * there._self_at(rows)
+        return total
+
+    def _self_at(self, rows: Dataset) -> np.ndarray:
+        _, _, norms = self.products(rows.select([0]), rows, "gradients")
+        return norms**2
 
     def _at(self, queries: Dataset, candidates: Dataset) -> np.ndarray:
         norms = self.similarity == "cosine"

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, DatasetDict, get_dataset_config_names, load_dataset, load_from_disk
 
+from hf_forward_inf.checks import looks_like_path
 from hf_forward_inf.datasets.templates import FILES, template_facts
 
 BM25_NEIGHBOURS = 250
@@ -44,7 +45,7 @@ def load_rows(source: str, role: str, split: str = "train") -> Dataset:
         if all((path / file).exists() for file in FILES):
             return template_facts(path)[role]
         return _one_split(_load_named(str(path), config, role), source, split)
-    if path.suffix or name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if looks_like_path(name):
         raise FileNotFoundError(f"There is no file or folder {source} (nor can it be a dataset on the hub).")
     return _one_split(_load_named(name, config, role), source, split)
 

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_forward_inf.adapters import ImageClassificationAdapter
+from hf_forward_inf.ascent import to_device
 from hf_forward_inf.candidate_pass import default_cache_dir, encode
+from hf_forward_inf.checks import looks_like_path
 from hf_forward_inf.experiments.networks import ConvNet, ResNet
 from hf_forward_inf.fingerprints import fingerprint, fingerprint_of_model
 from hf_forward_inf.kept import Tensors, kept
-from hf_forward_inf.pictures import in_channels, read_image
+from hf_forward_inf.pictures import in_channels, planes, read_image
 from hf_forward_inf.processes import process_state
 
 Transform: TypeAlias = Callable[[Any], np.ndarray]
@@ -39,8 +41,7 @@ class Normalised:
 
     def __call__(self, image: Any) -> np.ndarray:
         """Give float32 `[channels, height, width]` of a PIL image."""
-        pixels = np.asarray(image, dtype=np.float32) / 255
-        pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+        pixels = planes(image).astype(np.float32) / 255
         mean, deviation = (np.array(part, dtype=np.float32)[:, None, None] for part in (self.mean, self.deviation))
         return (pixels - mean) / deviation
 
@@ -168,9 +169,9 @@ def augmented(images: Tensor, draw: torch.Generator) -> Tensor:
 def accuracy(adapter: ImageClassificationAdapter, rows: Dataset, cache_dir: Path | None = None) -> float:
     """Share of rows that the model classifies as their labels say."""
     encoded = encode(adapter, rows, "candidates", cache_dir)
-    device, hits = next(adapter.model.parameters()).device, 0
+    hits = 0
     for start in range(0, len(rows), 256):
-        batch = {name: value.to(device) for name, value in adapter.collate(encoded[start : start + 256]).items()}
+        batch = to_device(adapter.collate(encoded[start : start + 256]), adapter.model)
         hits += int((adapter.logits(adapter.model, batch).argmax(dim=1) == batch["label"]).sum())
     return hits / len(rows)
 
@@ -190,7 +191,7 @@ def load_classifier(source: str) -> ImageClassificationAdapter:
     file = path / "model.safetensors" if path.is_dir() else path
     if file.is_file() and not (path / "config.json").exists():
         return ImageClassificationAdapter(_resnet(load_file(file), file), transform=IMAGENET)
-    if not path.exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1 or path.suffix):
+    if not path.exists() and looks_like_path(source):
         raise FileNotFoundError(f"There is no file or folder {source} (nor can it be a model on the hub).")
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 

@@ -15,12 +15,11 @@ from hf_forward_inf.baselines.pixels import PixelDistance
 from hf_forward_inf.datasets import load_rows
 from hf_forward_inf.datasets.digits import captioned_digits
 from hf_forward_inf.experiments.denoising import trained
-from hf_forward_inf.experiments.evaluation import as_text, compare, flat
+from hf_forward_inf.experiments.evaluation import as_text, compare, detected, flat
 from hf_forward_inf.experiments.exemplars import CAPTION, IMAGE, Teaching, choose_exemplars, tiny_drawer
 from hf_forward_inf.experiments.run import about, check_output, write_outputs
 from hf_forward_inf.experiments.task import Task
 from hf_forward_inf.forward_inf import ForwardInf
-from hf_forward_inf.hubs import standardised
 from hf_forward_inf.loss_pass import LossPass
 from hf_forward_inf.metrics import recalls_at_k
 from hf_forward_inf.modes import evaluating
@@ -154,15 +153,11 @@ def _traced(tracer: ForwardInf, task: Task) -> dict[str, Attribution]:
     corrected = tracer.trace(task.queries, task.candidates)
     gradient = tracer.with_options(ascent=plain).trace(task.queries, task.candidates)
     return {
-        "forward_inf": _standardised(corrected),
+        "forward_inf": corrected.standardised(),
         "unstandardised": corrected,
         "gradient": gradient,
-        "gradient_standardised": _standardised(gradient),
+        "gradient_standardised": gradient.standardised(),
     }
-
-
-def _standardised(found: Attribution) -> Attribution:
-    return replace(found, scores=standardised(found.scores), config={**found.config, "standardised": True})
 
 
 def _controls(before: DiffusionAdapter, adapter: DiffusionAdapter, task: Task) -> dict[str, Attribution]:
@@ -178,7 +173,5 @@ def _controls(before: DiffusionAdapter, adapter: DiffusionAdapter, task: Task) -
 def _detected(scores: np.ndarray, task: Task) -> dict[str, float]:
     """How often the exemplar is first, or among the first five; and first among the exemplars alone."""
     assert task.proponents is not None
-    exemplars = scores[:, : len(task.queries)]
-    figures = {f"top{k}": recalls_at_k(scores, task.proponents, k).mean() for k in (1, 5)}
-    figures["among_exemplars/top1"] = recalls_at_k(exemplars, task.proponents, 1).mean()
-    return {name: float(value) for name, value in figures.items()}
+    among = recalls_at_k(scores[:, : len(task.queries)], task.proponents, 1).mean()
+    return {**detected(scores, task), "among_exemplars/top1": float(among)}

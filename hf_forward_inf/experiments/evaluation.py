@@ -21,6 +21,18 @@ REFERENCE = "forward_inf"
 """The method that the others are paired with."""
 
 
+def detected(scores: np.ndarray, task: Task) -> dict[str, float]:
+    """How often the proponent is first, or among the first five, by group of queries."""
+    assert task.proponents is not None
+    figures = {}
+    for group, rows in task.groups.items():
+        truth = [task.proponents[i] for i in rows]
+        for k in (1, 5):
+            name = f"{group}/top{k}" if group else f"top{k}"
+            figures[name] = float(recalls_at_k(scores[rows], truth, k).mean())
+    return figures
+
+
 def compare(found: Mapping[str, Attribution], task: Task) -> Table:
     """Compare every attributor with the truth, a random order beside them; nothing where the truth is unknown.
 

@@ -13,7 +13,7 @@ from hf_forward_inf.ascent import AscentConfig, ascend, call
 from hf_forward_inf.directions import direction_for
 from hf_forward_inf.experiments.point_to_point import Influences
 from hf_forward_inf.fingerprints import fingerprint
-from hf_forward_inf.retraining import BatchedTraining, losses_of, retrained_losses
+from hf_forward_inf.retraining import BatchedTraining, retrained_losses
 
 
 def mislabelled(labels: np.ndarray, groups: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -77,15 +77,16 @@ class GroupTask:
         count = len(self.of)
         adapter = TensorAdapter(model)
         names = [name for name, _ in model.named_parameters()]
-        direction = direction_for(ascent, adapter, _rows(inputs[:count], labels[:count]), names)
+        examples = _rows(inputs[:count], labels[:count])
+        direction = direction_for(ascent, adapter, examples, names)
         queries = adapter.encode(_rows(inputs[count:], labels[count:])[:])
         theta = ascend(adapter, queries, names, ascent, None if direction is None else direction.ready())
         if theta is None:
             raise ValueError("The queries' gradient is zero or not finite: it moves the model nowhere.")
+        batch = adapter.collate(adapter.encode(examples[:]))
         with torch.no_grad():
-            losses = losses_of(model, inputs[:count], labels[:count])
-            moved = nn.functional.cross_entropy(call(model, theta, x=inputs[:count]), labels[:count], reduction="none")
-            return self.by_group((moved - losses({})).numpy())
+            risen = adapter.loss(partial(call, model, theta), batch) - adapter.loss(model, batch)
+        return self.by_group(risen.numpy())
 
 
 def _rows(inputs: Tensor, labels: Tensor) -> Dataset:

@@ -19,9 +19,9 @@ from hf_forward_inf.experiments.groups import GroupTask, mislabelled
 from hf_forward_inf.experiments.image_task import captioned
 from hf_forward_inf.experiments.networks import ConvNet
 from hf_forward_inf.experiments.point_to_point import Influences, LogisticRegression, point_to_point
-from hf_forward_inf.experiments.run import check_output, environment, write_outputs
+from hf_forward_inf.experiments.run import check_output, environment, plotted, write_outputs
 from hf_forward_inf.metrics import spearman
-from hf_forward_inf.pictures import in_channels, read_image
+from hf_forward_inf.pictures import in_channels, planes, read_image
 from hf_forward_inf.processes import say
 from hf_forward_inf.report.image_plots import scatter_plot
 from hf_forward_inf.retraining import BatchedTraining
@@ -58,13 +58,13 @@ class HypothesisOptions:
     seed: int = field(default=0, metadata={"help": "Draws examples and wrong labels."})
 
     def __post_init__(self) -> None:
-        for name, least in {"training": 2, "groups": 2, "seeds": 1, "radius": 0.0, "learning_rate": 0.0}.items():
-            value = getattr(self, name)
-            if value < least or not value > 0:
-                raise ValueError(f"--{name} must be {'above 0' if not least else f'at least {least}'}, not {value}.")
-        for name in ("queries", "group_size", "group_queries", "width", "epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}.")
+        for name in ("radius", "learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name} must be above 0, not {getattr(self, name)}.")
+        counts = ("queries", "group_size", "group_queries", "width", "epochs", "batch_size", "seeds")
+        for name, least in {"training": 2, "groups": 2, **dict.fromkeys(counts, 1)}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name} must be at least {least}, not {getattr(self, name)}.")
 
 
 def hypothesis_run(options: HypothesisOptions) -> dict[str, Any]:
@@ -92,13 +92,14 @@ def hypothesis_run(options: HypothesisOptions) -> dict[str, Any]:
     mirrored = grouped.from_query.mean(0)
     figures["noisy"] = _figures([grouped.to_query.mean(0)], [mirrored])
     models = [task.model(seed) for seed in range(options.seeds)]
-    scores = {
-        "forward_inf": [task.forward_inf(one, AscentConfig(radius=options.radius)) for one in models],
-        "forward_inf_cg": [
-            task.forward_inf(one, AscentConfig(radius=options.radius, direction="cg", sample=1024)) for one in models
-        ],
+    ascents = {
+        "forward_inf": AscentConfig(radius=options.radius),
+        "forward_inf_cg": AscentConfig(radius=options.radius, direction="cg", sample=1024),
     }
-    figures |= {name: _figures([mirrored], [np.mean(rise, axis=0)]) for name, rise in scores.items()}
+    scores = {
+        name: np.mean([task.forward_inf(one, ascent) for one in models], axis=0) for name, ascent in ascents.items()
+    }
+    figures |= {name: _figures([mirrored], [rise]) for name, rise in scores.items()}
     for name, row in figures.items():
         say(f"{name:16} Pearson {row['pearson']:.4f}  Spearman {row['spearman']:.4f}")
     metrics: dict[str, Any] = {f"{name}/{key}": value for name, row in figures.items() for key, value in row.items()}
@@ -106,11 +107,12 @@ def hypothesis_run(options: HypothesisOptions) -> dict[str, Any]:
     panels = {
         "One example, one query": (single.to_query.ravel(), single.from_query.ravel()),
         "Groups, by retraining": (grouped.to_query.mean(0), mirrored),
-        "Groups, Forward-INF": (mirrored, np.mean(scores["forward_inf"], axis=0)),
+        "Groups, Forward-INF": (mirrored, scores["forward_inf"]),
     }
     metrics["seconds"] = time.perf_counter() - started
     write_outputs(
-        folder, found, metrics, figures, None, _plot(panels), columns=("pearson", "spearman"), plot_caption=CAPTION,
+        folder, found, metrics, figures, None, plotted(scatter_plot, panels),
+        columns=("pearson", "spearman"), plot_caption=CAPTION,
         title="Does the mirror hold? Leaving one example out, against adding the query",
     )  # fmt: skip
     say(f"Written: {folder}")
@@ -132,11 +134,10 @@ def _drawn(options: HypothesisOptions) -> tuple[Dataset, torch.Tensor, torch.Ten
         )
     rows = sample_rows(rows, max(grouped, min(len(rows), 2 * options.training)), options.seed)
     channels = 1 if read_image(rows[0]["image"]).mode in ("L", "1") else 3
-    arrays = [np.asarray(in_channels(read_image(row["image"]), channels), dtype=np.float32) / 255 for row in rows]
+    arrays = [planes(in_channels(read_image(row["image"]), channels)) for row in rows]
     if len({array.shape for array in arrays}) > 1:
         raise ValueError("The images are of several sizes: bring them to one.")
-    inputs = torch.from_numpy(np.stack(arrays)).view(len(rows), *arrays[0].shape[:2], channels).permute(0, 3, 1, 2)
-    return rows, inputs.contiguous(), torch.tensor(rows["label"][:])
+    return rows, torch.from_numpy(np.stack(arrays)).float() / 255, torch.tensor(rows["label"][:])
 
 
 def _noiseless(
@@ -173,11 +174,3 @@ def _figures(one: Sequence[Any] | np.ndarray, other: Sequence[Any] | np.ndarray)
         "pearson": float(np.mean([np.corrcoef(a, b)[0, 1] for a, b in pairs])),
         "spearman": float(np.mean([spearman(a, b) for a, b in pairs])),
     }
-
-
-def _plot(panels: dict[str, tuple[np.ndarray, np.ndarray]]) -> str:
-    try:
-        return scatter_plot(panels)
-    except ImportError as error:
-        say(f"The report goes without its plot. {error}")
-        return ""

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -15,14 +15,14 @@ from hf_forward_inf.attribution import Attribution, Attributor
 from hf_forward_inf.baselines import InfluenceFunctions, RepresentationSimilarity, TracIn
 from hf_forward_inf.experiments import cost
 from hf_forward_inf.experiments.changes import CHANGES, changed
-from hf_forward_inf.experiments.evaluation import as_text, compare, flat
+from hf_forward_inf.experiments.evaluation import as_text, compare, detected, flat
 from hf_forward_inf.experiments.image_task import ImageTask, captioned, load_image_task, with_objective
 from hf_forward_inf.experiments.run import about, check_output, write_outputs
 from hf_forward_inf.experiments.task import Task
 from hf_forward_inf.fingerprints import uncached
 from hf_forward_inf.forward_inf import ForwardInf
 from hf_forward_inf.hubs import standardised
-from hf_forward_inf.metrics import recalls_at_k, reciprocal_ranks
+from hf_forward_inf.metrics import reciprocal_ranks
 from hf_forward_inf.processes import say
 
 POOL = 1024
@@ -86,15 +86,17 @@ class Setting:
     def trace(self, queries: Dataset, candidates: Dataset, top_k: int | None = None) -> Attribution:
         """Score every candidate for every query."""
         found = self.tracer.trace(queries, candidates)
-        if self.standardise:
-            found = replace(found, scores=standardised(found.scores), config={**found.config, "standardised": True})
-        return found.keep(top_k)
+        return (found.standardised() if self.standardise else found).keep(top_k)
 
-    def __str__(self) -> str:
+    @property
+    def kind(self) -> str:
+        """All but the radius."""
         adapter = self.tracer.adapter
         assert isinstance(adapter, ImageClassificationAdapter)
-        kind = adapter.objective + (", standardised" if self.standardise else "")
-        return f"{kind}, radius {self.tracer.ascent.radius:g}"
+        return adapter.objective + (", standardised" if self.standardise else "")
+
+    def __str__(self) -> str:
+        return f"{self.kind}, radius {self.tracer.ascent.radius:g}"
 
 
 def leaked(candidates: Dataset, rows: np.ndarray, changes: list[str]) -> tuple[Dataset, dict[str, list[int]]]:
@@ -151,7 +153,7 @@ def choose(adapter: ImageClassificationAdapter, task: Task, options: LeakageOpti
                 height = float(reciprocal_ranks(shown, task.proponents).mean())
                 heights[setting] = height, lead(shown, task.proponents)
                 say(f"  {height:.3f}  {setting}")
-    plain = {one: height for one, height in heights.items() if not one.standardise and "cross" in str(one)}
+    plain = {one: height for one, height in heights.items() if one.kind == "cross_entropy"}
     return {"forward_inf": _best(heights), "cross_entropy": _best(plain)}
 
 
@@ -166,9 +168,8 @@ def lead(scores: np.ndarray, truth: list[list[int]]) -> float:
 def _best(heights: Mapping[Setting, tuple[float, float]]) -> Setting:
     highest = max(height for height, _ in heights.values())
     equal = [one for one, (height, _) in heights.items() if height >= highest - 1e-9]
-    kind = str(equal[0]).rpartition(",")[0]
-    equal = [one for one in equal if str(one).rpartition(",")[0] == kind]
-    return max(equal, key=lambda one: heights[one][1])
+    alike = [one for one in equal if one.kind == equal[0].kind]
+    return max(alike, key=lambda one: heights[one][1])
 
 
 def others(adapter: ImageClassificationAdapter, options: LeakageOptions) -> dict[str, Attributor]:
@@ -235,15 +236,3 @@ def _trace(found: dict[str, Attribution], name: str, attributor: Attributor, tas
 
 def _named(chosen: Mapping[str, Setting]) -> dict[str, Setting]:
     return {("setting" if name == "forward_inf" else f"{name}/setting"): one for name, one in chosen.items()}
-
-
-def detected(scores: np.ndarray, task: Task) -> dict[str, float]:
-    """How often the copy is first, or among the first five, by group of queries."""
-    assert task.proponents is not None
-    figures = {}
-    for group, rows in task.groups.items():
-        truth = [task.proponents[i] for i in rows]
-        for k in (1, 5):
-            name = f"{group}/top{k}" if group else f"top{k}"
-            figures[name] = float(recalls_at_k(scores[rows], truth, k).mean())
-    return figures

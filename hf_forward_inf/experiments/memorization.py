@@ -2,8 +2,6 @@
 
 import time
 from dataclasses import dataclass, field, replace
-from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -19,7 +17,6 @@ from hf_forward_inf.experiments.dynamics import features_under_ascent, moved, on
 from hf_forward_inf.experiments.image_task import ImageTask, captioned, load_image_task, with_objective
 from hf_forward_inf.experiments.run import about, check_output, write_outputs
 from hf_forward_inf.forward_inf import ForwardInf
-from hf_forward_inf.hubs import standardised
 from hf_forward_inf.processes import say
 from hf_forward_inf.report.image_plots import dynamics_plot, pair_grid
 
@@ -85,8 +82,7 @@ def memorization_run(options: MemorizationOptions) -> dict[str, Any]:
     adapter = with_objective(adapter, options.objective, options.first)
     tracer = ForwardInf(adapter=adapter, ascent=AscentConfig(radius=options.radius, seed=options.seed))
     say(f"Tracing {len(queries)} test images over {len(candidates):,} candidates ...")
-    found = tracer.trace(queries, candidates)
-    found = replace(found, scores=standardised(found.scores), config={**found.config, "standardised": True})
+    found = tracer.trace(queries, candidates).standardised()
     strongest = np.argsort(-np.nanmax(found.scores, axis=1))[: options.pairs]
     found = replace(found, queries=queries.select(strongest), scores=found.scores[strongest])
     shown = captioned(found, {})
@@ -102,7 +98,7 @@ def memorization_run(options: MemorizationOptions) -> dict[str, Any]:
     title = "Which training images does the model remember when it sees these test images?"
     write_outputs(
         folder, shown.keep(min(options.top_k, len(candidates))), metrics, {}, None, plot, title=title,
-        plot_caption=CAPTION, more={GRID: partial(_draw, pairs)},
+        plot_caption=CAPTION, more={GRID: lambda path: pair_grid(path, pairs)},
     )  # fmt: skip
     say(f"Written: {folder}")
     return metrics
@@ -149,7 +145,3 @@ def _pairs(found: Attribution) -> list[dict[str, Any]]:
             }
         )  # fmt: skip
     return pairs
-
-
-def _draw(pairs: list[dict[str, Any]], path: Path) -> None:
-    pair_grid(path, pairs)

@@ -13,10 +13,10 @@ from hf_forward_inf.datasets import sample_rows
 from hf_forward_inf.datasets.images import class_names, count_classes, load_images
 from hf_forward_inf.experiments.evaluation import flat
 from hf_forward_inf.experiments.image_task import ImageTask, captioned, load_image_task
-from hf_forward_inf.experiments.run import about, check_output, write_outputs
+from hf_forward_inf.experiments.run import about, check_output, plotted, write_outputs
 from hf_forward_inf.forward_inf import ForwardInf
 from hf_forward_inf.loss_pass import LossPass
-from hf_forward_inf.metrics import detection, found_by
+from hf_forward_inf.metrics import best_first, detection, found_by
 from hf_forward_inf.modes import evaluating
 from hf_forward_inf.processes import say
 from hf_forward_inf.report.image_plots import detection_plot
@@ -85,12 +85,13 @@ def mislabel_run(options: MislabelOptions) -> dict[str, Any]:
     table = {name: detection(one, wrong) for name, one in scores.items()}
     for name, row in table.items():
         say(f"{name:12}" + "".join(f"  {key} {value:.3f}" for key, value in row.items()))
-    highest = np.argsort(np.nan_to_num(-scores["forward_inf"], nan=np.inf), kind="stable")[:SHOWN]
+    highest = best_first(scores["forward_inf"])[:SHOWN]
     found = tracer.trace(rows.select(highest), rows, top_k=min(options.top_k, len(rows)))
+    curves = {name: found_by(one, wrong) / wrong.sum() for name, one in scores.items()}
     metrics: dict[str, Any] = {"candidates": len(rows), "mislabelled": int(wrong.sum()), **flat(table)}
     metrics |= {"seconds": time.perf_counter() - started, **about(options, tracer)}
     write_outputs(
-        folder, captioned(found, _notes(rows, truth, highest)), metrics, table, None, _plot(scores, wrong),
+        folder, captioned(found, _notes(rows, truth, highest)), metrics, table, None, plotted(detection_plot, curves),
         columns=tuple(table["loss"]), plot_caption=CAPTION, title="Which labels are wrong?",
     )  # fmt: skip
     say(f"Written: {folder}")
@@ -118,11 +119,3 @@ def _notes(rows: Dataset, truth: np.ndarray, shown: np.ndarray) -> dict[int, str
     names = class_names(rows) or [str(label) for label in range(truth.max() + 1)]
     given = rows["label"][:]
     return {i: f"really {names[truth[row]]}" for i, row in enumerate(shown.tolist()) if given[row] != truth[row]}
-
-
-def _plot(scores: dict[str, np.ndarray], wrong: np.ndarray) -> str:
-    try:
-        return detection_plot({name: found_by(one, wrong) / wrong.sum() for name, one in scores.items()})
-    except ImportError as error:
-        say(f"The report goes without its plot. {error}")
-        return ""

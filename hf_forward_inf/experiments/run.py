@@ -15,7 +15,7 @@ import torch
 from hf_forward_inf.ascent import AscentConfig
 from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.experiments import cost
-from hf_forward_inf.experiments.comparison import Comparison, attributors, run_baselines, run_comparison
+from hf_forward_inf.experiments.comparison import attributors, run_baselines, run_comparison
 from hf_forward_inf.experiments.evaluation import Table, as_text, average, compare, flat
 from hf_forward_inf.experiments.task import TraceOptions, load_source
 from hf_forward_inf.forward_inf import ForwardInf
@@ -56,7 +56,8 @@ def trace_run(options: TraceOptions, ascent: AscentConfig) -> dict[str, Any]:
         if options.compare and repeat == 0:
             comparison = run_comparison(task, tracer)
             found |= comparison.found
-            costs, plot = comparison.costs, _plot(comparison)
+            costs = comparison.costs
+            plot = plotted(budget_plot, comparison.curves) if comparison.curves else ""
         elif options.compare:
             others = attributors(tracer, task.candidates).items()
             found |= {name: other.trace(task.queries, task.candidates) for name, other in others}
@@ -84,11 +85,10 @@ def trace_run(options: TraceOptions, ascent: AscentConfig) -> dict[str, Any]:
     return metrics
 
 
-def _plot(comparison: Comparison) -> str:
-    if not comparison.curves:
-        return ""
+def plotted(draw: Callable[[Any], str], data: Any) -> str:
+    """Draw a report's plot; nothing, and a word about it, where matplotlib is not installed."""
     try:
-        return budget_plot(comparison.curves)
+        return draw(data)
     except ImportError as error:
         say(f"The report goes without its plot. {error}")
         return ""

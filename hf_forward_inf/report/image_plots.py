@@ -1,6 +1,5 @@
 """Plots of experiments on images: pairs side by side, and features under ascent."""
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from hf_forward_inf.pictures import in_channels, read_image
+from hf_forward_inf.report.plots import as_svg, figure_class
 
 KINDS = {"others": ("0.75", 8), "proponents": ("C0", 22), "query": ("C3", 60)}
 """What a point stands for: its colour and size."""
@@ -24,7 +24,7 @@ def pair_grid(path: Path, pairs: Sequence[dict[str, Any]], columns: int = 8) -> 
     Raises:
         ImportError: If matplotlib is not installed.
     """
-    figure = _figure()(figsize=(1.25 * columns, 3.0 * -(-len(pairs) // columns)), layout="constrained")
+    figure = figure_class()(figsize=(1.25 * columns, 3.0 * -(-len(pairs) // columns)), layout="constrained")
     axes = figure.subplots(2 * -(-len(pairs) // columns), columns, squeeze=False)
     for axis in axes.ravel():
         axis.axis("off")
@@ -51,7 +51,7 @@ def dynamics_plot(points: np.ndarray, kinds: Sequence[str], radii: Sequence[floa
     Raises:
         ImportError: If matplotlib is not installed.
     """
-    figure = _figure()(figsize=(3.2 * len(radii), 3.4), layout="constrained")
+    figure = figure_class()(figsize=(3.2 * len(radii), 3.4), layout="constrained")
     axes = figure.subplots(1, len(radii), sharex=True, sharey=True, squeeze=False)[0]
     of = np.array(kinds)
     for axis, places, radius in zip(axes, points, radii, strict=True):
@@ -62,7 +62,7 @@ def dynamics_plot(points: np.ndarray, kinds: Sequence[str], radii: Sequence[floa
         axis.set_xticks([])
         axis.set_yticks([])
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    return _as_svg(figure)
+    return as_svg(figure)
 
 
 def scatter_plot(panels: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> str:
@@ -74,7 +74,7 @@ def scatter_plot(panels: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> str:
     Raises:
         ImportError: If matplotlib is not installed.
     """
-    figure = _figure()(figsize=(3.6 * len(panels), 3.4), layout="constrained")
+    figure = figure_class()(figsize=(3.6 * len(panels), 3.4), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (title, (across, up)) in zip(axes, panels.items(), strict=True):
         axis.scatter(across, up, s=14 if len(across) < 100 else 5, alpha=0.6, linewidths=0, rasterized=True)
@@ -83,7 +83,7 @@ def scatter_plot(panels: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> str:
         axis.set_title(f"{title}\nPearson {np.corrcoef(across, up)[0, 1]:.3f}", fontsize=10)
         axis.tick_params(labelsize=7)
         axis.spines[["top", "right"]].set_visible(False)
-    return _as_svg(figure)
+    return as_svg(figure)
 
 
 def detection_plot(curves: Mapping[str, np.ndarray]) -> str:
@@ -95,7 +95,7 @@ def detection_plot(curves: Mapping[str, np.ndarray]) -> str:
     Raises:
         ImportError: If matplotlib is not installed.
     """
-    figure = _figure()(figsize=(6.4, 4), layout="constrained")
+    figure = figure_class()(figsize=(6.4, 4), layout="constrained")
     axis = figure.subplots()
     for i, (name, found) in enumerate(curves.items()):
         style = {"color": "black", "linewidth": 2.5} if name == "forward_inf" else {"color": f"C{i}", "linewidth": 1.3}
@@ -105,18 +105,4 @@ def detection_plot(curves: Mapping[str, np.ndarray]) -> str:
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.25)
     axis.legend(frameon=False, fontsize=9, loc="lower right")
-    return _as_svg(figure)
-
-
-def _as_svg(figure: Any) -> str:
-    text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()[text.getvalue().index("<svg") :]
-
-
-def _figure() -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Plots need the extra `plots`: pip install 'hf-forward-inf[plots]'.") from error
-    return Figure
+    return as_svg(figure)

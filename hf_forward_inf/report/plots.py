@@ -18,13 +18,11 @@ def budget_plot(curves: Mapping[str, Mapping[str, Any]]) -> str:
     Raises:
         ImportError: If matplotlib is not installed.
     """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Plots need the extra `plots`: pip install 'hf-forward-inf[plots]'.") from error
+    figure_kind = figure_class()
+    from matplotlib import rc_context
+
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "hf_forward_inf", "font.family": "sans-serif"}):
-        figure = Figure(figsize=(10, 4), layout="constrained")
+        figure = figure_kind(figsize=(10, 4), layout="constrained")
         axes = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
         for axis, (kind, panel) in zip(axes, curves.items(), strict=True):
             names = [name for name in panel if name != "moments"]
@@ -40,6 +38,24 @@ def budget_plot(curves: Mapping[str, Mapping[str, Any]]) -> str:
             axis.grid(alpha=0.25)
         axes[0].set_ylabel("MRR of what was found by then")
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9)
-        text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None})
+        return as_svg(figure)
+
+
+def as_svg(figure: Any) -> str:
+    """Give a figure as SVG text, without what stands before it in a file of its own."""
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue()[text.getvalue().index("<svg") :]
+
+
+def figure_class() -> Any:
+    """Give matplotlib's figure, which needs no display.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Plots need the extra `plots`: pip install 'hf-forward-inf[plots]'.") from error
+    return Figure
