@@ -28,9 +28,36 @@ class Blocks:
         self.found = _blocks(model) if first is None else list(children.values())
         self.middle = len(self.found) // 2 if first is None else list(children).index(first)
         late = {id(p) for block in self.found[self.middle :] for p in block.parameters()} if self.middle else set()
-        named = model.named_parameters()
-        self.before_middle: Set[str] = {name for name, p in named if id(p) not in late} if self.middle else set()
+        self.model = model
+        self.before_middle: Set[str] = self._named(lambda p: id(p) not in late) if self.middle else frozenset()
+        """Parameters that the first half may read: all outside the second, until `look_before_middle` has looked."""
         self.wrapped = False  # whether blocks give their states in a tuple
+
+    def _named(self, chosen: Callable[[nn.Parameter], bool]) -> Set[str]:
+        return {name for name, p in self.model.named_parameters() if chosen(p)}
+
+    def look_before_middle(self, run: Callable[[], object]) -> None:
+        """Run the first half to see which parameters it reads; a final norm and an output layer come after it.
+
+        Args:
+            run (`Callable`): Calls the model, with any input.
+        """
+        if not self.middle:
+            return
+        read: set[int] = set()
+
+        def look(module: nn.Module, args: tuple[Any, ...]) -> None:
+            read.update(id(p) for p in module.parameters(recurse=False))
+
+        late = {id(module) for block in self.found[self.middle :] for module in block.modules()}
+        early = [module for module in self.model.modules() if id(module) not in late]
+        handles = [module.register_forward_pre_hook(look) for module in early]
+        try:
+            self.until_middle(run)
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.before_middle = self._named(lambda p: id(p) in read)
 
     def until_middle(self, run: Callable[[], object]) -> Tensor:
         """Run the first half: the states that the second half reads."""
