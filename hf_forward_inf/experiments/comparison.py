@@ -20,6 +20,7 @@ from hf_forward_inf.baselines import (
 from hf_forward_inf.experiments import cost
 from hf_forward_inf.experiments.evaluation import mrr_after
 from hf_forward_inf.experiments.task import Task
+from hf_forward_inf.fingerprints import uncached
 from hf_forward_inf.forward_inf import ForwardInf
 from hf_forward_inf.modules import perturbed_names
 from hf_forward_inf.processes import say
@@ -99,9 +100,11 @@ def run_comparison(task: Task, tracer: ForwardInf) -> Comparison:
     plain, plain_peak = cost.plain_pass(tracer, task.candidates)
     everyone = attributors(tracer, task.candidates)
     for name, attributor in everyone.items():
-        _, alone, _ = cost.pace(attributor.trace, task.queries.select([0]), task.candidates)
-        # What precedes the candidates is mostly the queries' own work.
-        setup = alone.setup * len(task.queries)
+        one = task.queries.select([0])
+        _, alone, _ = cost.pace(attributor.trace, one, task.candidates, _setup_of_cascade(attributor, one, task))
+        setup = _setup_of_cascade(attributor, task.queries, task)
+        if setup is None:  # what precedes the candidates is mostly the queries' own work
+            setup = alone.setup * len(task.queries)
         found[name], together, peak = cost.pace(attributor.trace, task.queries, task.candidates, setup)
         paces["alone"][name], paces["together"][name] = alone, together
         say(f"{name}: {alone.seconds / plain:.1f} passes for a query, {together.seconds / plain:.1f} for all.")
@@ -124,6 +127,15 @@ def run_comparison(task: Task, tracer: ForwardInf) -> Comparison:
                 curves[kind][name] = curve
                 costs[f"{name}/mrr_in_budget_{kind}"] = float(curve[1 : MOMENTS + 1].mean())
     return Comparison(found, costs, curves)
+
+
+def _setup_of_cascade(attributor: Attributor, queries: Dataset, task: Task) -> float | None:
+    """A cascade inspects as many candidates of any number, so that its setup is measured by inspecting one."""
+    if not isinstance(attributor, Cascade):
+        return None
+    least = Cascade(attributor.cheap, attributor.dear, keep=1)
+    with uncached():
+        return cost.timed(lambda: least.trace(queries, task.candidates))[0]
 
 
 def _order(attributor: Attributor, task: Task) -> np.ndarray:
