@@ -1,13 +1,22 @@
 """How much a training example supports itself: high for those that nothing else supports, such as wrong labels."""
 
+from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from datasets import Dataset
+from torch import Tensor
+from torch.func import grad_and_value, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hf_forward_inf.adapters.base import Batch, Rows
+from hf_forward_inf.ascent import call, lora_rank, names_for, to_device
 from hf_forward_inf.candidate_pass import encode
+from hf_forward_inf.kept import Tensors
 from hf_forward_inf.modes import evaluating
+from hf_forward_inf.modules import held_at_once
 from hf_forward_inf.terms import perturbed, rises
 
 if TYPE_CHECKING:
@@ -15,11 +24,72 @@ if TYPE_CHECKING:
 
 
 def self_influence(tracer: "ForwardInf", rows: Dataset) -> np.ndarray:
-    """Score every row as the only candidate of itself; see [`ForwardInf.self_influence`]."""
-    adapter = tracer.adapter
-    encoded = encode(adapter, rows, "candidates", tracer.cache_dir)
+    """Score every row as the only candidate of itself; see [`ForwardInf.self_influence`].
+
+    One step along the gradient is taken for several rows in one batch, each row under a model of its own
+    (`torch.func.vmap`). Other steps, and models or losses that can't be batched over parameters (what they do depends
+    on a value), are run for one row after the other.
+    """
+    encoded = encode(tracer.adapter, rows, "candidates", tracer.cache_dir)
+    with evaluating(tracer.adapter.model), torch.no_grad():
+        if _is_one_plain_step(tracer):
+            # Attention as plain operations: torch.func has no rule for the fused kernel.
+            with suppress(RuntimeError, ValueError), sdpa_kernel(SDPBackend.MATH):
+                return _together(tracer, encoded)
+        return _one_by_one(tracer, encoded, rows)
+
+
+def _is_one_plain_step(tracer: "ForwardInf") -> bool:
+    config = tracer.ascent
+    plain = config.direction == "gradient" and config.steps == 1 and config.radius is not None
+    return plain and lora_rank(tracer.adapter, config) is None
+
+
+def _one_by_one(tracer: "ForwardInf", encoded: Dataset, rows: Dataset) -> np.ndarray:
     scores = np.full(len(rows), np.nan, dtype=np.float32)
-    with evaluating(adapter.model), torch.no_grad():
-        for i, theta_k, mirrored in perturbed(tracer, encoded, rows):
-            scores[i] = rises(tracer, theta_k, mirrored, encoded[i : i + 1]).sum().item()
+    for i, theta_k, mirrored in perturbed(tracer, encoded, rows):
+        scores[i] = rises(tracer, theta_k, mirrored, encoded[i : i + 1]).sum().item()
     return scores
+
+
+def _together(tracer: "ForwardInf", encoded: Dataset) -> np.ndarray:
+    names = names_for(tracer.adapter, tracer.ascent)
+    step = held_at_once(tracer.adapter.model, names)
+    parts = [_risen(tracer, names, encoded[start : start + step]) for start in range(0, len(encoded), step)]
+    return np.concatenate(parts)
+
+
+def _risen(tracer: "ForwardInf", names: list[str], features: Rows) -> np.ndarray:
+    """Move the model against each row, a copy of the parameters for each: how much the row's own loss rises."""
+    adapter, model, config = tracer.adapter, tracer.adapter.model, tracer.ascent
+    batch = to_device(adapter.collate(features), model)
+    if not adapter.prefix_parameters() & set(names):
+        batch = adapter.prefix(batch)
+    shared = {name: value for name, value in batch.items() if not isinstance(value, Tensor)}
+    own = dict(model.named_parameters())
+    theta = {name: own[name].detach() for name in names}
+    radius = config.radius
+    assert radius is not None
+
+    def loss(theta: Tensors, row: Batch) -> Tensor:
+        alone = {name: value[None] for name, value in row.items()}
+        return adapter.loss(partial(call, model, theta), {**shared, **alone})[0]
+
+    def direction_of(theta: Tensors, row: Batch) -> tuple[Tensor, Tensor]:
+        value = loss(theta, row)
+        size = value.detach().abs()  # in units of the loss, as `ascent.ascend` has it
+        return value / torch.where(size > 0, size, 1), value
+
+    def risen(row: Batch) -> Tensor:
+        gradient, (_, base) = grad_and_value(direction_of, has_aux=True)(theta, row)
+        norm = torch.stack([g.float().square().sum() for g in gradient.values()]).sum().sqrt()
+
+        def at(radius: float) -> Tensor:
+            moved = {name: theta[name] + (radius / norm * g).to(g.dtype) for name, g in gradient.items()}
+            return loss(moved, row)
+
+        up = base if config.mode == "descent" else at(radius)
+        down = base if config.mode == "ascent" else at(-radius)
+        return (up - down) / 2 if config.mode == "symmetric" else up - down
+
+    return vmap(risen)({name: value for name, value in batch.items() if name not in shared}).float().cpu().numpy()

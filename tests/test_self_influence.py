@@ -4,9 +4,12 @@ import torch
 from torch import nn
 
 from hf_forward_inf import AscentConfig, ForwardInf
-from hf_forward_inf.adapters import TensorAdapter
-from hf_forward_inf.baselines import TracIn
+from hf_forward_inf.adapters import ImageClassificationAdapter, TensorAdapter
+from hf_forward_inf.baselines import FirstOrder, TracIn
+from hf_forward_inf.experiments.networks import ResNet
 from tests import digits
+from tests.adapters.test_image_classification import processor, vision_transformer
+from tests.adapters.test_image_classification import rows as pictures
 from tests.line import assert_same_state, state
 
 
@@ -18,6 +21,61 @@ def test_it_is_the_diagonal_of_a_trace_over_the_rows_themselves(mode):
     found = tracer.self_influence(rows)
     np.testing.assert_allclose(found, np.diag(tracer.trace(rows, rows).scores), rtol=1e-4, atol=1e-6)
     assert_same_state(before, state(network))
+
+
+@pytest.mark.parametrize(
+    ("direction", "steps", "together"), [("gradient", 1, True), ("gradient", 2, False), ("kfac", 1, False)]
+)
+def test_a_single_step_along_the_gradient_is_taken_for_many_rows_at_once(direction, steps, together, monkeypatch):
+    network, rows = digits.perceptron(), digits.rows(90, 130)
+    calls = []
+    network.register_forward_hook(lambda *_: calls.append(1))
+    ascent = AscentConfig(radius=0.2, direction=direction, steps=steps)
+    tracer = ForwardInf(adapter=TensorAdapter(network), ascent=ascent)
+    found = tracer.self_influence(rows)
+    assert (len(calls) == 2 * 2) == together  # forty rows in two batches, before and after the step
+    np.testing.assert_allclose(found, np.diag(tracer.trace(rows, rows).scores), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["resnet", "transformer", "from a value on"])
+def test_images_are_scored_together_or_else_one_by_one(kind):
+    class Deciding(nn.Module):
+        """What it runs depends on a value, which torch.func can't batch."""
+
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3 * 8 * 8, 3)
+
+        def forward(self, x):
+            return self.linear(x.flatten(1)) if x.max() > 0.5 else self.linear(-x.flatten(1))
+
+    torch.manual_seed(0)
+    adapter = {
+        "resnet": lambda: ImageClassificationAdapter(ResNet(blocks=1, width=4, classes=3), first="layer3"),
+        "transformer": lambda: ImageClassificationAdapter(vision_transformer(), processor()),
+        "from a value on": lambda: ImageClassificationAdapter(Deciding()),
+    }[kind]()
+    rows, tracer = pictures(5), ForwardInf(adapter=adapter, ascent=AscentConfig(radius=0.2))
+    found = tracer.self_influence(rows)
+    np.testing.assert_allclose(found, np.diag(tracer.trace(rows, rows).scores), rtol=1e-3, atol=1e-5)
+
+
+def test_a_row_without_a_gradient_has_no_score():
+    network = nn.Linear(2, 2)
+    with torch.no_grad():
+        network.weight.zero_(), network.bias.copy_(torch.tensor([800.0, 0.0]))
+    rows = digits.Dataset.from_dict({"x": [[1.0, 2.0], [1.0, 2.0]], "label": [0, 1]})
+    found = ForwardInf(adapter=TensorAdapter(network), ascent=AscentConfig(radius=0.1)).self_influence(rows)
+    assert np.isnan(found[0]) and found[1] > 0
+
+
+def test_to_first_order_it_is_the_product_with_the_inverse_curvature():
+    network, rows = digits.perceptron(), digits.rows(90, 110)
+    for ascent in (AscentConfig(), AscentConfig(direction="ekfac"), AscentConfig(direction="cg")):
+        attributor = FirstOrder(adapter=TensorAdapter(network), ascent=ascent)
+        found = attributor.self_influence(rows)
+        np.testing.assert_allclose(found, np.diag(attributor.trace(rows, rows).scores), rtol=1e-3)
+        assert (found > 0).all()
 
 
 def test_tracins_is_the_squared_norm_of_the_gradient():

@@ -146,7 +146,7 @@ class ImageClassificationAdapter(TensorAdapter):
         """
         if not self.blocks.middle:
             return batch
-        one = {name: value[:1] for name, value in batch.items()}
+        one = {name: value[:1] if isinstance(value, Tensor) else value for name, value in batch.items()}
         if not self.checked:
             expected = self.logits(self.model, one)
             found = self.logits(self.model, {**one, "states": self._states(one)})

@@ -143,7 +143,7 @@ class TensorAdapter(Adapter):
         inputs = torch.stack(arrays)
         if inputs.is_floating_point():
             inputs = inputs.to(next((p.dtype for p in self.model.parameters() if p.is_floating_point()), inputs.dtype))
-        return {"input": inputs, "label": torch.tensor(features["label"])}
+        return {"input": inputs, "label": torch.tensor(features["label"]), "highest": max(features["label"])}
 
     def term_losses(self, forward: Forward, batch: Batch) -> Tensor:
         """Cross-entropy of every row's label, or minus its margin, float64 `[rows, 1]`."""
@@ -170,10 +170,10 @@ class TensorAdapter(Adapter):
                 f"{model} gives a tensor of shape {tuple(logits.shape)} for {len(batch['label'])} rows; logits have "
                 "the shape [rows, classes], of 2 classes or more."
             )
-        if batch["label"].max() >= logits.shape[1]:
+        if batch["highest"] >= logits.shape[1]:
             raise ValueError(
-                f"Column `{self.columns[1]}` holds {batch['label'].max().item()}, but the model knows only the "
-                f"classes 0 to {logits.shape[1] - 1}."
+                f"Column `{self.columns[1]}` holds {batch['highest']}, but the model knows only the classes 0 to "
+                f"{logits.shape[1] - 1}."
             )
         return logits
 
@@ -207,7 +207,8 @@ class TensorAdapter(Adapter):
         values = rows[self.columns[0]]
         features = self.encode({self.columns[0]: values, self.columns[1]: [0] * len(values)})
         device = next(self.model.parameters()).device
-        batch = {name: value.to(device) for name, value in self.collate(features).items()}
+        batch = self.collate(features)
+        batch["input"], batch["label"] = (batch[name].to(device) for name in ("input", "label"))
         with evaluating(self.model):
             return self.logits(self.model, batch).argmax(dim=1).tolist()
 

@@ -1,6 +1,7 @@
 """What Forward-INF's step does to first order: gradients of the candidates along the same direction."""
 
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -53,10 +54,13 @@ class FirstOrder(GradientBaseline):
     def score(self, queries: Dataset, candidates: Dataset) -> np.ndarray:
         """Products with the directions, `[queries, candidates]`."""
         training = candidates if self.training is None else self.training
-
-        def directions(raw: Directions, gradients: ExampleGradients) -> Directions:
-            direction = direction_for(self.ascent, self.adapter, training, list(raw), self.cache_dir)
-            return raw if direction is None else corrected(raw, gradients, direction.ready())
-
         key = fingerprint("first order", self.config, training._fingerprint)
-        return self.products(queries, candidates, key, directions=directions, norms=False)[0]
+        return self.products(queries, candidates, key, directions=partial(self._directions, training), norms=False)[0]
+
+    def self_influence(self, rows: Dataset) -> np.ndarray:
+        """Tell each training example's product with its own direction, float32 `[rows]`: g . C^-1 g."""
+        return self.own_products(rows, partial(self._directions, rows if self.training is None else self.training))
+
+    def _directions(self, training: Dataset, raw: Directions, gradients: ExampleGradients) -> Directions:
+        direction = direction_for(self.ascent, self.adapter, training, list(raw), self.cache_dir)
+        return raw if direction is None else corrected(raw, gradients, direction.ready())

@@ -128,6 +128,22 @@ class GradientBaseline:
                 own.append(block.norms())
             return np.concatenate(found), np.concatenate(own), np.sqrt(figures[-1])
 
+    def own_products(
+        self, rows: Dataset, directions: Callable[[Directions, ExampleGradients], Directions]
+    ) -> np.ndarray:
+        """Multiply each row's direction with its own gradient alone, float32 `[rows]`; a gradient for every row."""
+        adapter = self.adapter
+        found = []
+        with evaluating(adapter.model):
+            encoded = encode(adapter, rows, "candidates", self.cache_dir)
+            gradients = ExampleGradients(adapter, perturbed_names(adapter, self.modules or ["all"]), encoded[:1])
+            for block in self._blocks(len(rows), gradients):
+                raw = query_gradients(gradients, encoded[block])
+                made = directions(raw, gradients)
+                products = torch.stack([(values * made[name]).sum(1) for name, values in raw.items()])
+                found.append(products.sum(0).cpu().numpy())
+        return np.concatenate(found)
+
     def _blocks(self, queries: int, gradients: ExampleGradients) -> Iterator[slice]:
         size = 4 * sum(gradients.model.get_parameter(name).numel() for name in gradients.names)
         on_cpu = next(gradients.model.parameters()).device.type == "cpu"

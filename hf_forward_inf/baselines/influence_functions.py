@@ -90,6 +90,11 @@ class InfluenceFunctions(GradientBaseline):
             return products
         return cosines(products, own, theirs)
 
+    def self_influence(self, rows: Dataset) -> np.ndarray:
+        """Tell each training example's influence on itself, g . H^-1 g, float32 `[rows]`; H as if they were all."""
+        sample = Sample(self.adapter, rows, self.sample, self.seed, self.cache_dir)
+        return self.own_products(rows, partial(self._solved, sample))
+
     def _solved(self, sample: Sample, raw: Directions, gradients: ExampleGradients) -> Directions:
         adapter, names = self.adapter, list(raw)
 

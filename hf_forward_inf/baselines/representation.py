@@ -9,6 +9,7 @@ from torch import nn
 
 from hf_forward_inf.adapters import Adapter, adapter_for
 from hf_forward_inf.adapters.base import Batch
+from hf_forward_inf.ascent import to_device
 from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.candidate_pass import MAX_BATCH_LENGTH, CandidatePass
 from hf_forward_inf.modes import evaluating
@@ -62,6 +63,5 @@ class RepresentationSimilarity:
         def work(batch: Batch) -> np.ndarray:
             return self.adapter.representation(batch).cpu().numpy()
 
-        sample = self.adapter.collate(run.encoded[:1])
-        columns = work({key: value.to(next(self.adapter.model.parameters()).device) for key, value in sample.items()})
+        columns = work(to_device(self.adapter.collate(run.encoded[:1]), self.adapter.model))
         return run.run(work, columns.shape[1], "hidden states", "hidden states")

@@ -82,6 +82,8 @@ def test_conjugate_gradients_give_the_exact_inverse(convex):
     expected = exact_influence(adapter, candidates, queries, lambda g, h: 0.1 * (g @ h @ g) / (g @ g))
     attributor = InfluenceFunctions(adapter=adapter, sample=60, iterations=30)
     np.testing.assert_allclose(attributor.score(queries, candidates), expected, rtol=1e-3, atol=1e-3)
+    own = exact_influence(adapter, candidates, candidates, lambda g, h: 0.1 * (g @ h @ g) / (g @ g))
+    np.testing.assert_allclose(attributor.self_influence(candidates), np.diag(own), rtol=1e-3)
 
 
 def test_influence_cosines_do_not_know_the_gradients_norms(convex):
