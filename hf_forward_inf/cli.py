@@ -91,15 +91,7 @@ def _with_ascent(
 ) -> int:
     start_the_other_processes()
     disable_progress_bar()  # transformers' bars for loading weights
-    words = sys.argv[1:] if arguments is None else arguments
-    stepped = any(word.partition("=")[0].replace("-", "_") in ("__radius", "__learning_rate") for word in words)
-
-    def untuned_where_a_step_is_given(options: Any, ascent: AscentConfig) -> object:
-        if stepped:
-            options.tune = False
-        return run(options, ascent)
-
-    return _run(untuned_where_a_step_is_given, (kind, AscentConfig), kind.__doc__, arguments, program)
+    return _run(run, (kind, AscentConfig), kind.__doc__, arguments, program)
 
 
 def _run(

@@ -65,7 +65,7 @@ class FinetuneOptions:
         default=5, metadata={"help": "Best candidates of each wrong answer taken away before training again; 0: none."}
     )
     tune: bool = field(
-        default=True, metadata={"help": "Choose the radius by self-retrieval, without labels. Off if a step is given."}
+        default=False, metadata={"help": "Choose the radius by self-retrieval, without labels, instead of --radius."}
     )
     top_k: int = field(default=100, metadata={"help": "Candidates of each query kept in the attribution."})
 

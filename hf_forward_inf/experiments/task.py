@@ -60,8 +60,7 @@ class TraceOptions:
         default=False, metadata={"help": "Proponents are only those in which the queried object is masked."}
     )
     tune: bool = field(
-        default=True,
-        metadata={"help": "Choose the radius by self-retrieval, without labels. Off if a step is given."},
+        default=False, metadata={"help": "Choose the radius by self-retrieval, without labels, instead of --radius."}
     )
     reduction: Literal["sum", "mean"] = field(
         default="sum", metadata={"help": "A candidate's loss: sum or mean over its target tokens."}

@@ -47,7 +47,7 @@ def test_a_run_traces_wrong_answers_and_takes_what_it_found_away(small, tmp_path
 
 
 def test_lora_weights_are_trained_perturbed_and_loaded_again(small, tmp_path):
-    options = FinetuneOptions(output=str(tmp_path / "out"), epochs=40, lora=True, removed=0, tune=False)
+    options = FinetuneOptions(output=str(tmp_path / "out"), epochs=40, lora=True, removed=0)
     first = finetune_run(options, AscentConfig(radius=1.0))
     options.overwrite = True
     again = finetune_run(options, AscentConfig(radius=1.0))

@@ -36,13 +36,11 @@ def options(inputs, tmp_path):
         "num_queries": 4,
         "unanswered": True,
         "num_candidates": 120,
-        "tune": False,
     }
 
 
 def as_arguments(options):
     given = [(f"--{name}", value) for name, value in options.items() if value is not False]
-    given += [("--no_tune", True)] if options.get("tune") is False else []
     return [str(part) for name, value in given for part in ((name,) if value is True else (name, value))]
 
 
