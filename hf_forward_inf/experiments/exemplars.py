@@ -65,7 +65,7 @@ def tiny_drawer(
         seed (`int`): Of weights, batches, times and noise.
     """
     channels = 1 if read_image(rows[0][IMAGE]).mode in ("L", "1") else 3
-    pipe = tiny_pipeline(rows[CAPTION][:], size, channels, (teaching.width, 2 * teaching.width), seed)
+    pipe = tiny_pipeline(rows[CAPTION][:], size, channels, teaching.width, seed)
     pipe.to(process_state().device)
     adapter = DiffusionAdapter(pipe, timesteps=timesteps, seed=seed)
     say(f"Training a tiny denoiser on {len(others):,} pictures, once ...")
