@@ -118,9 +118,10 @@ def _own(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
 class ExampleGradients:
     """Gives, for each example of a batch, the gradient of its loss by some parameters of the model.
 
-    Linear layers, convolutions of images (without groups), embeddings, and affine normalisations of the last axis or of
-    groups of channels are known, tied weights included. What a whole batch shares (T5's relative position biases) can't be told apart by
-    example: `left_out` names it, and parameters of other kinds of layers. Losses are summed over an example's terms.
+    Linear layers, convolutions of images (without groups), embeddings, and affine normalisations of the last axis or
+    of groups of channels are known, tied weights included. What a whole batch shares (T5's relative position biases)
+    can't be told apart by example: `left_out` names it, and parameters of other kinds of layers. Losses are summed
+    over an example's terms.
 
     Args:
         adapter (`Adapter`): Gives the losses, and knows the model.
