@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from hf_forward_inf.adapters import DiffusionAdapter
 from hf_forward_inf.ascent import AscentConfig, norm
-from hf_forward_inf.attribution import Attribution
+from hf_forward_inf.attribution import Attribution, Attributor
 from hf_forward_inf.baselines import BM25, FirstOrder, RepresentationSimilarity, TracIn
 from hf_forward_inf.baselines.pixels import PixelDistance
 from hf_forward_inf.experiments.exemplars import CAPTION, IMAGE, as_queries
@@ -59,7 +59,7 @@ def controls(
         name: Attribution(np.tile(scores, (len(queries), 1)), queries, candidates, method=name)
         for name, scores in {"low_loss": -now, "learned": first - now}.items()
     }
-    seen = {
+    seen: dict[str, Attributor] = {
         "pixel_distance": PixelDistance(adapter),
         "representation": RepresentationSimilarity(adapter=adapter),
         "bm25": BM25(input_column=CAPTION),

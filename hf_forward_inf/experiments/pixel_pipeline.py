@@ -35,13 +35,13 @@ class FoldedUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
     @register_to_config
     def __init__(self, sample_size: int, in_channels: int, fold: int, width: int):
         super().__init__()
+        self.fold = fold
         self.unet = _unet(sample_size // fold, in_channels * fold**2, width)
 
     def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> UNet2DConditionOutput:
         """Predict, `[images, channels, height, width]`."""
-        fold = self.config.fold
-        folded = self.unet(pixel_unshuffle(sample, fold), timestep, encoder_hidden_states).sample
-        return UNet2DConditionOutput(sample=pixel_shuffle(folded, fold))
+        folded = self.unet(pixel_unshuffle(sample, self.fold), timestep, encoder_hidden_states).sample
+        return UNet2DConditionOutput(sample=pixel_shuffle(folded, self.fold))
 
 
 class Pictures(BaseOutput):
