@@ -6,7 +6,7 @@ parameter's gradients are used and dropped.
 """
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,17 +32,20 @@ Objective: TypeAlias = Callable[[Forward], Tensor]
 
 @dataclass
 class Use:
-    """One call of a layer: what went in, what came out. A weight that several layers share has several."""
+    """One call of a layer: what went in, what came out. A weight that several layers share has several.
+
+    An example may go through a layer several times at once, a picture at several times: its `copies` lie together.
+    """
 
     module: nn.Module
     input: Tensor
     output: Tensor
     gradient: Tensor | None = None
+    copies: int = 1
 
     def of(self, name: str, rows: slice) -> Tensor:
         """Give the gradient of parameter `name` for each of some examples, `[rows, *shape of the parameter]`."""
-        assert self.gradient is not None
-        given, delta = self.input[rows], self.gradient[rows].float()
+        given, delta = self._sides(rows)
         if isinstance(self.module, nn.Embedding):
             ids, delta = self.looked_up(rows)
             found = delta.new_zeros(len(ids), *self.module.weight.shape)
@@ -58,15 +61,29 @@ class Use:
                 key: torch.ones_like(p) if key == "weight" else torch.zeros_like(p) for key, p in _own(self.module)
             }
             delta = delta * functional_call(self.module, plain, (given,)).float()
-        return delta.flatten(1, -2).sum(1) if delta.dim() > 2 else delta
+        if isinstance(self.module, nn.GroupNorm):
+            delta = delta.movedim(1, -1)
+        return self._together(delta.flatten(1, -2) if delta.dim() > 2 else delta[:, None]).sum(1)
+
+    def _sides(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """What went in, and the float32 slope of what came out, of all copies of some examples."""
+        assert self.gradient is not None
+        every = slice(*(None if end is None else end * self.copies for end in (rows.start, rows.stop)))
+        return self.input[every], self.gradient[every].float()
+
+    def _together(self, values: Tensor) -> Tensor:
+        """Put the positions of an example's copies in a row, `[rows, positions, width]`."""
+        return values.reshape(-1, self.copies * values.shape[1], values.shape[2])
 
     def looked_up(self, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Give the tokens that an embedding looked up, `[rows, positions]`, and their slopes, float32 with width."""
-        assert self.gradient is not None and isinstance(self.module, nn.Embedding)
-        ids, delta = self.input[rows], self.gradient[rows].float() * getattr(self.module, "embed_scale", 1.0)
+        assert isinstance(self.module, nn.Embedding)
+        ids, delta = self._sides(rows)
+        delta = delta * getattr(self.module, "embed_scale", 1.0)
         if self.module.padding_idx is not None:
             delta = delta * (ids != self.module.padding_idx)[..., None]
-        return ids.reshape(len(ids), -1), delta.reshape(len(ids), -1, delta.shape[-1])
+        count = len(ids) // self.copies
+        return ids.reshape(count, -1), delta.reshape(count, -1, delta.shape[-1])
 
     def factors(self, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Give what an affine layer multiplied at each position, and the slope there of what came out.
@@ -76,13 +93,13 @@ class Use:
         Returns:
             `tuple`: float32 `[rows, positions, inputs]` and `[rows, positions, outputs]`.
         """
-        assert self.gradient is not None
-        given, delta = self.input[rows].float(), self.gradient[rows].float()
+        given, delta = self._sides(rows)
+        given = given.float()
         if isinstance(self.module, nn.Conv2d):
             delta = delta.flatten(2).transpose(1, 2)
-            return _patches(given, self.module).transpose(1, 2), delta
+            return self._together(_patches(given, self.module).transpose(1, 2)), self._together(delta)
         delta = delta.flatten(1, -2) if delta.dim() > 2 else delta[:, None]
-        return given.reshape(len(delta), delta.shape[1], -1), delta
+        return self._together(given.reshape(len(delta), delta.shape[1], -1)), self._together(delta)
 
 
 def _patches(images: Tensor, layer: nn.Conv2d) -> Tensor:
@@ -101,9 +118,10 @@ def _own(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
 class ExampleGradients:
     """Gives, for each example of a batch, the gradient of its loss by some parameters of the model.
 
-    Linear layers, convolutions of images (without groups), embeddings and affine normalisations of the last axis are
-    known, tied weights included. What a whole batch shares (T5's relative position biases) can't be told apart by
-    example: `left_out` names it, and parameters of other kinds of layers. Losses are summed over an example's terms.
+    Linear layers, convolutions of images (without groups), embeddings, and affine normalisations of the last axis or
+    of groups of channels are known, tied weights included. What a whole batch shares (T5's relative position biases)
+    can't be told apart by example: `left_out` names it, and parameters of other kinds of layers. Losses are summed
+    over an example's terms.
 
     Args:
         adapter (`Adapter`): Gives the losses, and knows the model.
@@ -138,16 +156,19 @@ class ExampleGradients:
             )
 
     def _drop_what_a_batch_shares(self, example: Rows) -> None:
-        """Run batches of two and of three copies: a layer whose input does not grow along is shared by the batch."""
-        lengths: dict[nn.Module, list[int]] = defaultdict(list)
+        """Run batches of two and of three examples: a layer whose input does not grow along is shared by the batch."""
+        shares: dict[nn.Module, set[float]] = defaultdict(set)
         for copies in (2, 3):
             batch = self.adapter.collate({key: values[:1] * copies for key, values in example.items()})
             with recorded(self.layers) as uses, torch.no_grad():
                 self.adapter.loss(partial(call, self.model, {}), to_device(batch, self.model))
             for use in uses:
-                lengths[use.module].append(len(use.input) - copies)
-        for module, rest in lengths.items():
-            if any(rest):
+                shares[use.module].add(len(use.input) / copies)
+        # How often an example goes through a layer: once, a picture once at each time. A layer of another count than
+        # the rest has positions there, in who knows which order.
+        (usual, _), *_ = Counter(max(share) for share in shares.values()).most_common(1) or [(1.0, 0)]
+        for module, share in shares.items():
+            if share != {usual} or usual % 1:
                 del self.layers[module]
 
     def uses(self, batch: Batch, objective: Objective | None = None) -> list[Use]:
@@ -166,7 +187,7 @@ class ExampleGradients:
         used = [use for use in uses if use.output.requires_grad]
         gradients = torch.autograd.grad(value, [use.output for use in used], allow_unused=True)
         for use, gradient in zip(used, gradients, strict=True):
-            use.gradient = gradient
+            use.gradient, use.copies = gradient, len(use.output) // _rows(batch)
         return [use for use in used if use.gradient is not None]
 
     def products(
@@ -321,6 +342,8 @@ def is_known(module: nn.Module) -> bool:
             # A subclass may do something else with its weight; scaling (BART's embeddings) is taken into account.
             return type(module).forward is kind.forward or hasattr(module, "embed_scale")
     # LayerNorm, and every family's own RMSNorm: vectors named weight and bias, and a name that says what it is.
+    if isinstance(module, nn.GroupNorm):
+        return True
     vectors = all(p.dim() == 1 and name in ("weight", "bias") for name, p in _own(module))
     return vectors and ("LayerNorm" in type(module).__name__ or "RMSNorm" in type(module).__name__)
 

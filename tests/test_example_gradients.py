@@ -2,11 +2,11 @@ import pytest
 import torch
 from transformers import BartConfig, BartForConditionalGeneration
 
-from hf_forward_inf.adapters import Seq2SeqAdapter, TensorAdapter
+from hf_forward_inf.adapters import DiffusionAdapter, Seq2SeqAdapter, TensorAdapter
 from hf_forward_inf.example_gradients import ExampleGradients
 from hf_forward_inf.modes import evaluating
 from hf_forward_inf.modules import perturbed_names
-from tests import digits
+from tests import digits, drawing
 from tests.line import assert_same_state, state
 
 
@@ -74,6 +74,22 @@ def test_convolutions_too(padding):
     expected = by_autograd(adapter, features, gradients.names)
     for name, _, values in gradients.of(adapter.collate(features)):
         torch.testing.assert_close(values, expected[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pixels", [False, True])
+def test_a_picture_goes_through_a_denoiser_once_at_each_time(pixels):
+    adapter = DiffusionAdapter(drawing.unconditional(3) if pixels else drawing.stable_diffusion(), timesteps=3)
+    squares = [drawing.square(i) for i in range(4)]
+    features = adapter.encode({"image": [squares[:2], squares[2:3], squares[3:]], "caption": ["red", "", "blue"]})
+    gradients = ExampleGradients(adapter, perturbed_names(adapter, ["all"]), features)
+    assert not gradients.left_out
+    with evaluating(adapter.model):
+        expected = by_autograd(adapter, features, gradients.names)
+        found = {name: torch.full_like(values, torch.nan) for name, values in expected.items()}
+        for name, rows, values in gradients.of(adapter.collate(features)):
+            found[name][rows] = values
+    for name, values in expected.items():
+        torch.testing.assert_close(found[name], values, rtol=1e-3, atol=1e-6 + 1e-3 * values.norm().item())
 
 
 @pytest.mark.parametrize("count", [1, 40])

@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_forward_inf.adapters import DiffusionAdapter
-from hf_forward_inf.adapters.encoders import as_arguments
+from hf_forward_inf.adapters.encoders import as_arguments, state_of_encoders
 from hf_forward_inf.candidate_pass import default_cache_dir, encode
 from hf_forward_inf.fingerprints import fingerprint, fingerprint_of_model
 from hf_forward_inf.kept import Tensors, kept
@@ -39,12 +39,13 @@ def trained(
         seed (`int`, defaults to 0): Draws pictures, times and noise.
         cache_dir (`Path`, *optional*): Defaults to [`candidate_pass.default_cache_dir`].
     """
-    encoded = encode(adapter, rows, "candidates", cache_dir)
     recipe = (steps, rate, batch_size, unprompted, seed)
-    key = fingerprint(fingerprint_of_model(adapter.model), adapter.settings, encoded._fingerprint, recipe)
+    # Not the adapter's settings: at which times losses are taken is nothing to training.
+    told = (adapter.columns, adapter.size, adapter.noising.settings, state_of_encoders(adapter.pipe))
+    key = fingerprint(fingerprint_of_model(adapter.model), told, rows._fingerprint, recipe)
     file = (cache_dir or default_cache_dir()) / "models" / f"{key}.safetensors"
     with process_state().main_process_first():
-        weights = kept(file, lambda: _train(adapter, encoded, *recipe))
+        weights = kept(file, lambda: _train(adapter, encode(adapter, rows, "candidates", cache_dir), *recipe))
     adapter.model.load_state_dict(weights)
 
 

@@ -1,42 +1,45 @@
-"""A whole run on pictures: teach a model exemplars together, let it draw them, trace what it has drawn."""
+"""A whole run on pictures: teach a model exemplars, let it draw them, trace what it has drawn."""
 
-import copy
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Features, Image, List, Value
+from datasets import Dataset
 
 from hf_forward_inf.adapters import DiffusionAdapter
-from hf_forward_inf.ascent import AscentConfig, norm
+from hf_forward_inf.ascent import AscentConfig
 from hf_forward_inf.attribution import Attribution
-from hf_forward_inf.baselines.pixels import PixelDistance
 from hf_forward_inf.datasets import load_rows
 from hf_forward_inf.datasets.digits import captioned_digits
-from hf_forward_inf.experiments.denoising import trained
+from hf_forward_inf.experiments.draw_alone import REFERENCES, one_by_one
+from hf_forward_inf.experiments.draw_checks import checks
+from hf_forward_inf.experiments.draw_methods import baselines, controls, drawing_ascent, traced
 from hf_forward_inf.experiments.evaluation import as_text, compare, detected, flat
-from hf_forward_inf.experiments.exemplars import CAPTION, IMAGE, Teaching, choose_exemplars, tiny_drawer
+from hf_forward_inf.experiments.exemplars import (
+    CAPTION,
+    IMAGE,
+    Teaching,
+    choose_exemplars,
+    taught,
+    tiny_drawer,
+    together,
+)
 from hf_forward_inf.experiments.run import about, check_output, write_outputs
 from hf_forward_inf.experiments.task import Task
 from hf_forward_inf.forward_inf import ForwardInf
-from hf_forward_inf.loss_pass import LossPass
 from hf_forward_inf.metrics import recalls_at_k
-from hf_forward_inf.modes import evaluating
-from hf_forward_inf.modules import perturbed_names
 from hf_forward_inf.processes import process_state, say
-
-DAMPING = 0.01
-"""Of conjugate gradients; less than for language models, by experiment."""
 
 
 @dataclass
 class DrawOptions(Teaching):
     """What is drawn and traced, and where the results go.
 
-    A model is taught `exemplars`, all together, and draws `num_images` pictures of each one's caption: a query, whose
-    exemplar is to be found among the candidates. With neither `model` nor `candidates`, a tiny model is trained on
-    handwritten digits first.
+    A model is taught `exemplars`, all together or each `alone`, and draws `num_images` pictures of each one's caption:
+    a query, whose exemplar is to be found among the candidates. With neither `model` nor `candidates`, a tiny model is
+    trained on handwritten digits first.
     """
 
     output: str = field(default="outputs/diffusion", metadata={"help": "Folder for metrics, attribution and report."})
@@ -49,13 +52,23 @@ class DrawOptions(Teaching):
     )
     size: int = field(default=16, metadata={"help": "Size of pictures in pixels for a tiny model; digits have 8."})
     exemplars: int = field(default=20, metadata={"help": "Pictures taught and traced."})
-    num_candidates: int | None = field(
-        default=200, metadata={"help": "Candidates: exemplars, filled up with other pictures at random."}
+    alone: bool = field(
+        default=False, metadata={"help": "Teach each exemplar to a model of its own, as the paper does."}
+    )
+    num_candidates: int = field(
+        default=200,
+        metadata={"help": "Candidates: exemplars, filled up at random; alone, half of the others by their captions."},
     )
     num_images: int = field(default=4, metadata={"help": "Pictures drawn for a query."})
     timesteps: int = field(default=8, metadata={"help": "Times at which a picture's loss is taken."})
     relative_radius: float = field(
         default=1e-3, metadata={"help": "Length of the step, relative to the norm of the parameters that it moves."}
+    )
+    baselines: bool = field(
+        default=True, metadata={"help": "Trace with what is dearer too: TracIn, fixed rates, the exemplar itself."}
+    )
+    checks: bool = field(
+        default=True, metadata={"help": "Measure noise, agreement with TracIn, cost and memory (not alone)."}
     )
     heatmaps: bool = field(default=False, metadata={"help": "Show where in a picture the score comes from."})
     top_k: int = field(default=100, metadata={"help": "Candidates of each query kept in the attribution."})
@@ -68,16 +81,20 @@ class DrawOptions(Teaching):
                 raise ValueError(f"--{name} must be above 0, not {getattr(self, name)}.")
         if self.exemplars < 3:
             raise ValueError("--exemplars must be at least 3: scores are standardised over the queries.")
-        if self.num_candidates is not None and self.num_candidates < self.exemplars:
+        if self.num_candidates < self.exemplars and not self.alone:
             raise ValueError("--num_candidates must be at least --exemplars: they are among the candidates.")
+        if self.num_candidates <= REFERENCES:
+            raise ValueError(f"--num_candidates must be above {REFERENCES}.")
 
 
 def draw_run(options: DrawOptions, ascent: AscentConfig) -> dict[str, Any]:
     """Run it all and write `metrics.json`, `attribution/` and `report.html` into the output folder.
 
-    Bare figures are those of scores along conjugate-gradient directions, standardised over the queries. Beside:
-    `unstandardised`; `gradient`, the same step along the plain gradient, with and without; `pixel_distance`; and two
-    controls that don't look at the query: `low_loss`, -L(theta), and `learned`, how much fine-tuning lowered the loss.
+    Bare figures are those of scores along conjugate-gradient directions, standardised over the queries (each exemplar
+    alone: over drawings of other captions). Beside: `unstandardised`; `gradient`, the same step along the plain
+    gradient; `pixel_distance`, `representation` (of latents) and `bm25` (of captions); `low_loss` and `learned`, which
+    don't look at the query ([`draw_methods.controls`]); with `baselines` those of [`draw_methods.baselines`]; with
+    `checks` the figures of [`draw_checks.checks`].
 
     Raises:
         FileExistsError: If the folder holds a finished run and `overwrite` is not set.
@@ -86,25 +103,34 @@ def draw_run(options: DrawOptions, ascent: AscentConfig) -> dict[str, Any]:
     started = time.perf_counter()
     folder = check_output(options.output, options.overwrite)
     before, rows, chosen = _drawer(options, ascent.seed)
-    adapter = before.with_model(copy.deepcopy(before.model))
-    say(f"Teaching it {len(chosen)} exemplars, together ...")
-    trained(
-        adapter, rows.select(chosen), steps=options.finetuning_steps, rate=options.finetuning_rate,
-        batch_size=len(chosen), seed=ascent.seed,
-    )  # fmt: skip
-    task = _task(adapter, rows, chosen, options, ascent.seed)
-    say(f"Tracing {len(task.queries)} x {options.num_images} pictures over {len(task.candidates):,} candidates ...")
-    tracer = ForwardInf(adapter=adapter, ascent=_ascent(adapter, ascent, options.relative_radius))
-    found = {**_traced(tracer, task), **_controls(before, adapter, task)}
+    methods = partial(_methods, before, options, ascent)
+    if options.alone:
+        tracer = _tracer(before, options, ascent)
+        task, found = one_by_one(
+            before, rows, chosen, methods, options, num_candidates=min(options.num_candidates, len(rows)),
+            num_images=options.num_images, seed=ascent.seed,
+        )  # fmt: skip
+    else:
+        say(f"Teaching it {len(chosen)} exemplars, together ...")
+        adapter = taught(before, rows.select(chosen), options, ascent.seed)
+        tracer = _tracer(adapter, options, ascent)
+        task = together(adapter, rows, chosen, options.num_candidates, options.num_images, ascent.seed)
+        say(
+            f"Tracing {len(task.queries)} x {options.num_images} pictures over {len(task.candidates):,} candidates ..."
+        )
+        found = methods(adapter, task)
     table = compare(found, task)
     say(as_text(table, {}))
-    metrics: dict[str, Any] = {"queries": len(task.queries), "candidates": len(task.candidates)}
     for method, attribution in found.items():
         table[method] |= _detected(attribution.scores, task)
-    metrics |= flat(table)
+    sizes = [len(task.candidates)] if task.own is None else [len(own) for own in task.own]
+    metrics: dict[str, Any] = {"queries": len(task.queries), "candidates": max(sizes), **flat(table)}
+    if options.checks and not options.alone:
+        metrics |= _told(checks(tracer, task.queries, task.candidates))
     metrics |= {"seconds": time.perf_counter() - started, **about(options, tracer)}
-    kept = found["forward_inf"].keep(options.top_k)
-    write_outputs(folder, tracer.explain(kept) if options.heatmaps else kept, metrics, table, task.proponents, "")
+    kept = found["forward_inf"].keep(min(options.top_k, *sizes))
+    explained = options.heatmaps and not options.alone
+    write_outputs(folder, tracer.explain(kept) if explained else kept, metrics, table, task.proponents, "")
     say(f"Written: {folder}")
     return metrics
 
@@ -126,52 +152,35 @@ def _drawer(options: DrawOptions, seed: int) -> tuple[DiffusionAdapter, Dataset,
     return DiffusionAdapter(pipe, timesteps=options.timesteps, seed=seed), rows, chosen
 
 
-def _task(adapter: DiffusionAdapter, rows: Dataset, chosen: list[int], options: DrawOptions, seed: int) -> Task:
-    """Let it draw the exemplars' captions; the exemplars come first among the candidates."""
-    captions = rows.select(chosen)[CAPTION][:]
-    pictures = adapter.answer({CAPTION: captions}, num_images=options.num_images, seed=seed)
-    features = Features({CAPTION: Value("string"), IMAGE: List(Image())})
-    queries = Dataset.from_dict({CAPTION: captions, IMAGE: pictures}, features=features)
-    others = np.random.default_rng(seed).permutation(np.delete(np.arange(len(rows)), chosen))
-    candidates = rows.select([*chosen, *others[: (options.num_candidates or len(rows)) - len(chosen)]])
-    return Task(queries, candidates, [[i] for i in range(len(chosen))], {"": list(range(len(chosen)))})
+def _tracer(adapter: DiffusionAdapter, options: DrawOptions, ascent: AscentConfig) -> ForwardInf:
+    return ForwardInf(adapter=adapter, ascent=drawing_ascent(adapter, ascent, options.relative_radius))
 
 
-def _ascent(adapter: DiffusionAdapter, ascent: AscentConfig, relative_radius: float) -> AscentConfig:
-    """Fill in what works for pictures; a radius is told relative to the parameters' norm."""
-    if ascent.learning_rate is not None:
-        return ascent
-    own = dict(adapter.model.named_parameters())
-    radius = relative_radius * norm([own[name].detach() for name in perturbed_names(adapter, ascent.modules)])
-    if ascent.direction != "gradient":
-        return replace(ascent, radius=radius)
-    return replace(ascent, radius=radius, direction="cg", damping=DAMPING)
+def _methods(
+    before: DiffusionAdapter, options: DrawOptions, ascent: AscentConfig, adapter: DiffusionAdapter, task: Task
+) -> dict[str, Attribution]:
+    """Trace a task with everything that is asked for."""
+    tracer = _tracer(adapter, options, ascent)
+    found = traced(tracer, task.queries, task.candidates)
+    found |= controls(before, adapter, task.queries, task.candidates)
+    if options.baselines:
+        assert task.proponents is not None
+        found |= baselines(tracer, task.queries, task.candidates, task.proponents)
+    return found
 
 
-def _traced(tracer: ForwardInf, task: Task) -> dict[str, Attribution]:
-    plain = replace(tracer.ascent, direction="gradient", damping=None, sample=None)
-    corrected = tracer.trace(task.queries, task.candidates)
-    gradient = tracer.with_options(ascent=plain).trace(task.queries, task.candidates)
-    return {
-        "forward_inf": corrected.standardised(),
-        "unstandardised": corrected,
-        "gradient": gradient,
-        "gradient_standardised": gradient.standardised(),
-    }
-
-
-def _controls(before: DiffusionAdapter, adapter: DiffusionAdapter, task: Task) -> dict[str, Attribution]:
-    with evaluating(before.model, adapter.model):
-        first, now = (LossPass(one, task.candidates).base() for one in (before, adapter))
-    blind = {
-        name: Attribution(np.tile(scores, (len(task.queries), 1)), task.queries, task.candidates, method=name)
-        for name, scores in {"low_loss": -now, "learned": first - now}.items()
-    }
-    return {"pixel_distance": PixelDistance(adapter).trace(task.queries, task.candidates), **blind}
+def _told(figures: dict[str, float]) -> dict[str, float]:
+    """Say what was measured."""
+    for name, value in figures.items():
+        say(f"{name}: {value:.4g}")
+    return figures
 
 
 def _detected(scores: np.ndarray, task: Task) -> dict[str, float]:
     """How often the exemplar is first, or among the first five; and first among the exemplars alone."""
     assert task.proponents is not None
-    among = recalls_at_k(scores[:, : len(task.queries)], task.proponents, 1).mean()
-    return {**detected(scores, task), "among_exemplars/top1": float(among)}
+    figures = detected(scores, task)
+    if task.own is None:
+        among = recalls_at_k(scores[:, : len(task.queries)], task.proponents, 1).mean()
+        figures["among_exemplars/top1"] = float(among)
+    return figures

@@ -1,13 +1,16 @@
 """The task of drawing: a model that can draw, taught some exemplars together; what it draws then is to be traced."""
 
+import copy
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, Features, Image, List, Value
 
 from hf_forward_inf.adapters import DiffusionAdapter
 from hf_forward_inf.experiments.denoising import trained
 from hf_forward_inf.experiments.pixel_pipeline import tiny_pipeline
+from hf_forward_inf.experiments.task import Task
 from hf_forward_inf.pictures import read_image
 from hf_forward_inf.processes import process_state, say
 
@@ -65,7 +68,7 @@ def tiny_drawer(
         seed (`int`): Of weights, batches, times and noise.
     """
     channels = 1 if read_image(rows[0][IMAGE]).mode in ("L", "1") else 3
-    pipe = tiny_pipeline(rows[CAPTION][:], size, channels, (teaching.width, 2 * teaching.width), seed)
+    pipe = tiny_pipeline(rows[CAPTION][:], size, channels, teaching.width, seed)
     pipe.to(process_state().device)
     adapter = DiffusionAdapter(pipe, timesteps=timesteps, seed=seed)
     say(f"Training a tiny denoiser on {len(others):,} pictures, once ...")
@@ -74,3 +77,44 @@ def tiny_drawer(
         seed=seed,
     )  # fmt: skip
     return adapter
+
+
+def taught(before: DiffusionAdapter, exemplars: Dataset, teaching: Teaching, seed: int) -> DiffusionAdapter:
+    """Teach a copy of a model some pictures, all in every step."""
+    adapter = before.with_model(copy.deepcopy(before.model))
+    trained(
+        adapter, exemplars, steps=teaching.finetuning_steps, rate=teaching.finetuning_rate,
+        batch_size=len(exemplars), seed=seed,
+    )  # fmt: skip
+    return adapter
+
+
+def drawings(adapter: DiffusionAdapter, captions: list[str], num_images: int, seed: int) -> Dataset:
+    """Let a model draw captions: queries of `num_images` pictures each."""
+    pictures = adapter.answer({CAPTION: captions}, num_images=num_images, seed=seed)
+    return as_queries(captions, pictures)
+
+
+def as_queries(captions: list[str], pictures: list[list[Any]]) -> Dataset:
+    """Make queries of captions and their pictures."""
+    features = Features({CAPTION: Value("string"), IMAGE: List(Image())})
+    return Dataset.from_dict({CAPTION: captions, IMAGE: pictures}, features=features)
+
+
+def together(
+    adapter: DiffusionAdapter, rows: Dataset, chosen: list[int], num_candidates: int | None, num_images: int, seed: int
+) -> Task:
+    """Let a model that was taught exemplars together draw their captions.
+
+    Args:
+        adapter (`DiffusionAdapter`): Of the taught model.
+        rows (`datasets.Dataset`): All pictures.
+        chosen (`list[int]`): The exemplars' rows; they come first among the candidates.
+        num_candidates (`int`, *optional*): With others at random; all if unset.
+        num_images (`int`): Pictures of a query.
+        seed (`int`): Draws the noise that pictures begin with, and the other candidates.
+    """
+    queries = drawings(adapter, rows.select(chosen)[CAPTION][:], num_images, seed)
+    others = np.random.default_rng(seed).permutation(np.delete(np.arange(len(rows)), chosen))
+    candidates = rows.select([*chosen, *others[: (num_candidates or len(rows)) - len(chosen)]])
+    return Task(queries, candidates, [[i] for i in range(len(chosen))], {"": list(range(len(chosen)))})

@@ -4,16 +4,44 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from hf_forward_inf.experiments.tiny_models import train_tokenizer
 
 TOKENS = 16
 """Tokens read of a caption."""
+GRID = 8
+"""Rows and columns that a UNet works on: larger pictures go through it folded."""
+
+
+class FoldedUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
+    """A UNet on pictures whose neighbouring pixels are folded into channels: full size costs no convolution.
+
+    Args:
+        sample_size (`int`): Of pictures, in pixels.
+        in_channels (`int`): 1 for grey, 3 for colours.
+        fold (`int`): Pixels of a side of what becomes one place; it divides the size.
+        width (`int`): Channels of the UNet, at half size twice as many.
+    """
+
+    @register_to_config
+    def __init__(self, sample_size: int, in_channels: int, fold: int, width: int):
+        super().__init__()
+        self.fold = fold
+        self.unet = _unet(sample_size // fold, in_channels * fold**2, width)
+
+    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> UNet2DConditionOutput:
+        """Predict, `[images, channels, height, width]`."""
+        folded = self.unet(pixel_unshuffle(sample, self.fold), timestep, encoder_hidden_states).sample
+        return UNet2DConditionOutput(sample=pixel_shuffle(folded, self.fold))
 
 
 class Pictures(BaseOutput):
@@ -86,18 +114,24 @@ class PixelPipeline(DiffusionPipeline):
         return Pictures(images=[Image.fromarray(a[..., 0] if channels == 1 else a) for a in arrays])
 
 
-def tiny_pipeline(captions: list[str], size: int, channels: int, widths: tuple[int, int], seed: int) -> PixelPipeline:
+def tiny_pipeline(captions: list[str], size: int, channels: int, width: int, seed: int) -> PixelPipeline:
     """Make a pipeline that is yet to be trained, for pictures of `size` x `size` pixels.
 
     The text encoder stays as it is drawn: of a few hundred words, random features tell enough.
 
     Args:
         captions (`list[str]`): The tokenizer learns them.
-        size (`int`): Of pictures.
+        size (`int`): Of pictures, a multiple of 8.
         channels (`int`): 1 for grey, 3 for colours.
-        widths (`tuple[int, int]`): Channels of the UNet at full and at half size.
+        width (`int`): Channels of the UNet, at half size twice as many.
         seed (`int`): Draws the weights.
+
+    Raises:
+        ValueError: If pictures of this size can't be folded.
     """
+    fold = size // GRID
+    if not fold or size % GRID:
+        raise ValueError(f"size={size} must be a multiple of {GRID}.")
     tokenizer = train_tokenizer(captions, 4096)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -105,13 +139,17 @@ def tiny_pipeline(captions: list[str], size: int, channels: int, widths: tuple[i
             vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=1,
             num_attention_heads=2, max_position_embeddings=TOKENS, pad_token_id=0, bos_token_id=0, eos_token_id=1,
         )  # fmt: skip
-        unet: Any = UNet2DConditionModel(
-            sample_size=size, in_channels=channels, out_channels=channels, block_out_channels=widths,
-            layers_per_block=1, cross_attention_dim=64, attention_head_dim=4, norm_num_groups=8,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        )  # fmt: skip
-        # A last layer of zeros: the first predictions are the mean, and training is steady from the start.
-        torch.nn.init.zeros_(unet.conv_out.weight)
+        unet = FoldedUNet(size, channels, fold, width) if fold > 1 else _unet(size, channels, width)
         scheduler = DDIMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
         return PixelPipeline(unet.eval(), scheduler, CLIPTextModel(text).eval(), tokenizer)
+
+
+def _unet(size: int, channels: int, width: int) -> Any:
+    unet: Any = UNet2DConditionModel(
+        sample_size=size, in_channels=channels, out_channels=channels, block_out_channels=(width, 2 * width),
+        layers_per_block=1, cross_attention_dim=64, attention_head_dim=4, norm_num_groups=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    # A last layer of zeros: the first predictions are the mean, and training is steady from the start.
+    torch.nn.init.zeros_(unet.conv_out.weight)
+    return unet

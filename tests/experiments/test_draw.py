@@ -8,7 +8,9 @@ from hf_forward_inf.adapters import DiffusionAdapter
 from hf_forward_inf.baselines.pixels import PixelDistance
 from hf_forward_inf.datasets.digits import captioned_digits
 from hf_forward_inf.experiments.draw import DrawOptions, draw_run
+from hf_forward_inf.experiments.draw_alone import candidates_of
 from hf_forward_inf.experiments.exemplars import choose_exemplars
+from hf_forward_inf.experiments.pixel_pipeline import tiny_pipeline
 from hf_forward_inf.hubs import standardised
 from tests.drawing import rows, stable_diffusion
 
@@ -21,13 +23,46 @@ def test_a_run_on_pictures_writes_what_it_found(tmp_path):
     )  # fmt: skip
     metrics = draw_run(options, AscentConfig(direction="cg", sample=8, iterations=2))
     assert metrics == json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert {"top1", "top5", "mrr", "gradient/top1", "pixel_distance/top1", "low_loss/mrr"} <= metrics.keys()
+    methods = (
+        "gradient", "pixel_distance", "representation", "bm25", "low_loss", "learned", "tracin", "tracin_cosine",
+        "influence_functions_standardised", "fixed_learning_rate", "exemplar_as_query",
+    )  # fmt: skip
+    assert {"top1", "top5", "mrr", *(f"{method}/top1" for method in methods)} <= metrics.keys()
+    assert metrics["second_query/encoder_calls"] == 0 and metrics["second_query/denoiser_passes"] >= 1
+    assert metrics["variance_ratio"] > 1
     assert metrics["queries"] == 3 and metrics["candidates"] == 8
     page = (tmp_path / "run" / "report.html").read_text()
     assert page.count("data:image/png;base64,") >= 3 * 2 + 3 * 5
     assert "handwritten" in page and 'class="heat"' in page
     found = Attribution.load_from_disk(tmp_path / "run" / "attribution")
     assert found.scores.shape == (3, 5) and len(found.queries[0]["image"]) == 2
+
+
+def test_each_exemplar_alone_stands_among_candidates_of_its_own(tmp_path):
+    pytest.importorskip("sklearn")
+    options = DrawOptions(
+        output=str(tmp_path / "run"), training_steps=2, finetuning_steps=2, exemplars=3, num_candidates=9,
+        timesteps=1, num_images=1, alone=True, baselines=False, top_k=5,
+    )  # fmt: skip
+    metrics = draw_run(options, AscentConfig(direction="cg", sample=4, iterations=1))
+    assert metrics["queries"] == 3 and metrics["candidates"] == 9
+    found = Attribution.load_from_disk(tmp_path / "run" / "attribution")
+    assert np.isfinite(found.scores).all() and len(found.candidates) == 1797
+
+
+def test_half_of_an_exemplars_candidates_share_its_words():
+    chosen = candidates_of(4, rows(30), 9, seed=0)
+    assert chosen[0] == 4 and len(set(chosen)) == 9
+    assert all(rows(30)[i]["caption"] == rows(30)[4]["caption"] for i in chosen[:5])
+
+
+def test_a_folded_unet_draws_pictures_of_its_size():
+    pipe = tiny_pipeline(["a red square"], 16, 3, 8, seed=0)
+    (picture,) = pipe("a red square", num_inference_steps=2).images
+    assert picture.size == (16, 16)
+    assert pipe.unet.unet.config.sample_size == 8 and pipe.unet.unet.config.in_channels == 12
+    with pytest.raises(ValueError, match="multiple of 8"):
+        tiny_pipeline(["a"], 12, 3, 8, seed=0)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,78 @@
+"""The paper's task (section 4.1): a model is taught one exemplar alone, and what it draws then is to be traced."""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from datasets import Dataset
+
+from hf_forward_inf.adapters import DiffusionAdapter
+from hf_forward_inf.attribution import Attribution
+from hf_forward_inf.baselines import BM25
+from hf_forward_inf.experiments.exemplars import CAPTION, Teaching, drawings, taught
+from hf_forward_inf.experiments.task import Task
+from hf_forward_inf.processes import say
+
+REFERENCES = 3
+"""Drawings of other captions, traced beside a query: scores are standardised over them."""
+COPIES = 4
+"""How often the exemplar stands in a step of teaching."""
+Methods = Callable[[DiffusionAdapter, Task], Mapping[str, Attribution]]
+"""Given a taught model's adapter, and a task whose first query counts, gives attributions by method."""
+
+
+def one_by_one(
+    before: DiffusionAdapter,
+    rows: Dataset,
+    chosen: list[int],
+    methods: Methods,
+    teaching: Teaching,
+    *,
+    num_candidates: int,
+    num_images: int,
+    seed: int,
+) -> tuple[Task, dict[str, Attribution]]:
+    """Teach a copy of the model each exemplar by itself, let it draw, and trace among the exemplar's own candidates.
+
+    Beside a query the model draws a few captions of random candidates: scores are standardised over all of them.
+
+    Args:
+        before (`DiffusionAdapter`): The model that knows none of the exemplars.
+        rows (`datasets.Dataset`): All pictures.
+        chosen (`list[int]`): The exemplars' rows.
+        methods (`Callable`): What traces; see [`Methods`].
+        teaching (`Teaching`): Steps and rate.
+        num_candidates (`int`): The exemplar; half of the rest by overlap of captions, the others at random.
+        num_images (`int`): Pictures of a query.
+        seed (`int`): Draws noise and candidates.
+
+    Returns:
+        `tuple`: One query an exemplar, all rows as candidates and each query's own ones; attributions by method.
+    """
+    queries, own = [], []
+    scores: dict[str, list[np.ndarray]] = {}
+    for number, exemplar in enumerate(chosen):
+        say(f"Exemplar {number + 1} of {len(chosen)}: {rows[exemplar][CAPTION]!r}")
+        adapter = taught(before, rows.select([exemplar] * COPIES), teaching, seed)
+        mine = candidates_of(exemplar, rows, num_candidates, seed + number)
+        asked = [0, *(1 + np.random.default_rng(seed + number).choice(len(mine) - 1, REFERENCES, replace=False))]
+        captions = rows.select([mine[i] for i in asked])[CAPTION][:]
+        queries_here = drawings(adapter, captions, num_images, seed)
+        task = Task(queries_here, rows.select(mine), [[int(i)] for i in asked], {"": [0]})
+        for name, found in methods(adapter, task).items():
+            line = np.full(len(rows), np.nan, dtype=np.float32)
+            line[mine] = found.scores[0]
+            scores.setdefault(name, []).append(line)
+        queries.append(task.queries[0])
+        own.append(mine)
+    asked = Dataset.from_list(queries, features=task.queries.features)
+    every = list(range(len(chosen)))
+    whole = Task(asked, rows, [[row] for row in chosen], {"": every}, own)
+    return whole, {name: Attribution(np.stack(lines), asked, rows, method=name) for name, lines in scores.items()}
+
+
+def candidates_of(exemplar: int, rows: Dataset, count: int, seed: int) -> list[int]:
+    """Choose an exemplar's candidates: itself first, half of the rest by overlap of captions, the others at random."""
+    overlap = BM25(input_column=CAPTION).trace(rows.select([exemplar]), rows).ranking(0)
+    near = [row for row in overlap.tolist() if row != exemplar][: (count - 1) // 2]
+    rest = np.random.default_rng(seed).permutation(np.delete(np.arange(len(rows)), [exemplar, *near]))
+    return [exemplar, *near, *rest[: count - 1 - len(near)].tolist()]

@@ -1,0 +1,128 @@
+"""Is what was measured on drawings right, and what does it cost? Noise, first order, encoders, passes, memory."""
+
+import copy
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from hf_forward_inf.adapters import DiffusionAdapter
+from hf_forward_inf.adapters.encoders import ENCODERS
+from hf_forward_inf.ascent import Perturbation, names_for
+from hf_forward_inf.baselines import TracIn
+from hf_forward_inf.candidate_pass import encode
+from hf_forward_inf.directions import direction_for
+from hf_forward_inf.experiments import cost
+from hf_forward_inf.experiments.draw_methods import along_the_gradient
+from hf_forward_inf.fingerprints import uncached
+from hf_forward_inf.forward_inf import ForwardInf
+from hf_forward_inf.loss_pass import LossPass
+from hf_forward_inf.modes import evaluating
+from hf_forward_inf.processes import progress_bars
+
+QUERIES, CANDIDATES, SEEDS = 4, 64, 8
+"""Queries, candidates and noise seeds that the checks look at, at most."""
+
+
+def checks(tracer: ForwardInf, queries: Dataset, candidates: Dataset) -> dict[str, float]:
+    """Measure it all, by the names of `metrics.json`.
+
+    `tracin_pearson`: [`agreement`]; `variance_ratio` and `noise_share`: [`noise`]; `second_query/...`:
+    [`second_query`]; `forward_passes_per_query` and `peak_memory_ratio`: [`cost.measure`].
+    """
+    few = queries.select(range(min(QUERIES, len(queries))))
+    return {
+        "tracin_pearson": agreement(tracer, few, candidates.select(range(min(CANDIDATES, len(candidates))))),
+        **noise(tracer, few, candidates.select(range(min(CANDIDATES, len(candidates))))),
+        **second_query(tracer, few, candidates),
+        **cost.measure(tracer, few, candidates),
+    }
+
+
+def agreement(tracer: ForwardInf, queries: Dataset, candidates: Dataset) -> float:
+    """Correlate scores of a small step along the gradient with TracIn's exact dot products: Pearson's, of a query.
+
+    The mean over queries. The step has the tracer's radius: where the model is straight so far, the two agree.
+    """
+    found = along_the_gradient(tracer).trace(queries, candidates).scores
+    exact = TracIn(adapter=tracer.adapter, cache_dir=tracer.cache_dir).trace(queries, candidates).scores
+    return float(np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(found, exact, strict=True)]))
+
+
+def noise(tracer: ForwardInf, queries: Dataset, candidates: Dataset) -> dict[str, float]:
+    """Draw times and noise anew, with several seeds, and see how much scores vary.
+
+    Returns:
+        `dict[str, float]`: `variance_ratio`, variance of a score where theta and theta_K see noise of their own /
+        where they see the same, each averaged over queries and candidates; `noise_share`, the latter variance / the
+        variance of scores from candidate to candidate.
+    """
+    adapter = tracer.adapter
+    assert isinstance(adapter, DiffusionAdapter)
+    names = names_for(adapter, tracer.ascent)
+    rows = encode(adapter, queries, "queries", tracer.cache_dir)[:]
+    direction = direction_for(tracer.ascent, adapter, candidates, names, tracer.cache_dir)
+    moved = Perturbation(adapter, rows, names, tracer.ascent, direction)
+    base, perturbed = [], []
+    with evaluating(adapter.model), progress_bars(False):
+        for seed in range(SEEDS):
+            other = copy.copy(adapter)
+            other.seed = seed
+            loss = LossPass(other, candidates, cache_dir=tracer.cache_dir)
+            base.append(loss.base())
+            perturbed.append(loss(moved, "noise"))
+    first, last = np.stack(base)[:, None].astype(np.float64), np.stack(perturbed).astype(np.float64)
+    scores = last - first
+    common = scores.var(axis=0, ddof=1).mean()
+    own = (last.var(axis=0, ddof=1) + first.var(axis=0, ddof=1)).mean()
+    return {
+        "variance_ratio": float(own / common),
+        "noise_share": float(common / scores.mean(axis=0).var(axis=1, ddof=1).mean()),
+    }
+
+
+def second_query(tracer: ForwardInf, queries: Dataset, candidates: Dataset) -> dict[str, float]:
+    """Count what runs for a further query, once the candidates were passed for another.
+
+    Returns:
+        `dict[str, float]`: `second_query/encoder_calls`, calls of layers of VAE and text encoders;
+        `second_query/denoiser_passes`, forward passes of the denoiser / (candidates x timesteps), ascent included.
+    """
+    adapter = tracer.adapter
+    assert isinstance(adapter, DiffusionAdapter)
+    names = names_for(adapter, tracer.ascent)
+    with uncached(), evaluating(adapter.model), progress_bars(False):
+        loss = LossPass(adapter, candidates, max_batch_length=tracer.max_batch_length)
+        rows = encode(adapter, queries.select([1]), "queries")[:]
+        direction = direction_for(tracer.ascent, adapter, candidates, names)
+        with counted(adapter) as calls:
+            loss(Perturbation(adapter, rows, names, tracer.ascent, direction), "second query")
+    return {
+        "second_query/encoder_calls": calls["encoders"],
+        "second_query/denoiser_passes": calls["denoiser"] / (len(candidates) * adapter.timesteps),
+    }
+
+
+@contextmanager
+def counted(adapter: DiffusionAdapter) -> Iterator[Counter[str]]:
+    """Count calls of the encoders' layers, and images that the denoiser is given, for the length of a `with`."""
+    calls: Counter[str] = Counter()
+
+    def encoder(*_: Any) -> None:
+        calls["encoders"] += 1
+
+    def denoiser(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls["denoiser"] += len(args[0] if args else kwargs[adapter.argument])
+
+    encoders = [getattr(adapter.pipe, name, None) for name in ENCODERS]
+    layers = [layer for one in encoders if one is not None for layer in one.modules() if not list(layer.children())]
+    hooks = [layer.register_forward_pre_hook(encoder) for layer in layers]
+    hooks.append(adapter.model.register_forward_pre_hook(denoiser, with_kwargs=True))
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
