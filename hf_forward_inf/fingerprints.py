@@ -26,7 +26,7 @@ def _of_bytes(value: Any) -> str:
 
 
 def fingerprint_of_model(model: nn.Module) -> str:
-    """Hash a model's class, configuration and every parameter and buffer."""
+    """Hash a model's class, configuration, every parameter and buffer, and how its PEFT adapters are set."""
     config = getattr(model, "config", None)
     if isinstance(config, dict):  # diffusers keeps a list there whose order differs from process to process
         config = sorted((key, str(value)) for key, value in config.items() if not key.startswith("_"))
@@ -35,7 +35,21 @@ def fingerprint_of_model(model: nn.Module) -> str:
     for name, tensor in tensors.items():
         parts.append(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         parts += [_bytes(plain) for plain in _plain(tensor.detach())]
-    return Hasher.hash_bytes(parts)
+    return Hasher.hash_bytes([*parts, *_adapters(model)])
+
+
+def _adapters(model: nn.Module) -> list[bytes]:
+    """Tell which adapters of a PEFT model are active, and how strongly: its losses change with them."""
+    if not hasattr(model, "peft_config"):
+        return []
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    return [
+        f"{layer.active_adapters} {layer.disable_adapters} {layer.merged_adapters} "
+        f"{getattr(layer, 'scaling', None)}".encode()
+        for layer in layers
+    ]
 
 
 def _plain(tensor: Tensor) -> list[Tensor]:

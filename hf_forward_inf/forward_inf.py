@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -159,11 +159,12 @@ class ForwardInf:
         config = {**asdict(self.ascent), "reduction": self.reduction, "hubs": self.references is not None}
         return Attribution(scores, queries, candidates, method=self.name, config=config).keep(top_k)
 
-    def trace_generation(self, inputs: Sequence[Any], candidates: Dataset, **options: Any) -> Attribution:
+    def trace_generation(self, inputs: Any, candidates: Dataset, **options: Any) -> Attribution:
         """Let the model answer, and trace the answers.
 
         Args:
-            inputs (`list`): Texts; for a causal model prompts, or conversations (lists of messages).
+            inputs (`list`): Texts; for a causal model prompts, or conversations (lists of messages); classes or
+                captions of pictures; `None` for a model that draws without being told anything.
             candidates (`datasets.Dataset`): As in [`trace`].
             **options: `top_k`, `tune`, `time_budget` of [`trace`]; all others go to the adapter's `answer`
                 (`num_images`, `seed`; `max_new_tokens`).
@@ -171,8 +172,8 @@ class ForwardInf:
         Returns:
             `Attribution`: Its `queries` hold the answers.
         """
-        first, last = self.adapter.columns
-        given = {first: [inputs] if isinstance(inputs, str) else list(inputs)}
+        *told, last = self.adapter.columns
+        given = {name: [inputs] if isinstance(inputs, str | int) else list(inputs) for name in told}
         traced = {name: options.pop(name) for name in ("top_k", "tune", "time_budget") if name in options}
         answer: Any = self.adapter.answer
         return self.trace(Dataset.from_dict({**given, last: answer(given, **options)}), candidates, **traced)

@@ -1,5 +1,7 @@
 """Diffusion pipelines with tiny random weights, and pictures."""
 
+from functools import wraps
+
 import numpy as np
 import torch
 from datasets import Dataset, Features, Image, Value
@@ -7,6 +9,8 @@ from diffusers import (
     AutoencoderKL,
     DDPMPipeline,
     DDPMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
@@ -98,6 +102,7 @@ def stable_diffusion_xl():
 
 def stable_diffusion_3():
     base = stable_diffusion()
+    base.vae.register_to_config(shift_factor=0.06)
     transformer = SD3Transformer2DModel(
         sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=1, attention_head_dim=8,
         num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=32,
@@ -109,3 +114,28 @@ def stable_diffusion_3():
         text_encoder=encoders[0], text_encoder_2=encoders[1], text_encoder_3=None,
         tokenizer=base.tokenizer, tokenizer_2=base.tokenizer, tokenizer_3=None,
     )  # fmt: skip
+
+
+def classes(count=1000):
+    """A pipeline that is told a class (its guidance is fixed to 1000 of them), and learns the variance too."""
+    base = stable_diffusion()
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, out_channels=8, num_layers=1, attention_head_dim=8,
+        num_attention_heads=2, num_embeds_ada_norm=count,
+    )  # fmt: skip
+    return DiTPipeline(transformer=transformer, vae=base.vae, scheduler=DDPMScheduler())
+
+
+def counted(module, method="forward"):
+    """Count the rows that a module's method is given."""
+    calls = []
+    inner = getattr(module, method)
+
+    @wraps(inner)
+    def outer(*args, **kwargs):
+        calls.append(len(args[0] if args else next(iter(kwargs.values()))))
+        return inner(*args, **kwargs)
+
+    setattr(module, method, outer)
+    return calls

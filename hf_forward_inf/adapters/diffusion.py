@@ -15,21 +15,27 @@ from typing_extensions import Self
 
 from hf_forward_inf.adapters.base import Adapter, Batch, Forward, Rows
 from hf_forward_inf.adapters.encoders import (
+    ENCODERS,
     as_arguments,
+    conditions,
+    count_classes,
+    denoiser_of,
     encoders_evaluating,
     latents_of,
     reads_captions,
     state_of_encoders,
-    text_conditions,
     values_of,
 )
 from hf_forward_inf.adapters.noising import draw, noising_for
 from hf_forward_inf.adapters.text import peft_parameters
+from hf_forward_inf.checks import listed
 from hf_forward_inf.fingerprints import fingerprint
 from hf_forward_inf.pictures import images_of, undecoded
 
 ENCODED_TOGETHER = 16
 """Rows that go through the VAE and the text encoder at once."""
+BESIDE = ("safety_checker", "image_encoder")
+"""Components that a pipeline may have, and a loss has no use for."""
 PIXELS_A_TOKEN = 64
 """Latent pixels that count as much as one token in the size of a batch."""
 
@@ -37,16 +43,22 @@ PIXELS_A_TOKEN = 64
 class DiffusionAdapter(Adapter):
     """The denoising loss, as trainers have it: mean squared error of what the denoiser predicts.
 
-    A row is an image with its caption; for an unconditional model, an image. Images are cropped at the centre and
-    resized to the model's size. VAE (the mean of its latents) and text encoder run once a row, and their output is
-    kept; afterwards only the denoiser runs. Several images in one row, a list, share the caption: a query of pictures
-    drawn from one prompt. Their losses are averaged.
+    A row is an image with its caption; for a model of classes (DiT), with its class; for an unconditional model, an
+    image. Images are resized to the model's size, and what of their longer side is beyond its shape is cut off, half
+    of it at each end. VAE (the mean of its latents) and text encoder run once a row, and their output is kept;
+    afterwards only the denoiser runs. Several images in one row, a list, share the caption: a query of pictures drawn
+    from one prompt. Their losses are averaged.
 
     The loss is a mean over times, one drawn in each of `timesteps` equal strata of the schedule, and summed over
     latent pixels, its terms. Times and noise belong to the row: they come from `seed`, image and caption, so they are
     the same for every model, every query, any number of processes and after a resume. Guidance has no part in it.
 
-    An image that can't be read makes its row's loss NaN: it is told, ranked last, and the run goes on.
+    An image that can't be read makes its row's loss NaN: it is told, ranked last, and the run goes on. In a list with
+    others it is left out.
+
+    The weights are the pipeline's own: what draws is what is traced. A pipeline that a trainer of diffusers has saved
+    after training with an exponential moving average (`--use_ema`) holds the averaged weights. A checkpoint from the
+    middle of training holds both: load its folder `unet_ema` with the denoiser's class, and put it into the pipeline.
 
     Args:
         pipe (`diffusers.DiffusionPipeline`): Its `unet` or `transformer` is the model; with `vae`, or in pixels.
@@ -55,11 +67,12 @@ class DiffusionAdapter(Adapter):
         image_column (`str`, defaults to `"image"`): Column of images, or of lists of images: an `Image` feature,
             paths, or arrays of integers from 0 to 255.
         caption_column (`str`, defaults to `"caption"`): Column of captions; an empty one is an empty prompt.
+        label_column (`str`, defaults to `"label"`): Column of classes, of a model that is told one; `None` is none.
         size (`tuple[int, int]`, *optional*): Height and width of images in pixels. Defaults to the model's.
         seed (`int`, defaults to 0): Draws times and noise.
 
     Raises:
-        TypeError: If the pipeline has no denoiser, or it is not known how it was trained.
+        TypeError: If the pipeline has no denoiser, or it is not known how it was trained or what it reads.
         ValueError: If the model states no size, or `timesteps` is below 1.
     """
 
@@ -70,6 +83,7 @@ class DiffusionAdapter(Adapter):
         timesteps: int = 8,
         image_column: str = "image",
         caption_column: str = "caption",
+        label_column: str = "label",
         size: tuple[int, int] | None = None,
         seed: int = 0,
     ):
@@ -77,14 +91,17 @@ class DiffusionAdapter(Adapter):
             raise TypeError(f"{type(pipe).__name__} has no unet or transformer that removes noise from images.")
         if timesteps < 1:
             raise ValueError(f"timesteps={timesteps} must be at least 1.")
-        super().__init__(pipe.transformer if getattr(pipe, "unet", None) is None else pipe.unet)
+        super().__init__(denoiser_of(pipe))
         self.pipe, self.timesteps, self.seed = pipe, timesteps, seed
         self.model: Any
         self.vae = getattr(pipe, "vae", None)
+        _check_kind(pipe)
         self.noising = noising_for(pipe.scheduler)
         # The noisy image is the denoiser's first argument, `sample` or `hidden_states`.
         self.argument = next(iter(inspect.signature(self.model.forward).parameters))
-        self.columns = (caption_column, image_column) if reads_captions(pipe) else (image_column,)
+        self.classes = count_classes(pipe)
+        told = [caption_column] if reads_captions(pipe) else [label_column] if self.classes else []
+        self.columns = (*told, image_column)
         scale = 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.size = size or _size(self.model, scale)
         self.shape = (self.model.config.in_channels, self.size[0] // scale, self.size[1] // scale)
@@ -99,41 +116,55 @@ class DiffusionAdapter(Adapter):
         return fingerprint(self.columns, self.size, self.timesteps, self.seed, self.noising.settings, self._state)
 
     def prepare(self, rows: Dataset) -> Dataset:
-        """Leave decoding to `encode`: one corrupt image must not end the run."""
+        """Leave decoding to `encode`: one corrupt image must not end the run.
+
+        Raises:
+            ValueError: If a class is none of the model's. It names the rows.
+        """
+        if self.classes:
+            labels = rows[self.columns[0]][:]
+            odd = [i for i, label in enumerate(labels) if label is not None and label not in range(self.classes)]
+            if odd:
+                raise ValueError(
+                    f"Column `{self.columns[0]}` holds {labels[odd[0]]!r} in {listed(np.array(odd))}; the model's "
+                    f"classes are the integers from 0 to {self.classes - 1}."
+                )
         return undecoded(rows, self.columns[-1])
 
     def encode(self, rows: Rows) -> Rows:
         """Turn images into latents and captions into embeddings, as bytes: Arrow reads them without a copy."""
         encoded: Rows = {"tensors": [], "images": [], "terms": [], "truncated": []}
-        captions = [caption or "" for caption in rows[self.columns[0]]] if len(self.columns) > 1 else None
-        pictures = [images_of(value) for value in rows[self.columns[-1]]]
+        told = rows[self.columns[0]] if len(self.columns) > 1 else None
+        pictures = [images_of(value) or [None] for value in rows[self.columns[-1]]]
         with encoders_evaluating(self.pipe):
             for start in range(0, len(pictures), ENCODED_TOGETHER):
                 part = slice(start, start + ENCODED_TOGETHER)
-                for tensors in self._encoded(pictures[part], captions and captions[part]):
+                for tensors in self._encoded(pictures[part], told and told[part]):
                     encoded["tensors"].append(save(tensors))
                     encoded["images"].append(len(tensors["latents"]))
-        encoded["terms"] = [self.shape[1] * self.shape[2] if images else 0 for images in encoded["images"]]
+        encoded["terms"] = [self.shape[1] * self.shape[2]] * len(pictures)
         encoded["truncated"] = [False] * len(pictures)
         return encoded
 
-    def _encoded(self, pictures: list[list[Any]], captions: list[str] | None) -> list[dict[str, Tensor]]:
+    def _encoded(self, pictures: list[list[Any]], told: list[Any] | None) -> list[dict[str, Tensor]]:
         channels = self.shape[0] if self.vae is None else self.vae.config.in_channels
         read = [[values_of(image, self.size, channels) for image in images] for images in pictures]
-        flat = [array for images in read for array in images]
+        # One image of several that can't be read is left out.
+        read = [[a for a in images if np.isfinite(a).all()] or images[:1] for images in read]
         counts = [len(images) for images in read]
-        latents = (latents_of(self.vae, np.stack(flat)) if flat else torch.empty(0, *self.shape)).split(counts)
-        conditions = text_conditions(self.pipe, captions, self.size) if captions else {}
+        latents = latents_of(self.vae, np.stack([array for images in read for array in images])).split(counts)
+        beside = conditions(self.pipe, told, self.size) if told else {}
         found = []
         for i, images in enumerate(read):
-            caption = captions[i] if captions else ""
-            keys = [int(Hasher.hash_bytes([f"{self.seed} {caption}".encode(), a.tobytes()])[:15], 16) for a in images]
-            row = {name: values[i].float().cpu().contiguous() for name, values in conditions.items()}
+            # An empty caption and none are one prompt, and so one noise.
+            words = "" if told is None or told[i] is None else told[i]
+            keys = [int(Hasher.hash_bytes([f"{self.seed} {words}".encode(), a.tobytes()])[:15], 16) for a in images]
+            row = {name: values[i].cpu().contiguous() for name, values in beside.items()}
             found.append(
                 {
                     "latents": latents[i].clone(memory_format=torch.contiguous_format),
                     "keys": torch.tensor(keys, dtype=torch.int64),
-                    **row,
+                    **{name: value.float() if value.is_floating_point() else value for name, value in row.items()},
                 }
             )
         return found
@@ -217,25 +248,30 @@ class DiffusionAdapter(Adapter):
         return [places] * len(features["terms"])
 
     def answer(self, rows: Rows, num_images: int = 4, seed: int = 0, **options: Any) -> list[list[Any]]:
-        """Draw pictures for captions.
+        """Draw pictures.
 
         Args:
-            rows (`dict[str, list]`): With the caption column.
-            num_images (`int`, defaults to 4): Pictures of each caption.
-            seed (`int`, defaults to 0): Draws the noise they begin with, the same for every caption.
+            rows (`dict[str, list]`): With captions or classes; without columns for a model that is told nothing.
+            num_images (`int`, defaults to 4): Pictures of each row.
+            seed (`int`, defaults to 0): Draws the noise they begin with, the same for every row.
             **options: Of the pipeline: `num_inference_steps`, `guidance_scale`, ...
 
         Returns:
             `list[list[PIL.Image.Image]]`: Pictures of each row.
         """
-        if not reads_captions(self.pipe):
-            raise NotImplementedError(f"{type(self.pipe).__name__} takes no prompt: give queries an `image`.")
+        told = rows[self.columns[0]] if len(self.columns) > 1 else [None]
         return [
             self.pipe(
-                caption, num_images_per_prompt=num_images, generator=torch.Generator().manual_seed(seed), **options
+                **self._request(value, num_images), generator=torch.Generator().manual_seed(seed), **options
             ).images
-            for caption in rows[self.columns[0]]
+            for value in told
         ]
+
+    def _request(self, told: Any, num_images: int) -> dict[str, Any]:
+        """What the pipeline is to draw."""
+        if reads_captions(self.pipe):
+            return {"prompt": told, "num_images_per_prompt": num_images}
+        return {"class_labels": [told] * num_images} if self.classes else {"batch_size": num_images}
 
     def with_model(self, model: nn.Module) -> Self:
         """Give the same adapter, and a pipeline of its own, for another denoiser."""
@@ -251,8 +287,27 @@ class DiffusionAdapter(Adapter):
 
 def is_diffusion(pipe: Any) -> bool:
     """Whether this is a pipeline around a denoiser."""
-    denoisers = (getattr(pipe, name, None) for name in ("unet", "transformer"))
-    return hasattr(pipe, "scheduler") and any(isinstance(denoiser, nn.Module) for denoiser in denoisers)
+    return hasattr(pipe, "scheduler") and denoiser_of(pipe) is not None
+
+
+def _check_kind(pipe: Any) -> None:
+    """Refuse pipelines with parts that are not run here, or whose denoiser reads what it is not given here."""
+    denoiser, vae = denoiser_of(pipe), getattr(pipe, "vae", None)
+    parts = {name for name, part in pipe.components.items() if isinstance(part, nn.Module) and part is not denoiser}
+    if unknown := sorted(parts - {*ENCODERS, *BESIDE}):
+        raise TypeError(f"What {type(pipe).__name__} does with its {', '.join(unknown)} is not known here.")
+    arguments = inspect.signature(denoiser.forward).parameters
+    if vae is not None and denoiser.config.in_channels != vae.config.latent_channels:
+        raise TypeError(
+            f"{type(denoiser).__name__} reads {denoiser.config.in_channels} channels where the VAE gives "
+            f"{vae.config.latent_channels}: it paints into images, or packs them, and that is not known here."
+        )
+    transformer = getattr(pipe, "unet", None) is None
+    if transformer and ("pooled_projections" not in arguments if reads_captions(pipe) else not count_classes(pipe)):
+        raise TypeError(
+            f"What {type(denoiser).__name__} is told beside the image is not known: of transformers, those of Stable "
+            "Diffusion 3 and DiT are."
+        )
 
 
 def _size(model: Any, scale: int) -> tuple[int, int]:

@@ -23,19 +23,22 @@ NESTED = "added_cond_kwargs."
 """Begins the names of conditions that a UNet takes in a dictionary (SDXL)."""
 
 
-def text_conditions(pipe: Any, captions: list[str], size: tuple[int, int]) -> dict[str, Tensor]:
-    """Embed captions, without classifier-free guidance: a loss has none.
+def conditions(pipe: Any, told: list[Any], size: tuple[int, int]) -> dict[str, Tensor]:
+    """Give what a denoiser is told beside the noisy image, without classifier-free guidance: a loss has none.
 
     Args:
-        pipe (`diffusers.DiffusionPipeline`): With an `encode_prompt` of its own; one without reads no captions.
-        captions (`list[str]`): Of the rows.
+        pipe (`diffusers.DiffusionPipeline`): With an `encode_prompt` of its own, for captions; or of a model of
+            classes.
+        told (`list`): Captions of the rows, an empty prompt where there is none; or classes, and the class that
+            stands for none.
         size (`tuple[int, int]`): Height and width of the images in pixels, which SDXL is told.
 
     Returns:
         `dict[str, Tensor]`: By the denoiser's argument, `[rows, ...]`.
     """
     if not reads_captions(pipe):
-        return {}
+        return {"class_labels": torch.tensor([count_classes(pipe) if label is None else int(label) for label in told])}
+    captions = ["" if caption is None else str(caption) for caption in told]
     asked = {"prompt": captions, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
     known = inspect.signature(pipe.encode_prompt).parameters
     asked |= {name: None for name in ("prompt_2", "prompt_3") if name in known}
@@ -52,6 +55,17 @@ def text_conditions(pipe: Any, captions: list[str], size: tuple[int, int]) -> di
 def reads_captions(pipe: Any) -> bool:
     """Whether a pipeline draws what a text says."""
     return hasattr(pipe, "encode_prompt") and getattr(pipe, "text_encoder", None) is not None
+
+
+def denoiser_of(pipe: Any) -> Any:
+    """Give the module that removes noise, `None` where there is none."""
+    found = (getattr(pipe, name, None) for name in ("unet", "transformer"))
+    return next((module for module in found if isinstance(module, nn.Module)), None)
+
+
+def count_classes(pipe: Any) -> int:
+    """How many classes a pipeline draws by number (DiT), 0 if it draws none; the next number stands for no class."""
+    return 0 if reads_captions(pipe) else getattr(denoiser_of(pipe).config, "num_embeds_ada_norm", None) or 0
 
 
 def as_arguments(conditions: Batch) -> Batch:
@@ -78,10 +92,21 @@ def state_of_encoders(pipe: Any) -> str:
 
 @contextmanager
 def encoders_evaluating(pipe: Any) -> Iterator[None]:
-    """Switch dropout off in what runs before the denoiser, and keep no graph."""
+    """Switch dropout off in what runs before the denoiser, and keep no graph.
+
+    A VAE in float16 whose configuration says that it overflows there (SDXL's) runs in float32, as in its pipeline.
+    """
     encoders = (getattr(pipe, name, None) for name in ENCODERS)
+    vae: Any = getattr(pipe, "vae", None)
+    overflows = vae is not None and vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
     with evaluating(*(encoder for encoder in encoders if encoder is not None)), torch.no_grad():
-        yield
+        try:
+            if overflows:
+                vae.float()
+            yield
+        finally:
+            if overflows:
+                vae.half()  # bit for bit what it was
 
 
 def values_of(image: Any, size: tuple[int, int], channels: int) -> np.ndarray:
@@ -90,7 +115,7 @@ def values_of(image: Any, size: tuple[int, int], channels: int) -> np.ndarray:
         return pixels(read_image(image), size, channels).astype(np.float32) / 127.5 - 1
     except UnreadableImage as error:
         name = image.get("path") if isinstance(image, dict) else image if isinstance(image, str) else None
-        warnings.warn(f"An image {f'({name}) ' if name else ''}can't be read, no score: {error}.", stacklevel=2)
+        warnings.warn(f"An image {f'({name}) ' if name else ''}can't be read: {error}.", stacklevel=2)
         return np.full((channels, *size), np.nan, dtype=np.float32)
 
 

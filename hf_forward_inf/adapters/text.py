@@ -37,7 +37,7 @@ def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def peft_parameters(model: Any) -> list[str]:
     """Name, by patterns, the weights that a PEFT model has trained (LoRA and its kin); none for another model."""
-    if not hasattr(model, "peft_config"):
+    if not getattr(model, "peft_config", None):  # empty after the last adapter was deleted
         return []
     prefixes = [getattr(getattr(model, "base_model", None), "prefix", None) or "lora_", "modules_to_save."]
     return [f"*{prefix}*" for prefix in prefixes]

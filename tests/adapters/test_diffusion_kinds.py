@@ -1,11 +1,16 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
+from diffusers import LDMPipeline, PixArtTransformer2DModel, UNet2DConditionModel
+from diffusers.training_utils import EMAModel
 
 from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf.adapters import DiffusionAdapter
 from hf_forward_inf.candidate_pass import encode
-from tests.drawing import rows, stable_diffusion_3, stable_diffusion_xl
+from tests.drawing import classes, rows, stable_diffusion, stable_diffusion_3, stable_diffusion_xl, unconditional
+from tests.line import assert_same_state, state
 
 
 @pytest.mark.parametrize("make", [stable_diffusion_xl, stable_diffusion_3])
@@ -45,3 +50,73 @@ def test_flow_matching_loss_is_that_of_training_written_out_by_hand():
             part[None] * 1000,
         ).sample  # fmt: skip
     torch.testing.assert_close(found, (velocity - (noise - latents)).square().mean()[None] * 64)
+
+
+def test_the_loss_of_a_class_is_that_of_training_written_out_by_hand():
+    pipe = classes()
+    adapter = DiffusionAdapter(pipe, timesteps=1)
+    pipe.transformer.eval()
+    told = rows(2).remove_columns("caption").add_column("label", [7, None])
+    batch = adapter.collate(encode(adapter, told, "candidates")[:])
+    latents, noise, parts = batch["latents"][:, 0], batch["noise"][:, 0, 0], batch["parts"][:, 0, 0]
+    times = (parts * 1000).long()
+    a = pipe.scheduler.alphas_cumprod[times].view(-1, 1, 1, 1)
+    with torch.no_grad():
+        found = adapter.loss(pipe.transformer, batch)
+        output = pipe.transformer(a**0.5 * latents + (1 - a) ** 0.5 * noise, times, torch.tensor([7, 1000])).sample
+    assert output.shape[1] == 8  # the second half are variances
+    torch.testing.assert_close(found, (output[:, :4] - noise).square().mean((1, 2, 3)) * 64)
+
+
+def test_a_vae_that_overflows_in_float16_runs_in_float32():
+    pipe = stable_diffusion()
+    with torch.no_grad():
+        pipe.vae.encoder.conv_in.weight *= 2e5
+    expected = encoded_latents(pipe)
+    pipe.vae.half()
+    before = state(pipe.vae)
+    pipe.vae.register_to_config(force_upcast=False)
+    assert encoded_latents(pipe).isnan().any()
+    pipe.vae.register_to_config(force_upcast=True)
+    torch.testing.assert_close(encoded_latents(pipe), expected, rtol=1e-2, atol=1e-2)
+    assert_same_state(before, state(pipe.vae))
+
+
+def encoded_latents(pipe):
+    adapter = DiffusionAdapter(pipe, timesteps=1)
+    return adapter.collate(adapter.encode(adapter.prepare(rows(2))[:]))["latents"]
+
+
+def test_averaged_weights_of_a_checkpoint_can_be_put_into_the_pipeline(tmp_path):
+    pipe = stable_diffusion()
+    average = EMAModel(
+        pipe.unet.parameters(), decay=0.5, model_cls=UNet2DConditionModel, model_config=pipe.unet.config
+    )
+    with torch.no_grad():
+        for parameter in pipe.unet.parameters():
+            parameter += 0.1
+    average.step(pipe.unet.parameters())
+    average.save_pretrained(tmp_path / "unet_ema")  # as diffusers' trainers keep it beside `unet`
+    averaged = copy.deepcopy(pipe.unet)
+    average.copy_to(averaged.parameters())
+    pipe.unet = UNet2DConditionModel.from_pretrained(tmp_path, subfolder="unet_ema")
+    for expected, found in zip(averaged.parameters(), pipe.unet.parameters(), strict=True):
+        assert torch.equal(expected, found)
+    assert np.isfinite(ForwardInf.from_pipe(pipe).trace(rows(1), rows(3)).scores).all()
+
+
+def test_denoisers_that_read_what_nobody_gives_them_are_refused():
+    base = stable_diffusion()
+    base.unet.register_to_config(in_channels=9)
+    with pytest.raises(TypeError, match="reads 9 channels where the VAE gives 4: it paints into images"):
+        DiffusionAdapter(base)
+    pipe = unconditional(4)
+    with pytest.raises(TypeError, match="LDMPipeline does with its vqvae is not known"):
+        DiffusionAdapter(LDMPipeline(stable_diffusion().vae, pipe.unet, pipe.scheduler))
+    pipe = stable_diffusion_3()
+    pipe.transformer = PixArtTransformer2DModel(
+        num_attention_heads=1, attention_head_dim=4, num_layers=1, caption_channels=4, cross_attention_dim=4,
+        sample_size=8, out_channels=4,
+    )  # fmt: skip
+    with pytest.raises(TypeError, match="What PixArtTransformer2DModel is told beside the image is not known"):
+        DiffusionAdapter(pipe)
