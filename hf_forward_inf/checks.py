@@ -1,10 +1,13 @@
 """Checks of what users bring, and how messages name rows."""
 
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
+
+from hf_forward_inf.processes import process_state
 
 
 def check_rows(rows: Dataset, columns: Iterable[str], role: str) -> None:
@@ -37,3 +40,35 @@ def listed(rows: np.ndarray) -> str:
     """Name rows for a message: the first ten, and how many there are."""
     named = ", ".join(str(row) for row in rows[:10])
     return f"row {named}" if len(rows) == 1 else f"rows {named}{', ...' if len(rows) > 10 else ''} ({len(rows)} rows)"
+
+
+def lost_candidates(scores: np.ndarray) -> np.ndarray:
+    """Tell which candidates have no score, by place; a query without any, which moves the model nowhere, aside.
+
+    Args:
+        scores (`np.ndarray`): `[queries, candidates]`.
+    """
+    lost = np.isnan(scores)
+    return np.flatnonzero(lost[~lost.all(axis=1)].any(axis=0))
+
+
+def warn_of_lost(scores: np.ndarray, rows: np.ndarray) -> None:
+    """Say which rows have no score, and why, on the main process.
+
+    Args:
+        scores (`np.ndarray`): `[queries, candidates]`.
+        rows (`np.ndarray`): The candidates' row numbers.
+    """
+    if not process_state().is_main_process:
+        return
+    queries, candidates = np.flatnonzero(np.isnan(scores).all(axis=1)), rows[lost_candidates(scores)]
+    if len(queries):
+        warnings.warn(
+            f"The gradient of queries {listed(queries)} is zero or not finite, so it moves the model nowhere: "
+            "no scores for them. If the model is in float16, load it in bfloat16 or float32.",
+            stacklevel=3,
+        )
+    if len(candidates):
+        warnings.warn(
+            f"The loss of candidates {listed(candidates)} is NaN or infinite: they are ranked last.", stacklevel=3
+        )

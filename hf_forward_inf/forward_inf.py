@@ -1,14 +1,13 @@
 """Forward-INF: Algorithm 1 of "The Mirrored Influence Hypothesis" (Ko et al., CVPR 2024)."""
 
 import copy
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import nn
 
 from hf_forward_inf.adapters import Adapter, DiffusionAdapter, adapter_for, is_diffusion
@@ -16,7 +15,7 @@ from hf_forward_inf.anytime import slices
 from hf_forward_inf.ascent import AscentConfig, Mirrored, Perturbation, names_for
 from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.candidate_pass import MAX_BATCH_LENGTH, encode
-from hf_forward_inf.checks import listed
+from hf_forward_inf.checks import warn_of_lost
 from hf_forward_inf.directions import direction_for
 from hf_forward_inf.fingerprints import uncached
 from hf_forward_inf.hubs import correct_hubs
@@ -24,8 +23,9 @@ from hf_forward_inf.lora import RANK
 from hf_forward_inf.loss_pass import LossPass
 from hf_forward_inf.modes import evaluating
 from hf_forward_inf.peft_folder import save_perturbation
-from hf_forward_inf.processes import process_state, progress_bars
+from hf_forward_inf.processes import progress_bars
 from hf_forward_inf.self_influence import self_influence
+from hf_forward_inf.streaming import trace_stream
 from hf_forward_inf.terms import explain
 from hf_forward_inf.tuning import Tuning, tune
 
@@ -155,7 +155,7 @@ class ForwardInf:
             inspected = np.arange(len(candidates))
         else:
             scores, inspected = self._within(time_budget, queries, candidates)
-        self._warn_of_lost(scores, inspected)
+        warn_of_lost(scores[:, inspected], inspected)
         config = {**asdict(self.ascent), "reduction": self.reduction, "hubs": self.references is not None}
         return Attribution(scores, queries, candidates, method=self.name, config=config).keep(top_k)
 
@@ -177,6 +177,17 @@ class ForwardInf:
         traced = {name: options.pop(name) for name in ("top_k", "tune", "time_budget") if name in options}
         answer: Any = self.adapter.answer
         return self.trace(Dataset.from_dict({**given, last: answer(given, **options)}), candidates, **traced)
+
+    def trace_stream(self, queries: Dataset, stream: IterableDataset, top_k: int = 100, **options: Any) -> Attribution:
+        """Score every row of a stream that is too large to keep, piece by piece; see [`streaming.trace_stream`].
+
+        Args:
+            queries (`datasets.Dataset`): As in [`trace`].
+            stream (`datasets.IterableDataset`): Candidates.
+            top_k (`int`, defaults to 100): Candidates kept of each query: no other is left on disk.
+            **options: `piece`, `standardise`, `folder`.
+        """
+        return trace_stream(self, queries, stream, top_k=top_k, **options)
 
     def explain(self, found: Attribution, k: int = 10) -> Attribution:
         """Tell which tokens of the best candidates the scores come from; see [`terms.explain`]."""
@@ -220,13 +231,17 @@ class ForwardInf:
         """
         return save_perturbation(self, query, Path(folder), rank)
 
-    def score(self, queries: Dataset, candidates: Dataset) -> np.ndarray:
-        """Algorithm 1: float32 scores, `[queries, candidates]`, without what [`trace`] puts around them."""
+    def score(self, queries: Dataset, candidates: Dataset, scratch: Path | None = None) -> np.ndarray:
+        """Algorithm 1: float32 scores, `[queries, candidates]`, without what [`trace`] puts around them.
+
+        What is computed of the candidates is cached in `scratch`, by default where everything is.
+        """
         d_tst = encode(self.adapter, queries, "queries", self.cache_dir)
         names = names_for(self.adapter, self.ascent)
         scores = np.empty((len(queries), len(candidates)), dtype=np.float32)
         with evaluating(self.adapter.model), np.errstate(invalid="ignore"):
-            loss = LossPass(self.adapter, candidates, cache_dir=self.cache_dir, max_batch_length=self.max_batch_length)
+            cache_dir = scratch or self.cache_dir
+            loss = LossPass(self.adapter, candidates, cache_dir=cache_dir, max_batch_length=self.max_batch_length)
             training = candidates if self.training is None else self.training
             direction = direction_for(self.ascent, self.adapter, training, names, self.cache_dir)
             base = loss.base()  # L(theta, D_i)
@@ -261,21 +276,3 @@ class ForwardInf:
                 scores[:, rows] = whole._corrected(queries, candidates.select(rows))
                 inspected.append(rows)
         return scores, np.sort(np.concatenate(inspected))
-
-    def _warn_of_lost(self, scores: np.ndarray, inspected: np.ndarray) -> None:
-        """Say which rows have no score, and why."""
-        lost = np.isnan(scores[:, inspected])
-        queries = np.flatnonzero(lost.all(axis=1))
-        candidates = inspected[np.delete(lost, queries, axis=0).any(axis=0)]
-        if not process_state().is_main_process:
-            return
-        if len(queries):
-            warnings.warn(
-                f"The gradient of queries {listed(queries)} is zero or not finite, so it moves the model nowhere: "
-                "no scores for them. If the model is in float16, load it in bfloat16 or float32.",
-                stacklevel=3,
-            )
-        if len(candidates):
-            warnings.warn(
-                f"The loss of candidates {listed(candidates)} is NaN or infinite: they are ranked last.", stacklevel=3
-            )
