@@ -65,10 +65,10 @@ class DrawOptions(Teaching):
         default=1e-3, metadata={"help": "Length of the step, relative to the norm of the parameters that it moves."}
     )
     baselines: bool = field(
-        default=True, metadata={"help": "Trace with what is dearer too: TracIn, fixed rates, the exemplar itself."}
+        default=False, metadata={"help": "Trace with what is dearer too: TracIn, fixed rates, the exemplar itself."}
     )
     checks: bool = field(
-        default=True, metadata={"help": "Measure noise, agreement with TracIn, cost and memory (not alone)."}
+        default=False, metadata={"help": "Measure noise, agreement with TracIn, cost and memory (not alone)."}
     )
     heatmaps: bool = field(default=False, metadata={"help": "Show where in a picture the score comes from."})
     top_k: int = field(default=100, metadata={"help": "Candidates of each query kept in the attribution."})

@@ -19,7 +19,7 @@ def test_a_run_on_pictures_writes_what_it_found(tmp_path):
     pytest.importorskip("sklearn")
     options = DrawOptions(
         output=str(tmp_path / "run"), training_steps=2, finetuning_steps=2, exemplars=3, num_candidates=8,
-        timesteps=2, num_images=2, heatmaps=True, top_k=5,
+        timesteps=2, num_images=2, heatmaps=True, baselines=True, checks=True, top_k=5,
     )  # fmt: skip
     metrics = draw_run(options, AscentConfig(direction="cg", sample=8, iterations=2))
     assert metrics == json.loads((tmp_path / "run" / "metrics.json").read_text())
@@ -42,7 +42,7 @@ def test_each_exemplar_alone_stands_among_candidates_of_its_own(tmp_path):
     pytest.importorskip("sklearn")
     options = DrawOptions(
         output=str(tmp_path / "run"), training_steps=2, finetuning_steps=2, exemplars=3, num_candidates=9,
-        timesteps=1, num_images=1, alone=True, baselines=False, top_k=5,
+        timesteps=1, num_images=1, alone=True, top_k=5,
     )  # fmt: skip
     metrics = draw_run(options, AscentConfig(direction="cg", sample=4, iterations=1))
     assert metrics["queries"] == 3 and metrics["candidates"] == 9
