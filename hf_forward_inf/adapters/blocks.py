@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -31,18 +32,20 @@ class Blocks:
         self.model = model
         self.before_middle: Set[str] = self._named(lambda p: id(p) not in late) if self.middle else frozenset()
         """Parameters that the first half may read: all outside the second, until `look_before_middle` has looked."""
+        self.looked = not self.middle  # whether that is known for sure
         self.wrapped = False  # whether blocks give their states in a tuple
 
     def _named(self, chosen: Callable[[nn.Parameter], bool]) -> Set[str]:
         return {name for name, p in self.model.named_parameters() if chosen(p)}
 
+    @torch.no_grad()
     def look_before_middle(self, run: Callable[[], object]) -> None:
-        """Run the first half to see which parameters it reads; a final norm and an output layer come after it.
+        """Run the first half, once, to see which parameters it reads; a final norm and an output layer come after it.
 
         Args:
             run (`Callable`): Calls the model, with any input.
         """
-        if not self.middle:
+        if self.looked:
             return
         read: set[int] = set()
 
@@ -57,7 +60,7 @@ class Blocks:
         finally:
             for handle in handles:
                 handle.remove()
-        self.before_middle = self._named(lambda p: id(p) in read)
+        self.before_middle, self.looked = self._named(lambda p: id(p) in read), True
 
     def until_middle(self, run: Callable[[], object]) -> Tensor:
         """Run the first half: the states that the second half reads."""

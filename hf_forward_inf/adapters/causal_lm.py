@@ -85,7 +85,7 @@ class CausalLMAdapter(Adapter):
         # What closes a text, where the tokenizer doesn't do it by itself.
         closes = tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
         self.end = "" if closes else tokenizer.eos_token or ""
-        self.blocks, self.looked = Blocks(model), False
+        self.blocks = Blocks(model)
         self.shortens = "logits_to_keep" in inspect.signature(_base(model).forward).parameters
 
     @property
@@ -234,7 +234,7 @@ class CausalLMAdapter(Adapter):
     def with_model(self, model: nn.Module) -> Self:
         """Give the same adapter for another model of the same architecture."""
         other = super().with_model(model)
-        other.blocks, other.looked = Blocks(model), False
+        other.blocks = Blocks(model)
         return other
 
     def default_modules(self) -> list[str]:
@@ -243,13 +243,10 @@ class CausalLMAdapter(Adapter):
 
     def prefix_parameters(self) -> Set[str]:
         """What the first half of the blocks and the embeddings read: perturb none of it, and they are run once."""
-        if not self.looked:
-            device = next(self.model.parameters()).device
-            with torch.no_grad():
-                self.blocks.look_before_middle(
-                    lambda: self.model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
-                )
-            self.looked = True
+        device = next(self.model.parameters()).device
+        self.blocks.look_before_middle(
+            lambda: self.model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
+        )
         return self.blocks.before_middle
 
     def prefix(self, batch: Batch) -> Batch:

@@ -99,8 +99,8 @@ def run_comparison(task: Task, tracer: ForwardInf) -> Comparison:
     found, costs = {}, {}
     plain, plain_peak = cost.plain_pass(tracer, task.candidates)
     everyone = attributors(tracer, task.candidates)
+    one = task.queries.select([0])
     for name, attributor in everyone.items():
-        one = task.queries.select([0])
         _, alone, _ = cost.pace(attributor.trace, one, task.candidates, _setup_of_cascade(attributor, one, task))
         setup = _setup_of_cascade(attributor, task.queries, task)
         if setup is None:  # what precedes the candidates is mostly the queries' own work

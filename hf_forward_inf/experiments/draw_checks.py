@@ -34,9 +34,10 @@ def checks(tracer: ForwardInf, queries: Dataset, candidates: Dataset) -> dict[st
     [`second_query`]; `forward_passes_per_query` and `peak_memory_ratio`: [`cost.measure`].
     """
     few = queries.select(range(min(QUERIES, len(queries))))
+    some = candidates.select(range(min(CANDIDATES, len(candidates))))
     return {
-        "tracin_pearson": agreement(tracer, few, candidates.select(range(min(CANDIDATES, len(candidates))))),
-        **noise(tracer, few, candidates.select(range(min(CANDIDATES, len(candidates))))),
+        "tracin_pearson": agreement(tracer, few, some),
+        **noise(tracer, few, some),
         **second_query(tracer, few, candidates),
         **cost.measure(tracer, few, candidates),
     }

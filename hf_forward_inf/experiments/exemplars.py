@@ -102,7 +102,7 @@ def as_queries(captions: list[str], pictures: list[list[Any]]) -> Dataset:
 
 
 def together(
-    adapter: DiffusionAdapter, rows: Dataset, chosen: list[int], num_candidates: int | None, num_images: int, seed: int
+    adapter: DiffusionAdapter, rows: Dataset, chosen: list[int], num_candidates: int, num_images: int, seed: int
 ) -> Task:
     """Let a model that was taught exemplars together draw their captions.
 
@@ -110,11 +110,11 @@ def together(
         adapter (`DiffusionAdapter`): Of the taught model.
         rows (`datasets.Dataset`): All pictures.
         chosen (`list[int]`): The exemplars' rows; they come first among the candidates.
-        num_candidates (`int`, *optional*): With others at random; all if unset.
+        num_candidates (`int`): With others at random; all if there are no more.
         num_images (`int`): Pictures of a query.
         seed (`int`): Draws the noise that pictures begin with, and the other candidates.
     """
     queries = drawings(adapter, rows.select(chosen)[CAPTION][:], num_images, seed)
     others = np.random.default_rng(seed).permutation(np.delete(np.arange(len(rows)), chosen))
-    candidates = rows.select([*chosen, *others[: (num_candidates or len(rows)) - len(chosen)]])
+    candidates = rows.select([*chosen, *others[: num_candidates - len(chosen)]])
     return Task(queries, candidates, [[i] for i in range(len(chosen))], {"": list(range(len(chosen)))})
