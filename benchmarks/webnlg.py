@@ -1,16 +1,19 @@
 """Every attributor on human-written sentences: a tiny mT5 is trained on some, and asked in the words of others.
 
     python benchmarks/webnlg.py --data DIR
+    python benchmarks/webnlg.py --data DIR --num_training 20000 --num_candidates 20000 --epochs 10
 
 DIR holds WebNLG's `abstracts.parquet` in FTRACE's format, with a column `split`. The model is trained on the `dev`
-split. Queries are sentences of the other splits that state one fact, if the model was taught it: for each fact the
-first wording that the model answers. Candidates are their proponents and the sentences most like them.
+split, or on as many sentences as asked, filled up from `train`. Queries are sentences that it was not trained on and
+that state one fact that it was taught: for each fact the first wording that the model answers. Candidates are their
+proponents and the sentences most like them, all of them of the training set.
 """
 
 import argparse
 from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
 from datasets import Dataset
 
 from hf_forward_inf import AscentConfig, ForwardInf
@@ -22,6 +25,16 @@ from hf_forward_inf.processes import say
 
 WORDINGS = 6
 """Sentences tried for each fact."""
+FACTS = 400
+"""Facts asked for at most."""
+
+
+def training_rows(abstracts: Dataset, count: int | None) -> Dataset:
+    """Take the `dev` split, filled up with as many sentences of `train`, drawn at random, as make the count."""
+    splits = np.array(abstracts["split"][:])
+    dev, train = np.flatnonzero(splits == "dev"), np.flatnonzero(splits == "train")
+    more = max(0, (count or 0) - len(dev))
+    return abstracts.select([*dev, *np.random.default_rng(0).permutation(train)[:more]])
 
 
 def held_out(abstracts: Dataset, train: Dataset) -> dict[str, list[dict]]:
@@ -39,7 +52,8 @@ def held_out(abstracts: Dataset, train: Dataset) -> dict[str, list[dict]]:
             if rest.startswith(f"{obj},"):
                 parts = {"predicate_id": predicate, "obj_uri": obj, "sub_uri": rest[len(obj) + 1 :], "uuid": fact}
                 found[fact].append({**row, **parts})
-    return {fact: rows for fact, rows in found.items() if rows}
+    facts = [fact for fact, rows in found.items() if rows]
+    return {facts[i]: found[facts[i]] for i in np.random.default_rng(0).permutation(len(facts))[:FACTS]}
 
 
 def main() -> None:
@@ -48,15 +62,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/webnlg"))
     parser.add_argument("--num_queries", type=int, default=100)
     parser.add_argument("--num_candidates", type=int, default=1800)
+    parser.add_argument("--num_training", type=int, help="Sentences trained on; those of the dev split if unset.")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--epochs", type=int, default=30)
     options = parser.parse_args()
     folder = options.output / "data"
     folder.mkdir(parents=True, exist_ok=True)
     abstracts = load_rows(str(options.data / "abstracts.parquet"), "abstracts")
-    train = abstracts.filter(lambda row: row["split"] == "dev", load_from_cache_file=False)
+    train = training_rows(abstracts, options.num_training)
     model, tokenizer = tiny_mt5(train, epochs=options.epochs)
-    by_fact = held_out(abstracts.filter(lambda row: row["split"] != "dev", load_from_cache_file=False), train)
+    by_fact = held_out(abstracts, train)
     rows = [row for wordings in by_fact.values() for row in wordings]
     columns = {name: [row[name] for row in rows] for name in ("inputs_pretokenized", "targets_pretokenized")}
     answers = ForwardInf(model, tokenizer).adapter.answer(columns)  # type: ignore[attr-defined]
