@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,14 @@ Parameters: TypeAlias = dict[str, Tensor | LowRank]
 Correction: TypeAlias = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 """Makes the direction of a step of a gradient, both one tensor a perturbed parameter."""
 
+ITERATIONS = {"cg": 10}
+"""Products of conjugate gradients if the user doesn't say."""
 DAMPING = {"adam": 1e-3, "kfac": 0.1, "ekfac": 0.1, "cg": 0.1}
 """The directions that correct the gradient by curvature, and their damping if the user gives none."""
 SAMPLE = {"adam": 1024, "kfac": 1024, "ekfac": 1024, "cg": 128}
 """Training examples whose curvature counts if the user doesn't say: `cg` pays for each at every query."""
+OF_DIRECTION = ("damping", "iterations", "sample", "second_moments")
+"""Options that mean something to their direction alone."""
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
 
 
@@ -39,7 +43,8 @@ class AscentConfig:
 
     Args:
         radius (`float`, *optional*): Length of the path from theta to theta_K, in the Euclidean norm of the
-            perturbed parameters, shared equally by the steps. Defaults to 1.0 if no learning rate is given.
+            perturbed parameters, shared equally by the steps. Defaults to what the adapter prefers; to 1.0 if a
+            direction is named.
         learning_rate (`float`, *optional*): The paper's alpha, instead of a radius.
         optimizer (`str`, defaults to `"sgd"`): `"sgd"` or `"adam"`, with `learning_rate` only.
         steps (`int`, defaults to 1): The paper's K.
@@ -48,15 +53,17 @@ class AscentConfig:
             proponent.
         modules (`list[str]`, *optional*): Names of modules or parameters to perturb, `*` allowed
             (`decoder.block.*.layer.1`); `["all"]` for everything. Defaults to what the adapter prefers.
-        direction (`str`, defaults to `"gradient"`): Where the step goes, before it gets its length: along the
-            query's `"gradient"`, or along C^-1 g, with C the curvature of the loss over a sample of the candidates,
-            which are taken to be the training data ([`directions`]): `"cg"` (conjugate gradients on Gauss-Newton
-            products), `"ekfac"` or `"kfac"` (Kronecker factors, fitted once for all queries), `"adam"` (root second
-            moments). The candidates are only forwarded, whatever the direction.
+        direction (`str`, *optional*): Where the step goes, before it gets its length: along the query's `"gradient"`,
+            or along C^-1 g, with C the curvature of the loss over a sample of the candidates, which are taken to be
+            the training data ([`directions`]): `"cg"` (conjugate gradients on Gauss-Newton products), `"ekfac"` or
+            `"kfac"` (Kronecker factors, fitted once for all queries), `"adam"` (root second moments). The candidates
+            are only forwarded, whatever the direction. Defaults to what the adapter prefers, and what it prefers with
+            it ([`completed`]); to the gradient with `learning_rate` or `lora_rank`, which allow no other.
         damping (`float`, *optional*): lambda of (C + lambda I)^-1 g, as a multiple of the gradient's Rayleigh quotient
             g.Cg / g.g, that is, relative to the curvature that the gradient meets; for `"adam"`, of the mean second
             moment. Defaults to 0.1, for `"adam"` to 1e-3.
-        iterations (`int`, defaults to 10): Products of `"cg"` at most, each 2 to 2.5 forward passes over the sample.
+        iterations (`int`, *optional*): Products of `"cg"` at most, each 2 to 2.5 forward passes over the sample.
+            Defaults to 10.
         tolerance (`float`, defaults to 1e-3): `"cg"` stops when the residual has shrunk to this part of the gradient.
         sample (`int`, *optional*): Candidates whose curvature counts. Defaults to 128 for `"cg"`, else to 1024.
         second_moments (`str`, *optional*): For `"adam"`: a Trainer's `optimizer.pt` or its folder. By default second
@@ -88,14 +95,17 @@ class AscentConfig:
     modules: list[str] | None = field(
         default=None, metadata={"help": "Modules to perturb, * allowed; all for every one (default: the adapter's)."}
     )
-    direction: Literal["gradient", "adam", "kfac", "ekfac", "cg"] = field(
-        default="gradient",
-        metadata={"help": "Direction of the step: the query's gradient, or that corrected by curvature."},
+    direction: Literal["gradient", "adam", "kfac", "ekfac", "cg"] | None = field(
+        default=None,
+        metadata={
+            "help": "Direction of the step: the query's gradient, or that corrected by curvature "
+            "(default: what is best for this kind of model)."
+        },
     )
     damping: float | None = field(
         default=None, metadata={"help": "Damping of the correction, relative to the curvature (default: 0.1)."}
     )
-    iterations: int = field(default=10, metadata={"help": "Products of cg at most."})
+    iterations: int | None = field(default=None, metadata={"help": "Products of cg at most (default: 10)."})
     tolerance: float = field(default=1e-3, metadata={"help": "Relative residual at which cg stops."})
     sample: int | None = field(
         default=None, metadata={"help": "Candidates whose curvature counts (default: 128 for cg, else 1024)."}
@@ -110,8 +120,8 @@ class AscentConfig:
     seed: int = field(default=0, metadata={"help": "Seeds whatever is drawn at random."})
 
     def __post_init__(self) -> None:
-        if self.radius is None and self.learning_rate is None:
-            object.__setattr__(self, "radius", 1.0)
+        if self.direction is None and (self.learning_rate is not None or self.lora_rank is not None):
+            object.__setattr__(self, "direction", "gradient")
         if self.radius is not None and self.learning_rate is not None:
             raise ValueError("Give either a radius or a learning_rate: each of them sets the length of the step.")
         if self.optimizer != "sgd" and self.learning_rate is None:
@@ -119,7 +129,7 @@ class AscentConfig:
         choices = {
             "optimizer": tuple(OPTIMIZERS),
             "mode": ("ascent", "descent", "symmetric"),
-            "direction": ("gradient", *DAMPING),
+            "direction": (None, "gradient", *DAMPING),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -132,6 +142,8 @@ class AscentConfig:
                 raise ValueError(f"{name}={value} must be above 0{hint}.")
         if isinstance(self.modules, str):
             object.__setattr__(self, "modules", [self.modules])
+        if self.direction is not None:
+            self._fill()
 
     def _check_direction(self) -> None:
         if self.direction == "gradient":
@@ -153,10 +165,35 @@ class AscentConfig:
             )
         if self.second_moments is not None and self.direction != "adam":
             raise ValueError(f"second_moments are read by direction='adam', not by {self.direction!r}.")
-        if self.damping is None and self.direction != "gradient":
-            object.__setattr__(self, "damping", DAMPING[self.direction])
-        if self.sample is None and self.direction != "gradient":
-            object.__setattr__(self, "sample", SAMPLE[self.direction])
+
+    def _fill(self) -> None:
+        """Give what a named direction leaves open its defaults."""
+        if self.radius is None and self.learning_rate is None:
+            object.__setattr__(self, "radius", 1.0)
+        defaults: dict[str, dict[str, Any]] = {"damping": DAMPING, "sample": SAMPLE, "iterations": ITERATIONS}
+        for name, by_direction in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, by_direction.get(cast(str, self.direction)))
+
+    def along(self, direction: str) -> "AscentConfig":
+        """Give the same step along another direction, with that direction's defaults."""
+        options: dict[str, Any] = {"direction": direction, **dict.fromkeys(OF_DIRECTION)}
+        return replace(self, **options)
+
+    def completed(self, preferred: Mapping[str, Any]) -> "AscentConfig":
+        """Fill in all that is open if no direction is named.
+
+        Args:
+            preferred (`dict`): Options that an adapter prefers ([`Adapter.default_ascent`]); without a direction
+                among them the gradient is preferred.
+
+        Returns:
+            `AscentConfig`: With a direction, and all that it needs.
+        """
+        if self.direction is not None:
+            return self
+        open_ = {name: value for name, value in preferred.items() if getattr(self, name) is None}
+        return replace(self, **{"direction": "gradient", **open_})
 
 
 def lora_rank(adapter: Adapter, config: AscentConfig) -> int | None:
@@ -199,7 +236,7 @@ class Perturbation:
         adapter (`Adapter`): Gives the loss, and knows the model.
         queries (`dict[str, list]`): Encoded queries (`Adapter.encode`), one a row.
         names (`list[str]`): Parameters to perturb ([`modules.perturbed_names`]).
-        config (`AscentConfig`): Steps and their length.
+        config (`AscentConfig`): Steps and their length; with a direction ([`AscentConfig.completed`]).
         direction (`Direction`, *optional*): Corrects the gradients ([`directions.direction_for`]).
     """
 
@@ -265,7 +302,7 @@ def ascend(
         adapter (`Adapter`): Gives the loss, and knows the model.
         query (`dict[str, list]`): The encoded query.
         names (`list[str]`): Parameters to perturb.
-        config (`AscentConfig`): Steps and their length.
+        config (`AscentConfig`): Steps and their length; with a direction ([`AscentConfig.completed`]).
         correct (`Callable`, *optional*): Makes the direction of a step of the gradient; the gradient by default.
 
     Returns:

@@ -15,8 +15,11 @@ from hf_forward_inf.ascent import call
 
 Vector: TypeAlias = list[Tensor]
 """A direction in parameter space: one tensor a parameter, in the parameters' order."""
-UNSOLVED = 0.5
-"""Share of the gradient that is left in the residual beyond which conjugate gradients have not got anywhere."""
+UNSETTLED = 0.1
+"""Share of what conjugate gradients have gained that came with the last product, beyond which they are not through."""
+KEPT_BYTES = 2**30
+"""What graphs for products may hold in memory."""
+_Part: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Vector]
 Product: TypeAlias = Callable[[Vector], Vector]
 """A symmetric matrix, as what it does to a vector."""
 
@@ -25,8 +28,9 @@ class GaussNewton:
     """The Gauss-Newton matrix of the mean loss over some examples, as products with vectors.
 
     G = 1/n sum J^T H J, with J the Jacobian of the model's outputs and H the Hessian of the loss by the outputs:
-    positive semidefinite whatever the model. By double reverse mode: the graph of J^T w is kept, and costs training
-    memory for the sample; a product then takes about 2 to 2.5 forward passes over it.
+    positive semidefinite whatever the model. By double reverse mode, on the graph of J^T w: a product takes about 2 to
+    2.5 forward passes over the sample, where graphs are kept. Those beyond [`KEPT_BYTES`] are built anew for each
+    product, which doubles its cost and bounds its memory by that of a training step.
 
     Args:
         adapter (`Adapter`): Splits the loss (`Adapter.predictions`).
@@ -35,26 +39,24 @@ class GaussNewton:
     """
 
     def __init__(self, adapter: Adapter, batches: Iterable[Batch], names: list[str]):
+        self.adapter = adapter
         own = dict(adapter.model.named_parameters())
         self.theta = {name: own[name].detach().requires_grad_() for name in names}
-        self.rows = 0
-        self.parts = []
-        for batch in batches:
-            self.rows += len(next(value for value in batch.values() if isinstance(value, Tensor)))
-            # Fused attention kernels have no second derivative.
-            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-                outputs, loss = adapter.predictions(partial(call, adapter.model, self.theta), batch)
-                leaf = outputs.detach().requires_grad_()
-                slope = torch.autograd.grad(loss(leaf), leaf, create_graph=True)[0]
-                weights = torch.zeros_like(outputs, requires_grad=True)
-                back = _gradients(outputs, self.theta, weights, create_graph=True)
-            self.parts.append((outputs, leaf, slope, weights, back))
+        self.batches = list(batches)
+        self.rows = sum(len(next(v for v in batch.values() if isinstance(v, Tensor))) for batch in self.batches)
+        self.kept: list[_Part | None] = []
+        room = KEPT_BYTES
+        for batch in self.batches:
+            part, size = self._sized(batch) if room > 0 else (None, 0)
+            room -= size
+            self.kept.append(part if room > 0 else None)
 
     def __call__(self, vector: Vector) -> Vector:
         """Multiply a vector; sums are float32, whatever the model's precision."""
         total = [torch.zeros_like(p, dtype=torch.float32) for p in self.theta.values()]
         vector = [v.to(p.dtype) for v, p in zip(vector, self.theta.values(), strict=True)]
-        for outputs, leaf, slope, weights, back in self.parts:
+        for batch, kept in zip(self.batches, self.kept, strict=True):
+            outputs, leaf, slope, weights, back = kept or self._part(batch)
             with sdpa_kernel(SDPBackend.MATH):
                 forward = torch.autograd.grad(back, weights, vector, retain_graph=True)[0]  # J v
                 curved = torch.autograd.grad(slope, leaf, forward, retain_graph=True)[0]  # H J v
@@ -62,6 +64,28 @@ class GaussNewton:
             for sum_, part in zip(total, found, strict=True):
                 sum_ += part / self.rows
         return total
+
+    def _part(self, batch: Batch) -> "_Part":
+        # Fused attention kernels have no second derivative.
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            outputs, loss = self.adapter.predictions(partial(call, self.adapter.model, self.theta), batch)
+            leaf = outputs.detach().requires_grad_()
+            slope = torch.autograd.grad(loss(leaf), leaf, create_graph=True)[0]
+            weights = torch.zeros_like(outputs, requires_grad=True)
+            back = _gradients(outputs, self.theta, weights, create_graph=True)
+        return outputs, leaf, slope, weights, back
+
+    def _sized(self, batch: Batch) -> tuple["_Part", int]:
+        """A part, and the bytes that its graph holds beside the weights."""
+        sizes = {p.data_ptr(): 0 for p in self.adapter.model.parameters()}
+
+        def count(tensor: Tensor) -> Tensor:
+            sizes.setdefault(tensor.data_ptr(), tensor.numel() * tensor.element_size())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            part = self._part(batch)
+        return part, sum(sizes.values())
 
 
 def hessian_product(adapter: Adapter, batch: Batch, names: list[str], vector: Vector) -> Vector:
@@ -116,8 +140,8 @@ def conjugate_gradients(
             curvature that b meets.
         tolerance (`float`, defaults to 1e-5): Stops when the residual has shrunk to this part of b; float32 reaches no
             smaller ones.
-        tell (`Callable`, *optional*): Called with residual, as a part of b, and products, if more than half of b is
-            left. Warns by default.
+        tell (`Callable`, *optional*): Called with residual, as a part of b, and products, if the last product still
+            gained more than a tenth of all that is gained. Warns by default.
 
     Raises:
         FloatingPointError: If a product is not finite.
@@ -131,7 +155,7 @@ def conjugate_gradients(
     x = [torch.zeros_like(b) for b in right]
     residual, direction = [b.clone() for b in right], [b.clone() for b in right]
     left = squared
-    best, lowest, unsolved = x, 0.0, squared
+    best, lowest, unsolved, gained = x, 0.0, squared, 0.0
     for i in range(iterations):
         curved = [g + shift * d for g, d in zip(product(direction) if i else first, direction, strict=True)]
         bend = dot(direction, curved)
@@ -144,12 +168,13 @@ def conjugate_gradients(
         residual = [r - step * c for r, c in zip(residual, curved, strict=True)]
         before, left = left, dot(residual, residual)
         height = -(dot(right, x) + dot(residual, x)) / 2
-        if height < lowest:
+        gained = lowest - height
+        if gained > 0:
             best, lowest, unsolved = x, height, left
         if left <= tolerance**2 * squared:
             break
         direction = [r + left / before * d for r, d in zip(residual, direction, strict=True)]
-    if unsolved > UNSOLVED**2 * squared:
+    if gained > -UNSETTLED * lowest:
         tell(math.sqrt(unsolved / squared), i + 1)
     return best
 

@@ -30,7 +30,7 @@ def direction_for(
     """Make what corrects gradients, fitted where it is fitted once for all queries; `None` for the gradient itself.
 
     Args:
-        config (`AscentConfig`): Direction, damping, sample.
+        config (`AscentConfig`): Direction, damping, sample; with a direction ([`AscentConfig.completed`]).
         adapter (`Adapter`): Knows the model.
         candidates (`datasets.Dataset`): The training data, or a part of it.
         names (`list[str]`): Parameters to perturb.
@@ -71,7 +71,7 @@ class ConjugateGradients:
         """Build the matrix."""
         matrix = GaussNewton(self.sample.adapter, self.sample.batches(set(self.names)), self.names)
         config = self.config
-        assert config.damping is not None
+        assert config.damping is not None and config.iterations is not None
         return partial(
             conjugate_gradients,
             matrix,

@@ -44,9 +44,8 @@ class ForwardInf:
         model (`torch.nn.Module`): The trained model, theta, on the device it is to run on.
         processor (*optional*): Its tokenizer or image processor.
         adapter (`Adapter`, *optional*): Defaults to the one that knows this kind of model.
-        ascent (`AscentConfig`, *optional*): How the model is perturbed. Defaults to what the adapter prefers: one
-            normalised step, for language models of radius 1 along the query's gradient, for classifiers of tensors
-            corrected by curvature.
+        ascent (`AscentConfig`, *optional*): How the model is perturbed. What it leaves open is the adapter's choice:
+            one normalised step, along the gradient for image classifiers, else corrected by curvature.
         reduction (`str`, defaults to `"sum"`): An example's loss is the `"sum"` or the `"mean"` over its
             target tokens.
         references (`datasets.Dataset`, *optional*): Reference queries; if given, scores are corrected for
@@ -87,13 +86,22 @@ class ForwardInf:
         if reduction not in ("sum", "mean"):
             raise ValueError(f"reduction={reduction!r} must be 'sum' or 'mean'.")
         self.adapter = adapter
-        self.ascent = ascent or AscentConfig(**adapter.default_ascent())
+        self.ascent = ascent or AscentConfig()
         self.reduction = reduction
         self.references = references
         self.training = training
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self.max_batch_length = max_batch_length
         self.tuning: Tuning | None = None
+
+    @property
+    def ascent(self) -> AscentConfig:
+        """How the model is perturbed; what was left open when it was set is filled in by the adapter."""
+        return self._ascent
+
+    @ascent.setter
+    def ascent(self, ascent: AscentConfig) -> None:
+        self._ascent = ascent.completed(self.adapter.default_ascent())
 
     @classmethod
     def from_pipe(cls, pipe: Any, **options: Any) -> "ForwardInf":

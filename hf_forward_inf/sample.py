@@ -1,5 +1,6 @@
 """The training examples whose curvature stands for that of all."""
 
+import warnings
 from collections.abc import Iterator, Set
 from pathlib import Path
 
@@ -29,7 +30,9 @@ class Sample:
 
     def __init__(self, adapter: Adapter, candidates: Dataset, size: int, seed: int, cache_dir: Path | None = None):
         self.adapter = adapter
-        drawn = encode(adapter, sample_rows(candidates, size, seed), "candidates", cache_dir)
+        with warnings.catch_warnings():  # the candidates themselves are warned about
+            warnings.simplefilter("ignore", UserWarning)
+            drawn = encode(adapter, sample_rows(candidates, size, seed), "candidates", cache_dir)
         self.lengths = adapter.lengths(drawn)
         order = np.lexsort(self.lengths.T[::-1])
         self.features, self.lengths = drawn.select(order), self.lengths[order]

@@ -142,9 +142,7 @@ def _settings(
     """Every combination, the attributor's other options kept."""
     plain = replace(ascent, learning_rate=None, optimizer="sgd", radius=1.0)
     for direction in directions or (ascent.direction,):
-        turned, chosen = plain, cast(Any, direction)
-        if direction != ascent.direction:  # damping and sample of another direction mean nothing to this one
-            turned = replace(plain, direction=chosen, damping=None, sample=None, second_moments=None)
+        turned = plain if direction == ascent.direction else plain.along(cast(str, direction))
         for damping in (turned.damping,) if direction == "gradient" else dampings or (turned.damping,):
             for k in steps:
                 yield from (replace(turned, damping=damping, steps=k, radius=radius) for radius in radii)

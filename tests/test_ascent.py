@@ -14,7 +14,7 @@ QUERY = {"x": [[3.0, 1.0]], "y": [0.0], "terms": [1]}
 
 
 def moved(line, **options):
-    return (ascend(line, QUERY, ["w"], AscentConfig(**options))["w"] - line.model.w).tolist()
+    return (ascend(line, QUERY, ["w"], AscentConfig(**options).completed({}))["w"] - line.model.w).tolist()
 
 
 def test_a_step_goes_along_the_gradient_for_the_length_of_the_radius(line):
@@ -44,11 +44,15 @@ def test_steps_share_the_radius(line):
 
 
 def test_a_zero_gradient_moves_nothing(line):
-    assert ascend(line, {"x": [[0.0, 0.0]], "y": [1.0], "terms": [1]}, ["w"], AscentConfig()) is None
+    assert (
+        ascend(line, {"x": [[0.0, 0.0]], "y": [1.0], "terms": [1]}, ["w"], AscentConfig(direction="gradient")) is None
+    )
 
 
 def test_an_infinite_gradient_moves_nothing(line):
-    assert ascend(line, {"x": [[1e30, 0.0]], "y": [0.0], "terms": [1]}, ["w"], AscentConfig()) is None
+    assert (
+        ascend(line, {"x": [[1e30, 0.0]], "y": [0.0], "terms": [1]}, ["w"], AscentConfig(direction="gradient")) is None
+    )
 
 
 def test_only_named_modules_move(model, tokenizer, queries):
@@ -57,7 +61,7 @@ def test_only_named_modules_move(model, tokenizer, queries):
     assert names
     assert all(".layer.1.EncDecAttention" in name or ".layer.1.layer_norm" in name for name in names)
     row = adapter.encode(queries[:1])
-    theta = ascend(adapter, row, names, AscentConfig(radius=2.0))
+    theta = ascend(adapter, row, names, AscentConfig(radius=2.0, direction="gradient"))
     own = dict(model.named_parameters())
     norm = torch.stack([(theta[name] - own[name]).norm() for name in names]).norm()
     assert theta.keys() == set(names)
@@ -87,7 +91,7 @@ def test_a_tied_parameter_is_told_by_its_owners_name(model, tokenizer):
 
 def test_a_perturbation_is_known_by_query_modules_and_settings(line):
     def name(query=QUERY, names=("w",), **options):
-        return Perturbation(line, query, list(names), AscentConfig(**options)).fingerprint
+        return Perturbation(line, query, list(names), AscentConfig(**options).completed({})).fingerprint
 
     assert name() == name()
     others = [name(radius=2.0), name(names=["v"]), name({**QUERY, "y": [1.0]}), name(steps=2)]
@@ -105,8 +109,8 @@ def test_a_perturbation_is_known_by_query_modules_and_settings(line):
         ({"mode": "sideways"}, "must be one of"),
         ({"optimizer": "lion", "learning_rate": 0.1}, "must be one of"),
         ({"direction": "newton"}, "must be one of"),
-        ({"damping": 0.1}, "direction='gradient' has none. Give direction='cg'"),
-        ({"sample": 10}, "direction='gradient' has none"),
+        ({"damping": 0.1, "direction": "gradient"}, "direction='gradient' has none. Give direction='cg'"),
+        ({"sample": 10, "direction": "gradient"}, "direction='gradient' has none"),
         ({"direction": "cg", "learning_rate": 0.1}, "direction='cg' needs a radius"),
         ({"direction": "cg", "second_moments": "optimizer.pt"}, "read by direction='adam', not by 'cg'"),
         ({"direction": "cg", "iterations": 0}, "iterations=0 must be above 0"),

@@ -39,6 +39,7 @@ def tracer(model, tokenizer):
 
 
 def test_scores_are_those_of_the_algorithm_written_out_by_hand(tracer, tokenizer, queries, candidates):
+    tracer = tracer.with_options(ascent=AscentConfig(direction="gradient"))
     found = tracer.trace(queries, candidates)
     for i, query in enumerate(queries):
         expected = by_hand(tracer.adapter.model, tokenizer, query, candidates, radius=1.0)

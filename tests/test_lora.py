@@ -94,7 +94,7 @@ def test_a_fresh_lora_gives_the_scores_of_changed_weights(mode, network, tokens,
     through = ForwardInf(network, tokens, ascent=AscentConfig(mode=mode, lora_rank=64))
     weights = [name for name in linear_layers(network) if ".1." in name]  # the second half, and no output layer
     assert names_for(through.adapter, through.ascent) == weights
-    whole = through.with_options(ascent=AscentConfig(mode=mode, modules=weights))
+    whole = through.with_options(ascent=AscentConfig(direction="gradient", mode=mode, modules=weights))
     found = [tracer.trace(rows.select(range(2)), rows) for tracer in (through, whole)]
     np.testing.assert_allclose(*(one.scores for one in found), rtol=1e-3, atol=1e-4)
     both = zip((through, whole), found, strict=True)
@@ -108,7 +108,7 @@ def test_its_steps_are_those_of_changed_weights(adapter, rows):
     encoded = adapter.encode(rows[:1])
     names = [name for name in linear_layers(adapter.model) if name != "lm_head.weight"]
     through = ascend(adapter, encoded, names, AscentConfig(steps=3, lora_rank=64))
-    whole = ascend(adapter, encoded, names, AscentConfig(steps=3))
+    whole = ascend(adapter, encoded, names, AscentConfig(direction="gradient", steps=3))
     for name, change in through.items():
         moved = (whole[name] - adapter.model.get_parameter(name)).detach()
         product = change.up @ change.down
@@ -126,7 +126,7 @@ def test_a_seq2seq_models_decoder_gets_it(model, tokenizer, queries, candidates)
     names = names_for(tracer.adapter, tracer.ascent)
     assert all(name.startswith("decoder.") for name in names)
     found = tracer.trace(queries, candidates)
-    whole = tracer.with_options(ascent=AscentConfig(modules=names)).trace(queries, candidates)
+    whole = tracer.with_options(ascent=AscentConfig(direction="gradient", modules=names)).trace(queries, candidates)
     np.testing.assert_allclose(found.scores, whole.scores, rtol=1e-3, atol=1e-4)
     assert not tracer.adapter.prefix_parameters() & set(names)
     assert isinstance(tracer.adapter, Seq2SeqAdapter)

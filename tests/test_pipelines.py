@@ -38,7 +38,7 @@ def test_a_list_gives_a_list_for_each_and_all_in_one_trace(pipe, queries, monkey
 
 
 def test_options_of_the_tracer_are_taken(model, tokenizer, candidates):
-    ascent = AscentConfig(radius=0.3)
+    ascent = AscentConfig(direction="gradient", radius=0.3)
     pipe = pipeline(
         "data-attribution", model=model, tokenizer=tokenizer, candidates=candidates, ascent=ascent, top_k=4, device=-1
     )

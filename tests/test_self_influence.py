@@ -17,7 +17,9 @@ from tests.line import assert_same_state, state
 def test_it_is_the_diagonal_of_a_trace_over_the_rows_themselves(mode):
     network, rows = digits.perceptron(), digits.rows(90, 110)
     before = state(network)
-    tracer = ForwardInf(adapter=TensorAdapter(network), ascent=AscentConfig(radius=0.2, mode=mode))
+    tracer = ForwardInf(
+        adapter=TensorAdapter(network), ascent=AscentConfig(direction="gradient", radius=0.2, mode=mode)
+    )
     found = tracer.self_influence(rows)
     np.testing.assert_allclose(found, np.diag(tracer.trace(rows, rows).scores), rtol=1e-4, atol=1e-6)
     assert_same_state(before, state(network))
@@ -55,7 +57,7 @@ def test_images_are_scored_together_or_else_one_by_one(kind):
         "transformer": lambda: ImageClassificationAdapter(vision_transformer(), processor()),
         "from a value on": lambda: ImageClassificationAdapter(Deciding()),
     }[kind]()
-    rows, tracer = pictures(5), ForwardInf(adapter=adapter, ascent=AscentConfig(radius=0.2))
+    rows, tracer = pictures(5), ForwardInf(adapter=adapter, ascent=AscentConfig(direction="gradient", radius=0.2))
     found = tracer.self_influence(rows)
     np.testing.assert_allclose(found, np.diag(tracer.trace(rows, rows).scores), rtol=1e-3, atol=1e-5)
 
@@ -65,7 +67,9 @@ def test_a_row_without_a_gradient_has_no_score():
     with torch.no_grad():
         network.weight.zero_(), network.bias.copy_(torch.tensor([800.0, 0.0]))
     rows = digits.Dataset.from_dict({"x": [[1.0, 2.0], [1.0, 2.0]], "label": [0, 1]})
-    found = ForwardInf(adapter=TensorAdapter(network), ascent=AscentConfig(radius=0.1)).self_influence(rows)
+    found = ForwardInf(
+        adapter=TensorAdapter(network), ascent=AscentConfig(direction="gradient", radius=0.1)
+    ).self_influence(rows)
     assert np.isnan(found[0]) and found[1] > 0
 
 

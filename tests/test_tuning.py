@@ -71,7 +71,7 @@ def test_one_candidate_is_not_enough(line):
 
 
 def test_directions_and_dampings_are_tried_where_they_are_named(model, tokenizer, candidates):
-    ascent = AscentConfig(modules=["decoder"])
+    ascent = AscentConfig(direction="gradient", modules=["decoder"])
     tracer = ForwardInf(model, tokenizer, ascent=ascent)
     options = {"directions": ["gradient", "kfac"], "dampings": (0.1, 1.0), "radii": (1.0,), "queries": 4}
     trials = tracer.tune(candidates, **options).tuning.trials
@@ -83,7 +83,7 @@ def test_retraining_that_the_gradient_foretells_chooses_it():
     adapter = TensorAdapter(digits.perceptron())
     candidates, queries, subsets = digits.rows(0, 100), digits.rows(100, 104), random_halves(100, 30)
     tracer = ForwardInf(adapter=adapter)
-    scores = tracer.with_options(ascent=AscentConfig(radius=0.3)).score(queries, candidates)
+    scores = tracer.with_options(ascent=AscentConfig(direction="gradient", radius=0.3)).score(queries, candidates)
     retrained = Retrained(queries, subsets, -(scores @ subsets.T).T)
     options = {"directions": ["adam", "gradient"], "radii": (0.3, 3.0), "retrained": retrained}
     tuned = tracer.tune(candidates, **options)

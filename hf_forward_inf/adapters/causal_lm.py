@@ -22,6 +22,7 @@ from hf_forward_inf.adapters.text import (
     pad,
     peft_parameters,
     pieces,
+    preferred_ascent,
     tokenizer_state,
 )
 from hf_forward_inf.fingerprints import fingerprint
@@ -240,6 +241,10 @@ class CausalLMAdapter(Adapter):
     def default_modules(self) -> list[str]:
         """Of a PEFT model what it has trained, else everything."""
         return peft_parameters(self.model) or ["all"]
+
+    def default_ascent(self) -> dict[str, Any]:
+        """Corrected by curvature, if the model is of a size that allows it ([`text.preferred_ascent`])."""
+        return preferred_ascent(self.model)
 
     def prefix_parameters(self) -> Set[str]:
         """What the first half of the blocks and the embeddings read: perturb none of it, and they are run once."""

@@ -19,6 +19,7 @@ from hf_forward_inf.adapters.text import (
     pad,
     peft_parameters,
     pieces,
+    preferred_ascent,
     tokenizer_state,
 )
 from hf_forward_inf.fingerprints import fingerprint
@@ -146,6 +147,10 @@ class Seq2SeqAdapter(Adapter):
 
     def _prefix_ids(self) -> set[int]:
         return {id(parameter) for parameter in self.model.get_encoder().parameters()}
+
+    def default_ascent(self) -> dict[str, Any]:
+        """Corrected by curvature, if the model is of a size that allows it ([`text.preferred_ascent`])."""
+        return preferred_ascent(self.model)
 
     def prefix_parameters(self) -> Set[str]:
         """Everything that the encoder reads, a tied embedding included."""

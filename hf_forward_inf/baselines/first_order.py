@@ -26,6 +26,7 @@ class FirstOrder(GradientBaseline):
         model (`torch.nn.Module`): The trained model.
         processor (*optional*): Its tokenizer.
         ascent (`AscentConfig`, *optional*): Direction, damping, sample; radius and mode count for nothing.
+            What it leaves open is the adapter's choice.
         training (`datasets.Dataset`, *optional*): As in [`ForwardInf`].
         **options: `adapter`, `modules`, `cache_dir`, `max_batch_length` of [`baselines.gradients.GradientBaseline`].
     """
@@ -42,7 +43,8 @@ class FirstOrder(GradientBaseline):
         **options: Any,
     ):
         super().__init__(model, processor, **options)
-        self.ascent, self.training = ascent or AscentConfig(), training
+        self.ascent = (ascent or AscentConfig()).completed(self.adapter.default_ascent())
+        self.training = training
 
     @property
     def config(self) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from hf_forward_inf.processes import say
 from hf_forward_inf.retraining import Retrained
 
 DIRECTIONS: dict[str, dict[str, Any]] = {
-    "gradient": {},
+    "gradient": {"direction": "gradient"},
     "adam": {"direction": "adam"},
     "kfac": {"direction": "kfac"},
     "ekfac": {"direction": "ekfac"},

@@ -29,9 +29,7 @@ def drawing_ascent(adapter: DiffusionAdapter, ascent: AscentConfig, relative_rad
         return ascent
     own = dict(adapter.model.named_parameters())
     radius = relative_radius * norm([own[name].detach() for name in perturbed_names(adapter, ascent.modules)])
-    if ascent.direction != "gradient":
-        return replace(ascent, radius=radius)
-    return replace(ascent, radius=radius, direction="cg", damping=DAMPING, sample=SAMPLE)
+    return replace(ascent.completed({"direction": "cg", "damping": DAMPING, "sample": SAMPLE}), radius=radius)
 
 
 def traced(tracer: ForwardInf, queries: Dataset, candidates: Dataset) -> dict[str, Attribution]:
@@ -43,7 +41,7 @@ def traced(tracer: ForwardInf, queries: Dataset, candidates: Dataset) -> dict[st
 
 def along_the_gradient(tracer: ForwardInf) -> ForwardInf:
     """Give a tracer whose step is as long, but goes along the plain gradient."""
-    return tracer.with_options(ascent=replace(tracer.ascent, direction="gradient", damping=None, sample=None))
+    return tracer.with_options(ascent=tracer.ascent.along("gradient"))
 
 
 def controls(

@@ -93,7 +93,7 @@ def hypothesis_run(options: HypothesisOptions) -> dict[str, Any]:
     figures["noisy"] = _figures([grouped.to_query.mean(0)], [mirrored])
     models = [task.model(seed) for seed in range(options.seeds)]
     ascents = {
-        "forward_inf": AscentConfig(radius=options.radius),
+        "forward_inf": AscentConfig(radius=options.radius, direction="gradient"),
         "forward_inf_cg": AscentConfig(radius=options.radius, direction="cg", sample=1024),
     }
     scores = {

@@ -134,7 +134,7 @@ def test_the_first_half_of_the_blocks_is_run_once_for_all_queries(network, token
         else {"transformer.ln_f.weight", "transformer.ln_f.bias"}
     )
     assert after == (norm if tied else norm | {"lm_head.weight"})
-    tracer = ForwardInf(adapter=adapter, ascent=AscentConfig(modules=late, radius=0.1))
+    tracer = ForwardInf(adapter=adapter, ascent=AscentConfig(direction="gradient", modules=late, radius=0.1))
     found = tracer.trace(rows.select(range(3)), rows)
     adapter.blocks.before_middle = set(before["parameters"])  # now nothing may be run before
     whole = tracer.with_options(cache_dir=tmp_path / "other").trace(rows.select(range(3)), rows)
@@ -151,7 +151,7 @@ def test_answers_do_not_depend_on_their_neighbours(adapter, rows):
 def test_it_is_traced_by_every_attributor(network, tokens, rows):
     before = state(network)
     for attributor in (
-        ForwardInf(network, tokens, ascent=AscentConfig(radius=0.1)),
+        ForwardInf(network, tokens, ascent=AscentConfig(direction="gradient", radius=0.1)),
         ForwardInf(network, tokens, ascent=AscentConfig(radius=0.1, direction="cg", iterations=3)),
         ForwardInf(network, tokens, ascent=AscentConfig(radius=0.1, direction="ekfac")),
         TracIn(network, tokens, similarity="cosine"),
@@ -175,7 +175,9 @@ def test_of_a_peft_model_what_it_has_trained_is_perturbed(network, tokens, rows)
     assert names
     assert all("lora_" in name for name in names)
     before = state(tuned)
-    found = ForwardInf(tuned, tokens, ascent=AscentConfig(radius=0.1)).trace(rows.select([2]), rows)
+    found = ForwardInf(tuned, tokens, ascent=AscentConfig(direction="gradient", radius=0.1)).trace(
+        rows.select([2]), rows
+    )
     assert found.scores[0, 2] > 0
     assert_same_state(before, state(tuned))
 

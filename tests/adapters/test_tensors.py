@@ -14,7 +14,9 @@ from tests.line import assert_same_state, state
 def test_scores_are_those_of_the_algorithm_written_out_by_hand():
     network, queries, candidates = digits.perceptron(), digits.rows(100, 102), digits.rows(0, 30)
     before = state(network)
-    found = ForwardInf(adapter=TensorAdapter(network), ascent=AscentConfig(radius=0.3)).trace(queries, candidates)
+    found = ForwardInf(adapter=TensorAdapter(network), ascent=AscentConfig(direction="gradient", radius=0.3)).trace(
+        queries, candidates
+    )
     assert_same_state(before, state(network))
     data = candidates.with_format("torch")[:]
     with torch.no_grad():
@@ -89,5 +91,11 @@ def test_a_module_that_takes_no_tensor_is_refused():
 
 def test_the_default_step_is_corrected_by_curvature_and_a_given_one_is_taken():
     adapter = TensorAdapter(digits.perceptron())
-    assert ForwardInf(adapter=adapter).ascent.direction == "cg"
-    assert ForwardInf(adapter=adapter, ascent=AscentConfig()).ascent.direction == "gradient"
+    default = ForwardInf(adapter=adapter).ascent
+    assert (default.direction, default.damping, default.radius, default.iterations) == ("cg", 0.03, 0.3, 10)
+    longer = ForwardInf(adapter=adapter, ascent=AscentConfig(radius=2.0)).ascent
+    assert (longer.direction, longer.damping, longer.radius) == ("cg", 0.03, 2.0)
+    plain = ForwardInf(adapter=adapter, ascent=AscentConfig(direction="gradient")).ascent
+    assert (plain.direction, plain.damping, plain.radius) == ("gradient", None, 1.0)
+    fixed = ForwardInf(adapter=adapter, ascent=AscentConfig(learning_rate=0.1)).ascent
+    assert (fixed.direction, fixed.radius) == ("gradient", None)

@@ -44,7 +44,7 @@ def test_influences_are_what_training_without_and_with_comes_to(task):
 
 def test_a_small_step_raises_groups_as_the_product_of_gradients_says(task):
     model, radius = task.model(0), 1e-3
-    found = task.forward_inf(model, AscentConfig(radius=radius))
+    found = task.forward_inf(model, AscentConfig(radius=radius, direction="gradient"))
 
     def slope(rows):
         loss = nn.functional.cross_entropy(model(task.training.data[0][rows]), task.training.data[1][rows])

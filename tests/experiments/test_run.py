@@ -72,7 +72,7 @@ def test_a_comparison_runs_every_attributor_on_the_same_candidates(options, caps
     assert main(["compare", *as_arguments({**options, "no_baselines": True})]) == 0
     metrics = json.loads(Path(options["output"], "metrics.json").read_text())
     printed = capsys.readouterr().out
-    for method in ("forward_inf_cg", "tracin_cosine", "trackstar", "influence_functions", "bm25>forward_inf"):
+    for method in ("forward_inf_gradient", "tracin_cosine", "trackstar", "influence_functions", "bm25>forward_inf"):
         assert 0 < metrics[f"{method}/mrr"] <= 1
         assert -1 <= metrics[f"{method}/mrr_behind"] <= 1
         assert metrics[f"{method}/peak_memory_ratio"] > 0
@@ -104,7 +104,7 @@ def test_repeats_give_means_and_their_standard_errors(options, tmp_path):
     runs = []
     for name, seed, repeats in (("one", 0, 1), ("two", 1, 1), ("both", 0, 2)):
         given = TraceOptions(**{**options, "output": str(tmp_path / name)}, repeats=repeats, baselines=False)
-        runs.append(trace_run(given, AscentConfig(seed=seed)))
+        runs.append(trace_run(given, AscentConfig(direction="gradient", seed=seed)))
     values = [run["mrr"] for run in runs]
     assert values[0] != values[1]
     assert values[2] == pytest.approx(np.mean(values[:2]))
