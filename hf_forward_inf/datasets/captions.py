@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from datasets import Dataset, Features, Image, IterableDataset, Value, load_dataset, load_dataset_builder
+from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
 from hf_forward_inf.checks import looks_like_path
 from hf_forward_inf.datasets.ftrace import load_rows, stream_rows
@@ -92,9 +93,14 @@ def _shards(source: str) -> dict[str, Any] | None:
     elif path.exists() or looks_like_path(name) or "*" in name:
         files = []
     else:
-        builder = load_dataset_builder(name, config or None)
-        return {"path": name, "name": config or None} if type(builder).__name__ == "WebDataset" else None
+        return _named_shards(name, config or None)
     return {"path": "webdataset", "data_files": {"train": files}} if files else None
+
+
+def _named_shards(name: str, config: str | None) -> dict[str, Any] | None:
+    """The same for a set on the hub."""
+    shards = isinstance(load_dataset_builder(name, config), WebDataset)
+    return {"path": name, "name": config} if shards else None
 
 
 def _read(example: Mapping[str, Any]) -> dict[str, Any]:

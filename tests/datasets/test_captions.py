@@ -1,9 +1,9 @@
 import numpy as np
 import pyarrow as pa
 import pytest
-from datasets import Dataset, Image, IterableDataset
+from datasets import Dataset, Image, IterableDataset, load_dataset
 
-from hf_forward_inf.datasets import load_captioned
+from hf_forward_inf.datasets import captions, load_captioned
 from hf_forward_inf.pictures import read_image
 from tests.drawing import rows, square
 from tests.shards import encoded, write_shard, write_shards
@@ -47,6 +47,17 @@ def test_formats_mix_and_captions_may_stand_in_json(tmp_path):
     assert [row["caption"] for row in found] == ["zero", "one", "two", "", "no picture", None]
     assert [row["image"] is None for row in found] == [False, False, False, False, True, False]
     assert [row["url"] for row in found[:2]] == ["http://x/0", None]
+
+
+def test_shards_on_the_hub_are_known_by_their_builder(tmp_path):
+    folder = str(write_shards(tmp_path / "laion", 6))  # a folder of shards alone is a hub repository's layout
+    assert captions._named_shards(folder, None) == {"path": folder, "name": None}
+    found = load_dataset(folder, split="train", streaming=True, features=captions.SHARD)
+    assert [row["__key__"] for row in found][-1] == "000000005"
+    rows(2).to_parquet(tmp_path / "laion" / "train.parquet")
+    for shard in (tmp_path / "laion").glob("*.tar"):
+        shard.unlink()
+    assert captions._named_shards(folder, None) is None
 
 
 @pytest.mark.parametrize("streaming", [False, True])
