@@ -4,8 +4,10 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import chain
 from typing import TypeAlias
 
+import psutil
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -17,6 +19,8 @@ Vector: TypeAlias = list[Tensor]
 """A direction in parameter space: one tensor a parameter, in the parameters' order."""
 UNSOLVED = 0.5
 """Share of the gradient that is left in the residual beyond which conjugate gradients have not got anywhere."""
+Graph: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Vector]
+"""Of a batch: outputs; the same as a leaf, and the loss's slope by it; w, and J^T w."""
 Product: TypeAlias = Callable[[Vector], Vector]
 """A symmetric matrix, as what it does to a vector."""
 
@@ -26,7 +30,8 @@ class GaussNewton:
 
     G = 1/n sum J^T H J, with J the Jacobian of the model's outputs and H the Hessian of the loss by the outputs:
     positive semidefinite whatever the model. By double reverse mode: the graph of J^T w is kept, and costs training
-    memory for the sample; a product then takes about 2 to 2.5 forward passes over it.
+    memory for the sample; a product then takes about 2 to 2.5 forward passes over it. Batches whose graphs would leave
+    no room for another one are run again at every product: that takes about twice as long.
 
     Args:
         adapter (`Adapter`): Splits the loss (`Adapter.predictions`).
@@ -36,25 +41,42 @@ class GaussNewton:
 
     def __init__(self, adapter: Adapter, batches: Iterable[Batch], names: list[str]):
         own = dict(adapter.model.named_parameters())
+        self.adapter = adapter
         self.theta = {name: own[name].detach().requires_grad_() for name in names}
         self.rows = 0
-        self.parts = []
+        self.kept: list[Graph] = []
+        self.run_again: list[Batch] = []
+        device, largest = next(iter(own.values())).device, 0
         for batch in batches:
             self.rows += len(next(value for value in batch.values() if isinstance(value, Tensor)))
-            # Fused attention kernels have no second derivative.
-            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-                outputs, loss = adapter.predictions(partial(call, adapter.model, self.theta), batch)
-                leaf = outputs.detach().requires_grad_()
-                slope = torch.autograd.grad(loss(leaf), leaf, create_graph=True)[0]
-                weights = torch.zeros_like(outputs, requires_grad=True)
-                back = _gradients(outputs, self.theta, weights, create_graph=True)
-            self.parts.append((outputs, leaf, slope, weights, back))
+            if self.run_again:
+                self.run_again.append(batch)
+                continue
+            before = free_memory(device)
+            graph = self._graph(batch)
+            left = free_memory(device)
+            largest = max(largest, before - left)
+            if left < 2 * largest:  # a further graph, and what a product takes
+                self.run_again.append(batch)
+                del graph
+            else:
+                self.kept.append(graph)
+
+    def _graph(self, batch: Batch) -> "Graph":
+        # Fused attention kernels have no second derivative.
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            outputs, loss = self.adapter.predictions(partial(call, self.adapter.model, self.theta), batch)
+            leaf = outputs.detach().requires_grad_()
+            slope = torch.autograd.grad(loss(leaf), leaf, create_graph=True)[0]
+            weights = torch.zeros_like(outputs, requires_grad=True)
+            back = _gradients(outputs, self.theta, weights, create_graph=True)
+        return outputs, leaf, slope, weights, back
 
     def __call__(self, vector: Vector) -> Vector:
         """Multiply a vector; sums are float32, whatever the model's precision."""
         total = [torch.zeros_like(p, dtype=torch.float32) for p in self.theta.values()]
         vector = [v.to(p.dtype) for v, p in zip(vector, self.theta.values(), strict=True)]
-        for outputs, leaf, slope, weights, back in self.parts:
+        for outputs, leaf, slope, weights, back in chain(self.kept, map(self._graph, self.run_again)):
             with sdpa_kernel(SDPBackend.MATH):
                 forward = torch.autograd.grad(back, weights, vector, retain_graph=True)[0]  # J v
                 curved = torch.autograd.grad(slope, leaf, forward, retain_graph=True)[0]  # H J v
@@ -62,6 +84,15 @@ class GaussNewton:
             for sum_, part in zip(total, found, strict=True):
                 sum_ += part / self.rows
         return total
+
+
+def free_memory(device: torch.device) -> int:
+    """Tell how many bytes a device has left, those included that torch holds and does not use."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    return (
+        torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    )
 
 
 def hessian_product(adapter: Adapter, batch: Batch, names: list[str], vector: Vector) -> Vector:

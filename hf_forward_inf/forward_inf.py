@@ -46,7 +46,7 @@ class ForwardInf:
         adapter (`Adapter`, *optional*): Defaults to the one that knows this kind of model.
         ascent (`AscentConfig`, *optional*): How the model is perturbed. Defaults to what the adapter prefers: one
             normalised step, for language models of radius 1 along the query's gradient, for classifiers of tensors
-            corrected by curvature.
+            and diffusion models corrected by curvature.
         reduction (`str`, defaults to `"sum"`): An example's loss is the `"sum"` or the `"mean"` over its
             target tokens.
         references (`datasets.Dataset`, *optional*): Reference queries; if given, scores are corrected for

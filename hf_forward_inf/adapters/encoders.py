@@ -16,6 +16,8 @@ from hf_forward_inf.fingerprints import fingerprint, fingerprint_of_model
 from hf_forward_inf.modes import evaluating
 from hf_forward_inf.pictures import UnreadableImage, pixels, read_image
 
+DENOISERS = ("unet", "transformer")
+"""A pipeline's component that removes noise: the first that it has."""
 ENCODERS = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 """A pipeline's components that images and captions go through before the denoiser."""
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
@@ -44,7 +46,7 @@ def conditions(pipe: Any, told: list[Any], size: tuple[int, int]) -> dict[str, T
     asked |= {name: None for name in ("prompt_2", "prompt_3") if name in known}
     embeddings, _, *more = pipe.encode_prompt(**asked, device=device_of(pipe.text_encoder))
     found = {"encoder_hidden_states": embeddings}
-    if more and hasattr(pipe, "unet"):
+    if more and denoiser_name(pipe) == "unet":
         ids = torch.tensor([*size, 0, 0, *size], dtype=more[0].dtype, device=more[0].device)
         found[f"{NESTED}text_embeds"], found[f"{NESTED}time_ids"] = more[0], ids.expand(len(captions), -1)
     elif more:
@@ -57,10 +59,15 @@ def reads_captions(pipe: Any) -> bool:
     return hasattr(pipe, "encode_prompt") and getattr(pipe, "text_encoder", None) is not None
 
 
+def denoiser_name(pipe: Any) -> str | None:
+    """Name the component that removes noise, `None` where there is none."""
+    return next((name for name in DENOISERS if isinstance(getattr(pipe, name, None), nn.Module)), None)
+
+
 def denoiser_of(pipe: Any) -> Any:
     """Give the module that removes noise, `None` where there is none."""
-    found = (getattr(pipe, name, None) for name in ("unet", "transformer"))
-    return next((module for module in found if isinstance(module, nn.Module)), None)
+    name = denoiser_name(pipe)
+    return name and getattr(pipe, name)
 
 
 def count_classes(pipe: Any) -> int:

@@ -30,8 +30,8 @@ def drawing_ascent(adapter: DiffusionAdapter, ascent: AscentConfig, relative_rad
     own = dict(adapter.model.named_parameters())
     radius = relative_radius * norm([own[name].detach() for name in perturbed_names(adapter, ascent.modules)])
     if ascent.direction != "gradient":
-        return replace(ascent, radius=radius)
-    return replace(ascent, radius=radius, direction="cg", damping=DAMPING, sample=SAMPLE)
+        return replace(ascent, radius=radius, relative=False)
+    return replace(ascent, radius=radius, relative=False, direction="cg", damping=DAMPING, sample=SAMPLE)
 
 
 def traced(tracer: ForwardInf, queries: Dataset, candidates: Dataset) -> dict[str, Attribution]:

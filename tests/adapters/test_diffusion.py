@@ -1,4 +1,6 @@
 import copy
+import re
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -10,6 +12,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf.adapters import DiffusionAdapter
 from hf_forward_inf.adapters.noising import Flow, draw
+from hf_forward_inf.ascent import Perturbation, names_for
 from hf_forward_inf.candidate_pass import encode
 from hf_forward_inf.loss_pass import LossPass
 from tests.drawing import counted, rows, square, stable_diffusion, unconditional
@@ -115,6 +118,38 @@ def test_a_picture_is_traced_to_itself(direction):
     explained = ForwardInf.from_pipe(pipe, ascent=ascent).explain(found.keep(3), 2)
     for row in explained.details:
         np.testing.assert_allclose(np.sum(row["term_scores"]), found.scores[row["query"], row["candidate"]], rtol=1e-3)
+
+
+def test_by_default_the_step_is_corrected_by_curvature_and_as_long_as_the_weights_allow():
+    pipe, candidates = stable_diffusion("v_prediction"), rows(8)
+    tracer = ForwardInf.from_pipe(pipe)
+    assert tracer.ascent == AscentConfig(direction="cg", damping=0.01, sample=32, radius=1e-3, relative=True)
+    weights = torch.cat([p.detach().flatten() for p in pipe.unet.parameters()]).norm().item()
+    absolute = replace(tracer.ascent, radius=1e-3 * weights, relative=False)
+    queries = candidates.select([2, 5, 6])
+    found = tracer.trace(queries, candidates)
+    np.testing.assert_allclose(
+        found.scores, tracer.with_options(ascent=absolute).trace(queries, candidates).scores, rtol=1e-2, atol=1e-4
+    )
+    assert [found.ranking(i)[0] for i in range(3)] == [2, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("modules", "pattern"),
+    [(["*.attn2"], r".*\.attn2\..*"), (["up_blocks"], r"up_blocks\..*"), (["up_blocks.*.attn2"], r"up_.*\.attn2\..*")],
+)
+def test_parts_of_the_denoiser_can_be_chosen(modules, pattern):
+    pipe, candidates = stable_diffusion(), rows(6)
+    own = dict(pipe.unet.named_parameters())
+    tracer = ForwardInf.from_pipe(pipe, ascent=AscentConfig(radius=0.05, modules=modules))
+    names = names_for(tracer.adapter, tracer.ascent)
+    assert 0 < len(names) < len(own) and names == [name for name in own if re.fullmatch(pattern, name)]
+    query = encode(tracer.adapter, candidates.select([2]), "queries")[:]
+    (theta,) = Perturbation(tracer.adapter, query, names, tracer.ascent).thetas
+    assert theta.keys() == set(names)
+    moved = torch.stack([(theta[name] - own[name]).norm() for name in names]).norm()
+    assert moved.item() == pytest.approx(0.05, rel=1e-3)
+    assert tracer.trace(candidates.select([2]), candidates).ranking(0)[0] == 2
 
 
 def test_predictions_split_the_loss_and_leave_out_what_cannot_be_read():
