@@ -132,7 +132,7 @@ def _scored(tracer: "ForwardInf", queries: Dataset, rows: Dataset, start: int) -
     """Score a piece, `[queries, rows]`; what is computed of it is on disk only until then."""
     with progress_bars(False), _scratch(tracer.cache_dir or default_cache_dir()) as scratch:
         try:
-            scores = tracer.score(queries, rows, scratch)
+            scores = tracer.score(queries, rows, scratch, start)
         except ValueError as error:
             raise ValueError(f"Rows {start} to {start + len(rows) - 1} of the stream: {error}") from error
     warn_of_lost(scores, np.arange(start, start + len(rows)))

@@ -75,11 +75,11 @@ def test_a_run_goes_on_where_it_was_interrupted(tracer, tmp_path, monkeypatch, s
     candidates, folder = line_points(50), tmp_path / "best"
     score, sizes, stop = ForwardInf.score, [], [0]
 
-    def fragile(self, queries, rows, scratch=None):
+    def fragile(self, queries, rows, *place):
         if len(sizes) == stop[0]:
             raise Interrupted
         sizes.append(len(rows))
-        return score(self, queries, rows, scratch)
+        return score(self, queries, rows, *place)
 
     def run(after):
         stop[0] = after

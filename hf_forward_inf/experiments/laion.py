@@ -59,8 +59,9 @@ class LaionOptions:
     image_column: str | None = field(default=None, metadata={"help": "Column of pictures (default: found by name)."})
     caption_column: str | None = field(default=None, metadata={"help": "Column of captions (default: found by name)."})
     timesteps: int = field(default=8, metadata={"help": "Times at which a picture's loss is taken."})
-    relative_radius: float = field(
-        default=1e-3, metadata={"help": "Length of the step, relative to the norm of the parameters that it moves."}
+    relative_radius: float | None = field(
+        default=None,
+        metadata={"help": "Length of the step, relative to the norm of what it moves (default: 1e-3, on a GPU 1e-2)."},
     )
     piece: int = field(default=2000, metadata={"help": "Candidates read and traced at once."})
     top_k: int = field(default=100, metadata={"help": "Candidates of each query that are kept."})
@@ -74,7 +75,7 @@ class LaionOptions:
         if self.images and len(self.prompt) > 1:
             raise ValueError(f"--images are of one prompt, not of {len(self.prompt)}: trace them in several runs.")
         for name in ("num_images", "timesteps", "piece", "top_k", "relative_radius"):
-            if not getattr(self, name) > 0:
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"--{name} must be above 0, not {getattr(self, name)}.")
         if self.references < 0:
             raise ValueError(f"--references must be 0 or more, not {self.references}.")
@@ -102,7 +103,8 @@ def laion_run(options: LaionOptions, ascent: AscentConfig) -> dict[str, Any]:
     first = first_piece(stream, options.piece)
     asked = options.prompt or ([""] if options.images else list(DIGITS))
     queries = _queries(adapter, asked, _others(first, asked, options.references, ascent.seed), options, ascent.seed)
-    ascent = drawing_ascent(adapter, ascent, options.relative_radius)
+    radius = options.relative_radius or adapter.default_ascent().get("radius", 1.0)
+    ascent = drawing_ascent(adapter, ascent, radius)
     training = sample_rows(first, ascent.sample, ascent.seed) if ascent.sample is not None else None
     tracer = ForwardInf(adapter=adapter, ascent=ascent, training=training)
     say(f"Tracing {len(asked)} drawings, and {len(queries) - len(asked)} of other captions beside ...")

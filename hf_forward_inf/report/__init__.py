@@ -69,7 +69,7 @@ def write_report(
         unit="" if drawn else " (in nats)",
         method=attribution.method,
         candidates=attribution.config.get("streamed", len(attribution.candidates)),
-        config={key: value for key, value in attribution.config.items() if value is not None},
+        config={name: value for name, value in attribution.config.items() if value is not None and name != "run"},
         metrics=metrics or {},
         figures=sorted({name for row in (metrics or {}).values() for name in row}, key=_figure_order),
         queries=queries,

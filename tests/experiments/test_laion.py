@@ -8,6 +8,7 @@ import pytest
 
 from hf_forward_inf import AscentConfig, Attribution, ForwardInf
 from hf_forward_inf.cli import main
+from hf_forward_inf.datasets.digits import captioned_digits
 from hf_forward_inf.experiments import laion
 from hf_forward_inf.experiments.laion import LaionOptions, laion_run
 from tests.drawing import counted, rows, square, stable_diffusion
@@ -69,12 +70,12 @@ def test_an_interrupted_run_neither_draws_nor_traces_again(options, monkeypatch)
     options.output = f"{whole}-again"
     score, pieces, drawn = ForwardInf.score, [], []
 
-    def fragile(self, queries, rows, scratch=None):
+    def fragile(self, queries, rows, *place):
         pieces.append(len(rows))
         drawn.append(counted(self.adapter.pipe.vae, "decode"))
         if len(pieces) == 2:
             raise KeyboardInterrupt
-        return score(self, queries, rows, scratch)
+        return score(self, queries, rows, *place)
 
     monkeypatch.setattr(ForwardInf, "score", fragile)
     with pytest.raises(KeyboardInterrupt):
@@ -90,9 +91,10 @@ def test_an_interrupted_run_neither_draws_nor_traces_again(options, monkeypatch)
 def test_the_command_traces_the_built_in_digits(tmp_path, monkeypatch, capsys):
     pytest.importorskip("sklearn")
     monkeypatch.setattr(laion, "Teaching", partial(laion.Teaching, training_steps=2))
-    arguments = ["--timesteps", "1", "--piece", "1000", "--num_images", "1", "--references", "0", "--top_k", "5"]
+    monkeypatch.setattr(laion, "captioned_digits", lambda: captioned_digits().select(range(60)))
+    arguments = ["--timesteps", "1", "--piece", "40", "--num_images", "1", "--references", "0", "--top_k", "5"]
     assert main(["laion", "--output", str(tmp_path / "run"), *arguments]) == 0
-    assert "1,797 candidates traced, 0 of them without a score" in capsys.readouterr().out
+    assert "60 candidates traced, 0 of them without a score" in capsys.readouterr().out
     assert len(Attribution.load_from_disk(tmp_path / "run" / "attribution")) == 3
     shutil.rmtree(tmp_path / "run" / "attribution")
     assert main(["laion", "--output", str(tmp_path / "run"), *arguments]) == 1
