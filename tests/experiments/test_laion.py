@@ -1,5 +1,8 @@
 import json
+import os
 import shutil
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from hf_forward_inf.experiments.laion import LaionOptions, laion_run
 from tests.drawing import counted, rows, square, stable_diffusion
 from tests.shards import encoded, write_shard, write_shards
 
+RECIPE = str(Path(__file__).parents[2] / "recipes" / "laion.py")
 ASCENT = AscentConfig(direction="cg", sample=4, iterations=2)
 
 
@@ -86,6 +90,36 @@ def test_an_interrupted_run_neither_draws_nor_traces_again(options, monkeypatch)
     one, two = (Attribution.load_from_disk(Path(folder) / "attribution") for folder in (whole, options.output))
     np.testing.assert_allclose(one.scores, two.scores, rtol=1e-4)
     assert one.candidates["id"][:] == two.candidates["id"][:]
+
+
+def test_two_processes_stream_and_explain_as_one_does(options, tmp_path):
+    arguments = [
+        "--model", options.model, "--candidates", options.candidates, "--prompt", "a red square", "--num_images", "1",
+        "--references", "2", "--timesteps", "1", "--piece", "4", "--top_k", "3", "--heatmaps", "--sample", "4",
+        "--iterations", "2", "--direction", "cg",
+    ]  # fmt: skip
+    launches = {
+        "one": [sys.executable, RECIPE],
+        "two": [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", RECIPE],
+    }
+    found, said = {}, {}
+    for name, launch in launches.items():
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "HF_FORWARD_INF_CACHE": str(tmp_path / f"cache of {name}"),
+        }
+        command = [*launch, *arguments, "--output", str(tmp_path / name)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert json.loads((tmp_path / name / "metrics.json").read_text())["processes"] == 1 + (name == "two")
+        found[name], said[name] = Attribution.load_from_disk(tmp_path / name / "attribution"), done.stdout.splitlines()
+        assert not (tmp_path / name / "unfinished").exists()
+    one, two = found.values()
+    np.testing.assert_array_equal(one.scores, two.scores)
+    np.testing.assert_array_equal(one.indices, two.indices)
+    assert one.details.to_list() == two.details.to_list() and len(one.details) == 3
+    assert len(said["one"]) == len(said["two"])  # one process speaks for both
 
 
 def test_the_command_traces_the_built_in_digits(tmp_path, monkeypatch, capsys):
