@@ -95,7 +95,7 @@ def test_an_interrupted_run_neither_draws_nor_traces_again(options, monkeypatch)
 def test_two_processes_stream_and_explain_as_one_does(options, tmp_path):
     arguments = [
         "--model", options.model, "--candidates", options.candidates, "--prompt", "a red square", "--num_images", "1",
-        "--references", "2", "--timesteps", "1", "--piece", "4", "--top_k", "3", "--heatmaps", "--sample", "4",
+        "--references", "2", "--timesteps", "1", "--piece", "7", "--top_k", "3", "--heatmaps", "--sample", "4",
         "--iterations", "2", "--direction", "cg",
     ]  # fmt: skip
     launches = {
@@ -103,14 +103,11 @@ def test_two_processes_stream_and_explain_as_one_does(options, tmp_path):
         "two": [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", RECIPE],
     }
     found, said = {}, {}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for name, launch in launches.items():
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "HF_FORWARD_INF_CACHE": str(tmp_path / f"cache of {name}"),
-        }
+        environment["HF_FORWARD_INF_CACHE"] = str(tmp_path / f"cache of {name}")
         command = [*launch, *arguments, "--output", str(tmp_path / name)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         assert json.loads((tmp_path / name / "metrics.json").read_text())["processes"] == 1 + (name == "two")
         found[name], said[name] = Attribution.load_from_disk(tmp_path / name / "attribution"), done.stdout.splitlines()
