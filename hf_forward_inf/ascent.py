@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from hf_forward_inf.adapters.base import Adapter, Batch, Rows
-from hf_forward_inf.adapters.text import peft_parameters
 from hf_forward_inf.fingerprints import fingerprint
-from hf_forward_inf.lora import RANK, LowRank, added, is_quantised, slopes
+from hf_forward_inf.lora import RANK, LowRank, added, is_quantised, peft_parameters, slopes
 from hf_forward_inf.modules import perturbed_names
 
 Parameters: TypeAlias = dict[str, Tensor | LowRank]

@@ -15,6 +15,8 @@ from hf_forward_inf.processes import progress_bars
 
 MAX_PIXELS = 89_478_485
 """Larger images are refused before they are decoded: Pillow's own limit, at which it would only warn."""
+PIXELS_A_TOKEN = 64
+"""Pixels (or latent pixels) that count as much as one token in the size of a batch: large ones are slower on a CPU."""
 
 
 class UnreadableImage(ValueError):

@@ -29,18 +29,15 @@ from hf_forward_inf.adapters.encoders import (
     values_of,
 )
 from hf_forward_inf.adapters.noising import draw, noising_for
-from hf_forward_inf.adapters.text import peft_parameters
 from hf_forward_inf.checks import listed
 from hf_forward_inf.fingerprints import fingerprint
-from hf_forward_inf.lora import is_quantised
-from hf_forward_inf.pictures import images_of, undecoded
+from hf_forward_inf.lora import is_quantised, peft_parameters
+from hf_forward_inf.pictures import PIXELS_A_TOKEN, images_of, undecoded
 
 ENCODED_TOGETHER = 16
 """Rows that go through the VAE and the text encoder at once."""
 BESIDE = ("safety_checker", "image_encoder")
 """Components that a pipeline may have, and a loss has no use for."""
-PIXELS_A_TOKEN = 64
-"""Latent pixels that count as much as one token in the size of a batch."""
 
 
 class DiffusionAdapter(Adapter):

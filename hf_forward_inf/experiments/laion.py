@@ -144,8 +144,8 @@ def _source(options: LaionOptions, seed: int) -> tuple[DiffusionAdapter, Iterabl
     assert isinstance(stream, IterableDataset)
     say(f"Tracing what {options.model} draws over {options.candidates}.")
     device = process_state().device
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    pipe = DiffusionPipeline.from_pretrained(options.model).to(device, dtype)
+    precision = {"torch_dtype": torch.bfloat16} if device.type == "cuda" else {}
+    pipe = DiffusionPipeline.from_pretrained(options.model, **precision).to(device)
     return DiffusionAdapter(pipe, timesteps=options.timesteps, seed=seed), stream
 
 
