@@ -15,7 +15,7 @@ from hf_forward_inf.ascent import AscentConfig
 from hf_forward_inf.datasets import load_captioned, sample_rows
 from hf_forward_inf.datasets.digits import captioned_digits
 from hf_forward_inf.experiments.draw_methods import drawing_ascent
-from hf_forward_inf.experiments.exemplars import CAPTION, Teaching, as_queries, drawings, tiny_drawer
+from hf_forward_inf.experiments.exemplars import CAPTION, Teaching, as_queries, tiny_drawer
 from hf_forward_inf.experiments.run import about, check_output, write_outputs
 from hf_forward_inf.fingerprints import fingerprint, fingerprint_of_model
 from hf_forward_inf.forward_inf import ForwardInf
@@ -176,5 +176,5 @@ def _drawn(
 ) -> Dataset:
     captions = others if given else [*asked, *others]
     say(f"Drawing {len(captions)} captions, {num_images} times each ...")
-    pictures = drawings(adapter, captions, num_images, seed)["image"][:] if captions else []
+    pictures = adapter.answer({CAPTION: captions}, num_images=num_images, seed=seed)
     return as_queries([*asked, *others], [given, *pictures] if given else pictures)
