@@ -1,7 +1,7 @@
 """Step 2 of the algorithm: move the model up (or down) the loss of one query, on a copy of its parameters."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, Literal, Protocol, TypeAlias, cast
@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from hf_forward_inf.adapters.base import Adapter, Batch, Rows
-from hf_forward_inf.adapters.text import peft_parameters
 from hf_forward_inf.fingerprints import fingerprint
-from hf_forward_inf.lora import RANK, LowRank, added, is_quantised, slopes
+from hf_forward_inf.lora import RANK, LowRank, added, is_quantised, peft_parameters, slopes
 from hf_forward_inf.modules import perturbed_names
 
 Parameters: TypeAlias = dict[str, Tensor | LowRank]
@@ -45,6 +44,8 @@ class AscentConfig:
         radius (`float`, *optional*): Length of the path from theta to theta_K, in the Euclidean norm of the
             perturbed parameters, shared equally by the steps. Defaults to what the adapter prefers; to 1.0 if a
             direction is named.
+        relative (`bool`, defaults to `False`): The radius is told as a share of the norm of the parameters that are
+            perturbed, so that one value serves models of any size, and parts of them.
         learning_rate (`float`, *optional*): The paper's alpha, instead of a radius.
         optimizer (`str`, defaults to `"sgd"`): `"sgd"` or `"adam"`, with `learning_rate` only.
         steps (`int`, defaults to 1): The paper's K.
@@ -81,6 +82,9 @@ class AscentConfig:
 
     radius: float | None = field(
         default=None, metadata={"help": "Length of the step, from theta to theta_K (default: 1.0)."}
+    )
+    relative: bool = field(
+        default=False, metadata={"help": "Tell the radius as a share of the norm of the perturbed parameters."}
     )
     learning_rate: float | None = field(
         default=None, metadata={"help": "The paper's fixed learning rate, instead of a radius."}
@@ -124,6 +128,8 @@ class AscentConfig:
             object.__setattr__(self, "direction", "gradient")
         if self.radius is not None and self.learning_rate is not None:
             raise ValueError("Give either a radius or a learning_rate: each of them sets the length of the step.")
+        if self.relative and (self.learning_rate is not None or self.lora_rank is not None):
+            raise ValueError("relative=True tells a radius of the weights: leave out learning_rate and lora_rank.")
         if self.optimizer != "sgd" and self.learning_rate is None:
             raise ValueError(f"optimizer={self.optimizer!r} needs a learning_rate; a radius takes none.")
         choices = {
@@ -192,7 +198,8 @@ class AscentConfig:
         """
         if self.direction is not None:
             return self
-        open_ = {name: value for name, value in preferred.items() if getattr(self, name) is None}
+        told = {"radius", "relative"} if self.radius is not None else set()
+        open_ = {name: value for name, value in preferred.items() if name not in told and not getattr(self, name)}
         return replace(self, **{"direction": "gradient", **open_})
 
 
@@ -206,12 +213,19 @@ def lora_rank(adapter: Adapter, config: AscentConfig) -> int | None:
         return config.lora_rank
     if peft_parameters(adapter.model) or not is_quantised(adapter.model):
         return None
-    if config.direction != "gradient" or config.optimizer != "sgd":
+    if config.direction != "gradient" or config.optimizer != "sgd" or config.relative:
         raise ValueError(
             "The model's weights are quantised, so that it is perturbed through a fresh LoRA, and that goes along the "
-            "gradient alone: leave out direction and optimizer, or load the model unquantised."
+            "gradient alone, by an absolute radius: leave out direction, optimizer and relative, or load the model "
+            "unquantised."
         )
     return RANK
+
+
+def radius_of(config: AscentConfig, parameters: Iterable[Tensor]) -> float:
+    """Give the length of the path, which may be told relative to the norm of the perturbed parameters."""
+    assert config.radius is not None
+    return config.radius * norm([value.detach() for value in parameters]) if config.relative else config.radius
 
 
 def names_for(adapter: Adapter, config: AscentConfig) -> list[str]:
@@ -340,6 +354,7 @@ def _ascend_weights(
 ) -> Parameters | None:
     own = dict(model.named_parameters())
     theta = {name: own[name].detach().clone().requires_grad_() for name in names}
+    radius = None if config.radius is None else radius_of(config, theta.values())
     optimizer = OPTIMIZERS[config.optimizer](
         theta.values(), lr=config.learning_rate or 0.0, maximize=config.mode != "descent"
     )
@@ -353,8 +368,8 @@ def _ascend_weights(
             length = norm(step)
         if not 0 < length < math.inf:
             return None
-        if config.radius is not None:
-            optimizer.param_groups[0]["lr"] = config.radius / config.steps / length
+        if radius is not None:
+            optimizer.param_groups[0]["lr"] = radius / config.steps / length
         for value, s in zip(theta.values(), step, strict=True):
             value.grad = s.to(value.dtype)
         optimizer.step()

@@ -70,6 +70,17 @@ class Attribution:
         config = {**self.config, "standardised": True}
         return replace(self, scores=standardised(self.scores), config=config)
 
+    def select(self, queries: Sequence[int]) -> "Attribution":
+        """Keep some of the queries, in this order: those traced only to standardise over them can go."""
+        kept = list(queries)
+        details = self.details
+        if details is not None:
+            rows = [(kept.index(row["query"]), row) for row in details if row["query"] in kept]
+            details = Dataset.from_list([{**row, "query": i} for i, row in rows], features=details.features)
+        indices = None if self.indices is None else self.indices[kept]
+        chosen = self.queries.select(kept)
+        return replace(self, scores=self.scores[kept], queries=chosen, indices=indices, details=details)
+
     def keep(self, top_k: int | None) -> "Attribution":
         """Keep only the best candidates of each query; all of them if `top_k` exceeds their number.
 

@@ -15,12 +15,14 @@ from huggingface_hub.constants import HF_HOME
 
 from hf_forward_inf.adapters.base import Adapter, Batch, Rows
 from hf_forward_inf.ascent import to_device
-from hf_forward_inf.checks import check_rows, listed
+from hf_forward_inf.checks import check_dataset, check_rows, listed
 from hf_forward_inf.fingerprints import fingerprint, fingerprint_of_model
 from hf_forward_inf.processes import process_state, progress_bars
 
 MAX_BATCH_LENGTH = 4096
 """Padded tokens in one batch to begin with; halved when memory runs out."""
+REASONS = 5
+"""Rows of which a message says why they can't be read."""
 
 
 def default_cache_dir() -> Path:
@@ -42,6 +44,7 @@ class CandidatePass:
         cache_dir (`Path`, *optional*): Defaults to [`default_cache_dir`].
         max_batch_length (`int`, defaults to 4096): Padded tokens (or rows, where nothing is padded) in a
             batch; halved when memory runs out.
+        first_row (`int`, defaults to 0): As in [`encode`].
     """
 
     def __init__(
@@ -51,12 +54,13 @@ class CandidatePass:
         *,
         cache_dir: Path | None = None,
         max_batch_length: int = MAX_BATCH_LENGTH,
+        first_row: int = 0,
     ):
         self.adapter = adapter
         self.cache_dir = cache_dir or default_cache_dir()
         self.max_batch_length = max_batch_length
         self.state = process_state()
-        encoded = encode(adapter, candidates, "candidates", self.cache_dir)
+        encoded = encode(adapter, candidates, "candidates", self.cache_dir, first_row=first_row)
         self.terms = np.array(encoded["terms"], dtype=np.float32)
         lengths = adapter.lengths(encoded.with_format(None))
         # Longest first: if memory runs out, it does so at once. Ties keep their order, so that runs agree.
@@ -132,7 +136,15 @@ class CandidatePass:
         return gather(padded).cpu().numpy().reshape(self.state.num_processes, -1, local.shape[1])
 
 
-def encode(adapter: Adapter, rows: Dataset, role: str, cache_dir: Path | None = None) -> Dataset:
+def encode(
+    adapter: Adapter,
+    rows: Dataset,
+    role: str,
+    cache_dir: Path | None = None,
+    *,
+    first_row: int = 0,
+    drop_unreadable: bool = False,
+) -> Dataset:
     """Encode rows once, checking every one of them.
 
     Args:
@@ -140,6 +152,9 @@ def encode(adapter: Adapter, rows: Dataset, role: str, cache_dir: Path | None = 
         rows (`datasets.Dataset`): Queries or candidates.
         role (`str`): `"queries"` or `"candidates"`, for messages.
         cache_dir (`Path`, *optional*): Defaults to [`default_cache_dir`].
+        first_row (`int`, defaults to 0): Number of the first row, for messages: of a piece of a stream, its place.
+        drop_unreadable (`bool`, defaults to `False`): Leave out, without a word, rows of which something can't be read
+            where the adapter would go on without them: what is left is no longer row for row.
 
     Returns:
         `datasets.Dataset`: The features of `Adapter.encode`, row for row.
@@ -147,6 +162,7 @@ def encode(adapter: Adapter, rows: Dataset, role: str, cache_dir: Path | None = 
     Raises:
         ValueError: If there are no rows, a column is missing, or a row has nothing to predict.
     """
+    check_dataset(rows, role)
     columns = adapter.columns_in(rows.column_names)
     check_rows(rows, columns, role)
     state = process_state()
@@ -161,9 +177,13 @@ def encode(adapter: Adapter, rows: Dataset, role: str, cache_dir: Path | None = 
             desc=f"encoding {role}",
         )
     if "unreadable" in encoded.column_names:
-        check_readable(encoded["unreadable"][:], columns[0], role)
+        reasons = encoded["unreadable"][:]
         encoded = encoded.remove_columns("unreadable")
-    check_terms(np.array(encoded["terms"]), columns[-1], role)
+        if drop_unreadable and adapter.skips_unreadable and any(reasons):
+            encoded = encoded.select(np.flatnonzero([not reason for reason in reasons]))
+        else:
+            check_readable(reasons, role, first_row, adapter.skips_unreadable)
+    check_terms(np.array(encoded["terms"]), columns[-1], role, first_row)
     truncated = int(np.sum(encoded["truncated"]))
     if truncated and state.is_main_process:
         warnings.warn(
@@ -173,18 +193,22 @@ def encode(adapter: Adapter, rows: Dataset, role: str, cache_dir: Path | None = 
     return encoded.remove_columns("truncated")
 
 
-def check_readable(reasons: list[str], column: str, role: str) -> None:
-    """Raise a `ValueError` that names the rows that can't be read: those with a reason."""
+def check_readable(reasons: list[str], role: str, first_row: int, go_on: bool) -> None:
+    """Name the rows that can't be read, those with a reason: in a warning, or else in a `ValueError`."""
     rows = np.flatnonzero([bool(reason) for reason in reasons])
-    if len(rows):
-        raise ValueError(
-            f"`{column}` can't be read in {role} {listed(rows)}: {reasons[rows[0]]}. Mend the rows or drop them."
-        )
+    if not len(rows):
+        return
+    shown = "; ".join(f"row {row + first_row}: {reasons[row]}" for row in rows[:REASONS])
+    told = f"Of {role} {listed(rows + first_row)} can't be read ({shown}{'; ...' if len(rows) > REASONS else ''})."
+    if not go_on:
+        raise ValueError(f"{told} Mend the rows or drop them.")
+    if process_state().is_main_process:
+        warnings.warn(f"{told} A row of which nothing can be read has no score.", stacklevel=4)
 
 
-def check_terms(terms: np.ndarray, column: str, role: str) -> None:
+def check_terms(terms: np.ndarray, column: str, role: str, first_row: int = 0) -> None:
     """Raise a `ValueError` that names the rows in which there is nothing to predict."""
-    empty = np.flatnonzero(terms == 0)
+    empty = np.flatnonzero(terms == 0) + first_row
     if len(empty):
         raise ValueError(
             f"Nothing to predict in {role} {listed(empty)}: `{column}` is empty. Fill it or drop the rows."

@@ -3,11 +3,35 @@
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from hf_forward_inf.processes import process_state
+
+
+def check_dataset(rows: Any, role: str) -> None:
+    """Refuse what is no dataset of rows.
+
+    Args:
+        rows: Queries or candidates.
+        role (`str`): `"queries"` or `"candidates"`, for messages.
+
+    Raises:
+        TypeError: If they are a stream, several splits, or something else.
+        ValueError: If there are no rows.
+    """
+    if isinstance(rows, IterableDataset):
+        raise TypeError(
+            f"The {role} are a stream. ForwardInf.trace_stream(queries, stream) traces candidates as they come; all "
+            "else takes a datasets.Dataset: Dataset.from_list(list(stream.take(1000))) makes one of the first rows."
+        )
+    if not isinstance(rows, Dataset):
+        splits = f": take one of its splits, {' or '.join(map(repr, rows))}" if isinstance(rows, dict) and rows else ""
+        raise TypeError(f"The {role} must be a datasets.Dataset, not {type(rows).__name__}{splits}.")
+    if len(rows) == 0:
+        raise ValueError(f"There are no {role}: the dataset is empty.")
 
 
 def check_rows(rows: Dataset, columns: Iterable[str], role: str) -> None:
@@ -16,13 +40,13 @@ def check_rows(rows: Dataset, columns: Iterable[str], role: str) -> None:
     Args:
         rows (`datasets.Dataset`): Queries or candidates.
         columns (`Iterable[str]`): Columns that they must have.
-        role (`str`): `"queries"` or `"candidates"`, for messages.
+        role (`str`): As in [`check_dataset`].
 
     Raises:
+        TypeError: As [`check_dataset`] does.
         ValueError: If there are no rows or a column is missing.
     """
-    if len(rows) == 0:
-        raise ValueError(f"There are no {role}: the dataset is empty.")
+    check_dataset(rows, role)
     for column in columns:
         if column not in rows.column_names:
             raise ValueError(

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib import import_module
 from typing import Any, cast
 
 from datasets.utils import disable_progress_bars
@@ -28,6 +29,7 @@ commands:
   compare         the same, with every attributor beside (trace --compare)
   finetune        fine-tune a causal model, trace its answers, fine-tune it again without what was found
   draw            teach a diffusion model some pictures, let it draw them, trace what it has drawn
+  laion           trace what a diffusion model drew over captioned pictures that are too many for the disk
   hypothesis      does what an example does to a query mirror what the query does to the example?
   leakage         put training images into the test set: does each find its training copy?
   memorization    which training images does a classifier remember when it sees a test image?
@@ -45,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "compare": lambda words, program: trace([*words, "--compare"], program),
         "finetune": finetune,
         "draw": draw,
+        "laion": laion,
         "hypothesis": partial(judge, hypothesis_run, HypothesisOptions),
         "leakage": partial(judge, leakage_run, LeakageOptions),
         "memorization": partial(judge, memorization_run, MemorizationOptions),
@@ -70,12 +73,23 @@ def finetune(arguments: Sequence[str] | None = None, program: str | None = None)
 
 def draw(arguments: Sequence[str] | None = None, program: str | None = None) -> int:
     """Parse the options of `draw` and run it; a wrong input is told in one line, with exit status 1."""
+    return _with_pictures("draw", "draw_run", "DrawOptions", arguments, program)
+
+
+def laion(arguments: Sequence[str] | None = None, program: str | None = None) -> int:
+    """Parse the options of `laion` and run it; a wrong input is told in one line, with exit status 1."""
+    return _with_pictures("laion", "laion_run", "LaionOptions", arguments, program)
+
+
+def _with_pictures(
+    module: str, run: str, kind: str, arguments: Sequence[str] | None = None, program: str | None = None
+) -> int:
     try:
-        from hf_forward_inf.experiments.draw import DrawOptions, draw_run
+        experiment = import_module(f"hf_forward_inf.experiments.{module}")
     except ImportError as error:
         print(f"error: {error}. Pictures need the extra: pip install 'hf-forward-inf[diffusion]'.", file=sys.stderr)
         return 1
-    return _with_ascent(draw_run, DrawOptions, arguments, program)
+    return _with_ascent(getattr(experiment, run), getattr(experiment, kind), arguments, program)
 
 
 def judge(

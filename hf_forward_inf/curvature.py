@@ -19,7 +19,8 @@ UNSETTLED = 0.1
 """Share of what conjugate gradients have gained that came with the last product, beyond which they are not through."""
 KEPT_BYTES = 2**30
 """What graphs for products may hold in memory."""
-_Part: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Vector]
+Graph: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Vector]
+"""Of a batch: outputs; the same as a leaf, and the loss's slope by it; w, and J^T w."""
 Product: TypeAlias = Callable[[Vector], Vector]
 """A symmetric matrix, as what it does to a vector."""
 
@@ -29,8 +30,8 @@ class GaussNewton:
 
     G = 1/n sum J^T H J, with J the Jacobian of the model's outputs and H the Hessian of the loss by the outputs:
     positive semidefinite whatever the model. By double reverse mode, on the graph of J^T w: a product takes about 2 to
-    2.5 forward passes over the sample, where graphs are kept. Those beyond [`KEPT_BYTES`] are built anew for each
-    product, which doubles its cost and bounds its memory by that of a training step.
+    2.5 forward passes over the sample, where graphs are kept. Those beyond [`KEPT_BYTES`] are built anew for every
+    product, which costs up to twice as much, and bounds memory by that of a training step.
 
     Args:
         adapter (`Adapter`): Splits the loss (`Adapter.predictions`).
@@ -44,19 +45,19 @@ class GaussNewton:
         self.theta = {name: own[name].detach().requires_grad_() for name in names}
         self.batches = list(batches)
         self.rows = sum(len(next(v for v in batch.values() if isinstance(v, Tensor))) for batch in self.batches)
-        self.kept: list[_Part | None] = []
+        self.kept: list[Graph | None] = []
         room = KEPT_BYTES
         for batch in self.batches:
-            part, size = self._sized(batch) if room > 0 else (None, 0)
+            graph, size = self.graph(batch) if room > 0 else (None, 0)
             room -= size
-            self.kept.append(part if room > 0 else None)
+            self.kept.append(graph if room > 0 else None)
 
     def __call__(self, vector: Vector) -> Vector:
         """Multiply a vector; sums are float32, whatever the model's precision."""
         total = [torch.zeros_like(p, dtype=torch.float32) for p in self.theta.values()]
         vector = [v.to(p.dtype) for v, p in zip(vector, self.theta.values(), strict=True)]
         for batch, kept in zip(self.batches, self.kept, strict=True):
-            outputs, leaf, slope, weights, back = kept or self._part(batch)
+            outputs, leaf, slope, weights, back = kept or self.graph(batch)[0]
             with sdpa_kernel(SDPBackend.MATH):
                 forward = torch.autograd.grad(back, weights, vector, retain_graph=True)[0]  # J v
                 curved = torch.autograd.grad(slope, leaf, forward, retain_graph=True)[0]  # H J v
@@ -65,27 +66,23 @@ class GaussNewton:
                 sum_ += part / self.rows
         return total
 
-    def _part(self, batch: Batch) -> "_Part":
-        # Fused attention kernels have no second derivative.
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            outputs, loss = self.adapter.predictions(partial(call, self.adapter.model, self.theta), batch)
-            leaf = outputs.detach().requires_grad_()
-            slope = torch.autograd.grad(loss(leaf), leaf, create_graph=True)[0]
-            weights = torch.zeros_like(outputs, requires_grad=True)
-            back = _gradients(outputs, self.theta, weights, create_graph=True)
-        return outputs, leaf, slope, weights, back
-
-    def _sized(self, batch: Batch) -> tuple["_Part", int]:
-        """A part, and the bytes that its graph holds beside the weights."""
+    def graph(self, batch: Batch) -> tuple[Graph, int]:
+        """Build a batch's graph; give it, and the bytes that it holds beside the weights."""
         sizes = {p.data_ptr(): 0 for p in self.adapter.model.parameters()}
 
         def count(tensor: Tensor) -> Tensor:
             sizes.setdefault(tensor.data_ptr(), tensor.numel() * tensor.element_size())
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            part = self._part(batch)
-        return part, sum(sizes.values())
+        counted = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
+        # Fused attention kernels have no second derivative.
+        with counted, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            outputs, loss = self.adapter.predictions(partial(call, self.adapter.model, self.theta), batch)
+            leaf = outputs.detach().requires_grad_()
+            slope = torch.autograd.grad(loss(leaf), leaf, create_graph=True)[0]
+            weights = torch.zeros_like(outputs, requires_grad=True)
+            back = _gradients(outputs, self.theta, weights, create_graph=True)
+        return (outputs, leaf, slope, weights, back), sum(sizes.values())
 
 
 def hessian_product(adapter: Adapter, batch: Batch, names: list[str], vector: Vector) -> Vector:

@@ -15,7 +15,7 @@ from hf_forward_inf.anytime import slices
 from hf_forward_inf.ascent import AscentConfig, Mirrored, Perturbation, names_for
 from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.candidate_pass import MAX_BATCH_LENGTH, encode
-from hf_forward_inf.checks import warn_of_lost
+from hf_forward_inf.checks import check_dataset, warn_of_lost
 from hf_forward_inf.directions import direction_for
 from hf_forward_inf.fingerprints import uncached
 from hf_forward_inf.hubs import correct_hubs
@@ -154,8 +154,11 @@ class ForwardInf:
             where a query has no gradient or a candidate no finite loss (a warning names the rows).
 
         Raises:
+            TypeError: If candidates are a stream: [`trace_stream`] takes it.
             ValueError: If there are no rows, a column is missing, or a target is empty.
         """
+        for role, rows in {"queries": queries, "candidates": candidates}.items():
+            check_dataset(rows, role)
         if tune:
             return self.tune(candidates).trace(queries, candidates, top_k, time_budget=time_budget)
         if time_budget is None:
@@ -169,6 +172,9 @@ class ForwardInf:
 
     def trace_generation(self, inputs: Any, candidates: Dataset, **options: Any) -> Attribution:
         """Let the model answer, and trace the answers.
+
+        Pictures that a diffusion model draws of several inputs tell more than those of one: their scores can be
+        standardised over the queries ([`Attribution.standardised`]), and a few captions of other things do as well.
 
         Args:
             inputs (`list`): Texts; for a causal model prompts, or conversations (lists of messages); classes or
@@ -239,17 +245,22 @@ class ForwardInf:
         """
         return save_perturbation(self, query, Path(folder), rank)
 
-    def score(self, queries: Dataset, candidates: Dataset, scratch: Path | None = None) -> np.ndarray:
+    def score(
+        self, queries: Dataset, candidates: Dataset, scratch: Path | None = None, first_row: int = 0
+    ) -> np.ndarray:
         """Algorithm 1: float32 scores, `[queries, candidates]`, without what [`trace`] puts around them.
 
-        What is computed of the candidates is cached in `scratch`, by default where everything is.
+        What is computed of the candidates is cached in `scratch`, by default where everything is; in messages they are
+        numbered from `first_row`.
         """
         d_tst = encode(self.adapter, queries, "queries", self.cache_dir)
         names = names_for(self.adapter, self.ascent)
         scores = np.empty((len(queries), len(candidates)), dtype=np.float32)
         with evaluating(self.adapter.model), np.errstate(invalid="ignore"):
-            cache_dir = scratch or self.cache_dir
-            loss = LossPass(self.adapter, candidates, cache_dir=cache_dir, max_batch_length=self.max_batch_length)
+            loss = LossPass(
+                self.adapter, candidates, cache_dir=scratch or self.cache_dir,
+                max_batch_length=self.max_batch_length, first_row=first_row,
+            )  # fmt: skip
             training = candidates if self.training is None else self.training
             direction = direction_for(self.ascent, self.adapter, training, names, self.cache_dir)
             base = loss.base()  # L(theta, D_i)

@@ -34,9 +34,20 @@ def standardised(scores: np.ndarray) -> np.ndarray:
 
     Args:
         scores (`np.ndarray`): `[queries, candidates]`, at least 3 queries.
+
+    Raises:
+        ValueError: If there are fewer.
     """
-    if len(scores) < 3:
-        raise ValueError(f"Standardising over queries takes at least 3 of them, not {len(scores)}.")
+    check_enough(len(scores))
     known = np.ma.masked_invalid(scores)
     deviation = known.std(axis=0)
     return np.ma.filled((known - known.mean(axis=0)) / np.ma.maximum(deviation, 1e-12), np.nan).astype(np.float32)
+
+
+def check_enough(queries: int) -> None:
+    """Refuse to standardise over fewer than 3 queries: raise a `ValueError` that says what to do."""
+    if queries < 3:
+        raise ValueError(
+            f"Standardising over queries takes at least 3 of them, not {queries}: trace others beside, such as what "
+            "the model gives for other inputs."
+        )

@@ -66,6 +66,14 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {f"{name}.weight": module for name, module in named if isinstance(module, nn.Linear | Conv1D)}
 
 
+def peft_parameters(model: Any) -> list[str]:
+    """Name, by patterns, the weights that a PEFT model has trained (LoRA and its kin); none for another model."""
+    if not getattr(model, "peft_config", None):  # empty after the last adapter was deleted
+        return []
+    prefixes = [getattr(getattr(model, "base_model", None), "prefix", None) or "lora_", "modules_to_save."]
+    return [f"*{prefix}*" for prefix in prefixes]
+
+
 def is_quantised(model: nn.Module) -> bool:
     """Whether linear layers have weights that can't be differentiated: 8 or 4 bits, in any package's format."""
     weights = (layer.weight for layer in linear_layers(model).values())

@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_forward_inf.adapters import CausalLMAdapter, Seq2SeqAdapter
-from hf_forward_inf.adapters.text import peft_parameters
 from hf_forward_inf.ascent import Parameters, Perturbation, names_for
 from hf_forward_inf.candidate_pass import encode
 from hf_forward_inf.directions import direction_for
 from hf_forward_inf.kept import keep_folder
-from hf_forward_inf.lora import LowRank, linear_layers
+from hf_forward_inf.lora import LowRank, linear_layers, peft_parameters
 from hf_forward_inf.modes import evaluating
 from hf_forward_inf.processes import process_state
 

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from hf_forward_inf.processes import progress_bars
 
 MAX_PIXELS = 89_478_485
 """Larger images are refused before they are decoded: Pillow's own limit, at which it would only warn."""
+PIXELS_A_TOKEN = 64
+"""Pixels (or latent pixels) that count as much as one token in the size of a batch: large ones are slower on a CPU."""
 
 
 class UnreadableImage(ValueError):
@@ -43,15 +46,17 @@ def read_image(value: Any) -> Any:
         `PIL.Image.Image`: Decoded.
 
     Raises:
-        UnreadableImage: If it is missing, corrupt, truncated, or larger than [`MAX_PIXELS`].
+        UnreadableImage: If it is missing, corrupt, truncated, or larger than [`MAX_PIXELS`]; or an address.
     """
     from PIL import Image, UnidentifiedImageError
 
     try:
-        image = _opened(value)
-        if image.width * image.height > MAX_PIXELS:
-            raise UnreadableImage(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
-        image.load()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, on what it reads all the same: there may be millions
+            image = _opened(value)
+            if image.width * image.height > MAX_PIXELS:
+                raise UnreadableImage(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
+            image.load()
         return image
     except UnidentifiedImageError as error:
         raise UnreadableImage("no image format that Pillow knows") from error
@@ -68,6 +73,10 @@ def _opened(value: Any) -> Any:
         value = value.get("bytes") or value.get("path")
     if value is None or (isinstance(value, str | bytes) and not value):
         raise UnreadableImage("there is no image")
+    if isinstance(value, str) and value.startswith(("http://", "https://")):
+        raise UnreadableImage(
+            f"{value} is an address, and nothing is downloaded here: fetch the pictures first (img2dataset does)"
+        )
     if isinstance(value, bytes):
         return Image.open(io.BytesIO(value))
     if isinstance(value, str | Path):

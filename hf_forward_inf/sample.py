@@ -26,13 +26,22 @@ class Sample:
         size (`int`): How many; all candidates if there are no more.
         seed (`int`): Draws them.
         cache_dir (`Path`, *optional*): As in [`ForwardInf`].
+
+    Raises:
+        ValueError: If none of them can be read.
     """
 
     def __init__(self, adapter: Adapter, candidates: Dataset, size: int, seed: int, cache_dir: Path | None = None):
         self.adapter = adapter
+        rows = sample_rows(candidates, size, seed)
         with warnings.catch_warnings():  # the candidates themselves are warned about
             warnings.simplefilter("ignore", UserWarning)
-            drawn = encode(adapter, sample_rows(candidates, size, seed), "candidates", cache_dir)
+            drawn = encode(adapter, rows, "candidates", cache_dir, drop_unreadable=True)
+        if not len(drawn):
+            raise ValueError(
+                f"Of {len(rows)} training examples drawn for the curvature none can be read: look at the rows, or "
+                "give others as ForwardInf(training=...)."
+            )
         self.lengths = adapter.lengths(drawn)
         order = np.lexsort(self.lengths.T[::-1])
         self.features, self.lengths = drawn.select(order), self.lengths[order]

@@ -12,7 +12,7 @@ from torch.func import grad_and_value, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_forward_inf.adapters.base import Batch, Rows
-from hf_forward_inf.ascent import call, lora_rank, names_for, to_device
+from hf_forward_inf.ascent import call, lora_rank, names_for, radius_of, to_device
 from hf_forward_inf.candidate_pass import encode
 from hf_forward_inf.kept import Tensors
 from hf_forward_inf.modes import evaluating
@@ -68,8 +68,7 @@ def _risen(tracer: "ForwardInf", names: list[str], features: Rows) -> np.ndarray
     shared = {name: value for name, value in batch.items() if not isinstance(value, Tensor)}
     own = dict(model.named_parameters())
     theta = {name: own[name].detach() for name in names}
-    radius = config.radius
-    assert radius is not None
+    radius = radius_of(config, theta.values())
 
     def loss(theta: Tensors, row: Batch) -> Tensor:
         alone = {name: value[None] for name, value in row.items()}

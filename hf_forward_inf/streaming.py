@@ -19,7 +19,7 @@ from hf_forward_inf.candidate_pass import default_cache_dir
 from hf_forward_inf.checks import lost_candidates, warn_of_lost
 from hf_forward_inf.datasets.ftrace import sample_rows
 from hf_forward_inf.fingerprints import fingerprint, fingerprint_of_model
-from hf_forward_inf.hubs import standardised
+from hf_forward_inf.hubs import check_enough, standardised
 from hf_forward_inf.kept import keep_folder
 from hf_forward_inf.metrics import best_first
 from hf_forward_inf.processes import process_state, progress_bars
@@ -81,13 +81,12 @@ def trace_stream(
         raise ValueError(
             "Hubs are corrected by the mean of all candidates, which no piece knows: leave references out."
         )
-    if standardise and len(queries) < 3:
-        raise ValueError(f"Standardising over queries takes at least 3 of them, not {len(queries)}.")
+    if standardise:
+        check_enough(len(queries))
     stream = stream.with_format("arrow")  # a copy, whose place is its own
     if tracer.training is None and tracer.ascent.sample is not None:
-        first = next(_pieces(stream, piece), None)
-        if first is not None:
-            tracer = tracer.with_options(training=sample_rows(first, tracer.ascent.sample, tracer.ascent.seed))
+        training = sample_rows(first_piece(stream, piece), tracer.ascent.sample, tracer.ascent.seed)
+        tracer = tracer.with_options(training=training)
     run = fingerprint(
         fingerprint_of_model(tracer.adapter.model), tracer.adapter.settings, queries._fingerprint, tracer.reduction,
         asdict(tracer.ascent), top_k, piece, standardise,
@@ -112,6 +111,17 @@ def trace_stream(
     return best.keep(top_k)
 
 
+def first_piece(stream: IterableDataset, size: int) -> Dataset:
+    """Read the first rows of a stream, undecoded, and leave it where it is.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    for piece in _pieces(stream.with_format("arrow"), size):
+        return piece
+    raise ValueError("There are no candidates: the stream is empty.")
+
+
 def _pieces(stream: IterableDataset, size: int) -> Iterator[Dataset]:
     """Read a stream, undecoded: one corrupt row must not end the run."""
     for table in stream.iter(batch_size=size):
@@ -122,7 +132,7 @@ def _scored(tracer: "ForwardInf", queries: Dataset, rows: Dataset, start: int) -
     """Score a piece, `[queries, rows]`; what is computed of it is on disk only until then."""
     with progress_bars(False), _scratch(tracer.cache_dir or default_cache_dir()) as scratch:
         try:
-            scores = tracer.score(queries, rows, scratch)
+            scores = tracer.score(queries, rows, scratch, start)
         except ValueError as error:
             raise ValueError(f"Rows {start} to {start + len(rows) - 1} of the stream: {error}") from error
     warn_of_lost(scores, np.arange(start, start + len(rows)))

@@ -16,8 +16,8 @@ from hf_forward_inf.retraining import Retrained
 if TYPE_CHECKING:
     from hf_forward_inf.forward_inf import ForwardInf
 
-RADII = (0.1, 0.3, 1.0, 3.0, 10.0)
-"""Radii tried if the user names none."""
+RADII, RELATIVE_RADII = (0.1, 0.3, 1.0, 3.0, 10.0), (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+"""Radii tried if the user names none, absolute or relative as the attributor's are."""
 COLUMNS = {
     "direction": ("direction", "s"),
     "damping": ("damping", "g"),
@@ -71,7 +71,7 @@ def tune(
     attributor: "ForwardInf",
     candidates: Dataset,
     *,
-    radii: Sequence[float] = RADII,
+    radii: Sequence[float] | None = None,
     steps: Sequence[int] = (1,),
     directions: Sequence[str] | None = None,
     dampings: Sequence[float] | None = None,
@@ -96,7 +96,8 @@ def tune(
     Args:
         attributor (`ForwardInf`): Its model, adapter and other ascent options are used.
         candidates (`datasets.Dataset`): Where queries and candidates are drawn from.
-        radii (`Sequence[float]`): Radii to try.
+        radii (`Sequence[float]`, *optional*): Radii to try. Defaults to .1, .3, 1, 3 and 10, or a thousandth of these
+            where they are relative.
         steps (`Sequence[int]`): Numbers of steps to try.
         directions (`Sequence[str]`, *optional*): Directions to try ([`AscentConfig`]), of equally good ones the first.
             Defaults to the attributor's own alone.
@@ -119,6 +120,7 @@ def tune(
     else:
         judge = _retraining(retrained, candidates)
     tracer = attributor if attributor.training is not None else attributor.with_options(training=candidates)
+    radii = radii or (RELATIVE_RADII if attributor.ascent.relative else RADII)
     settings, trials = [], []
     for ascent in _settings(attributor.ascent, directions, dampings, steps, radii):
         scores = tracer.with_options(ascent=ascent).score(judge.queries, judge.candidates)

@@ -43,6 +43,13 @@ def test_steps_share_the_radius(line):
     assert math.hypot(*moved(line, radius=0.9, steps=3)) == pytest.approx(0.9, rel=1e-5)
 
 
+def test_a_relative_radius_is_a_share_of_the_norm_of_what_is_perturbed(line):
+    assert math.hypot(*moved(line, radius=0.1, relative=True)) == pytest.approx(0.1 * math.hypot(1, 2), rel=1e-5)
+    for other in ({"learning_rate": 1.0}, {"lora_rank": 2}):
+        with pytest.raises(ValueError, match="relative=True tells a radius of the weights: leave out"):
+            AscentConfig(relative=True, **other)
+
+
 def test_a_zero_gradient_moves_nothing(line):
     assert (
         ascend(line, {"x": [[0.0, 0.0]], "y": [1.0], "terms": [1]}, ["w"], AscentConfig(direction="gradient")) is None

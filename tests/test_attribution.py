@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from datasets import Dataset
@@ -54,6 +56,15 @@ def test_it_comes_back_from_disk(found, tmp_path, top_k):
     assert again.top(0, 2).to_list() == kept.top(0, 2).to_list()
     assert (again.method, again.config) == (kept.method, kept.config)
     assert not list(tmp_path.rglob("*.pkl")) and not list(tmp_path.rglob("*.pt"))
+
+
+def test_some_queries_can_be_kept(found):
+    details = Dataset.from_list([{"query": 0, "candidate": 1}, {"query": 1, "candidate": 2}])
+    kept = replace(found.keep(2), details=details).select([1])
+    assert kept.queries.to_list() == [{"text": "q1"}] and len(kept) == 1
+    assert kept.ranking(0).tolist() == [2, 1] and kept.scores.tolist() == [[3.0, 1.0]]
+    assert kept.details.to_list() == [{"query": 0, "candidate": 2}]
+    assert found.select([1, 0]).top(1)[:] == found.top(0)[:]
 
 
 def test_a_folder_of_a_newer_version_is_refused(found, tmp_path):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_forward_inf import AscentConfig, ForwardInf
+from hf_forward_inf import AscentConfig, ForwardInf, curvature
 from hf_forward_inf.adapters import Seq2SeqAdapter, TensorAdapter
 from hf_forward_inf.ascent import Mirrored, Perturbation
 from hf_forward_inf.baselines import FirstOrder
@@ -66,6 +66,24 @@ def test_conjugate_gradients_step_along_the_inverse_of_the_gauss_newton_matrix()
     found = steps(network, direction="cg", damping=0.1, iterations=60, tolerance=1e-5)
     assert min(cosines(found, list(written_out(network, 0.1)))) > 0.9999
     torch.testing.assert_close(found.norm(dim=1), torch.full((3,), 0.3))
+
+
+def test_what_memory_has_no_room_for_is_run_again_at_every_product(monkeypatch):
+    network = digits.perceptron()
+    adapter, names = TensorAdapter(network), [name for name, _ in network.named_parameters()]
+    features = adapter.encode(CANDIDATES[:])
+    parts = [{name: values[i : i + 25] for name, values in features.items()} for i in range(0, 100, 25)]
+    batches = [adapter.collate(part) for part in parts]
+    vector = [torch.randn_like(p) for p in network.parameters()]
+    whole = curvature.GaussNewton(adapter, batches, names)
+    assert [graph is not None for graph in whole.kept] == [True] * 4
+    held = whole.graph(batches[0])[1]
+    assert held > 25 * 64 * 4  # at least what the first layer reads
+    monkeypatch.setattr(curvature, "KEPT_BYTES", 2.5 * held)
+    scarce = curvature.GaussNewton(adapter, batches, names)
+    assert [graph is not None for graph in scarce.kept] == [True, True, False, False]
+    for _ in range(2):
+        torch.testing.assert_close(scarce(vector), whole(vector))
 
 
 def test_kronecker_factors_come_nearer_to_the_inverse_than_the_gradient_does():

@@ -49,7 +49,7 @@ def test_scores_can_be_standardised_before_the_best_are_chosen(tracer):
     np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-5)
     places = np.array(found.candidates["stream_row"][:])
     assert (places[found.indices] == expected.indices).all()
-    with pytest.raises(ValueError, match="at least 3"):
+    with pytest.raises(ValueError, match="at least 3 of them, not 1: trace others beside"):
         tracer.trace_stream(QUERIES.select([0]), stream_of(candidates), standardise=True)
 
 
@@ -75,11 +75,11 @@ def test_a_run_goes_on_where_it_was_interrupted(tracer, tmp_path, monkeypatch, s
     candidates, folder = line_points(50), tmp_path / "best"
     score, sizes, stop = ForwardInf.score, [], [0]
 
-    def fragile(self, queries, rows, scratch=None):
+    def fragile(self, queries, rows, *place):
         if len(sizes) == stop[0]:
             raise Interrupted
         sizes.append(len(rows))
-        return score(self, queries, rows, scratch)
+        return score(self, queries, rows, *place)
 
     def run(after):
         stop[0] = after

@@ -31,6 +31,8 @@ class Adapter(ABC):
 
     columns: tuple[str, ...]
     """The columns that queries and candidates must have."""
+    skips_unreadable: bool = False
+    """Whether rows that can't be read go without a score, or are refused."""
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -54,7 +56,7 @@ class Adapter(ABC):
 
         Beside its own features it returns `terms` (`int`: how many terms the example's loss sums, 0 where
         there is nothing to predict) and `truncated` (`bool`: whether the row was longer than the model reads);
-        where rows may be corrupt, `unreadable` too (`str`: why it can't be read, empty where it can).
+        where rows may be corrupt, `unreadable` too (`str`: what of it can't be read and why, empty where all can).
         """
 
     @abstractmethod

@@ -17,15 +17,16 @@ from hf_forward_inf.adapters.base import Adapter, Batch, Forward, Rows
 from hf_forward_inf.adapters.blocks import Blocks
 from hf_forward_inf.adapters.text import (
     IGNORED,
+    check_language_model,
     input_of,
     longest_input,
     pad,
-    peft_parameters,
     pieces,
     preferred_ascent,
     tokenizer_state,
 )
 from hf_forward_inf.fingerprints import fingerprint
+from hf_forward_inf.lora import peft_parameters
 
 SPAN = "span"
 """Column that names a part of the completion."""
@@ -72,13 +73,9 @@ class CausalLMAdapter(Adapter):
     ):
         super().__init__(model)
         self.model: Any = model
-        if not is_causal_lm(model):
-            raise TypeError(
-                f"{type(model).__name__} does not predict the next token of a text. Load it with "
-                "AutoModelForCausalLM, or pass ForwardInf an adapter of your own."
-            )
-        if tokenizer is None:
-            raise TypeError("A causal language model needs its tokenizer: ForwardInf(model, tokenizer).")
+        check_language_model(
+            model, tokenizer, is_causal_lm(model), "predict the next token of a text", "AutoModelForCausalLM"
+        )
         self.tokenizer = tokenizer
         self.formats = ((messages_column,), (prompt_column, completion_column), (text_column,))
         self.columns = self.formats[1]

@@ -1,7 +1,6 @@
 """What runs before the denoiser, once a row: the VAE, and the text encoders, which tell it what to draw."""
 
 import inspect
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers.tokenization_utils_base import LARGE_INTEGER
 
 from hf_forward_inf.adapters.base import Batch
 from hf_forward_inf.adapters.text import tokenizer_state
@@ -16,6 +16,8 @@ from hf_forward_inf.fingerprints import fingerprint, fingerprint_of_model
 from hf_forward_inf.modes import evaluating
 from hf_forward_inf.pictures import UnreadableImage, pixels, read_image
 
+DENOISERS = ("unet", "transformer")
+"""A pipeline's component that removes noise: the first that it has."""
 ENCODERS = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 """A pipeline's components that images and captions go through before the denoiser."""
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
@@ -38,13 +40,13 @@ def conditions(pipe: Any, told: list[Any], size: tuple[int, int]) -> dict[str, T
     """
     if not reads_captions(pipe):
         return {"class_labels": torch.tensor([count_classes(pipe) if label is None else int(label) for label in told])}
-    captions = ["" if caption is None else str(caption) for caption in told]
+    captions = texts_of(told)
     asked = {"prompt": captions, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
     known = inspect.signature(pipe.encode_prompt).parameters
     asked |= {name: None for name in ("prompt_2", "prompt_3") if name in known}
     embeddings, _, *more = pipe.encode_prompt(**asked, device=device_of(pipe.text_encoder))
     found = {"encoder_hidden_states": embeddings}
-    if more and hasattr(pipe, "unet"):
+    if more and denoiser_name(pipe) == "unet":
         ids = torch.tensor([*size, 0, 0, *size], dtype=more[0].dtype, device=more[0].device)
         found[f"{NESTED}text_embeds"], found[f"{NESTED}time_ids"] = more[0], ids.expand(len(captions), -1)
     elif more:
@@ -57,10 +59,15 @@ def reads_captions(pipe: Any) -> bool:
     return hasattr(pipe, "encode_prompt") and getattr(pipe, "text_encoder", None) is not None
 
 
+def denoiser_name(pipe: Any) -> str | None:
+    """Name the component that removes noise, `None` where there is none."""
+    return next((name for name in DENOISERS if isinstance(getattr(pipe, name, None), nn.Module)), None)
+
+
 def denoiser_of(pipe: Any) -> Any:
     """Give the module that removes noise, `None` where there is none."""
-    found = (getattr(pipe, name, None) for name in ("unet", "transformer"))
-    return next((module for module in found if isinstance(module, nn.Module)), None)
+    name = denoiser_name(pipe)
+    return name and getattr(pipe, name)
 
 
 def count_classes(pipe: Any) -> int:
@@ -94,29 +101,59 @@ def state_of_encoders(pipe: Any) -> str:
 def encoders_evaluating(pipe: Any) -> Iterator[None]:
     """Switch dropout off in what runs before the denoiser, and keep no graph.
 
+    diffusers' warnings are held back: it tells of every caption that it cuts off.
+
     A VAE in float16 whose configuration says that it overflows there (SDXL's) runs in float32, as in its pipeline.
     """
     encoders = (getattr(pipe, name, None) for name in ENCODERS)
     vae: Any = getattr(pipe, "vae", None)
     overflows = vae is not None and vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
+    from diffusers.utils import logging
+
+    told = logging.get_verbosity()
     with evaluating(*(encoder for encoder in encoders if encoder is not None)), torch.no_grad():
         try:
+            logging.set_verbosity_error()
             if overflows:
                 vae.float()
             yield
         finally:
+            logging.set_verbosity(told)
             if overflows:
                 vae.half()  # bit for bit what it was
 
 
-def values_of(image: Any, size: tuple[int, int], channels: int) -> np.ndarray:
-    """Give an image's pixels from -1 to 1, float32 `[channels, height, width]`; NaN, and a warning, if unreadable."""
-    try:
-        return pixels(read_image(image), size, channels).astype(np.float32) / 127.5 - 1
-    except UnreadableImage as error:
-        name = image.get("path") if isinstance(image, dict) else image if isinstance(image, str) else None
-        warnings.warn(f"An image {f'({name}) ' if name else ''}can't be read: {error}.", stacklevel=2)
-        return np.full((channels, *size), np.nan, dtype=np.float32)
+def values_of(images: list[Any], size: tuple[int, int], channels: int) -> tuple[list[np.ndarray], str]:
+    """Read the images of a row.
+
+    Returns:
+        `tuple`: Pixels from -1 to 1 of those that can be read, float32 `[channels, height, width]` each; of a row
+        without any, NaN. And why the others can't be, empty where there are none.
+    """
+    values, why = [], []
+    for i, image in enumerate(images):
+        try:
+            values.append(pixels(read_image(image), size, channels).astype(np.float32) / 127.5 - 1)
+        except UnreadableImage as error:
+            name = image.get("path") if isinstance(image, dict) else image if isinstance(image, str) else None
+            place = f"image {i + 1} of {len(images)}, " if len(images) > 1 else ""
+            why.append(f"{place}{f'{name}, ' if name and name not in str(error) else ''}{error}")
+    return values or [np.full((channels, *size), np.nan, dtype=np.float32)], "; ".join(why)
+
+
+def too_long(pipe: Any, captions: list[Any]) -> list[bool]:
+    """Tell which captions have more tokens than the text encoder reads: their ends are cut off."""
+    tokenizer = getattr(pipe, "tokenizer", None)
+    if tokenizer is None or not reads_captions(pipe) or tokenizer.model_max_length >= LARGE_INTEGER:
+        return [False] * len(captions)
+    most = tokenizer.model_max_length
+    read = tokenizer(texts_of(captions), truncation=True, max_length=most + 1)
+    return [len(ids) > most for ids in read.input_ids]
+
+
+def texts_of(captions: list[Any]) -> list[str]:
+    """Make prompts of captions; one that is missing is empty."""
+    return ["" if caption is None else str(caption) for caption in captions]
 
 
 def latents_of(vae: Any, images: np.ndarray) -> Tensor:

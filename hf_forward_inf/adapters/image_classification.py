@@ -13,12 +13,9 @@ from typing_extensions import Self
 from hf_forward_inf.adapters.base import Batch, Forward, Rows
 from hf_forward_inf.adapters.blocks import Blocks
 from hf_forward_inf.adapters.tensors import TensorAdapter
-from hf_forward_inf.adapters.text import peft_parameters
 from hf_forward_inf.fingerprints import fingerprint
-from hf_forward_inf.pictures import UnreadableImage, in_channels, planes, read_image, undecoded
-
-PIXELS_A_TOKEN = 64
-"""Pixels that count as much as one token in the size of a batch: large ones are slower on a CPU."""
+from hf_forward_inf.lora import peft_parameters
+from hf_forward_inf.pictures import PIXELS_A_TOKEN, UnreadableImage, in_channels, planes, read_image, undecoded
 
 
 class ImageClassificationAdapter(TensorAdapter):

@@ -14,15 +14,16 @@ from transformers import PreTrainedTokenizerBase
 from hf_forward_inf.adapters.base import Adapter, Batch, Forward, Rows
 from hf_forward_inf.adapters.text import (
     IGNORED,
+    check_language_model,
     input_of,
     longest_input,
     pad,
-    peft_parameters,
     pieces,
     preferred_ascent,
     tokenizer_state,
 )
 from hf_forward_inf.fingerprints import fingerprint
+from hf_forward_inf.lora import peft_parameters
 
 
 class Seq2SeqAdapter(Adapter):
@@ -55,13 +56,9 @@ class Seq2SeqAdapter(Adapter):
     ):
         super().__init__(model)
         self.model: Any = model
-        if not is_seq2seq(model):
-            raise TypeError(
-                f"{type(model).__name__} does not predict labels from an encoder's output. Load it with "
-                "AutoModelForSeq2SeqLM, or pass ForwardInf an adapter of your own."
-            )
-        if tokenizer is None:
-            raise TypeError("A seq2seq model needs its tokenizer: ForwardInf(model, tokenizer).")
+        check_language_model(
+            model, tokenizer, is_seq2seq(model), "predict labels from an encoder's output", "AutoModelForSeq2SeqLM"
+        )
         self.tokenizer = tokenizer
         self.columns = (input_column, target_column)
         self.max_length = max_length or longest_input(model, tokenizer)

@@ -1,4 +1,4 @@
-"""What the adapters of language models share: tokens, padding, limits, PEFT."""
+"""What the adapters of language models share: tokens, padding, limits."""
 
 import json
 from collections.abc import Callable
@@ -21,6 +21,25 @@ LARGE = 10**9
 """Parameters of a model beyond which copies of them are dear."""
 
 
+def check_language_model(model: nn.Module, tokenizer: Any, fits: bool, does: str, loader: str) -> None:
+    """Refuse a model of another kind, or one without its tokenizer: raise a `TypeError`.
+
+    Args:
+        model (`torch.nn.Module`): The model.
+        tokenizer: Its tokenizer, `None` where there is none.
+        fits (`bool`): Whether the model is of the adapter's kind.
+        does (`str`): What such a model does.
+        loader (`str`): What loads one.
+    """
+    if not fits:
+        raise TypeError(
+            f"{type(model).__name__} does not {does}. Load it with {loader}, or pass ForwardInf an adapter of your "
+            "own."
+        )
+    if tokenizer is None:
+        raise TypeError(f"{type(model).__name__} needs its tokenizer: ForwardInf(model, tokenizer).")
+
+
 def pad(sequences: list[list[int]], value: int) -> Tensor:
     """Pad on the right to a common length, `[rows, longest]`."""
     return pad_sequence([torch.tensor(s) for s in sequences], batch_first=True, padding_value=value)
@@ -38,14 +57,6 @@ def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab())
     return f"{vocabulary}\n{tokenizer.chat_template or ''}"
-
-
-def peft_parameters(model: Any) -> list[str]:
-    """Name, by patterns, the weights that a PEFT model has trained (LoRA and its kin); none for another model."""
-    if not getattr(model, "peft_config", None):  # empty after the last adapter was deleted
-        return []
-    prefixes = [getattr(getattr(model, "base_model", None), "prefix", None) or "lora_", "modules_to_save."]
-    return [f"*{prefix}*" for prefix in prefixes]
 
 
 def preferred_ascent(model: nn.Module) -> dict[str, Any]:

@@ -153,7 +153,7 @@ def _drawer(options: DrawOptions, seed: int) -> tuple[DiffusionAdapter, Dataset,
 
 
 def _tracer(adapter: DiffusionAdapter, options: DrawOptions, ascent: AscentConfig) -> ForwardInf:
-    return ForwardInf(adapter=adapter, ascent=drawing_ascent(adapter, ascent, options.relative_radius))
+    return ForwardInf(adapter=adapter, ascent=drawing_ascent(ascent, options.relative_radius))
 
 
 def _methods(

@@ -7,7 +7,7 @@ import numpy as np
 from datasets import Dataset
 
 from hf_forward_inf.adapters import DiffusionAdapter
-from hf_forward_inf.ascent import AscentConfig, norm
+from hf_forward_inf.ascent import AscentConfig
 from hf_forward_inf.attribution import Attribution, Attributor
 from hf_forward_inf.baselines import BM25, FirstOrder, RepresentationSimilarity, TracIn
 from hf_forward_inf.baselines.pixels import PixelDistance
@@ -15,21 +15,14 @@ from hf_forward_inf.experiments.exemplars import CAPTION, IMAGE, as_queries
 from hf_forward_inf.forward_inf import ForwardInf
 from hf_forward_inf.loss_pass import LossPass
 from hf_forward_inf.modes import evaluating
-from hf_forward_inf.modules import perturbed_names
 
-DAMPING, SAMPLE = 0.01, 32
-"""Of conjugate gradients: less than for language models, by experiment; the sample that was measured."""
 FIXED_LEARNING_RATES = (0.01, 0.1, 1.0)
 """The paper's fixed rates that are tried; the best by its true MRR is reported."""
 
 
-def drawing_ascent(adapter: DiffusionAdapter, ascent: AscentConfig, relative_radius: float) -> AscentConfig:
-    """Fill in what works for pictures; a radius is told relative to the norm of the parameters that move."""
-    if ascent.learning_rate is not None:
-        return ascent
-    own = dict(adapter.model.named_parameters())
-    radius = relative_radius * norm([own[name].detach() for name in perturbed_names(adapter, ascent.modules)])
-    return replace(ascent.completed({"direction": "cg", "damping": DAMPING, "sample": SAMPLE}), radius=radius)
+def drawing_ascent(ascent: AscentConfig, relative_radius: float) -> AscentConfig:
+    """Tell the radius relative to the norm of the parameters that move, unless there is a learning rate."""
+    return ascent if ascent.learning_rate is not None else replace(ascent, radius=relative_radius, relative=True)
 
 
 def traced(tracer: ForwardInf, queries: Dataset, candidates: Dataset) -> dict[str, Attribution]:

@@ -1,4 +1,6 @@
 import copy
+import re
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -10,6 +12,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf.adapters import DiffusionAdapter
 from hf_forward_inf.adapters.noising import Flow, draw
+from hf_forward_inf.ascent import Perturbation, names_for
 from hf_forward_inf.candidate_pass import encode
 from hf_forward_inf.loss_pass import LossPass
 from tests.drawing import counted, rows, square, stable_diffusion, unconditional
@@ -91,7 +94,7 @@ def test_the_encoders_run_once_and_the_model_is_restored_bit_for_bit():
     pipe.vae.train()
     vae, text = counted(pipe.vae, "encode"), counted(pipe.text_encoder)
     unet, before = counted(pipe.unet), {name: state(getattr(pipe, name)) for name in ("unet", "vae", "text_encoder")}
-    tracer = ForwardInf.from_pipe(pipe, ascent=AscentConfig(radius=0.1))
+    tracer = ForwardInf.from_pipe(pipe, ascent=AscentConfig(direction="gradient", radius=0.1))
     candidates = rows(6)
     tracer.trace(candidates.select([1]), candidates)
     assert sum(vae) == sum(text) == 7
@@ -117,11 +120,43 @@ def test_a_picture_is_traced_to_itself(direction):
         np.testing.assert_allclose(np.sum(row["term_scores"]), found.scores[row["query"], row["candidate"]], rtol=1e-3)
 
 
+def test_by_default_the_step_is_corrected_by_curvature_and_as_long_as_the_weights_allow():
+    pipe, candidates = stable_diffusion("v_prediction"), rows(8)
+    tracer = ForwardInf.from_pipe(pipe)
+    assert tracer.ascent == AscentConfig(direction="cg", damping=0.01, sample=32, radius=1e-3, relative=True)
+    weights = torch.cat([p.detach().flatten() for p in pipe.unet.parameters()]).norm().item()
+    absolute = replace(tracer.ascent, radius=1e-3 * weights, relative=False)
+    queries = candidates.select([2, 5, 6])
+    found = tracer.trace(queries, candidates)
+    np.testing.assert_allclose(
+        found.scores, tracer.with_options(ascent=absolute).trace(queries, candidates).scores, rtol=1e-2, atol=1e-4
+    )
+    assert [found.ranking(i)[0] for i in range(3)] == [2, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("modules", "pattern"),
+    [(["*.attn2"], r".*\.attn2\..*"), (["up_blocks"], r"up_blocks\..*"), (["up_blocks.*.attn2"], r"up_.*\.attn2\..*")],
+)
+def test_parts_of_the_denoiser_can_be_chosen(modules, pattern):
+    pipe, candidates = stable_diffusion(), rows(6)
+    own = dict(pipe.unet.named_parameters())
+    tracer = ForwardInf.from_pipe(pipe, ascent=AscentConfig(direction="gradient", radius=0.05, modules=modules))
+    names = names_for(tracer.adapter, tracer.ascent)
+    assert 0 < len(names) < len(own) and names == [name for name in own if re.fullmatch(pattern, name)]
+    query = encode(tracer.adapter, candidates.select([2]), "queries")[:]
+    (theta,) = Perturbation(tracer.adapter, query, names, tracer.ascent).thetas
+    assert theta.keys() == set(names)
+    moved = torch.stack([(theta[name] - own[name]).norm() for name in names]).norm()
+    assert moved.item() == pytest.approx(0.05, rel=1e-3)
+    assert tracer.trace(candidates.select([2]), candidates).ranking(0)[0] == 2
+
+
 def test_predictions_split_the_loss_and_leave_out_what_cannot_be_read():
     adapter = DiffusionAdapter(stable_diffusion(), timesteps=1)
     broken = Dataset.from_dict({"image": [{"bytes": b"x", "path": None}], "caption": ["a red square"]})
-    with pytest.warns(UserWarning, match="can't be read"):
-        features = [adapter.encode(adapter.prepare(part)[:]) for part in (rows(3), broken)]
+    features = [adapter.encode(adapter.prepare(part)[:]) for part in (rows(3), broken)]
+    assert features[0]["unreadable"] == [""] * 3 and "no image format" in features[1]["unreadable"][0]
     batch = adapter.collate({key: features[0][key] + features[1][key] for key in features[0]})
     outputs, loss = adapter.predictions(adapter.model.eval(), batch)
     assert outputs.shape == (3 * 64, 4)
@@ -143,7 +178,9 @@ def test_several_pictures_of_one_prompt_are_one_query_with_their_mean_loss():
 def test_an_unconditional_model_in_pixels_needs_images_alone():
     pipe = unconditional()
     candidates = rows(5).remove_columns("caption")
-    found = ForwardInf.from_pipe(pipe, ascent=AscentConfig(radius=0.05)).trace(candidates.select([3]), candidates)
+    found = ForwardInf.from_pipe(pipe, ascent=AscentConfig(direction="gradient", radius=0.05)).trace(
+        candidates.select([3]), candidates
+    )
     assert found.ranking(0)[0] == 3
 
 

@@ -49,7 +49,9 @@ def test_of_a_denoiser_with_lora_that_alone_is_perturbed(kind, request):
     assert len(expected) == 2 * len(ATTENTION) * 2 * 4  # A and B, self- and cross-attention, of 4 blocks
     assert perturbed(pipe) == expected
     before, candidates = state(pipe.unet), rows(6)
-    found = ForwardInf.from_pipe(pipe, ascent=AscentConfig(radius=0.5)).trace(candidates.select([2, 5]), candidates)
+    found = ForwardInf.from_pipe(pipe, ascent=AscentConfig(direction="gradient", radius=0.5)).trace(
+        candidates.select([2, 5]), candidates
+    )
     assert [found.ranking(i)[0] for i in range(2)] == [2, 5]
     assert_same_state(before, state(pipe.unet))
 
@@ -86,7 +88,7 @@ def test_parts_of_a_denoiser_are_perturbed_by_name(modules, part):
     pipe, candidates = stable_diffusion(), rows(6)
     names = perturbed(pipe, modules=modules)
     assert 0 < len(names) < len(list(pipe.unet.parameters())) and all(part in name for name in names)
-    ascent = AscentConfig(radius=0.05, modules=modules)
+    ascent = AscentConfig(direction="gradient", radius=0.05, modules=modules)
     found = ForwardInf.from_pipe(pipe, ascent=ascent).trace(candidates.select([2, 5]), candidates)
     assert [found.ranking(i)[0] for i in range(2)] == [2, 5]
 

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from scipy.stats import spearmanr
 
 from hf_forward_inf import AscentConfig, ForwardInf
+from hf_forward_inf.adapters import DiffusionAdapter
 from tests.drawing import rows, stable_diffusion
 
 
@@ -17,7 +19,7 @@ def test_what_overflows_in_float16_is_named_and_ranked_last():
         assert red > green > blue
         attention.to_k.weight *= 2 * 65504 / (red + green)  # red alone is beyond float16
         attention.to_q.weight.zero_()
-    ascent = AscentConfig(radius=0.5, modules=["conv_out"])
+    ascent = AscentConfig(direction="gradient", radius=0.5, modules=["conv_out"])
     exact = ForwardInf.from_pipe(pipe, ascent=ascent).trace(candidates.select([1]), candidates)
     assert np.isfinite(exact.scores).all()
     pipe.unet.half()
@@ -28,3 +30,24 @@ def test_what_overflows_in_float16_is_named_and_ranked_last():
     with pytest.warns(UserWarning, match="gradient of queries row 0 is zero or not finite"):
         found = ForwardInf.from_pipe(pipe, ascent=ascent).trace(candidates.select([0]), candidates)
     assert np.isnan(found.scores).all() and len(found.top(0)) == 0
+    with pytest.raises(FloatingPointError, match="load the model in float32 or bfloat16"):
+        ForwardInf.from_pipe(pipe).trace(candidates.select([1]), candidates)
+
+
+@pytest.mark.parametrize("direction", ["gradient", "cg"])
+def test_scores_in_bfloat16_are_close_to_those_in_float32(direction):
+    pipe, candidates = stable_diffusion(), rows(24)
+    half = DiffusionAdapter(stable_diffusion().to(torch.bfloat16)).default_ascent()
+    assert half == DiffusionAdapter(pipe).default_ascent() | {"radius": 1e-2}
+    ascent = (
+        AscentConfig(**half)
+        if direction == "cg"
+        else AscentConfig(direction="gradient", radius=half["radius"], relative=True)
+    )
+    queries = candidates.select([2, 5, 10])
+    exact = ForwardInf.from_pipe(pipe, ascent=ascent).trace(queries, candidates).scores
+    pipe.to(torch.bfloat16)
+    found = ForwardInf.from_pipe(pipe, ascent=ascent).trace(queries, candidates).scores
+    assert found.dtype == np.float32
+    assert min(spearmanr(*pair).statistic for pair in zip(exact, found, strict=True)) > 0.97
+    np.testing.assert_array_equal(exact.argmax(axis=1), found.argmax(axis=1))

@@ -56,7 +56,7 @@ def assert_traced(pipe, candidates, told, **ascent):
     assert [found.ranking(i)[0] for i in range(2)] == [2, 4]
     encoders = [counted(module) for name, module in modules.items() if name.startswith("text_encoder")]
     encoders += [counted(pipe.vae, "encode")] if "vae" in modules else []
-    tracer = tracer.with_options(ascent=AscentConfig(radius=0.05))
+    tracer = tracer.with_options(ascent=AscentConfig(direction="gradient", radius=0.05))
     denoised = counted(denoiser_of(pipe))
     tracer.trace(candidates.select([3]), candidates)
     assert [sum(calls) for calls in encoders] == [1] * len(encoders)  # the new query, no candidate
@@ -108,7 +108,7 @@ def test_pictures_may_be_paths(tmp_path):
         square(i).save(tmp_path / f"{i}.png")
     paths = [str(tmp_path / f"{i}.png") for i in range(4)]
     captions = rows(4)["caption"][:]
-    tracer = ForwardInf.from_pipe(stable_diffusion(), ascent=AscentConfig(radius=0.05))
+    tracer = ForwardInf.from_pipe(stable_diffusion(), ascent=AscentConfig(direction="gradient", radius=0.05))
     as_paths = Dataset.from_dict({"image": paths, "caption": captions})
     as_images = as_paths.cast(Features({"image": Image(), "caption": Value("string")}))
     expected = tracer.trace(rows(1, 2), rows(4)).scores
