@@ -44,6 +44,10 @@ class MislabelOptions(ImageTask):
     influence_functions: bool = field(
         default=True, metadata={"help": "Score by influence functions (EK-FAC) too: the dearest of all."}
     )
+    influence_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Modules that influence functions look at, such as layer3 linear (default: all)."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -121,7 +125,8 @@ def self_influences(
     scores["tracin"] = TracIn(adapter=adapter).self_influence(rows)
     if options.influence_functions:
         curved = AscentConfig(direction="ekfac", seed=options.seed)
-        scores["influence_functions"] = FirstOrder(adapter=adapter, ascent=curved).self_influence(rows)
+        other = FirstOrder(adapter=adapter, ascent=curved, modules=options.influence_modules)
+        scores["influence_functions"] = other.self_influence(rows)
     with evaluating(adapter.model):
         scores["loss"] = LossPass(adapter, rows).base()
     return scores
