@@ -13,7 +13,7 @@ from hf_forward_inf.baselines import FirstOrder, TracIn
 from hf_forward_inf.datasets import sample_rows
 from hf_forward_inf.datasets.images import class_names, count_classes, load_images
 from hf_forward_inf.experiments.evaluation import flat
-from hf_forward_inf.experiments.image_task import ImageTask, captioned, checkpoints
+from hf_forward_inf.experiments.image_task import ImageTask, captioned, checkpoints, with_objective
 from hf_forward_inf.experiments.run import about, check_output, plotted, write_outputs
 from hf_forward_inf.forward_inf import ForwardInf
 from hf_forward_inf.loss_pass import LossPass
@@ -133,6 +133,8 @@ def self_influences(
 
 
 def _tracer(adapter: ImageClassificationAdapter, radius: float, options: MislabelOptions) -> ForwardInf:
+    if options.first is not None:
+        adapter = with_objective(adapter, "cross_entropy", options.first)
     return ForwardInf(adapter=adapter, ascent=AscentConfig(radius=radius, seed=options.seed))
 
 

@@ -73,8 +73,8 @@ def test_a_given_network_is_trained_on_by_the_labels_that_it_is_to_judge(tmp_pat
     metrics = mislabel_run(
         MislabelOptions(
             output=str(tmp_path / "out"), model=str(tmp_path / "model.safetensors"), fine_tune=True, epochs=2,
-            candidates=str(tmp_path / "digits.parquet"), optimizer="sgd", augment=True, influence_modules=["linear"],
-            checkpoints=2,
+            candidates=str(tmp_path / "digits.parquet"), optimizer="sgd", augment=True, first="layer3", checkpoints=2,
+            influence_modules=["linear"],
         )
     )  # fmt: skip
     assert metrics["epoch_1/loss/auc"] != metrics["epoch_2/loss/auc"] and metrics["influence_functions/auc"] > 0
