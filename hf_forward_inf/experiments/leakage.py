@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from datasets import Dataset, Features, Image
@@ -25,12 +25,22 @@ from hf_forward_inf.hubs import standardised
 from hf_forward_inf.metrics import reciprocal_ranks
 from hf_forward_inf.processes import say
 
+Objective: TypeAlias = Literal["cross_entropy", "margin"]
+Measure: TypeAlias = Literal["rise", "shift"]
+
 POOL = 1024
 """Candidates among which settings are chosen, at most."""
 RADII = (0.003, 0.01, 0.03, 0.1, 0.3)
 """Lengths of the step that are tried, unless the user names some."""
 LEAST_TUNING = 3
 """Queries by which settings are chosen at least: scores are standardised over them."""
+MEASURES: dict[str, tuple[Objective, Measure]] = {
+    "shift": ("cross_entropy", "shift"),
+    "cross_entropy": ("cross_entropy", "rise"),
+    "margin": ("margin", "rise"),
+}
+"""What of a candidate is its score, the first preferred: the shift of its prediction, or the rise of its loss (the
+paper's) or of minus its margin."""
 
 
 @dataclass
@@ -72,14 +82,16 @@ class LeakageOptions(ImageTask):
 
 @dataclass(frozen=True)
 class Setting:
-    """Settings of Forward-INF: what is raised, how far, and whether scores are measured by all queries'.
+    """Settings of Forward-INF: what is measured, after how long a step, and whether by all queries' standard.
 
     Args:
-        tracer (`ForwardInf`): With objective and radius.
+        tracer (`ForwardInf`): With its adapter and radius.
+        measured (`str`): Of [`MEASURES`].
         standardise (`bool`): Whether scores are standardised over the queries ([`hubs.standardised`]).
     """
 
     tracer: ForwardInf
+    measured: str
     standardise: bool
     name = "forward_inf"
 
@@ -91,9 +103,7 @@ class Setting:
     @property
     def kind(self) -> str:
         """All but the radius."""
-        adapter = self.tracer.adapter
-        assert isinstance(adapter, ImageClassificationAdapter)
-        return adapter.objective + (", standardised" if self.standardise else "")
+        return self.measured + (", standardised" if self.standardise else "")
 
     def __str__(self) -> str:
         return f"{self.kind}, radius {self.tracer.ascent.radius:g}"
@@ -133,8 +143,8 @@ def draw_tasks(candidates: Dataset, options: LeakageOptions) -> tuple[Task, Task
 def choose(adapter: ImageClassificationAdapter, task: Task, options: LeakageOptions) -> dict[str, Setting]:
     """Choose Forward-INF's settings by how high the copies rank, over all changes alike.
 
-    Objectives, radii, and scores as they are or standardised over the queries are tried; of equally good ones the
-    cross-entropy, unstandardised scores and the radius at which copies stand out most ([`lead`]) are taken.
+    All [`MEASURES`], radii, and scores as they are or standardised over the queries are tried; of equally good ones
+    the first measure, unstandardised scores and the radius at which copies stand out most ([`lead`]) are taken.
 
     Returns:
         `dict`: `forward_inf`, the best; `cross_entropy`, the best with the paper's score.
@@ -142,14 +152,15 @@ def choose(adapter: ImageClassificationAdapter, task: Task, options: LeakageOpti
     assert task.proponents is not None
     heights: dict[Setting, tuple[float, float]] = {}
     say(f"Settings, by the mean reciprocal rank of {len(task.queries)} copies among {len(task.candidates):,}:")
-    for objective in ("cross_entropy", "margin"):
+    for measured, (objective, measure) in MEASURES.items():
         own = with_objective(adapter, objective, options.first)
         for radius in options.radii:
-            tracer = ForwardInf(adapter=own, ascent=AscentConfig(radius=radius, seed=options.seed))
+            ascent = AscentConfig(radius=radius, seed=options.seed)
+            tracer = ForwardInf(adapter=own, ascent=ascent, measure=measure)
             scores = tracer.trace(task.queries, task.candidates).scores
             for standardise in (False, True):
                 shown = standardised(scores) if standardise else scores
-                setting = Setting(tracer, standardise)
+                setting = Setting(tracer, measured, standardise)
                 height = float(reciprocal_ranks(shown, task.proponents).mean())
                 heights[setting] = height, lead(shown, task.proponents)
                 say(f"  {height:.3f}  {setting}")
