@@ -24,7 +24,7 @@ from hf_forward_inf.loss_pass import LossPass, ShiftPass
 from hf_forward_inf.modes import evaluating
 from hf_forward_inf.peft_folder import save_perturbation
 from hf_forward_inf.processes import progress_bars
-from hf_forward_inf.self_influence import self_influence
+from hf_forward_inf.self_influence import rerank, self_influence
 from hf_forward_inf.streaming import trace_stream
 from hf_forward_inf.terms import explain
 from hf_forward_inf.tuning import Tuning, tune
@@ -215,7 +215,7 @@ class ForwardInf:
         Examples that nothing else supports, such as mislabelled ones, come high. Each is forwarded alone, several in a
         batch, under models of their own: all of them cost about a backward and two forward passes, not a pass for
         each (4 to 10 plain passes over them on a CPU, for convolutional networks; more for steps that are corrected
-        by curvature, or repeated). It is the rise of the loss, whatever `measure` says.
+        by curvature, or repeated). With `measure="shift"`, how far the example's own prediction moves.
 
         Args:
             rows (`datasets.Dataset`): Training examples, with the columns of [`trace`].
@@ -224,6 +224,23 @@ class ForwardInf:
             `np.ndarray`: float32 `[rows]`; NaN where an example has no gradient.
         """
         return self_influence(self, rows)
+
+    def rerank(self, found: Attribution, k: int = 20) -> Attribution:
+        """Order the best candidates of each query anew: by the share of what their own step does to them.
+
+        A candidate that any step shakes may come before the one that the query is a copy of; by score /
+        self-influence ([`self_influence`]) a copy has about 1, and hardly another more. It costs a self-influence of
+        the candidates that are among the best.
+
+        Args:
+            found (`Attribution`): What this attributor found, of scores as they are.
+            k (`int`, defaults to 20): Candidates of each query; no other is kept.
+
+        Returns:
+            `Attribution`: With shares for scores, `[queries, k]`; NaN, ranked last, where a candidate's own step
+            does nothing to it.
+        """
+        return rerank(self, found, k)
 
     def save_perturbation(self, query: Mapping[str, Any], folder: str | Path, rank: int = RANK) -> float:
         """Perturb the model for a query, and save what changed as an ordinary PEFT adapter.

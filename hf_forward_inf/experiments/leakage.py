@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
@@ -21,7 +21,6 @@ from hf_forward_inf.experiments.run import about, check_output, write_outputs
 from hf_forward_inf.experiments.task import Task
 from hf_forward_inf.fingerprints import uncached
 from hf_forward_inf.forward_inf import ForwardInf
-from hf_forward_inf.hubs import standardised
 from hf_forward_inf.metrics import reciprocal_ranks
 from hf_forward_inf.processes import say
 
@@ -41,6 +40,9 @@ MEASURES: dict[str, tuple[Objective, Measure]] = {
 }
 """What of a candidate is its score, the first preferred: the shift of its prediction, or the rise of its loss (the
 paper's) or of minus its margin."""
+CORRECTIONS = ("reranked", "", "standardised")
+"""What is done to scores, the first preferred: shares of the own step's ([`ForwardInf.rerank`]), nothing, or
+[`hubs.standardised`]."""
 
 
 @dataclass
@@ -82,28 +84,34 @@ class LeakageOptions(ImageTask):
 
 @dataclass(frozen=True)
 class Setting:
-    """Settings of Forward-INF: what is measured, after how long a step, and whether by all queries' standard.
+    """Settings of Forward-INF: what is measured, after how long a step, and how scores are corrected.
 
     Args:
         tracer (`ForwardInf`): With its adapter and radius.
         measured (`str`): Of [`MEASURES`].
-        standardise (`bool`): Whether scores are standardised over the queries ([`hubs.standardised`]).
+        correction (`str`): Of [`CORRECTIONS`].
     """
 
     tracer: ForwardInf
     measured: str
-    standardise: bool
+    correction: str
     name = "forward_inf"
 
     def trace(self, queries: Dataset, candidates: Dataset, top_k: int | None = None) -> Attribution:
         """Score every candidate for every query."""
-        found = self.tracer.trace(queries, candidates)
-        return (found.standardised() if self.standardise else found).keep(top_k)
+        return self.corrected(self.tracer.trace(queries, candidates)).keep(top_k)
+
+    def corrected(self, found: Attribution) -> Attribution:
+        """Correct what the tracer found; every score is kept, NaN for candidates that are not among the best."""
+        if self.correction == "reranked":
+            best = self.tracer.rerank(found)
+            return replace(best, scores=best.dense(), indices=None)
+        return found.standardised() if self.correction else found
 
     @property
     def kind(self) -> str:
         """All but the radius."""
-        return self.measured + (", standardised" if self.standardise else "")
+        return ", ".join(filter(None, (self.measured, self.correction)))
 
     def __str__(self) -> str:
         return f"{self.kind}, radius {self.tracer.ascent.radius:g}"
@@ -143,8 +151,8 @@ def draw_tasks(candidates: Dataset, options: LeakageOptions) -> tuple[Task, Task
 def choose(adapter: ImageClassificationAdapter, task: Task, options: LeakageOptions) -> dict[str, Setting]:
     """Choose Forward-INF's settings by how high the copies rank, over all changes alike.
 
-    All [`MEASURES`], radii, and scores as they are or standardised over the queries are tried; of equally good ones
-    the first measure, unstandardised scores and the radius at which copies stand out most ([`lead`]) are taken.
+    All [`MEASURES`], radii and [`CORRECTIONS`] are tried; of equally good ones the first measure with the first
+    correction, at the radius at which copies stand out most ([`lead`]).
 
     Returns:
         `dict`: `forward_inf`, the best; `cross_entropy`, the best with the paper's score.
@@ -157,10 +165,10 @@ def choose(adapter: ImageClassificationAdapter, task: Task, options: LeakageOpti
         for radius in options.radii:
             ascent = AscentConfig(radius=radius, seed=options.seed)
             tracer = ForwardInf(adapter=own, ascent=ascent, measure=measure)
-            scores = tracer.trace(task.queries, task.candidates).scores
-            for standardise in (False, True):
-                shown = standardised(scores) if standardise else scores
-                setting = Setting(tracer, measured, standardise)
+            found = tracer.trace(task.queries, task.candidates)
+            for correction in CORRECTIONS:
+                setting = Setting(tracer, measured, correction)
+                shown = setting.corrected(found).scores
                 height = float(reciprocal_ranks(shown, task.proponents).mean())
                 heights[setting] = height, lead(shown, task.proponents)
                 say(f"  {height:.3f}  {setting}")
@@ -173,13 +181,14 @@ def lead(scores: np.ndarray, truth: list[list[int]]) -> float:
     leads = []
     for row, own in zip(scores, truth, strict=True):
         leads.append((np.max(row[own]) - np.nanmax(np.delete(row, own))) / max(np.nanstd(row), 1e-12))
-    return float(np.mean(leads))
+    return float(np.mean(np.nan_to_num(leads, nan=-np.inf)))  # a copy that is not among the best has no score
 
 
 def _best(heights: Mapping[Setting, tuple[float, float]]) -> Setting:
     highest = max(height for height, _ in heights.values())
     equal = [one for one, (height, _) in heights.items() if height >= highest - 1e-9]
-    alike = [one for one in equal if one.kind == equal[0].kind]
+    first = min(equal, key=lambda one: (list(MEASURES).index(one.measured), CORRECTIONS.index(one.correction)))
+    alike = [one for one in equal if one.kind == first.kind]
     return max(alike, key=lambda one: heights[one][1])
 
 
