@@ -20,14 +20,17 @@ from hf_forward_inf.directions import direction_for
 from hf_forward_inf.fingerprints import uncached
 from hf_forward_inf.hubs import correct_hubs
 from hf_forward_inf.lora import RANK
-from hf_forward_inf.loss_pass import LossPass
+from hf_forward_inf.loss_pass import LossPass, ShiftPass
 from hf_forward_inf.modes import evaluating
 from hf_forward_inf.peft_folder import save_perturbation
 from hf_forward_inf.processes import progress_bars
-from hf_forward_inf.self_influence import self_influence
+from hf_forward_inf.self_influence import rerank, self_influence
 from hf_forward_inf.streaming import trace_stream
 from hf_forward_inf.terms import explain
 from hf_forward_inf.tuning import Tuning, tune
+
+PASSES = {"rise": LossPass, "shift": ShiftPass}
+"""What is measured of the candidates."""
 
 
 class ForwardInf:
@@ -48,6 +51,10 @@ class ForwardInf:
             one normalised step, along the gradient for image classifiers, else corrected by curvature.
         reduction (`str`, defaults to `"sum"`): An example's loss is the `"sum"` or the `"mean"` over its
             target tokens.
+        measure (`str`, defaults to `"rise"`): What of a candidate is its score: the `"rise"` of its loss, or, of a
+            classifier, the `"shift"` of its prediction, the length of the change of its centred logits, whatever its
+            label. A shift finds copies and near-duplicates (`recipes/leakage.py`); it has no sign, and says nothing of
+            whether the candidate speaks for the query or against it.
         references (`datasets.Dataset`, *optional*): Reference queries; if given, scores are corrected for
             candidates that rise for every query ([`hubs.correct_hubs`]).
         training (`datasets.Dataset`, *optional*): What the model was trained on, for directions that are corrected by
@@ -74,6 +81,7 @@ class ForwardInf:
         adapter: Adapter | None = None,
         ascent: AscentConfig | None = None,
         reduction: Literal["sum", "mean"] = "sum",
+        measure: Literal["rise", "shift"] = "rise",
         references: Dataset | None = None,
         training: Dataset | None = None,
         cache_dir: str | Path | None = None,
@@ -87,7 +95,10 @@ class ForwardInf:
             raise ValueError(f"reduction={reduction!r} must be 'sum' or 'mean'.")
         self.adapter = adapter
         self.ascent = ascent or AscentConfig()
+        if measure not in PASSES:
+            raise ValueError(f"measure={measure!r} must be 'rise' or 'shift'.")
         self.reduction = reduction
+        self.measure = measure
         self.references = references
         self.training = training
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
@@ -167,7 +178,12 @@ class ForwardInf:
         else:
             scores, inspected = self._within(time_budget, queries, candidates)
         warn_of_lost(scores[:, inspected], inspected)
-        config = {**asdict(self.ascent), "reduction": self.reduction, "hubs": self.references is not None}
+        config = {
+            **asdict(self.ascent),
+            "reduction": self.reduction,
+            "measure": self.measure,
+            "hubs": self.references is not None,
+        }
         return Attribution(scores, queries, candidates, method=self.name, config=config).keep(top_k)
 
     def trace_generation(self, inputs: Any, candidates: Dataset, **options: Any) -> Attribution:
@@ -213,7 +229,7 @@ class ForwardInf:
         Examples that nothing else supports, such as mislabelled ones, come high. Each is forwarded alone, several in a
         batch, under models of their own: all of them cost about a backward and two forward passes, not a pass for
         each (4 to 10 plain passes over them on a CPU, for convolutional networks; more for steps that are corrected
-        by curvature, or repeated).
+        by curvature, or repeated). With `measure="shift"`, how far the example's own prediction moves.
 
         Args:
             rows (`datasets.Dataset`): Training examples, with the columns of [`trace`].
@@ -222,6 +238,23 @@ class ForwardInf:
             `np.ndarray`: float32 `[rows]`; NaN where an example has no gradient.
         """
         return self_influence(self, rows)
+
+    def rerank(self, found: Attribution, k: int = 20) -> Attribution:
+        """Order the best candidates of each query anew: by the share of what their own step does to them.
+
+        A candidate that any step shakes may come before the one that the query is a copy of; by score /
+        self-influence ([`self_influence`]) a copy has about 1, and hardly another more. It costs a self-influence of
+        the candidates that are among the best.
+
+        Args:
+            found (`Attribution`): What this attributor found, of scores as they are.
+            k (`int`, defaults to 20): Candidates of each query; no other is kept.
+
+        Returns:
+            `Attribution`: With shares for scores, `[queries, k]`; NaN, ranked last, where a candidate's own step
+            does nothing to it.
+        """
+        return rerank(self, found, k)
 
     def save_perturbation(self, query: Mapping[str, Any], folder: str | Path, rank: int = RANK) -> float:
         """Perturb the model for a query, and save what changed as an ordinary PEFT adapter.
@@ -253,11 +286,13 @@ class ForwardInf:
         What is computed of the candidates is cached in `scratch`, by default where everything is; in messages they are
         numbered from `first_row`.
         """
+        if self.measure == "shift" and self.ascent.mode == "symmetric":
+            raise ValueError("measure='shift' has no sign, so mode='symmetric' would cancel it: take mode='ascent'.")
         d_tst = encode(self.adapter, queries, "queries", self.cache_dir)
         names = names_for(self.adapter, self.ascent)
         scores = np.empty((len(queries), len(candidates)), dtype=np.float32)
         with evaluating(self.adapter.model), np.errstate(invalid="ignore"):
-            loss = LossPass(
+            loss = PASSES[self.measure](
                 self.adapter, candidates, cache_dir=scratch or self.cache_dir,
                 max_batch_length=self.max_batch_length, first_row=first_row,
             )  # fmt: skip
@@ -273,7 +308,7 @@ class ForwardInf:
                 scores[rows] = loss(theta_k, title) - base  # L(theta_K, D_i) - L(theta, D_i)
                 if self.ascent.mode == "symmetric":  # as far to the other side, so that what is even in it cancels
                     scores[rows] = (scores[rows] - (loss(Mirrored(theta_k), title) - base)) / 2
-        if self.ascent.mode == "descent":
+        if self.ascent.mode == "descent" and self.measure == "rise":
             scores = -scores  # unlearning raises a proponent's loss, learning lowers it
         if self.reduction == "mean":
             scores /= loss.terms

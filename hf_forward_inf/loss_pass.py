@@ -1,6 +1,6 @@
 """Step 3 of the algorithm: the loss of every candidate, by forward passes only."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -15,6 +15,9 @@ from hf_forward_inf.modules import held_at_once
 
 class LossPass(CandidatePass):
     """Gives the loss of every candidate under perturbed models; base losses are computed once and cached."""
+
+    kind = ""
+    """Tells what is computed from losses, in the cache."""
 
     def base(self) -> np.ndarray:
         """Compute the base loss of every candidate, L(theta, D_i), summed over its terms: float32 `[candidates]`."""
@@ -34,7 +37,7 @@ class LossPass(CandidatePass):
         def work(batch: Batch) -> np.ndarray:
             return self._losses(batch, perturbation.thetas)
 
-        return self.run(work, len(perturbation), perturbation.fingerprint, title)
+        return self.run(work, len(perturbation), self.kind + perturbation.fingerprint, title)
 
     def queries_a_pass(self, names: list[str]) -> int:
         """How many perturbed models are held at once."""
@@ -43,13 +46,35 @@ class LossPass(CandidatePass):
     @torch.no_grad()
     def _losses(self, batch: Batch, thetas: Sequence[Parameters | None]) -> np.ndarray:
         """Losses of a batch under each model: `[rows, models]`."""
-        adapter, model = self.adapter, self.adapter.model
+        adapter = self.adapter
         rows = len(next(tensor for tensor in batch.values() if isinstance(tensor, Tensor)))
         losses = np.full((rows, len(thetas)), np.nan, dtype=np.float32)
         touched = set().union(*(theta for theta in thetas if theta is not None))
         if not touched & adapter.prefix_parameters():
             batch = adapter.prefix(batch)  # what no query touches is computed once for all of them
+        measured = self._measured(batch)
         for i, theta in enumerate(thetas):
             if theta is not None:
-                losses[:, i] = adapter.loss(partial(call, model, theta), batch).float().cpu().numpy()
+                losses[:, i] = measured(theta).float().cpu().numpy()
         return losses
+
+    def _measured(self, batch: Batch) -> Callable[[Parameters], Tensor]:
+        """What is measured of a batch under a model: `[rows]`."""
+        return lambda theta: self.adapter.loss(partial(call, self.adapter.model, theta), batch)
+
+
+class ShiftPass(LossPass):
+    """Gives how far each candidate's prediction is from what it was, in place of its loss: 0 under theta itself."""
+
+    kind = "shift"
+
+    def base(self) -> np.ndarray:
+        """Zeros, `[candidates]`."""
+        return np.zeros(len(self.order), dtype=np.float32)
+
+    def _measured(self, batch: Batch) -> Callable[[Parameters], Tensor]:
+        def outputs(theta: Parameters) -> Tensor:
+            return self.adapter.outputs(partial(call, self.adapter.model, theta), batch)
+
+        before = outputs({})
+        return lambda theta: (outputs(theta) - before).norm(dim=1)

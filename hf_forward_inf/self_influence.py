@@ -1,6 +1,7 @@
-"""How much a training example supports itself: high for those that nothing else supports, such as wrong labels."""
+"""What a training example does to itself: high for those that nothing else supports, and the measure of its scores."""
 
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -12,9 +13,11 @@ from torch.func import grad_and_value, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_forward_inf.adapters.base import Batch, Rows
-from hf_forward_inf.ascent import call, lora_rank, names_for, radius_of, to_device
+from hf_forward_inf.ascent import Parameters, call, lora_rank, names_for, radius_of, to_device
+from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.candidate_pass import encode
 from hf_forward_inf.kept import Tensors
+from hf_forward_inf.metrics import best_first
 from hf_forward_inf.modes import evaluating
 from hf_forward_inf.modules import held_at_once
 from hf_forward_inf.terms import perturbed, rises
@@ -39,6 +42,21 @@ def self_influence(tracer: "ForwardInf", rows: Dataset) -> np.ndarray:
         return _one_by_one(tracer, encoded, rows)
 
 
+def rerank(tracer: "ForwardInf", found: Attribution, k: int) -> Attribution:
+    """Order the best candidates of each query anew, by score / self-influence; see [`ForwardInf.rerank`]."""
+    best = found.keep(min(k, len(found.candidates)))
+    assert best.indices is not None
+    rows = np.unique(best.indices)
+    if tracer.training is None:  # directions are corrected by the curvature of all candidates, not of these
+        tracer = tracer.with_options(training=found.candidates)
+    own = self_influence(tracer, found.candidates.select(rows))[np.searchsorted(rows, best.indices)]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        shares = np.where(own > 0, best.scores / own, np.nan).astype(np.float32)
+    order = np.stack([best_first(row) for row in shares])
+    scores, indices = (np.take_along_axis(values, order, axis=1) for values in (shares, best.indices))
+    return replace(best, scores=scores, indices=indices, config={**best.config, "reranked": True})
+
+
 def _is_one_plain_step(tracer: "ForwardInf") -> bool:
     config = tracer.ascent
     plain = config.direction == "gradient" and config.steps == 1 and config.radius is not None
@@ -48,8 +66,19 @@ def _is_one_plain_step(tracer: "ForwardInf") -> bool:
 def _one_by_one(tracer: "ForwardInf", encoded: Dataset, rows: Dataset) -> np.ndarray:
     scores = np.full(len(rows), np.nan, dtype=np.float32)
     for i, theta_k, mirrored in perturbed(tracer, encoded, rows):
-        scores[i] = rises(tracer, theta_k, mirrored, encoded[i : i + 1]).sum().item()
+        alone = encoded[i : i + 1]
+        if tracer.measure == "shift":
+            scores[i] = _shifts(tracer, theta_k, alone).item()
+        else:
+            scores[i] = rises(tracer, theta_k, mirrored, alone).sum().item()
     return scores
+
+
+def _shifts(tracer: "ForwardInf", theta_k: Parameters, features: Rows) -> Tensor:
+    adapter, model = tracer.adapter, tracer.adapter.model
+    batch = to_device(adapter.collate(features), model)
+    before, after = (adapter.outputs(partial(call, model, theta), batch) for theta in ({}, theta_k))
+    return (after - before).norm(dim=1)
 
 
 def _together(tracer: "ForwardInf", encoded: Dataset) -> np.ndarray:
@@ -79,14 +108,23 @@ def _risen(tracer: "ForwardInf", names: list[str], features: Rows) -> np.ndarray
         size = value.detach().abs()  # in units of the loss, as `ascent.ascend` has it
         return value / torch.where(size > 0, size, 1), value
 
+    def outputs(theta: Tensors, row: Batch) -> Tensor:
+        alone = {name: value[None] for name, value in row.items()}
+        return adapter.outputs(partial(call, model, theta), {**shared, **alone})[0]
+
     def risen(row: Batch) -> Tensor:
         gradient, (_, base) = grad_and_value(direction_of, has_aux=True)(theta, row)
         norm = torch.stack([g.float().square().sum() for g in gradient.values()]).sum().sqrt()
 
-        def at(radius: float) -> Tensor:
-            moved = {name: theta[name] + (radius / norm * g).to(g.dtype) for name, g in gradient.items()}
-            return loss(moved, row)
+        def moved(radius: float) -> Tensors:
+            return {name: theta[name] + (radius / norm * g).to(g.dtype) for name, g in gradient.items()}
 
+        def at(radius: float) -> Tensor:
+            return loss(moved(radius), row)
+
+        if tracer.measure == "shift":
+            far = -radius if config.mode == "descent" else radius
+            return (outputs(moved(far), row) - outputs(theta, row)).norm()
         up = base if config.mode == "descent" else at(radius)
         down = base if config.mode == "ascent" else at(-radius)
         return (up - down) / 2 if config.mode == "symmetric" else up - down

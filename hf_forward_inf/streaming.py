@@ -93,7 +93,13 @@ def trace_stream(
     )  # fmt: skip
     best = None if folder is None else _resumed(Path(folder), run, stream)
     if best is None:
-        config = {**asdict(tracer.ascent), "reduction": tracer.reduction, "hubs": False, "standardised": standardise}
+        config = {
+            **asdict(tracer.ascent),
+            "reduction": tracer.reduction,
+            "measure": tracer.measure,
+            "hubs": False,
+            "standardised": standardise,
+        }
         best = Attribution(
             np.empty((len(queries), 0), dtype=np.float32), queries, Dataset.from_dict({}), method=tracer.name,
             config={**config, "run": run, "streamed": 0, "unscored": 0},

@@ -70,6 +70,11 @@ def test_the_mean_reduction_divides_by_the_number_of_target_tokens(tracer, token
     np.testing.assert_allclose(mean, total / np.array(tokens), rtol=1e-6)
 
 
+def test_language_models_have_no_shift_and_say_so(tracer, queries, candidates):
+    with pytest.raises(NotImplementedError, match="for classifiers"):
+        tracer.with_options(measure="shift").trace(queries, candidates)
+
+
 def test_top_k_keeps_the_best(tracer, queries, candidates):
     everything, best = tracer.trace(queries, candidates), tracer.trace(queries, candidates, top_k=5)
     assert best.scores.shape == (3, 5)

@@ -39,6 +39,38 @@ def test_a_single_step_along_the_gradient_is_taken_for_many_rows_at_once(directi
     np.testing.assert_allclose(found, np.diag(tracer.trace(rows, rows).scores), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("mode", ["ascent", "descent"])
+def test_of_shifts_too_it_is_the_diagonal(mode, steps):
+    network, rows = digits.perceptron(), digits.rows(90, 110)
+    ascent = AscentConfig(radius=0.2, mode=mode, steps=steps)
+    tracer = ForwardInf(adapter=TensorAdapter(network), ascent=ascent, measure="shift")
+    found = tracer.self_influence(rows)
+    np.testing.assert_allclose(found, np.diag(tracer.trace(rows, rows).scores), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("measure", ["rise", "shift"])
+def test_the_best_are_ordered_anew_by_shares_of_what_their_own_steps_do(measure):
+    network, rows = digits.perceptron(), digits.rows(90, 130)
+    tracer = ForwardInf(adapter=TensorAdapter(network), ascent=AscentConfig(radius=0.2), measure=measure)
+    scores = tracer.trace(rows, rows).scores
+    found = tracer.rerank(tracer.trace(rows.select(range(5)), rows), k=8)
+    for i in range(5):
+        best = np.argsort(-scores[i])[:8]
+        shares = scores[i, best] / np.diag(scores)[best]
+        np.testing.assert_array_equal(found.indices[i], best[np.argsort(-shares)])
+        np.testing.assert_allclose(found.scores[i], np.sort(shares)[::-1], rtol=1e-3)
+    assert found.config["reranked"]
+
+
+def test_what_its_own_step_does_not_move_comes_last():
+    network, rows = nn.Linear(64, 10, bias=False), digits.rows(0, 6)
+    tracer = ForwardInf(adapter=TensorAdapter(network), ascent=AscentConfig(radius=0.2), measure="shift")
+    still = rows.map(lambda row, i: {"x": [0.0] * 64 if i == 3 else row["x"]}, with_indices=True)
+    found = tracer.rerank(tracer.trace(still.select([0]), still))
+    assert found.indices[0, -1] == 3 and np.isnan(found.scores[0, -1])
+
+
 @pytest.mark.parametrize("kind", ["resnet", "transformer", "from a value on"])
 def test_images_are_scored_together_or_else_one_by_one(kind):
     class Deciding(nn.Module):

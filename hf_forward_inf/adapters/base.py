@@ -78,6 +78,12 @@ class Adapter(ABC):
         """Give each example's loss, summed over its terms, float32 `[rows]`."""
         return self.term_losses(forward, batch).sum(dim=1)
 
+    def outputs(self, forward: Forward, batch: Batch) -> Tensor:
+        """Give each example's prediction, whatever its label, `[rows, numbers]`: a change's length tells how large."""
+        raise NotImplementedError(
+            f"{type(self).__name__} does not say how far a prediction moves: measure='shift' is for classifiers."
+        )
+
     def predictions(self, forward: Forward, batch: Batch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Split the loss in two, for Gauss-Newton products: what the model predicts, and the loss of that.
 

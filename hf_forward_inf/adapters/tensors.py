@@ -177,6 +177,11 @@ class TensorAdapter(Adapter):
             )
         return logits
 
+    def outputs(self, forward: Forward, batch: Batch) -> Tensor:
+        """Logits less their mean, which changes no probability, `[rows, classes]`."""
+        logits = self.logits(forward, batch).float()
+        return logits - logits.mean(dim=1, keepdim=True)
+
     def predictions(self, forward: Forward, batch: Batch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Logits, `[rows, classes]`, and their cross-entropy."""
         return self.logits(forward, batch).float(), partial(F.cross_entropy, target=batch["label"], reduction="sum")

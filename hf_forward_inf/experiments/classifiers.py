@@ -1,5 +1,6 @@
 """Image classifiers for experiments: made, trained, or loaded."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,23 +60,26 @@ def normalised_over(rows: Dataset, images: int = 1000) -> Normalised:
 
 
 def untrained(
-    kind: Literal["conv", "resnet"], rows: Dataset, classes: int, seed: int = 0
+    kind: Literal["conv", "resnet"], rows: Dataset, classes: int, seed: int = 0, *, blocks: int = 3, width: int = 16
 ) -> ImageClassificationAdapter:
     """Make a network for some images, and its adapter.
 
     Args:
-        kind (`str`): `"conv"` ([`ConvNet`]) or `"resnet"` ([`ResNet`], the ResNet-20).
+        kind (`str`): `"conv"` ([`ConvNet`]) or `"resnet"` ([`ResNet`]).
         rows (`datasets.Dataset`): Images, all of one size: the first tells which.
         classes (`int`): Logits.
         seed (`int`, defaults to 0): Draws the weights.
+        blocks (`int`, defaults to 3): Of a `"resnet"`, in each stage.
+        width (`int`, defaults to 16): Channels at its first layer, of either kind.
     """
     first = in_channels(read_image(rows[0]["image"]))
     channels = 1 if first.mode == "L" else 3
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        network = (
-            ConvNet(channels, (first.height, first.width), classes) if kind == "conv" else ResNet(channels, classes)
-        )
+        if kind == "conv":
+            network: nn.Module = ConvNet(channels, (first.height, first.width), classes, width)
+        else:
+            network = ResNet(channels, classes, blocks, width)
     return ImageClassificationAdapter(network.eval(), transform=normalised_over(rows))
 
 
@@ -91,6 +95,7 @@ class Training:
         batch_size (`int`, defaults to 128): Images in a step.
         augment (`bool`, defaults to `False`): Mirror images at random, and shift them by up to an eighth.
         seed (`int`, defaults to 0): Draws batches, mirrors and shifts.
+        checkpoints (`int`, defaults to 1): Networks kept on the way, at equal distances; the last is the trained one.
     """
 
     epochs: int = 30
@@ -100,11 +105,17 @@ class Training:
     batch_size: int = 128
     augment: bool = False
     seed: int = 0
+    checkpoints: int = 1
+
+    @property
+    def kept_epochs(self) -> list[int]:
+        """Epochs after which the network is kept."""
+        return sorted({-(-self.epochs * (i + 1) // self.checkpoints) for i in range(self.checkpoints)})
 
 
 def train(
     adapter: ImageClassificationAdapter, rows: Dataset, training: Training, cache_dir: Path | None = None
-) -> float:
+) -> dict[int, ImageClassificationAdapter]:
     """Train an adapter's network in place; weights are kept under a fingerprint of all that they depend on.
 
     Args:
@@ -114,7 +125,8 @@ def train(
         cache_dir (`Path`, *optional*): Defaults to [`candidate_pass.default_cache_dir`].
 
     Returns:
-        `float`: Share of the rows that the network classifies as their labels say, in evaluation mode.
+        `dict[int, ImageClassificationAdapter]`: By the epoch after which it was kept, the network at that time; the
+        last is the adapter itself.
     """
     encoded = encode(adapter, rows, "candidates", cache_dir)
     batch = adapter.collate(encoded[:])
@@ -122,9 +134,12 @@ def train(
     file = (cache_dir or default_cache_dir()) / "models" / f"{key}.safetensors"
     with process_state().main_process_first():
         weights = kept(file, lambda: _train(adapter.model, batch["input"], batch["label"], training))
-    adapter.model.load_state_dict(weights)
-    adapter.model.eval()
-    return accuracy(adapter, rows, cache_dir)
+    *on_the_way, last = training.kept_epochs
+    found = {epoch: adapter.with_model(copy.deepcopy(adapter.model)) for epoch in on_the_way} | {last: adapter}
+    for epoch, one in found.items():
+        one.model.load_state_dict({name: weights[f"{epoch}/{name}"] for name in one.model.state_dict()})
+        one.model.eval()
+    return found
 
 
 def _train(model: nn.Module, inputs: Tensor, labels: Tensor, training: Training) -> Tensors:
@@ -138,8 +153,9 @@ def _train(model: nn.Module, inputs: Tensor, labels: Tensor, training: Training)
         optimizer = torch.optim.AdamW(model.parameters(), training.rate, weight_decay=training.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, training.rate, total_steps=steps)
     model.train()
+    weights: Tensors = {}
     with tqdm(total=training.epochs, desc=f"training on {len(inputs):,} images", unit="epoch") as bar:
-        for _ in range(training.epochs):
+        for epoch in range(1, training.epochs + 1):
             for rows in torch.randperm(len(inputs), generator=draw).split(training.batch_size):
                 images = augmented(inputs[rows], draw) if training.augment else inputs[rows]
                 loss = F.cross_entropy(model(images.to(device)), labels[rows].to(device))
@@ -149,8 +165,10 @@ def _train(model: nn.Module, inputs: Tensor, labels: Tensor, training: Training)
                 schedule.step()
             bar.update()
             bar.set_postfix(loss=f"{loss.item():.3f}")
+            if epoch in training.kept_epochs:
+                weights |= {f"{epoch}/{name}": value.clone() for name, value in model.state_dict().items()}
     model.eval()
-    return dict(model.state_dict())
+    return weights
 
 
 def augmented(images: Tensor, draw: torch.Generator) -> Tensor:

@@ -16,14 +16,18 @@ from hf_forward_inf.fingerprints import fingerprint
 from hf_forward_inf.retraining import BatchedTraining, retrained_losses
 
 
-def mislabelled(labels: np.ndarray, groups: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Cut examples into groups of one size, and give wrong labels to more and more of each: from none to all.
+def mislabelled(
+    labels: np.ndarray, groups: int, classes: int, seed: int = 0, *, ratio: float = 0.5
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cut examples into groups of one size, and give wrong labels to more and more of each.
 
     Args:
         labels (`np.ndarray`): Integers from 0, `[examples]`; as many as fill the groups are used.
         groups (`int`): How many; at least 2.
         classes (`int`): Labels are drawn from the others of so many.
         seed (`int`, defaults to 0): Draws which, and what.
+        ratio (`float`, defaults to 0.5): Share of wrong labels among all: none in the first group, twice as many in
+            the last.
 
     Returns:
         `tuple`: Each example's group, and its label.
@@ -32,7 +36,7 @@ def mislabelled(labels: np.ndarray, groups: int, classes: int, seed: int = 0) ->
     of, noisy = np.repeat(np.arange(groups), size), labels[: groups * size].copy()
     draw = np.random.default_rng(seed)
     for group in range(groups):
-        wrong = draw.permutation(np.flatnonzero(of == group))[: round(size * group / (groups - 1))]
+        wrong = draw.permutation(np.flatnonzero(of == group))[: round(2 * ratio * size * group / (groups - 1))]
         noisy[wrong] = (noisy[wrong] + draw.integers(1, classes, len(wrong))) % classes
     return of, noisy
 
@@ -44,10 +48,17 @@ class GroupTask:
     Args:
         training (`BatchedTraining`): Its data are the examples, and the queries after them.
         of (`np.ndarray`): Each example's group, `[examples]`.
+        queries (`int`, *optional*): How many of the queries count, the first. Defaults to all.
     """
 
     training: BatchedTraining
     of: np.ndarray
+    queries: int | None = None
+
+    @property
+    def rows(self) -> slice:
+        """Where the queries are in the data."""
+        return slice(len(self.of), len(self.training.data[0]) if self.queries is None else len(self.of) + self.queries)
 
     def by_group(self, losses: np.ndarray) -> np.ndarray:
         """Average the examples' losses, `[..., rows]`, over groups: `[..., groups]`."""
@@ -55,16 +66,16 @@ class GroupTask:
 
     def influences(self, seeds: int) -> Influences:
         """Train without each group, and with the queries added; `[seeds, groups]` each."""
-        count, groups = len(self.of), len(np.unique(self.of))
-        rows = len(self.training.data[0])
-        base, added = np.arange(rows)[None] < count, np.ones((1, rows), dtype=bool)
+        count, groups, asked = len(self.of), len(np.unique(self.of)), self.rows
+        everyone = np.arange(len(self.training.data[0]))[None]
+        base, added = everyone < count, everyone < asked.stop
         without = np.repeat(base, groups, axis=0)
         for group in range(groups):
             without[group, :count] &= self.of != group
         key = fingerprint(repr(self.training.settings), *(part.numpy().tobytes() for part in self.training.data))
         losses = partial(retrained_losses, self.training, key=key, seeds=seeds)
         before = losses(base)[:, 0]
-        to_query = losses(without)[..., count:].mean(-1) - before[:, count:].mean(-1)[:, None]
+        to_query = losses(without)[..., asked].mean(-1) - before[:, asked].mean(-1)[:, None]
         return Influences(to_query, self.by_group(before) - self.by_group(losses(added)[:, 0]))
 
     def model(self, seed: int) -> nn.Module:
@@ -79,7 +90,7 @@ class GroupTask:
         names = [name for name, _ in model.named_parameters()]
         examples = _rows(inputs[:count], labels[:count])
         direction = direction_for(ascent, adapter, examples, names)
-        queries = adapter.encode(_rows(inputs[count:], labels[count:])[:])
+        queries = adapter.encode(_rows(inputs[self.rows], labels[self.rows])[:])
         theta = ascend(adapter, queries, names, ascent, None if direction is None else direction.ready())
         if theta is None:
             raise ValueError("The queries' gradient is zero or not finite: it moves the model nowhere.")

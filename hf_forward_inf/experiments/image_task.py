@@ -36,9 +36,23 @@ class ImageTask:
     image_column: str | None = field(default=None, metadata={"help": "Column of images (default: found)."})
     num_candidates: int | None = field(default=None, metadata={"help": "Candidates drawn at random (default: all)."})
     network: Literal["resnet", "conv"] = field(
-        default="conv", metadata={"help": "Network that is trained: two convolutions (conv), or a ResNet-20."}
+        default="conv", metadata={"help": "Network that is trained: two convolutions (conv), or a ResNet."}
     )
-    epochs: int = field(default=30, metadata={"help": "Epochs of its training."})
+    blocks: int = field(
+        default=3, metadata={"help": "Blocks in each stage of the ResNet: 1 a ResNet-8, 3 a ResNet-20."}
+    )
+    width: int = field(default=16, metadata={"help": "Channels at the network's first layer."})
+    fine_tune: bool = field(default=False, metadata={"help": "Train the given --model on, on the candidates."})
+    epochs: int = field(default=30, metadata={"help": "Epochs of the training."})
+    optimizer: Literal["adam", "sgd"] = field(
+        default="adam", metadata={"help": "Of the training: adam, or sgd with momentum .9."}
+    )
+    rate: float = field(
+        default=1e-2, metadata={"help": "Its learning rate at its highest; rises and falls as one cycle."}
+    )
+    weight_decay: float = field(default=0.0, metadata={"help": "The optimizer's weight decay."})
+    batch_size: int = field(default=64, metadata={"help": "Images in a step of the training."})
+    augment: bool = field(default=False, metadata={"help": "Mirror and shift images at random in training."})
     first: str | None = field(
         default=None, metadata={"help": "Child of the model with which perturbation begins (layer3 of a ResNet)."}
     )
@@ -48,10 +62,23 @@ class ImageTask:
     def __post_init__(self) -> None:
         if self.model and not self.candidates:
             raise ValueError("--model is given: give its training images as --candidates with it.")
-        for name in ("epochs", "top_k", "num_candidates"):
+        if self.fine_tune and not self.model:
+            raise ValueError("--fine_tune trains a given network on: give --model with it.")
+        for name in ("epochs", "batch_size", "blocks", "width", "top_k", "num_candidates"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1, not {value}.")
+        if not self.rate > 0 or not self.weight_decay >= 0:
+            raise ValueError(
+                f"--rate must be above 0 and --weight_decay not below, not {self.rate} and {self.weight_decay}."
+            )
+
+    def training(self, checkpoints: int = 1) -> Training:
+        """How the network is trained."""
+        return Training(
+            self.epochs, self.rate, self.optimizer, self.weight_decay, self.batch_size, self.augment, self.seed,
+            checkpoints,
+        )  # fmt: skip
 
 
 def load_image_task(
@@ -64,17 +91,38 @@ def load_image_task(
         )
     if options.num_candidates is not None:
         candidates = sample_rows(candidates, options.num_candidates, options.seed)
+    return candidates, classifier(options, candidates)
+
+
+def classifier(options: ImageTask, candidates: Dataset) -> ImageClassificationAdapter:
+    """Load the classifier of some candidates, or train it."""
+    return list(checkpoints(options, candidates, 1).values())[-1]
+
+
+def checkpoints(options: ImageTask, candidates: Dataset, count: int) -> dict[int, ImageClassificationAdapter]:
+    """Load the classifier, or train it: the network after so many epochs, at equal distances; the trained one last.
+
+    A network that is not trained here has one, after 0 epochs.
+    """
+    source = options.candidates or "handwritten digits"
     if options.model is not None:
-        say(f"What {options.model} learned from {len(candidates):,} images of {options.candidates}.")
+        say(f"What {options.model} learned from {len(candidates):,} images of {source}.")
         adapter = load_classifier(options.model)
         say(f"It knows {accuracy(adapter, candidates):.1%} of their labels.")
-        return candidates, adapter
-    source = options.candidates or "handwritten digits"
-    say(f"A {options.network} network learns {len(candidates):,} images of {source}; --model, --candidates for yours.")
-    adapter = untrained(options.network, candidates, count_classes(candidates), options.seed)
-    knows = train(adapter, candidates, Training(epochs=options.epochs, batch_size=64, seed=options.seed))
-    say(f"It knows {knows:.1%} of their labels.")
-    return candidates, adapter
+        if not options.fine_tune:
+            return {0: adapter}
+    else:
+        say(
+            f"A {options.network} network learns {len(candidates):,} images of {source}; "
+            "--model, --candidates for yours."
+        )
+        adapter = untrained(
+            options.network, candidates, count_classes(candidates), options.seed, blocks=options.blocks,
+            width=options.width,
+        )  # fmt: skip
+    found = train(adapter, candidates, options.training(count))
+    say(f"Trained on them, it knows {accuracy(adapter, candidates):.1%} of their labels.")
+    return found
 
 
 def with_objective(

@@ -2,9 +2,9 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from datasets import Dataset, Features, Image
@@ -21,9 +21,11 @@ from hf_forward_inf.experiments.run import about, check_output, write_outputs
 from hf_forward_inf.experiments.task import Task
 from hf_forward_inf.fingerprints import uncached
 from hf_forward_inf.forward_inf import ForwardInf
-from hf_forward_inf.hubs import standardised
 from hf_forward_inf.metrics import reciprocal_ranks
 from hf_forward_inf.processes import say
+
+Objective: TypeAlias = Literal["cross_entropy", "margin"]
+Measure: TypeAlias = Literal["rise", "shift"]
 
 POOL = 1024
 """Candidates among which settings are chosen, at most."""
@@ -31,6 +33,16 @@ RADII = (0.003, 0.01, 0.03, 0.1, 0.3)
 """Lengths of the step that are tried, unless the user names some."""
 LEAST_TUNING = 3
 """Queries by which settings are chosen at least: scores are standardised over them."""
+MEASURES: dict[str, tuple[Objective, Measure]] = {
+    "shift": ("cross_entropy", "shift"),
+    "cross_entropy": ("cross_entropy", "rise"),
+    "margin": ("margin", "rise"),
+}
+"""What of a candidate is its score, the first preferred: the shift of its prediction, or the rise of its loss (the
+paper's) or of minus its margin."""
+CORRECTIONS = ("reranked", "", "standardised")
+"""What is done to scores, the first preferred: shares of the own step's ([`ForwardInf.rerank`]), nothing, or
+[`hubs.standardised`]."""
 
 
 @dataclass
@@ -72,28 +84,34 @@ class LeakageOptions(ImageTask):
 
 @dataclass(frozen=True)
 class Setting:
-    """Settings of Forward-INF: what is raised, how far, and whether scores are measured by all queries'.
+    """Settings of Forward-INF: what is measured, after how long a step, and how scores are corrected.
 
     Args:
-        tracer (`ForwardInf`): With objective and radius.
-        standardise (`bool`): Whether scores are standardised over the queries ([`hubs.standardised`]).
+        tracer (`ForwardInf`): With its adapter and radius.
+        measured (`str`): Of [`MEASURES`].
+        correction (`str`): Of [`CORRECTIONS`].
     """
 
     tracer: ForwardInf
-    standardise: bool
+    measured: str
+    correction: str
     name = "forward_inf"
 
     def trace(self, queries: Dataset, candidates: Dataset, top_k: int | None = None) -> Attribution:
         """Score every candidate for every query."""
-        found = self.tracer.trace(queries, candidates)
-        return (found.standardised() if self.standardise else found).keep(top_k)
+        return self.corrected(self.tracer.trace(queries, candidates)).keep(top_k)
+
+    def corrected(self, found: Attribution) -> Attribution:
+        """Correct what the tracer found; every score is kept, NaN for candidates that are not among the best."""
+        if self.correction == "reranked":
+            best = self.tracer.rerank(found)
+            return replace(best, scores=best.dense(), indices=None)
+        return found.standardised() if self.correction else found
 
     @property
     def kind(self) -> str:
         """All but the radius."""
-        adapter = self.tracer.adapter
-        assert isinstance(adapter, ImageClassificationAdapter)
-        return adapter.objective + (", standardised" if self.standardise else "")
+        return ", ".join(filter(None, (self.measured, self.correction)))
 
     def __str__(self) -> str:
         return f"{self.kind}, radius {self.tracer.ascent.radius:g}"
@@ -133,8 +151,8 @@ def draw_tasks(candidates: Dataset, options: LeakageOptions) -> tuple[Task, Task
 def choose(adapter: ImageClassificationAdapter, task: Task, options: LeakageOptions) -> dict[str, Setting]:
     """Choose Forward-INF's settings by how high the copies rank, over all changes alike.
 
-    Objectives, radii, and scores as they are or standardised over the queries are tried; of equally good ones the
-    cross-entropy, unstandardised scores and the radius at which copies stand out most ([`lead`]) are taken.
+    All [`MEASURES`], radii and [`CORRECTIONS`] are tried; of equally good ones the first measure with the first
+    correction, at the radius at which copies stand out most ([`lead`]).
 
     Returns:
         `dict`: `forward_inf`, the best; `cross_entropy`, the best with the paper's score.
@@ -142,14 +160,15 @@ def choose(adapter: ImageClassificationAdapter, task: Task, options: LeakageOpti
     assert task.proponents is not None
     heights: dict[Setting, tuple[float, float]] = {}
     say(f"Settings, by the mean reciprocal rank of {len(task.queries)} copies among {len(task.candidates):,}:")
-    for objective in ("cross_entropy", "margin"):
+    for measured, (objective, measure) in MEASURES.items():
         own = with_objective(adapter, objective, options.first)
         for radius in options.radii:
-            tracer = ForwardInf(adapter=own, ascent=AscentConfig(radius=radius, seed=options.seed))
-            scores = tracer.trace(task.queries, task.candidates).scores
-            for standardise in (False, True):
-                shown = standardised(scores) if standardise else scores
-                setting = Setting(tracer, standardise)
+            ascent = AscentConfig(radius=radius, seed=options.seed)
+            tracer = ForwardInf(adapter=own, ascent=ascent, measure=measure)
+            found = tracer.trace(task.queries, task.candidates)
+            for correction in CORRECTIONS:
+                setting = Setting(tracer, measured, correction)
+                shown = setting.corrected(found).scores
                 height = float(reciprocal_ranks(shown, task.proponents).mean())
                 heights[setting] = height, lead(shown, task.proponents)
                 say(f"  {height:.3f}  {setting}")
@@ -162,13 +181,14 @@ def lead(scores: np.ndarray, truth: list[list[int]]) -> float:
     leads = []
     for row, own in zip(scores, truth, strict=True):
         leads.append((np.max(row[own]) - np.nanmax(np.delete(row, own))) / max(np.nanstd(row), 1e-12))
-    return float(np.mean(leads))
+    return float(np.mean(np.nan_to_num(leads, nan=-np.inf)))  # a copy that is not among the best has no score
 
 
 def _best(heights: Mapping[Setting, tuple[float, float]]) -> Setting:
     highest = max(height for height, _ in heights.values())
     equal = [one for one, (height, _) in heights.items() if height >= highest - 1e-9]
-    alike = [one for one in equal if one.kind == equal[0].kind]
+    first = min(equal, key=lambda one: (list(MEASURES).index(one.measured), CORRECTIONS.index(one.correction)))
+    alike = [one for one in equal if one.kind == first.kind]
     return max(alike, key=lambda one: heights[one][1])
 
 

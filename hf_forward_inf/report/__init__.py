@@ -14,6 +14,8 @@ from hf_forward_inf.texts import LAYOUTS, SENTINEL, text_and_target, text_column
 
 SHOWN = 10
 """Candidates shown for each query."""
+RISE = "how much an example's loss rises"
+SHIFT = "how far the model's prediction for an example moves"
 BUDGET_CAPTION = (
     "What each attributor has found after a time, candidates that it has not inspected yet ranked last. Each inspects "
     "candidates at its own measured pace, in one random order; a cascade begins with the best of its first stage."
@@ -66,7 +68,7 @@ def write_report(
     )
     page = environment.get_template("page.html").render(
         title=title or f"Which training examples made the model {'draw' if drawn else 'say'} this?",
-        unit="" if drawn else " (in nats)",
+        measured=SHIFT if attribution.config.get("measure") == "shift" else RISE + ("" if drawn else " (in nats)"),
         method=attribution.method,
         candidates=attribution.config.get("streamed", len(attribution.candidates)),
         config={name: value for name, value in attribution.config.items() if value is not None and name != "run"},

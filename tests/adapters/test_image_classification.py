@@ -106,6 +106,37 @@ def test_a_memorised_query_finds_its_copy_although_its_loss_is_nothing(scale):
     assert sum(first) >= 18  # another image may change as much: which networks do so depends on the machine
 
 
+@pytest.mark.parametrize("first", [None, "3"])
+def test_a_shift_is_the_length_of_what_changes_in_the_logits_but_for_their_mean(first):
+    data, model = rows(12), network().eval()
+    ascent = AscentConfig(radius=0.3)
+    tracer = ForwardInf(adapter=ImageClassificationAdapter(model, first=first), ascent=ascent, measure="shift")
+    found = tracer.trace(data.select([5]), data)
+    images, labels = tensors(data)
+    before = model(images).detach().numpy()
+    moved = [p for name, p in model.named_parameters() if first is None or name >= first]
+    gradients = torch.autograd.grad(nn.functional.cross_entropy(model(images[5:6]), labels[5:6]), moved)
+    norm = torch.cat([g.flatten() for g in gradients]).norm()
+    with torch.no_grad():
+        for p, g in zip(moved, gradients, strict=True):
+            p += 0.3 * g / norm
+        change = model(images).numpy() - before
+    expected = np.linalg.norm(change - change.mean(1, keepdims=True), axis=1)
+    np.testing.assert_allclose(found.scores[0], expected, rtol=1e-3)
+    assert (expected > 0).all() and found.config["measure"] == "shift"
+
+
+def test_a_shift_has_no_sign():
+    data, adapter = rows(4), ImageClassificationAdapter(network())
+    down = ForwardInf(adapter=adapter, ascent=AscentConfig(radius=0.1, mode="descent"), measure="shift")
+    assert (down.trace(data.select([0]), data).scores > 0).all()
+    both = down.with_options(ascent=AscentConfig(radius=0.1, mode="symmetric"))
+    with pytest.raises(ValueError, match="has no sign"):
+        both.trace(data.select([0]), data)
+    with pytest.raises(ValueError, match="'rise' or 'shift'"):
+        ForwardInf(adapter=adapter, measure="sum")
+
+
 def test_margins_are_log_odds_and_have_scores_of_their_own():
     data, model = rows(12), network()
     adapter = ImageClassificationAdapter(model, objective="margin")

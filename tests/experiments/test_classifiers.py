@@ -29,7 +29,8 @@ def digits():
 def test_training_learns_and_is_kept(digits):
     training = Training(epochs=8)
     first, again = (untrained("conv", digits, 10) for _ in range(2))
-    assert train(first, digits, training) > 0.9
+    assert train(first, digits, training) == {8: first}
+    assert accuracy(first, digits) > 0.9
     train(again, digits, training)
     images = torch.tensor(np.stack([first.array(image) for image in digits["image"][:20]]))
     assert torch.equal(first.model(images), again.model(images))
@@ -38,11 +39,31 @@ def test_training_learns_and_is_kept(digits):
     assert accuracy(first, digits.select(range(20))) == hits.sum().item() / 20
 
 
+def test_networks_on_the_way_are_those_of_the_same_training_and_the_last_is_the_trained_one(digits):
+    alone, stepwise = (untrained("conv", digits, 10) for _ in range(2))
+    train(alone, digits, Training(epochs=5))
+    found = train(stepwise, digits, Training(epochs=5, checkpoints=3))
+    assert list(found) == [2, 4, 5] and found[5] is stepwise
+    assert accuracy(found[2], digits) < accuracy(found[5], digits)
+    for name, value in alone.model.state_dict().items():
+        assert torch.equal(value, stepwise.model.state_dict()[name])
+
+
 def test_pixels_are_normalised_by_channel():
     rows = Dataset.from_list([{"image": picture(i), "label": 0} for i in range(20)])
     arrays = np.stack([normalised_over(rows)(image) for image in rows["image"]])
     np.testing.assert_allclose(arrays.mean(axis=(0, 2, 3)), 0, atol=1e-3)
     np.testing.assert_allclose(arrays.std(axis=(0, 2, 3)), 1, atol=1e-3)
+
+
+def test_weight_decay_and_the_optimizer_reach_the_training(digits):
+    def weight(**options):
+        adapter = untrained("conv", digits, 10, width=4)
+        train(adapter, digits, Training(epochs=2, **options))
+        return sum(p.square().sum().item() for p in adapter.model.parameters())
+
+    plain, decayed, sgd = weight(), weight(weight_decay=10.0), weight(optimizer="sgd")
+    assert decayed < 0.9 * plain and abs(sgd - plain) > 1e-3
 
 
 def test_augmented_images_are_mirrored_and_shifted():

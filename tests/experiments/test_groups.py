@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -27,6 +29,20 @@ def test_groups_get_more_and_more_wrong_labels():
     assert [(noisy != labels[:40])[of == g].sum() for g in range(5)] == [0, 2, 4, 6, 8]
     assert noisy.min() >= 0
     assert noisy.max() < 10
+
+
+def test_twice_the_share_of_wrong_labels_is_in_the_last_group():
+    labels = np.arange(100) % 10
+    of, noisy = mislabelled(labels, 5, 10, ratio=0.25)
+    assert [(noisy != labels)[of == g].sum() for g in range(5)] == [0, 2, 5, 8, 10]
+
+
+def test_fewer_queries_are_the_first_ones(task):
+    data = tuple(part[:55] for part in task.training.data)
+    alone = GroupTask(replace(task.training, data=data, queries=data), task.of)
+    few, expected = (one.influences(seeds=1) for one in (replace(task, queries=5), alone))
+    np.testing.assert_allclose(few.to_query, expected.to_query, atol=1e-5)
+    np.testing.assert_allclose(few.from_query, expected.from_query, atol=1e-5)
 
 
 def test_influences_are_what_training_without_and_with_comes_to(task):

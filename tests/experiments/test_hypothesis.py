@@ -10,11 +10,13 @@ SMALL = {"training": 150, "queries": 2, "groups": 4, "group_size": 10, "group_qu
 
 
 def test_a_run_writes_figures_scores_and_a_report(tmp_path):
-    found = hypothesis_run(HypothesisOptions(output=str(tmp_path), **SMALL))
+    found = hypothesis_run(HypothesisOptions(output=str(tmp_path), query_counts=[10], ratios=[0.2], **SMALL))
     kept = json.loads((tmp_path / "metrics.json").read_text())
     assert kept["noiseless/pearson"] == found["noiseless/pearson"] > 0.8
     for part in ("noisy", "forward_inf", "forward_inf_cg"):
-        assert {f"{part}/pearson", f"{part}/spearman"} < kept.keys()
+        cases = [f"{case}{part}" for case in ("", "queries_10/", "mislabelled_0.2/")]
+        assert {f"{case}/spearman" for case in cases} < kept.keys()
+        assert len({kept[f"{case}/pearson"] for case in cases}) == 3
     assert "<svg" in (tmp_path / "report.html").read_text()
     with pytest.raises(FileExistsError, match="already holds a run"):
         hypothesis_run(HypothesisOptions(output=str(tmp_path), **SMALL))
@@ -33,8 +35,8 @@ def test_images_of_several_sizes_are_refused(tmp_path):
         hypothesis_run(options)
 
 
-@pytest.mark.parametrize("wrong", [{"groups": 1}, {"radius": 0.0}, {"seeds": 0}, {"epochs": 0}])
+@pytest.mark.parametrize("wrong", [{"groups": 1}, {"radius": 0.0}, {"seeds": 0}, {"epochs": 0}, {"mislabelled": 0.6}])
 def test_options_that_make_no_run_are_named(wrong):
     (name,) = wrong
-    with pytest.raises(ValueError, match=f"--{name} must be"):
+    with pytest.raises(ValueError, match=f"--{name} "):
         HypothesisOptions(**wrong)
