@@ -239,7 +239,7 @@ class ForwardInf:
         """
         return self_influence(self, rows)
 
-    def rerank(self, found: Attribution, k: int = 20) -> Attribution:
+    def rerank(self, found: Attribution, k: int = 100) -> Attribution:
         """Order the best candidates of each query anew: by the share of what their own step does to them.
 
         A candidate that any step shakes may come before the one that the query is a copy of; by score /
@@ -248,7 +248,7 @@ class ForwardInf:
 
         Args:
             found (`Attribution`): What this attributor found, of scores as they are.
-            k (`int`, defaults to 20): Candidates of each query; no other is kept.
+            k (`int`, defaults to 100): Candidates of each query; no other is kept.
 
         Returns:
             `Attribution`: With shares for scores, `[queries, k]`; NaN, ranked last, where a candidate's own step
