@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from hf_forward_inf.experiments.retrainable import digits, hard_and_random
-from hf_forward_inf.retraining import BatchedTraining, Retrained, random_halves, retrained_losses
+from hf_forward_inf.retraining import BatchedTraining, Retrained, random_halves, retrained_outcomes
 from tests import digits as small
 
 SUBSETS = random_halves(30, 4)
@@ -36,8 +36,8 @@ def test_an_interrupted_run_goes_on_with_the_next_models(cache):
         return np.stack([subsets.argmax(axis=1), seeds], axis=1).astype(np.float32)
 
     with pytest.raises(KeyboardInterrupt):
-        retrained_losses(train, SUBSETS, key="a", seeds=2, together=3)
-    found = retrained_losses(train, SUBSETS, key="a", seeds=2, together=3)
+        retrained_outcomes(train, SUBSETS, key="a", seeds=2, together=3)
+    found = retrained_outcomes(train, SUBSETS, key="a", seeds=2, together=3)
     assert calls == [[0, 0, 0], [0, 1, 1], [1, 1], [1, 1]]
     np.testing.assert_array_equal(found[:, :, 0], [SUBSETS.argmax(axis=1)] * 2)
     np.testing.assert_array_equal(found[:, :, 1], [[0] * 4, [1] * 4])
