@@ -123,7 +123,7 @@ def small_digits() -> Dataset:
     """Give scikit-learn's digits in random order: `x`, 64 numbers from 0 to 1, `label`, and `image` to look at."""
     rows = labelled_digits()
     images, labels = rows["image"][:], np.array(rows["label"][:])
-    x = np.stack([np.round(np.asarray(image).ravel() * 16 / 255) / 16 for image in images])  # as scanned: sixteenths
+    x = np.stack([np.round(np.asarray(image, dtype=np.float64).ravel() * 16 / 255) / 16 for image in images])
     order = np.random.default_rng(0).permutation(len(rows))
     columns = {"x": x[order].tolist(), "label": labels[order].tolist(), "image": [images[i] for i in order]}
     features = Features({"x": List(Value("float64")), "label": Value("int64"), "image": Image()})
