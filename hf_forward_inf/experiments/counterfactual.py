@@ -11,6 +11,7 @@ from datasets import Dataset
 from hf_forward_inf.adapters import Adapter
 from hf_forward_inf.attribution import Attribution, Attributor
 from hf_forward_inf.baselines import Ensemble, Random
+from hf_forward_inf.datasets import sample_rows
 from hf_forward_inf.experiments.contenders import baselines
 from hf_forward_inf.experiments.evaluation import REFERENCE, Table, flat
 from hf_forward_inf.experiments.retrainable import Retrainable
@@ -22,9 +23,9 @@ from hf_forward_inf.processes import say
 from hf_forward_inf.report.plots import interval_plot
 
 FEWER: dict[str, dict[str, Any]] = {
-    "digits": {},
+    "digits": {"explained": None},
     "facts": {
-        "seeds": 1, "directions": ["gradient", "ekfac", "cg_5"],
+        "seeds": 1, "explained": 24, "directions": ["gradient", "ekfac", "cg_5"],
         "without": ["tuned_seeds", "trackstar", "influence_functions_cg", "influence_functions_lissa",
                     "representation", "bm25_without_answer"],
     },
@@ -49,10 +50,15 @@ class CounterfactualOptions(TruthOptions):
         default="outputs/counterfactual", metadata={"help": "Folder for metrics, attribution and report."}
     )
     share: float = field(default=0.02, metadata={"help": "Share of the candidates that is taken away for a query."})
+    explained: int | None = field(
+        default=None, metadata={"help": "Queries that are explained, drawn from all (all; facts: 24)."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         assert self.candidates is not None
+        if self.explained is not None and self.explained < 1:
+            raise ValueError(f"--explained must be at least 1, not {self.explained}.")
         if not 1 <= self.share * self.candidates < self.candidates:
             raise ValueError(f"--share {self.share} of {self.candidates} candidates takes away none or all.")
 
@@ -133,7 +139,8 @@ def counterfactual_run(options: CounterfactualOptions) -> dict[str, Any]:
     folder = check_output(options.output, options.overwrite)
     trial = prepare(options)
     task, everyone = trial.task, _attributors(trial, options)
-    queries, wrong = answered_by(trial.adapters[0], task.queries)
+    asked = sample_rows(task.queries, options.explained or len(task.queries), options.seed)
+    queries, wrong = answered_by(trial.adapters[0], asked)
     count = round(options.share * len(task.candidates))
     counterfactual = Counterfactual(task, queries, len(trial.adapters))
     say(f"\n{count} of {len(task.candidates)} candidates are taken away; {wrong.sum()} answers are wrong.")
@@ -156,7 +163,7 @@ def counterfactual_run(options: CounterfactualOptions) -> dict[str, Any]:
         **flat(table), "tuned/direction": trial.best, **about(options, ForwardInf(adapter=trial.adapters[0])),
     }  # fmt: skip
     metrics["total_seconds"] = time.perf_counter() - started
-    truth = task.queries[trial.adapters[0].columns[-1]]
+    truth = asked[trial.adapters[0].columns[-1]]
     notes = {i: f"really {truth[i]}" for i in np.flatnonzero(wrong).tolist()}
     write_outputs(
         folder, presented(found[REFERENCE], notes, options.top_k), metrics, table, None,

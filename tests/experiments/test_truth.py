@@ -43,9 +43,12 @@ def test_lds_judges_every_attributor_beside_chance(tmp_path, capsys):
 
 
 def test_a_counterfactual_run_tells_rises_and_answers_that_are_gone(tmp_path):
-    assert run("counterfactual", tmp_path, "--share", "0.1", "--without", "influence_functions_lissa") == 0
+    assert (
+        run("counterfactual", tmp_path, "--share", "0.1", "--explained", "3", "--without", "influence_functions_lissa")
+        == 0
+    )
     found = json.loads((tmp_path / "metrics.json").read_text())
-    assert found["removed"] == 6
+    assert (found["removed"], found["queries"]) == (6, 3)
     assert found["random/rise_over_random"] == 0
     assert {"rise", "tuned/rise", "tracin/answer_gone"} <= set(found)
     assert found["tracin/rise_behind"] == pytest.approx(found["rise"] - found["tracin/rise"], abs=1e-6)
@@ -87,6 +90,11 @@ def test_other_queries_are_not_taken_for_those_that_were_kept():
 def test_impossible_options_are_told(options, message):
     with pytest.raises(ValueError, match=message):
         TruthOptions(**options)
+
+
+def test_some_queries_are_explained_at_least():
+    with pytest.raises(ValueError, match="--explained must be at least 1, not 0"):
+        CounterfactualOptions(explained=0)
 
 
 def test_a_share_that_takes_nothing_away_is_told():
