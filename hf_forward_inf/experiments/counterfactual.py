@@ -32,7 +32,7 @@ FEWER: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """What a task takes here if the user doesn't say, where it isn't what it takes for LDS: each attributor asks for as
 many trainings as there are queries, times the seeds, and the language model's take five seconds."""
-COLUMNS = ("rise", "rise_low", "rise_high", "answer_gone", "wrong_answer_gone")
+COLUMNS = ("rise", "rise_low", "rise_high", "rise_median", "answer_gone", "wrong_answer_gone")
 CAPTION = (
     "How much the loss of a query's answer rises if the candidates ranked first are taken away and the model is "
     "trained again: the mean over queries and its 95% interval."
@@ -126,10 +126,11 @@ def counterfactual_run(options: CounterfactualOptions) -> dict[str, Any]:
 
     The model's own answers are explained. With intervals, `rise` of the default and `{name}/rise` of everyone else:
     how much the loss of the answer rises, on average, if the query's best candidates are taken away;
-    `rise_over_random`: how much more than without as many random ones; `{name}/rise_behind`: how much less than
-    without the default's;
-    `answer_gone`: the share of answers that the retrained models no longer give, `wrong_answer_gone`: that of wrong
-    answers. What is retrained is kept: a run that was interrupted goes on from there.
+    `rise_median`: the middle query's, since the loss of an answer that a single candidate states may rise twenty
+    times as much as others; `rise_over_random`: how much more than without as many random ones; `{name}/rise_behind`:
+    how much less than without the default's; `answer_gone`: the share of answers that the retrained models no longer
+    give, `wrong_answer_gone`: that of wrong answers. What is retrained is kept: a run that was
+    interrupted goes on from there.
 
     Raises:
         FileExistsError: If the folder holds a finished run and `overwrite` is not set.
@@ -145,7 +146,7 @@ def counterfactual_run(options: CounterfactualOptions) -> dict[str, Any]:
     counterfactual = Counterfactual(task, queries, len(trial.adapters))
     say(f"\n{count} of {len(task.candidates)} candidates are taken away; {wrong.sum()} answers are wrong.")
     chance = counterfactual.without(without_best(Random().trace(queries, task.candidates), count))
-    say(f"{'':26}  rise   95% interval   over random  answer gone  wrong answer gone")
+    say(f"{'':26}  rise     95% interval  median  over random  answer gone  wrong answer gone")
     found: dict[str, Attribution] = {}
     table: Table = {}
     rises: dict[str, np.ndarray] = {}
@@ -196,6 +197,7 @@ def _behind(behind: np.ndarray) -> dict[str, float]:
 def _figures(removal: Removal, chance: Removal, wrong: np.ndarray) -> dict[str, float]:
     low, high = bootstrap_interval(removal.rises)
     figures = {"rise": float(removal.rises.mean()), "rise_low": low, "rise_high": high}
+    figures["rise_median"] = float(np.median(removal.rises))
     over = removal.rises - chance.rises
     low, high = bootstrap_interval(over)
     figures |= {"rise_over_random": float(over.mean()), "rise_over_random_low": low, "rise_over_random_high": high}
@@ -210,4 +212,5 @@ def _figures(removal: Removal, chance: Removal, wrong: np.ndarray) -> dict[str, 
 def _line(name: str, figures: dict[str, float]) -> str:
     interval = f"{figures['rise_low']:.3f} - {figures['rise_high']:.3f}"
     gone = "".join(f"{figures[key]:13.3f}" for key in ("answer_gone", "wrong_answer_gone") if key in figures)
-    return f"{name:25} {figures['rise']:6.3f}  {interval:>13}  {figures['rise_over_random']:11.3f} {gone}"
+    more = f"{figures['rise_median']:6.3f}  {figures['rise_over_random']:11.3f}"
+    return f"{name:25} {figures['rise']:6.3f}  {interval:>15}  {more} {gone}"

@@ -50,7 +50,7 @@ def test_a_counterfactual_run_tells_rises_and_answers_that_are_gone(tmp_path):
     found = json.loads((tmp_path / "metrics.json").read_text())
     assert (found["removed"], found["queries"]) == (6, 3)
     assert found["random/rise_over_random"] == 0
-    assert {"rise", "tuned/rise", "tracin/answer_gone"} <= set(found)
+    assert {"rise", "rise_median", "tuned/rise", "tracin/answer_gone"} <= set(found)
     assert found["tracin/rise_behind"] == pytest.approx(found["rise"] - found["tracin/rise"], abs=1e-6)
     assert found["tracin/rise_behind_low"] <= found["tracin/rise_behind"] <= found["tracin/rise_behind_high"]
     page = (tmp_path / "report.html").read_text()
