@@ -47,7 +47,7 @@ def facts(candidates: int = 400, queries: int = 40) -> Retrainable:
     def train(asked: Dataset) -> Train:
         return partial(_outcomes, adapter, data, asked)
 
-    key = fingerprint("facts, losses and answers", candidates, SIZES, TRAINING, VOCABULARY)
+    key = fingerprint("facts, losses and answers", data["id"][:], SIZES, TRAINING, VOCABULARY)
     judged, others = asked.select(range(half)), asked.select(range(half, 2 * half))
     columns = ("inputs_pretokenized", "targets_pretokenized")
     return Retrainable(key, data, judged, others, adapter, train, columns, together=5)

@@ -133,6 +133,11 @@ def test_a_language_model_is_taught_again_without_half_of_its_sentences(monkeypa
     assert -1 <= lds(scores, judged.subsets, judged.losses)["lds"] <= 1
 
 
+def test_other_sentences_are_another_task():
+    few, same, more = (facts(candidates=40, queries=queries) for queries in (3, 3, 4))
+    assert few.key == same.key != more.key  # the queries' proponents are among the candidates
+
+
 def test_a_language_models_answer_goes_away_without_the_rows_that_taught_it(monkeypatch, tmp_path):
     training = {"epochs": 12, "learning_rate": 8e-3, "batch_length": 512}
     monkeypatch.setattr("hf_forward_inf.experiments.retrainable_facts.TRAINING", training)
