@@ -6,7 +6,7 @@
 The built-in facts with their tiny mT5 (trained once), or your own in FTRACE's format; of queries with a column
 `answered` only those that the model answers. The default modules are perturbed. Kronecker factors are fitted to
 targets drawn from the model (the true Fisher matrix), or, marked `empirical`, to the data's own. Cost is counted in
-plain forward passes over the candidates: of fitting once, and a query's.
+plain forward passes over the candidates: of fitting once, and a query's. `--tune` shows what self-retrieval chooses.
 """
 
 import argparse
@@ -48,6 +48,10 @@ class EmpiricalFisher(Seq2SeqAdapter):
             return torch.autograd.grad(self.loss_of(leaf), leaf)[0]
 
 
+FISHER: dict[str, type[Seq2SeqAdapter]] = {"true": Seq2SeqAdapter, "empirical": EmpiricalFisher}
+"""What Kronecker factors are fitted to: drawn targets, or the data's own."""
+
+
 def load(options: argparse.Namespace) -> tuple[Any, Any, Dataset, Dataset, Dataset]:
     """Give model, tokenizer, queries, candidates and training data."""
     if not options.model:
@@ -77,6 +81,11 @@ def main() -> None:
     parser.add_argument("--directions", nargs="*", default=["gradient", "adam", "kfac", "ekfac", "cg"])
     parser.add_argument("--dampings", type=float, nargs="*", default=[1.0, 0.1, 0.01])
     parser.add_argument("--radii", type=float, nargs="*", default=[0.3, 1.0])
+    parser.add_argument("--tune", action="store_true", help="Let self-retrieval choose among the same settings, too.")
+    parser.add_argument("--modules", nargs="*", help="Perturbed modules, `all` for every one (default: the decoder).")
+    parser.add_argument(
+        "--fisher", nargs="*", choices=FISHER, default=list(FISHER), help="What factors are fitted to."
+    )
     parser.add_argument("--output", type=Path, default=Path("outputs/directions"))
     options = parser.parse_args()
     model, tokenizer, queries, candidates, training = load(options)
@@ -85,14 +94,14 @@ def main() -> None:
     print("| direction | damping | radius | MRR (s.e.) | recall@10 | passes to fit | passes a query |")
     print(f"|{' --- |' * 7}", flush=True)
     rows = []
-    for kind in (Seq2SeqAdapter, EmpiricalFisher):
+    for kind in (FISHER[name] for name in options.fisher):
         for direction in options.directions:
             if kind is EmpiricalFisher and direction not in ("kfac", "ekfac"):
                 continue
             for damping in (None,) if direction == "gradient" else options.dampings:
                 cost: dict[str, float] = {}
                 for radius in options.radii:
-                    ascent = AscentConfig(direction=direction, damping=damping, radius=radius)
+                    ascent = AscentConfig(direction=direction, damping=damping, radius=radius, modules=options.modules)
                     tracer = ForwardInf(adapter=kind(model, tokenizer), ascent=ascent, training=training)
                     figures = tracer.trace(queries, candidates).evaluate(truth)
                     cost = cost or measure(tracer, queries.select(range(min(4, len(queries)))), candidates)
@@ -105,6 +114,12 @@ def main() -> None:
                         f"{row['recall@10']:.3f} | {fit} | {cost['forward_passes_per_query']:.2f} |",
                         flush=True,
                     )
+    if options.tune:
+        tracer = ForwardInf(model, tokenizer, ascent=AscentConfig(modules=options.modules), training=training)
+        tuned = tracer.tune(
+            candidates, directions=options.directions, dampings=options.dampings, radii=options.radii, pool=400
+        )
+        print(f"\nBy self-retrieval among 400 candidates (* is used):\n{tuned.tuning}")
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "metrics.json").write_text(json.dumps(rows, indent=2) + "\n")
 

@@ -21,7 +21,9 @@ from hf_forward_inf.processes import process_state
 
 Train: TypeAlias = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """Given subsets of the candidates, booleans `[models, candidates]`, and a seed for each model, trains a model on each
-and gives its losses of the queries, float32 `[models, queries]`."""
+and gives what comes out for the queries: their losses, float32 `[models, queries]`, or several figures of each."""
+Outcomes: TypeAlias = Callable[[dict[str, Tensor]], Tensor]
+"""From a network's parameters to what comes out for some rows, `[rows, ...]`."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def random_halves(candidates: int, subsets: int, seed: int = 0) -> np.ndarray:
     return np.stack([draw.permutation(candidates) < candidates // 2 for _ in range(subsets)])
 
 
-def retrained_losses(
+def retrained_outcomes(
     train: Train,
     subsets: np.ndarray,
     *,
@@ -64,21 +66,21 @@ def retrained_losses(
     together: int = 40,
     cache_dir: Path | None = None,
 ) -> np.ndarray:
-    """Train a model on every subset with every seed, and give its losses of the queries.
+    """Train a model on every subset with every seed, and give what comes out for the queries.
 
     Every few models are kept as soon as they are trained: a run that was interrupted goes on with the next.
 
     Args:
         train (`Callable`): Trains some models, all subsets of one size.
         subsets (`np.ndarray`): Booleans, `[subsets, candidates]`.
-        key (`str`): Names everything that `train` depends on: data, network, settings.
+        key (`str`): Names everything that `train` depends on: data, network, settings, queries.
         seeds (`int`, defaults to 1): Trainings of each subset.
         together (`int`, defaults to 40): Models trained together.
-        cache_dir (`Path`, *optional*): Losses are kept in its folder `retraining`. Defaults to
+        cache_dir (`Path`, *optional*): Outcomes are kept in its folder `retraining`. Defaults to
             [`candidate_pass.default_cache_dir`].
 
     Returns:
-        `np.ndarray`: float32 `[seeds, subsets, queries]`.
+        `np.ndarray`: float32 `[seeds, subsets, queries]`, or with as many axes more as `train` gives.
     """
     folder = (cache_dir or default_cache_dir()) / "retraining"
     pairs = [(seed, subset) for seed in range(seeds) for subset in range(len(subsets))]
@@ -89,13 +91,34 @@ def retrained_losses(
         name = fingerprint(key, own_seeds.tolist(), np.packbits(subsets[own]).tolist(), subsets.shape[1])
 
         def train_some(own: np.ndarray = own, own_seeds: np.ndarray = own_seeds) -> dict[str, Tensor]:
-            return {"losses": torch.from_numpy(train(subsets[own], own_seeds))}
+            return {"outcomes": torch.from_numpy(train(subsets[own], own_seeds))}
 
         with process_state().main_process_first():
-            parts.append(kept(folder / f"{name}.safetensors", train_some)["losses"].numpy())
+            parts.append(kept(folder / f"{name}.safetensors", train_some)["outcomes"].numpy())
         bar.update(len(own))
     bar.close()
-    return np.concatenate(parts).reshape(seeds, len(subsets), -1)
+    found = np.concatenate(parts)
+    return found.reshape(seeds, len(subsets), *found.shape[1:])
+
+
+def losses_of(network: nn.Module, inputs: Tensor, labels: Tensor) -> Outcomes:
+    """Give the function from parameters to each row's loss, `[rows]`."""
+
+    def losses(parameters: dict[str, Tensor]) -> Tensor:
+        return F.cross_entropy(functional_call(network, parameters, (inputs,)), labels, reduction="none")
+
+    return losses
+
+
+def losses_and_answers_of(network: nn.Module, inputs: Tensor, labels: Tensor) -> Outcomes:
+    """Give that to each row's loss, and whether its label is the network's answer (1 or 0), `[rows, 2]`."""
+
+    def outcomes(parameters: dict[str, Tensor]) -> Tensor:
+        logits = functional_call(network, parameters, (inputs,))
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        return torch.stack([losses, (logits.argmax(dim=1) == labels).to(losses.dtype)], dim=1)
+
+    return outcomes
 
 
 @dataclass(frozen=True)
@@ -111,6 +134,7 @@ class BatchedTraining:
         weight_decay (`float`, defaults to 1e-3): A part of the loss: weight_decay / 2 x squared norm.
         momentum (`float`, *optional*): Take steps of SGD with this momentum. Defaults to steps of Adam.
         batch_size (`int`, *optional*): Rows of a step, in an order that the seed draws. Defaults to a whole subset.
+        tell (`Callable`, *optional*): What comes out: [`losses_of`] by default, or [`losses_and_answers_of`].
     """
 
     network: Callable[[], nn.Module]
@@ -121,6 +145,7 @@ class BatchedTraining:
     weight_decay: float = 1e-3
     momentum: float | None = None
     batch_size: int | None = None
+    tell: Callable[[nn.Module, Tensor, Tensor], Outcomes] = losses_of
 
     @property
     def settings(self) -> tuple[float | None, ...]:
@@ -128,11 +153,11 @@ class BatchedTraining:
         return self.steps, self.learning_rate, self.weight_decay, self.momentum, self.batch_size
 
     def __call__(self, subsets: np.ndarray, seeds: np.ndarray) -> np.ndarray:
-        """Train on subsets of one size; give the queries' losses, float32 `[models, queries]`."""
+        """Train on subsets of one size; give what comes out for the queries, float32 `[models, queries, ...]`."""
         base, parameters = self.trained(subsets, seeds)
         with torch.no_grad():
-            losses = vmap(losses_of(base, *self.queries))(parameters)
-        return losses.numpy()
+            outcomes = vmap(self.tell(base, *self.queries))(parameters)
+        return outcomes.numpy()
 
     def model(self, seed: int, subset: np.ndarray | None = None) -> nn.Module:
         """Train one network as the others are, on all of the data or a subset."""
@@ -187,12 +212,3 @@ class BatchedTraining:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             return self.network()
-
-
-def losses_of(network: nn.Module, inputs: Tensor, labels: Tensor) -> Callable[[dict[str, Tensor]], Tensor]:
-    """Give the function from parameters to each row's loss."""
-
-    def losses(parameters: dict[str, Tensor]) -> Tensor:
-        return F.cross_entropy(functional_call(network, parameters, (inputs,)), labels, reduction="none")
-
-    return losses

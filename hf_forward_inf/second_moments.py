@@ -1,6 +1,7 @@
 """Second moments of gradients: as an Adam optimizer keeps them, or estimated on a sample."""
 
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor, nn
@@ -38,10 +39,13 @@ def read_second_moments(file: Path, model: nn.Module) -> dict[str, Tensor]:
     """Read Adam's second moments by parameter, flat, from a Trainer's `optimizer.pt`; nothing is unpickled.
 
     Raises:
-        ValueError: If there are none, or they do not match the model's parameters.
+        ValueError: If the file is no optimizer's state, holds none, or they do not match the model's parameters.
     """
-    saved = torch.load(file, map_location="cpu", weights_only=True)
-    state, groups = saved["state"], saved["param_groups"]
+    try:
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+        state, groups = saved["state"], saved["param_groups"]
+    except (KeyError, TypeError, RuntimeError, EOFError, UnpicklingError) as error:
+        raise ValueError(f"{file} is no optimizer's state: give a Trainer's checkpoint folder.") from error
     numbers = [number for group in groups for number in group["params"]]
     names = [name for group in groups for name in group.get("param_names", [])] or _trainer_order(model)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}

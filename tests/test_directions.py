@@ -193,8 +193,33 @@ def test_an_optimizer_state_of_another_model_is_refused(tmp_path):
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
     with pytest.raises(ValueError, match="speaks of 2 parameters, the model has 4"):
         steps(digits.perceptron(), direction="adam", second_moments=str(tmp_path))
+    perceptron = digits.perceptron()
+    wider = nn.Sequential(nn.Linear(64, 25), nn.Tanh(), nn.Linear(25, 10))
+    save_steps(torch.optim.Adam(wider.parameters()), wider, tmp_path / "optimizer.pt")
+    with pytest.raises(ValueError, match=r"0.weight has shape \(25, 64\) there, \(\d+, 64\) here"):
+        steps(perceptron, direction="adam", second_moments=str(tmp_path))
     with pytest.raises(FileNotFoundError, match="no optimizer state"):
         steps(digits.perceptron(), direction="adam", second_moments=str(tmp_path / "nowhere"))
+
+
+def test_what_holds_no_second_moments_is_refused(tmp_path):
+    network, file = digits.perceptron(), tmp_path / "optimizer.pt"
+    save_steps(torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9), network, file)
+    with pytest.raises(ValueError, match=r"holds no second moment of 0\.weight: only Adam and its kin keep them"):
+        steps(network, direction="adam", second_moments=str(tmp_path))
+    torch.save(network.state_dict(), file)
+    with pytest.raises(ValueError, match="is no optimizer's state: give a Trainer's checkpoint folder"):
+        steps(network, direction="adam", second_moments=str(tmp_path))
+    file.write_bytes(b"cut off")
+    with pytest.raises(ValueError, match="is no optimizer's state"):
+        steps(network, direction="adam", second_moments=str(tmp_path))
+
+
+def save_steps(optimizer, network, file):
+    """Save an optimizer's state after a step."""
+    network(torch.ones(1, 64)).sum().backward()
+    optimizer.step()
+    torch.save(optimizer.state_dict(), file)
 
 
 @pytest.mark.parametrize("direction", ["gradient", "cg"])

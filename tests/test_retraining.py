@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
 from torch import nn
 
-from hf_forward_inf.experiments.retrainable import digits, hard_and_random
-from hf_forward_inf.retraining import BatchedTraining, Retrained, random_halves, retrained_losses
+from hf_forward_inf.experiments.retrainable import digits, hard_and_random, small_digits
+from hf_forward_inf.retraining import BatchedTraining, Retrained, random_halves, retrained_outcomes
 from tests import digits as small
 
 SUBSETS = random_halves(30, 4)
@@ -36,8 +37,8 @@ def test_an_interrupted_run_goes_on_with_the_next_models(cache):
         return np.stack([subsets.argmax(axis=1), seeds], axis=1).astype(np.float32)
 
     with pytest.raises(KeyboardInterrupt):
-        retrained_losses(train, SUBSETS, key="a", seeds=2, together=3)
-    found = retrained_losses(train, SUBSETS, key="a", seeds=2, together=3)
+        retrained_outcomes(train, SUBSETS, key="a", seeds=2, together=3)
+    found = retrained_outcomes(train, SUBSETS, key="a", seeds=2, together=3)
     assert calls == [[0, 0, 0], [0, 1, 1], [1, 1], [1, 1]]
     np.testing.assert_array_equal(found[:, :, 0], [SUBSETS.argmax(axis=1)] * 2)
     np.testing.assert_array_equal(found[:, :, 1], [[0] * 4, [1] * 4])
@@ -59,6 +60,16 @@ def test_queries_are_the_hardest_and_random_others_and_never_meet():
     assert judged[:2].tolist() == [2, 4]
     assert others[:2].tolist() == [6, 8]
     assert len({*judged, *others}) == 8
+
+
+def test_the_digits_are_scikit_learns_pixel_for_pixel_and_look_like_their_pictures():
+    pixels, labels = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(labels))
+    rows = small_digits()
+    np.testing.assert_array_equal(rows["x"][:], pixels[order] / 16)
+    np.testing.assert_array_equal(rows["label"][:], labels[order])
+    seen = np.stack([np.asarray(image, dtype=float).ravel() / 255 for image in rows["image"]])
+    np.testing.assert_allclose(seen, rows["x"][:], atol=1 / 255)
 
 
 @pytest.mark.parametrize(("network", "size"), [("perceptron", 1810), ("conv", 1898)])

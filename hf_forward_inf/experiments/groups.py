@@ -13,7 +13,7 @@ from hf_forward_inf.ascent import AscentConfig, ascend, call
 from hf_forward_inf.directions import direction_for
 from hf_forward_inf.experiments.point_to_point import Influences
 from hf_forward_inf.fingerprints import fingerprint
-from hf_forward_inf.retraining import BatchedTraining, retrained_losses
+from hf_forward_inf.retraining import BatchedTraining, retrained_outcomes
 
 
 def mislabelled(
@@ -73,7 +73,7 @@ class GroupTask:
         for group in range(groups):
             without[group, :count] &= self.of != group
         key = fingerprint(repr(self.training.settings), *(part.numpy().tobytes() for part in self.training.data))
-        losses = partial(retrained_losses, self.training, key=key, seeds=seeds)
+        losses = partial(retrained_outcomes, self.training, key=key, seeds=seeds)
         before = losses(base)[:, 0]
         to_query = losses(without)[..., asked].mean(-1) - before[:, asked].mean(-1)[:, None]
         return Influences(to_query, self.by_group(before) - self.by_group(losses(added)[:, 0]))

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features, Image, List, Value
 from torch import Tensor, nn
 
 from hf_forward_inf.adapters import Adapter, TensorAdapter
+from hf_forward_inf.datasets.digits import labelled_digits
 from hf_forward_inf.fingerprints import fingerprint
-from hf_forward_inf.retraining import BatchedTraining, Train, losses_of
+from hf_forward_inf.retraining import BatchedTraining, Train, losses_and_answers_of, losses_of, retrained_outcomes
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,9 @@ class Retrainable:
         queries (`datasets.Dataset`): What attributors are judged by: half of them of the highest loss, half at random.
         others (`datasets.Dataset`): As many other queries, the next in line, by which settings can be chosen.
         adapter (`Callable`): Given a seed, the adapter of a model trained on all candidates.
-        train (`Callable`): Given queries, what trains on subsets and tells their losses ([`retraining.Train`]).
-        classes (`int`, *optional*): How many answers there are, where a column `label` holds them.
+        train (`Callable`): Given queries, what trains on subsets and tells of each its loss, and whether its target is
+            the model's answer (1 or 0): a [`retraining.Train`] of `[models, queries, 2]`.
+        columns (`tuple[str, str]`): Columns of what the model reads and of the target.
         together (`int`, defaults to 40): Models trained at once.
     """
 
@@ -34,8 +36,19 @@ class Retrainable:
     others: Dataset
     adapter: Callable[[int], Adapter]
     train: Callable[[Dataset], Train]
-    classes: int | None = None
+    columns: tuple[str, str]
     together: int = 40
+
+    def retrained(self, queries: Dataset, subsets: np.ndarray, seeds: int) -> np.ndarray:
+        """Train on every subset with every seed, or read what came out before: `[seeds, subsets, queries, 2]`.
+
+        Args:
+            queries (`datasets.Dataset`): Whose losses and answers are told.
+            subsets (`np.ndarray`): Booleans, `[subsets, candidates]`.
+            seeds (`int`): Trainings of each subset.
+        """
+        key = fingerprint(self.key, [queries[column][:] for column in self.columns])
+        return retrained_outcomes(self.train(queries), subsets, key=key, seeds=seeds, together=self.together)
 
 
 def perceptron() -> nn.Module:
@@ -71,21 +84,23 @@ def digits(
         ImportError: If scikit-learn is not installed.
         ValueError: If there are not enough digits.
     """
-    rows = _digits()
+    rows = small_digits()
     if not 0 < candidates <= len(rows) - 2 * queries:
         raise ValueError(f"{candidates} candidates and twice {queries} queries don't fit into {len(rows)} digits.")
     data, rest = rows.select(range(candidates)), rows.select(range(candidates, len(rows)))
 
     def train(asked: Dataset) -> BatchedTraining:
-        return BatchedTraining(NETWORKS[network], _tensors(data), _tensors(asked), steps=steps or STEPS)
+        return BatchedTraining(
+            NETWORKS[network], _tensors(data), _tensors(asked), steps=steps or STEPS, tell=losses_and_answers_of
+        )
 
     def adapter(seed: int) -> Adapter:
         return TensorAdapter(train(rest).model(seed))
 
     losses = losses_of(adapter(0).model, *_tensors(rest))({}).detach().numpy()
     judged, others = hard_and_random(losses, queries)
-    key = fingerprint("digits", network, candidates, repr(train(rest).settings))
-    return Retrainable(key, data, rest.select(judged), rest.select(others), adapter, train, classes=10)
+    key = fingerprint("digits, losses and answers", network, candidates, repr(train(rest).settings))
+    return Retrainable(key, data, rest.select(judged), rest.select(others), adapter, train, ("x", "label"))
 
 
 def hard_and_random(losses: np.ndarray, count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -104,15 +119,15 @@ def hard_and_random(losses: np.ndarray, count: int, seed: int = 0) -> tuple[np.n
     )
 
 
-def _digits() -> Dataset:
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ImportError("The digits come with scikit-learn: pip install 'hf-forward-inf[truth]'.") from error
-    pixels, labels = load_digits(return_X_y=True)
-    order = np.random.default_rng(0).permutation(len(labels))
-    x = (pixels[order] / 16).astype(np.float32)
-    return Dataset.from_dict({"x": x.tolist(), "label": labels[order].tolist()})
+def small_digits() -> Dataset:
+    """Give scikit-learn's digits in random order: `x`, 64 numbers from 0 to 1, `label`, and `image` to look at."""
+    rows = labelled_digits()
+    images, labels = rows["image"][:], np.array(rows["label"][:])
+    x = np.stack([np.round(np.asarray(image, dtype=np.float64).ravel() * 16 / 255) / 16 for image in images])
+    order = np.random.default_rng(0).permutation(len(rows))
+    columns = {"x": x[order].tolist(), "label": labels[order].tolist(), "image": [images[i] for i in order]}
+    features = Features({"x": List(Value("float64")), "label": Value("int64"), "image": Image()})
+    return Dataset.from_dict(columns, features=features)
 
 
 def _tensors(rows: Dataset) -> tuple[Tensor, Tensor]:

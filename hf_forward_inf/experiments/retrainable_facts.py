@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import torch
 from datasets import Dataset
+from torch import Tensor
 
 from hf_forward_inf.adapters import Adapter, Seq2SeqAdapter
 from hf_forward_inf.datasets import builtin_facts, candidate_pool, sample_rows
@@ -44,21 +45,33 @@ def facts(candidates: int = 400, queries: int = 40) -> Retrainable:
         return Seq2SeqAdapter(model.eval(), tokenizer)
 
     def train(asked: Dataset) -> Train:
-        return partial(_losses, adapter, data, asked)
+        return partial(_outcomes, adapter, data, asked)
 
-    key = fingerprint("facts", candidates, queries, SIZES, TRAINING, VOCABULARY)
-    return Retrainable(
-        key, data, asked.select(range(half)), asked.select(range(half, 2 * half)), adapter, train, together=5
-    )
+    key = fingerprint("facts, losses and answers", data["id"][:], SIZES, TRAINING, VOCABULARY)
+    judged, others = asked.select(range(half)), asked.select(range(half, 2 * half))
+    columns = ("inputs_pretokenized", "targets_pretokenized")
+    return Retrainable(key, data, judged, others, adapter, train, columns, together=5)
 
 
-def _losses(
+def _outcomes(
     adapter: Callable[[int, Dataset], Adapter], data: Dataset, asked: Dataset, subsets: np.ndarray, seeds: np.ndarray
 ) -> np.ndarray:
-    """Train one model after the other; give the queries' losses, float32 `[models, queries]`."""
-    found = []
-    for subset, seed in zip(subsets, seeds.tolist(), strict=True):
-        one = adapter(seed, data.select(np.flatnonzero(subset)))
-        with torch.no_grad():
-            found.append(one.loss(one.model, one.collate(one.encode(asked[:]))).numpy())
-    return np.stack(found)
+    """Train one model after the other; give the queries' losses and answers, float32 `[models, queries, 2]`."""
+    pairs = zip(subsets, seeds.tolist(), strict=True)
+    models = (adapter(seed, data.select(np.flatnonzero(subset))) for subset, seed in pairs)
+    return np.stack([losses_and_answers(one, asked).numpy() for one in models])
+
+
+@torch.no_grad()
+def losses_and_answers(adapter: Adapter, asked: Dataset) -> Tensor:
+    """Give each row's loss, and whether its target is the model's answer (1 or 0), `[rows, 2]`.
+
+    Greedy decoding gives a target if and only if each of its tokens is the likeliest after those before it.
+    """
+    features = adapter.encode(asked[:])
+    batch = adapter.collate(features)
+    losses = adapter.loss(adapter.model, batch)
+    logits, _ = adapter.predictions(adapter.model, batch)
+    targets = torch.tensor([token for labels in features["labels"] for token in labels])
+    right = (logits.argmax(dim=1) == targets).split(features["terms"])
+    return torch.stack([losses, torch.tensor([float(tokens.all()) for tokens in right])], dim=1)

@@ -161,12 +161,6 @@ def write_outputs(
     _write_all(folder, writers)
 
 
-def write_metrics(folder: Path, metrics: dict[str, Any]) -> None:
-    """Write `metrics.json` alone, as [`write_outputs`] does."""
-    _write_all(folder, {"metrics.json": lambda path: _write_json(path, metrics)})
-    say(f"Written: {folder / 'metrics.json'}")
-
-
 def _write_all(folder: Path, writers: dict[str, Callable[[Path], None]]) -> None:
     """Write on the main process; the others wait."""
     if process_state().is_main_process:

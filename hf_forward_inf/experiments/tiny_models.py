@@ -128,7 +128,10 @@ def train_mt5(
         model.to(device)  # type: ignore[arg-type]
         adapter = Seq2SeqAdapter(model, tokenizer)
         features = _sorted_features(adapter, rows)
-        cuts = list(batches(adapter.lengths(features), batch_length))
+        cuts = [
+            adapter.collate({name: values[rows] for name, values in features.items()})
+            for rows in batches(adapter.lengths(features), batch_length)
+        ]
         optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.95))
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, learning_rate, total_steps=epochs * len(cuts), pct_start=0.1
@@ -139,8 +142,7 @@ def train_mt5(
         for _ in range(epochs):
             total = 0.0
             for i in torch.randperm(len(cuts)).tolist():
-                batch = adapter.collate({name: values[cuts[i]] for name, values in features.items()})
-                loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
+                loss = model(**{name: tensor.to(device) for name, tensor in cuts[i].items()}).loss
                 optimizer.zero_grad()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

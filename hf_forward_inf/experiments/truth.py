@@ -1,24 +1,28 @@
 """A run judged by retraining: train on random halves of the data, and see who foretold what came out (LDS)."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from datasets import Dataset, concatenate_datasets
 
 from hf_forward_inf.adapters import Adapter
 from hf_forward_inf.ascent import AscentConfig
-from hf_forward_inf.attribution import Attributor
+from hf_forward_inf.attribution import Attribution, Attributor
 from hf_forward_inf.baselines import Ensemble
 from hf_forward_inf.experiments.contenders import DIRECTIONS, chosen_directions, contenders
-from hf_forward_inf.experiments.evaluation import flat
+from hf_forward_inf.experiments.evaluation import REFERENCE, Table, flat
+from hf_forward_inf.experiments.image_task import captioned
 from hf_forward_inf.experiments.retrainable import NETWORKS, Retrainable, digits
 from hf_forward_inf.experiments.retrainable_facts import facts
-from hf_forward_inf.experiments.run import check_output, environment, write_metrics
+from hf_forward_inf.experiments.run import about, check_output, plotted, write_outputs
 from hf_forward_inf.forward_inf import ForwardInf
 from hf_forward_inf.metrics import lds
 from hf_forward_inf.processes import say
-from hf_forward_inf.retraining import Retrained, random_halves, retrained_losses
+from hf_forward_inf.report.plots import interval_plot
+from hf_forward_inf.retraining import Retrained, random_halves
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "digits": {
@@ -35,13 +39,17 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 """What a task takes if the user doesn't say: what two CPU cores do in about twenty minutes."""
 SELF_RETRIEVAL_RADII = (0.1, 0.3, 1.0)
 """Radii tried where settings are chosen by self-retrieval."""
+CAPTION = (
+    "LDS: the rank correlation of what scores foretell and what training on random halves of the candidates did, the "
+    "mean over queries and its 95% interval. Settings of the directions were chosen by other queries."
+)
 
 
 @dataclass
 class TruthOptions:
     """What to train again and again, and where the results go."""
 
-    output: str = field(default="outputs/lds", metadata={"help": "Folder for metrics.json."})
+    output: str = field(default="outputs/lds", metadata={"help": "Folder for metrics, attribution and report."})
     overwrite: bool = field(default=False, metadata={"help": "Replace a finished run in the output folder."})
     task: Literal["digits", "facts"] = field(
         default="digits", metadata={"help": "Images and a small classifier, or sentences and a small mT5."}
@@ -58,20 +66,28 @@ class TruthOptions:
     without: list[str] | None = field(
         default=None, metadata={"help": "Attributors to leave out (facts: those that take long)."}
     )
+    top_k: int = field(default=100, metadata={"help": "Candidates of each query kept in the attribution."})
     seed: int = field(default=0, metadata={"help": "Draws the halves, and whatever else is drawn."})
 
     def __post_init__(self) -> None:
         if self.network not in NETWORKS:
             raise ValueError(f"--network {self.network} is not known: {' or '.join(NETWORKS)}.")
-        for name, value in DEFAULTS[self.task].items():
+        for name, value in self.defaults().items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        for name, least in {"candidates": 2, "queries": 1, "subsets": 2, "seeds": 1, "sample": 1}.items():
+        least_of = {"candidates": 2, "queries": 1, "subsets": 2, "seeds": 1, "sample": 1, "top_k": 1}
+        for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} must be at least {least}, not {getattr(self, name)}.")
         for name in self.directions or ():
             if name not in DIRECTIONS:
                 raise ValueError(f"--directions {name} is not known: {', '.join(DIRECTIONS)}.")
+        if REFERENCE in (self.without or ()):
+            raise ValueError(f"--without {REFERENCE} leaves nothing to compare with, and nothing to show.")
+
+    def defaults(self) -> dict[str, Any]:
+        """Give what the task takes where the user doesn't say."""
+        return DEFAULTS[self.task]
 
 
 def load_task(options: TruthOptions) -> Retrainable:
@@ -82,15 +98,37 @@ def load_task(options: TruthOptions) -> Retrainable:
     return digits(options.network, options.candidates, options.queries)
 
 
-def choose(
-    task: Retrainable, adapter: Adapter, others: Retrained, options: TruthOptions
-) -> tuple[dict[str, AscentConfig], str]:
-    """Choose the settings of every direction by the other queries, and the best direction."""
-    assert options.directions and options.dampings and options.radii
-    return chosen_directions(
-        adapter, task.candidates, others, names=options.directions, dampings=options.dampings, radii=options.radii,
-        sample=options.sample, seed=options.seed,
+@dataclass(frozen=True)
+class Trial:
+    """A task, and what is known of it before anyone is judged.
+
+    Args:
+        task (`Retrainable`): What is trained.
+        adapters (`list[Adapter]`): Of models trained on all candidates, one a seed; the first is explained.
+        judged (`Retrained`): What training on random halves did to the queries.
+        directions (`dict[str, AscentConfig]`): Settings of every direction, chosen by the other queries.
+        best (`str`): The best direction by them.
+    """
+
+    task: Retrainable
+    adapters: list[Adapter]
+    judged: Retrained
+    directions: dict[str, AscentConfig]
+    best: str
+
+
+def prepare(options: TruthOptions) -> Trial:
+    """Load what is trained, train it on random halves, and choose settings by the queries that are not judged."""
+    assert options.seeds and options.directions and options.dampings and options.radii
+    task = load_task(options)
+    judged, others = retrain_halves(task, options)
+    adapters = [task.adapter(seed) for seed in range(options.seeds)]
+    directions, best = chosen_directions(
+        adapters[0], task.candidates, others, names=options.directions, dampings=options.dampings,
+        radii=options.radii, sample=options.sample, seed=options.seed,
     )  # fmt: skip
+    say(f"The best direction by the LDS of the other queries: {best}.")
+    return Trial(task, adapters, judged, directions, best)
 
 
 def retrain_halves(task: Retrainable, options: TruthOptions) -> tuple[Retrained, Retrained]:
@@ -102,8 +140,7 @@ def retrain_halves(task: Retrainable, options: TruthOptions) -> tuple[Retrained,
     assert options.subsets is not None and options.seeds is not None
     subsets = random_halves(len(task.candidates), options.subsets, options.seed)
     everyone = concatenate_datasets([task.queries, task.others])
-    train = task.train(everyone)
-    losses = retrained_losses(train, subsets, key=task.key, seeds=options.seeds, together=task.together).mean(axis=0)
+    losses = task.retrained(everyone, subsets, options.seeds)[..., 0].mean(axis=0)
     count = len(task.queries)
     return Retrained(task.queries, subsets, losses[:, :count]), Retrained(task.others, subsets, losses[:, count:])
 
@@ -120,8 +157,9 @@ def chosen_by_self_retrieval(
 
 
 def lds_run(options: TruthOptions) -> dict[str, Any]:
-    """Run it all and write `metrics.json`: `lds` of the default, `{name}/lds` of everyone else, with intervals.
+    """Run it all and write `metrics.json`, `attribution/` and `report.html` into the output folder.
 
+    `lds` of the default and `{name}/lds` of everyone else, with intervals; the report shows what the default found.
     Retrained losses and passes are kept as they are computed: a run that was interrupted goes on from there.
 
     Raises:
@@ -130,30 +168,41 @@ def lds_run(options: TruthOptions) -> dict[str, Any]:
     """
     started = time.perf_counter()
     folder = check_output(options.output, options.overwrite)
-    task = load_task(options)
-    judged, others = retrain_halves(task, options)
-    adapters = [task.adapter(seed) for seed in range(options.seeds or 1)]
-    directions, best = choose(task, adapters[0], others, options)
-    metrics: dict[str, Any] = {"queries": len(task.queries), "candidates": len(task.candidates)}
-    everyone = contenders(adapters, directions)
+    trial = prepare(options)
+    task, judged = trial.task, trial.judged
+    everyone = contenders(trial.adapters, trial.directions)
     if "self_retrieval" not in (options.without or ()):
-        everyone["self_retrieval"] = chosen_by_self_retrieval(adapters[0], task.candidates, directions, options)
+        tuned = chosen_by_self_retrieval(trial.adapters[0], task.candidates, trial.directions, options)
+        everyone["self_retrieval"] = tuned
     say(f"\n{'':28}  LDS   95% interval   damping  radius  seconds")
+    table: Table = {}
     for name, attributor in everyone.items():
         if name in (options.without or ()):
             continue
         start = time.perf_counter()
-        scores = attributor.trace(task.queries, task.candidates).dense()
-        figures = {**lds(scores, judged.subsets, judged.losses), "seconds": time.perf_counter() - start}
-        figures |= _settings(attributor)
-        say(_line(name, figures))
-        metrics |= flat({name: figures})
-        if name == best:
-            metrics |= {f"tuned/{key}": value for key, value in figures.items()}
-    metrics |= {"tuned/direction": best, **environment(options), "total_seconds": time.perf_counter() - started}
-    say(f"The best direction by the other queries: {best}.")
-    write_metrics(folder, metrics)
+        found = attributor.trace(task.queries, task.candidates)
+        figures = {**lds(found.dense(), judged.subsets, judged.losses), "seconds": time.perf_counter() - start}
+        table[name] = figures | _settings(attributor)
+        say(_line(name, table[name]))
+        if name == REFERENCE:
+            shown = found
+    metrics: dict[str, Any] = {"queries": len(task.queries), "candidates": len(task.candidates), **flat(table)}
+    metrics |= {f"tuned/{key}": value for key, value in table.get(trial.best, {}).items()}
+    metrics |= {"tuned/direction": trial.best, **about(options, ForwardInf(adapter=trial.adapters[0]))}
+    metrics["total_seconds"] = time.perf_counter() - started
+    plot = plotted(partial(interval_plot, "lds"), table)
+    write_outputs(
+        folder, presented(shown, {}, options.top_k), metrics, table, None, plot,
+        columns=("lds", "lds_low", "lds_high"), plot_caption=CAPTION, title="Who foretold what retraining did?",
+    )  # fmt: skip
+    say(f"Written: {folder}")
     return metrics
+
+
+def presented(found: Attribution, notes: Mapping[int, str], top_k: int) -> Attribution:
+    """Make an attribution ready for the report: the best candidates, pictures with words."""
+    kept = found.keep(min(top_k, len(found.candidates)))
+    return captioned(kept, notes) if "image" in found.candidates.column_names else kept
 
 
 def _settings(attributor: Attributor) -> dict[str, float]:

@@ -41,6 +41,32 @@ def budget_plot(curves: Mapping[str, Mapping[str, Any]]) -> str:
         return as_svg(figure)
 
 
+def interval_plot(figure: str, table: Mapping[str, Mapping[str, float]]) -> str:
+    """Draw a figure of every attributor with its interval, best first, as SVG text.
+
+    Args:
+        figure (`str`): Its name; the interval's ends are `{figure}_low` and `{figure}_high`.
+        table (`dict`): Figures by attributor.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    order = sorted(table, key=lambda name: table[name][figure])
+    drawing = figure_class()(figsize=(7, 0.6 + 0.22 * len(order)), layout="constrained")
+    axis = drawing.subplots()
+    for height, name in enumerate(order):
+        low, middle, high = (table[name][f"{figure}{end}"] for end in ("_low", "", "_high"))
+        colour = "black" if name == "forward_inf" else "C0"
+        axis.plot([low, high], [height, height], color=colour, linewidth=1.5)
+        axis.plot(middle, height, "o", color=colour, markersize=5)
+    axis.set_yticks(range(len(order)), order, fontsize=8)
+    axis.axvline(0, color="0.8", linewidth=0.8, zorder=0)
+    axis.set_xlabel(figure.replace("_", " "))
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis="x", alpha=0.25)
+    return as_svg(drawing)
+
+
 def as_svg(figure: Any) -> str:
     """Give a figure as SVG text, without what stands before it in a file of its own."""
     text = io.StringIO()
