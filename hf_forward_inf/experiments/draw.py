@@ -20,6 +20,7 @@ from hf_forward_inf.experiments.evaluation import as_text, compare, detected, fl
 from hf_forward_inf.experiments.exemplars import (
     CAPTION,
     IMAGE,
+    Drawing,
     Teaching,
     choose_exemplars,
     taught,
@@ -60,6 +61,11 @@ class DrawOptions(Teaching):
         metadata={"help": "Candidates: exemplars, filled up at random; alone, half of the others by their captions."},
     )
     num_images: int = field(default=4, metadata={"help": "Pictures drawn for a query."})
+    prompt: str = field(
+        default="{caption}",
+        metadata={"help": "What is drawn, {caption} in it: drawings of another prompt differ from their exemplar."},
+    )
+    drawing_seed: int = field(default=0, metadata={"help": "Draws the noise that pictures begin with."})
     timesteps: int = field(default=8, metadata={"help": "Times at which a picture's loss is taken."})
     relative_radius: float = field(
         default=1e-3, metadata={"help": "Length of the step, relative to the norm of the parameters that it moves."}
@@ -79,6 +85,8 @@ class DrawOptions(Teaching):
         for name in ("exemplars", "num_images", "timesteps", "top_k", "size", "relative_radius"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{name} must be above 0, not {getattr(self, name)}.")
+        if "{caption}" not in self.prompt:
+            raise ValueError(f"--prompt {self.prompt!r} must have {{caption}} in it.")
         if self.exemplars < 3:
             raise ValueError("--exemplars must be at least 3: scores are standardised over the queries.")
         if self.num_candidates < self.exemplars and not self.alone:
@@ -86,15 +94,21 @@ class DrawOptions(Teaching):
         if self.num_candidates <= REFERENCES:
             raise ValueError(f"--num_candidates must be above {REFERENCES}.")
 
+    @property
+    def drawing(self) -> Drawing:
+        """How queries are drawn."""
+        return Drawing(self.num_images, self.prompt, self.drawing_seed)
+
 
 def draw_run(options: DrawOptions, ascent: AscentConfig) -> dict[str, Any]:
     """Run it all and write `metrics.json`, `attribution/` and `report.html` into the output folder.
 
     Bare figures are those of scores along conjugate-gradient directions, standardised over the queries (each exemplar
     alone: over drawings of other captions). Beside: `unstandardised`; `gradient`, the same step along the plain
-    gradient; `pixel_distance`, `representation` (of latents) and `bm25` (of captions); `low_loss` and `learned`, which
-    don't look at the query ([`draw_methods.controls`]); with `baselines` those of [`draw_methods.baselines`]; with
-    `checks` the figures of [`draw_checks.checks`].
+    gradient; `pixel_distance`, `representation` (of latents), `denoiser_features` and `bm25` (of captions); `low_loss`
+    and `learned`, which don't look at the query ([`draw_methods.controls`]); with `baselines` those of
+    [`draw_methods.baselines`]; with `checks` the figures of [`draw_checks.checks`]. `drawings/...`: how far drawings
+    are from their exemplar ([`likeness`]). With `removed` the figures are those of [`draw_removal.removal`].
 
     Raises:
         FileExistsError: If the folder holds a finished run and `overwrite` is not set.
@@ -107,14 +121,14 @@ def draw_run(options: DrawOptions, ascent: AscentConfig) -> dict[str, Any]:
     if options.alone:
         tracer = _tracer(before, options, ascent)
         task, found = one_by_one(
-            before, rows, chosen, methods, options, num_candidates=min(options.num_candidates, len(rows)),
-            num_images=options.num_images, seed=ascent.seed,
+            before, rows, chosen, methods, options, options.drawing,
+            num_candidates=min(options.num_candidates, len(rows)), seed=ascent.seed,
         )  # fmt: skip
     else:
         say(f"Teaching it {len(chosen)} exemplars, together ...")
         adapter = taught(before, rows.select(chosen), options, ascent.seed)
         tracer = _tracer(adapter, options, ascent)
-        task = together(adapter, rows, chosen, options.num_candidates, options.num_images, ascent.seed)
+        task = together(adapter, rows, chosen, options.num_candidates, options.drawing, ascent.seed)
         say(
             f"Tracing {len(task.queries)} x {options.num_images} pictures over {len(task.candidates):,} candidates ..."
         )
