@@ -62,14 +62,19 @@ def controls(
         name: Attribution(np.tile(scores, (len(queries), 1)), queries, candidates, method=name)
         for name, scores in {"low_loss": -now, "learned": first - now}.items()
     }
-    seen: dict[str, Attributor] = {
+    captions = BM25(input_column=CAPTION).trace(queries, candidates)
+    return {**similar(adapter, queries, candidates), "bm25": captions, **blind}
+
+
+def similar(adapter: DiffusionAdapter, queries: Dataset, candidates: Dataset) -> dict[str, Attribution]:
+    """Compare pictures: by pixels or latents, their distance and their cosine, and as a UNet sees them."""
+    ways: dict[str, Attributor] = {
         "pixel_distance": PixelDistance(adapter),
         "representation": RepresentationSimilarity(adapter=adapter),
-        "bm25": BM25(input_column=CAPTION),
     }
     if middle_of(adapter.model) is not None:
-        seen["denoiser_features"] = DenoiserFeatures(adapter)
-    return {**{name: other.trace(queries, candidates) for name, other in seen.items()}, **blind}
+        ways["denoiser_features"] = DenoiserFeatures(adapter)
+    return {name: way.trace(queries, candidates) for name, way in ways.items()}
 
 
 def baselines(

@@ -19,7 +19,7 @@ TIMES = 64
 
 
 def removal_rises(
-    train: Train, found: Mapping[str, Attribution], queries: Dataset, rows: Dataset, count: int, seeds: list[int]
+    train: Train, found: Mapping[str, Attribution], queries: Dataset, rows: Dataset, count: int, seed: int
 ) -> dict[str, np.ndarray]:
     """Train again without each query's best candidates, and see how much its loss rises.
 
@@ -28,25 +28,23 @@ def removal_rises(
 
     Args:
         train (`Callable`): Trains; see [`Train`].
-        found (`dict[str, Attribution]`): Rankings of all rows, by method.
+        found (`dict[str, Attribution]`): Rankings of all rows, by method, for these queries first.
         queries (`datasets.Dataset`): Drawings.
         rows (`datasets.Dataset`): All pictures.
         count (`int`): Best candidates left out.
-        seeds (`list[int]`): Trainings of each set.
+        seed (`int`): Of every training.
 
     Returns:
-        `dict[str, np.ndarray]`: By method, the mean over seeds of (loss without them - loss with all) / loss with all,
-        `[queries]`.
+        `dict[str, np.ndarray]`: By method, (loss without them - loss with all) / loss with all, `[queries]`.
     """
-    whole = [_losses(train(rows, seed), queries) for seed in seeds]
+    whole = _losses(train(rows, seed), queries)
     rises: dict[str, np.ndarray] = {}
     for name, attribution in found.items():
-        rises[name] = np.zeros(len(queries))
-        for i in range(len(queries)):
-            others = rows.select(without(attribution.ranking(i)[:count], len(rows), seed=i))
-            for seed, before in zip(seeds, whole, strict=True):
-                after = _losses(train(others, seed), queries.select([i]))[0]
-                rises[name][i] += (after / before[i] - 1) / len(seeds)
+        after = [
+            _losses(train(rows.select(without(attribution.ranking(i)[:count], len(rows), i)), seed), queries)[i]
+            for i in range(len(queries))
+        ]
+        rises[name] = np.array(after) / whole - 1
         say(f"Without the {count} best of {name}, losses of drawings rise by {rises[name].mean():.1%}.")
     return rises
 
