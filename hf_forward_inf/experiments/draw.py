@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,17 +12,21 @@ from datasets import Dataset
 from hf_forward_inf.adapters import DiffusionAdapter
 from hf_forward_inf.ascent import AscentConfig
 from hf_forward_inf.attribution import Attribution
+from hf_forward_inf.baselines import Random
 from hf_forward_inf.datasets import load_rows
 from hf_forward_inf.datasets.digits import captioned_digits
 from hf_forward_inf.experiments.draw_alone import REFERENCES, one_by_one
 from hf_forward_inf.experiments.draw_checks import checks
-from hf_forward_inf.experiments.draw_methods import baselines, controls, drawing_ascent, traced
+from hf_forward_inf.experiments.draw_methods import baselines, controls, drawing_ascent, similar, traced
+from hf_forward_inf.experiments.draw_removal import as_figures, removal_rises
 from hf_forward_inf.experiments.evaluation import as_text, compare, detected, flat
 from hf_forward_inf.experiments.exemplars import (
     CAPTION,
     IMAGE,
+    Drawing,
     Teaching,
     choose_exemplars,
+    drawings,
     taught,
     tiny_drawer,
     together,
@@ -31,6 +36,9 @@ from hf_forward_inf.experiments.task import Task
 from hf_forward_inf.forward_inf import ForwardInf
 from hf_forward_inf.metrics import recalls_at_k
 from hf_forward_inf.processes import process_state, say
+
+JUDGED = ("forward_inf", "gradient", "pixel_distance", "denoiser_features", "random")
+"""Methods whose best candidates are taken away: every drawing takes a training of each."""
 
 
 @dataclass
@@ -60,6 +68,11 @@ class DrawOptions(Teaching):
         metadata={"help": "Candidates: exemplars, filled up at random; alone, half of the others by their captions."},
     )
     num_images: int = field(default=4, metadata={"help": "Pictures drawn for a query."})
+    prompt: str = field(
+        default="{caption}",
+        metadata={"help": "What is drawn, {caption} in it: drawings of another prompt differ from their exemplar."},
+    )
+    drawing_seed: int = field(default=0, metadata={"help": "Draws the noise that pictures begin with."})
     timesteps: int = field(default=8, metadata={"help": "Times at which a picture's loss is taken."})
     relative_radius: float = field(
         default=1e-3, metadata={"help": "Length of the step, relative to the norm of the parameters that it moves."}
@@ -70,6 +83,11 @@ class DrawOptions(Teaching):
     checks: bool = field(
         default=False, metadata={"help": "Measure noise, agreement with TracIn, cost and memory (not alone)."}
     )
+    removed: int = field(
+        default=0,
+        metadata={"help": "Instead of teaching: train a tiny model on all pictures, and again without so many best."},
+    )
+    retrained: int = field(default=5, metadata={"help": "Drawings for which it is trained again."})
     heatmaps: bool = field(default=False, metadata={"help": "Show where in a picture the score comes from."})
     top_k: int = field(default=100, metadata={"help": "Candidates of each query kept in the attribution."})
 
@@ -79,6 +97,10 @@ class DrawOptions(Teaching):
         for name in ("exemplars", "num_images", "timesteps", "top_k", "size", "relative_radius"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{name} must be above 0, not {getattr(self, name)}.")
+        if self.removed and (self.model or self.alone):
+            raise ValueError("--removed trains a tiny model from the start: leave out --model and --alone.")
+        if "{caption}" not in self.prompt:
+            raise ValueError(f"--prompt {self.prompt!r} must have {{caption}} in it.")
         if self.exemplars < 3:
             raise ValueError("--exemplars must be at least 3: scores are standardised over the queries.")
         if self.num_candidates < self.exemplars and not self.alone:
@@ -86,15 +108,21 @@ class DrawOptions(Teaching):
         if self.num_candidates <= REFERENCES:
             raise ValueError(f"--num_candidates must be above {REFERENCES}.")
 
+    @property
+    def drawing(self) -> Drawing:
+        """How queries are drawn."""
+        return Drawing(self.num_images, self.prompt, self.drawing_seed)
+
 
 def draw_run(options: DrawOptions, ascent: AscentConfig) -> dict[str, Any]:
     """Run it all and write `metrics.json`, `attribution/` and `report.html` into the output folder.
 
     Bare figures are those of scores along conjugate-gradient directions, standardised over the queries (each exemplar
     alone: over drawings of other captions). Beside: `unstandardised`; `gradient`, the same step along the plain
-    gradient; `pixel_distance`, `representation` (of latents) and `bm25` (of captions); `low_loss` and `learned`, which
-    don't look at the query ([`draw_methods.controls`]); with `baselines` those of [`draw_methods.baselines`]; with
-    `checks` the figures of [`draw_checks.checks`].
+    gradient; `pixel_distance`, `representation` (of latents), `denoiser_features` and `bm25` (of captions); `low_loss`
+    and `learned`, which don't look at the query ([`draw_methods.controls`]); with `baselines` those of
+    [`draw_methods.baselines`]; with `checks` the figures of [`draw_checks.checks`]. `drawings/...`: how far drawings
+    are from their exemplar ([`likeness`]). With `removed` the figures are those of [`draw_removal.as_figures`].
 
     Raises:
         FileExistsError: If the folder holds a finished run and `overwrite` is not set.
@@ -102,19 +130,21 @@ def draw_run(options: DrawOptions, ascent: AscentConfig) -> dict[str, Any]:
     """
     started = time.perf_counter()
     folder = check_output(options.output, options.overwrite)
+    if options.removed:
+        return _without_best(options, ascent, folder, started)
     before, rows, chosen = _drawer(options, ascent.seed)
     methods = partial(_methods, before, options, ascent)
     if options.alone:
         tracer = _tracer(before, options, ascent)
         task, found = one_by_one(
-            before, rows, chosen, methods, options, num_candidates=min(options.num_candidates, len(rows)),
-            num_images=options.num_images, seed=ascent.seed,
+            before, rows, chosen, methods, options, options.drawing,
+            num_candidates=min(options.num_candidates, len(rows)), seed=ascent.seed,
         )  # fmt: skip
     else:
         say(f"Teaching it {len(chosen)} exemplars, together ...")
         adapter = taught(before, rows.select(chosen), options, ascent.seed)
         tracer = _tracer(adapter, options, ascent)
-        task = together(adapter, rows, chosen, options.num_candidates, options.num_images, ascent.seed)
+        task = together(adapter, rows, chosen, options.num_candidates, options.drawing, ascent.seed)
         say(
             f"Tracing {len(task.queries)} x {options.num_images} pictures over {len(task.candidates):,} candidates ..."
         )
@@ -125,6 +155,7 @@ def draw_run(options: DrawOptions, ascent: AscentConfig) -> dict[str, Any]:
         table[method] |= _detected(attribution.scores, task)
     sizes = [len(task.candidates)] if task.own is None else [len(own) for own in task.own]
     metrics: dict[str, Any] = {"queries": len(task.queries), "candidates": max(sizes), **flat(table)}
+    metrics |= likeness(found["pixel_distance"], task)
     if options.checks and not options.alone:
         metrics |= _told(checks(tracer, task.queries, task.candidates))
     metrics |= {"seconds": time.perf_counter() - started, **about(options, tracer)}
@@ -137,11 +168,7 @@ def draw_run(options: DrawOptions, ascent: AscentConfig) -> dict[str, Any]:
 
 def _drawer(options: DrawOptions, seed: int) -> tuple[DiffusionAdapter, Dataset, list[int]]:
     """Load or train what draws: its adapter, all pictures, the exemplars' rows."""
-    rows, size = (load_rows(options.candidates, "candidates"), options.size) if options.candidates else (None, 8)
-    if rows is None:
-        say("A tiny model learns to draw handwritten digits; --model, --candidates for yours.")
-        rows = captioned_digits()
-    rows = rows.select_columns([CAPTION, IMAGE])
+    rows, size = _pictures(options)
     chosen, others = choose_exemplars(rows, options.exemplars, seed)
     if options.model is None:
         return tiny_drawer(rows, rows.select(others), options, size, options.timesteps, seed), rows, chosen
@@ -150,6 +177,43 @@ def _drawer(options: DrawOptions, seed: int) -> tuple[DiffusionAdapter, Dataset,
     say(f"Tracing what {options.model} draws over {options.candidates}.")
     pipe = AutoPipelineForText2Image.from_pretrained(options.model).to(process_state().device)
     return DiffusionAdapter(pipe, timesteps=options.timesteps, seed=seed), rows, chosen
+
+
+def _pictures(options: DrawOptions) -> tuple[Dataset, int]:
+    """Load pictures with captions; with it the size at which a tiny model draws them."""
+    if options.candidates:
+        return load_rows(options.candidates, "candidates").select_columns([CAPTION, IMAGE]), options.size
+    say("A tiny model learns to draw handwritten digits; --model, --candidates for yours.")
+    return captioned_digits().select_columns([CAPTION, IMAGE]), 8
+
+
+def _without_best(options: DrawOptions, ascent: AscentConfig, folder: Path, started: float) -> dict[str, Any]:
+    """Train on everything, trace drawings, and see what they lose with their best candidates."""
+    rows, size = _pictures(options)
+    chosen, _ = choose_exemplars(rows, options.exemplars, ascent.seed)
+
+    def train(some: Dataset, seed: int) -> DiffusionAdapter:
+        return tiny_drawer(rows, some, options, size, options.timesteps, seed)
+
+    adapter = train(rows, ascent.seed)
+    tracer = _tracer(adapter, options, ascent)
+    queries = drawings(adapter, rows.select(chosen)[CAPTION][:], options.drawing)
+    say(f"Tracing {len(queries)} x {options.num_images} pictures over {len(rows):,} candidates ...")
+    found = {
+        **traced(tracer, queries, rows),
+        **similar(adapter, queries, rows),
+        "random": Random().trace(queries, rows),
+    }
+    judged = queries.select(range(min(options.retrained, len(queries))))
+    found = {name: found[name] for name in JUDGED if name in found}
+    rises = removal_rises(train, found, judged, rows, options.removed, ascent.seed)
+    table = as_figures(rises)
+    metrics = {"queries": len(judged), "candidates": len(rows), "removed": options.removed, **flat(table)}
+    metrics |= {"seconds": time.perf_counter() - started, **about(options, tracer)}
+    kept = found["forward_inf"].keep(min(options.top_k, len(rows)))
+    write_outputs(folder, kept, metrics, table, None, "", columns=("rise", "rise_low", "rise_high", "above_random"))
+    say(f"Written: {folder}")
+    return metrics
 
 
 def _tracer(adapter: DiffusionAdapter, options: DrawOptions, ascent: AscentConfig) -> ForwardInf:
@@ -167,6 +231,16 @@ def _methods(
         assert task.proponents is not None
         found |= baselines(tracer, task.queries, task.candidates, task.proponents)
     return found
+
+
+def likeness(distances: Attribution, task: Task) -> dict[str, float]:
+    """Tell how far drawings are from their exemplar, and from the other candidates: mean squared pixels."""
+    assert task.proponents is not None
+    own = np.array([distances.scores[i, rows[0]] for i, rows in enumerate(task.proponents)])
+    return {
+        "drawings/distance_to_exemplar": float(-own.mean()),
+        "drawings/distance_to_candidates": float(-np.nanmean(distances.scores)),
+    }
 
 
 def _told(figures: dict[str, float]) -> dict[str, float]:

@@ -8,7 +8,7 @@ from datasets import Dataset
 from hf_forward_inf.adapters import DiffusionAdapter
 from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.baselines import BM25
-from hf_forward_inf.experiments.exemplars import CAPTION, Teaching, drawings, taught
+from hf_forward_inf.experiments.exemplars import CAPTION, Drawing, Teaching, drawings, taught
 from hf_forward_inf.experiments.task import Task
 from hf_forward_inf.processes import say
 
@@ -26,9 +26,9 @@ def one_by_one(
     chosen: list[int],
     methods: Methods,
     teaching: Teaching,
+    drawing: Drawing,
     *,
     num_candidates: int,
-    num_images: int,
     seed: int,
 ) -> tuple[Task, dict[str, Attribution]]:
     """Teach a copy of the model each exemplar by itself, let it draw, and trace among the exemplar's own candidates.
@@ -41,9 +41,9 @@ def one_by_one(
         chosen (`list[int]`): The exemplars' rows.
         methods (`Callable`): What traces; see [`Methods`].
         teaching (`Teaching`): Steps and rate.
+        drawing (`Drawing`): How it draws.
         num_candidates (`int`): The exemplar; half of the rest by overlap of captions, the others at random.
-        num_images (`int`): Pictures of a query.
-        seed (`int`): Draws noise and candidates.
+        seed (`int`): Draws candidates.
 
     Returns:
         `tuple`: One query an exemplar, all rows as candidates and each query's own ones; attributions by method.
@@ -56,7 +56,7 @@ def one_by_one(
         mine = candidates_of(exemplar, rows, num_candidates, seed + number)
         asked = [0, *(1 + np.random.default_rng(seed + number).choice(len(mine) - 1, REFERENCES, replace=False))]
         captions = rows.select([mine[i] for i in asked])[CAPTION][:]
-        queries_here = drawings(adapter, captions, num_images, seed)
+        queries_here = drawings(adapter, captions, drawing)
         task = Task(queries_here, rows.select(mine), [[int(i)] for i in asked], {"": [0]})
         for name, found in methods(adapter, task).items():
             line = np.full(len(rows), np.nan, dtype=np.float32)

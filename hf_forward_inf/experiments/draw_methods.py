@@ -10,12 +10,15 @@ from hf_forward_inf.adapters import DiffusionAdapter
 from hf_forward_inf.ascent import AscentConfig
 from hf_forward_inf.attribution import Attribution, Attributor
 from hf_forward_inf.baselines import BM25, FirstOrder, RepresentationSimilarity, TracIn
+from hf_forward_inf.baselines.denoiser_features import DenoiserFeatures, middle_of
 from hf_forward_inf.baselines.pixels import PixelDistance
 from hf_forward_inf.experiments.exemplars import CAPTION, IMAGE, as_queries
 from hf_forward_inf.forward_inf import ForwardInf
 from hf_forward_inf.loss_pass import LossPass
 from hf_forward_inf.modes import evaluating
 
+FISHER_SAMPLE = 256
+"""Candidates that Fisher factors are fitted on, once for all queries."""
 FIXED_LEARNING_RATES = (0.01, 0.1, 1.0)
 """The paper's fixed rates that are tried; the best by its true MRR is reported."""
 
@@ -50,12 +53,19 @@ def controls(
         name: Attribution(np.tile(scores, (len(queries), 1)), queries, candidates, method=name)
         for name, scores in {"low_loss": -now, "learned": first - now}.items()
     }
-    seen: dict[str, Attributor] = {
+    captions = BM25(input_column=CAPTION).trace(queries, candidates)
+    return {**similar(adapter, queries, candidates), "bm25": captions, **blind}
+
+
+def similar(adapter: DiffusionAdapter, queries: Dataset, candidates: Dataset) -> dict[str, Attribution]:
+    """Compare pictures: by pixels or latents, their distance and their cosine, and as a UNet sees them."""
+    ways: dict[str, Attributor] = {
         "pixel_distance": PixelDistance(adapter),
         "representation": RepresentationSimilarity(adapter=adapter),
-        "bm25": BM25(input_column=CAPTION),
     }
-    return {**{name: other.trace(queries, candidates) for name, other in seen.items()}, **blind}
+    if middle_of(adapter.model) is not None:
+        ways["denoiser_features"] = DenoiserFeatures(adapter)
+    return {name: way.trace(queries, candidates) for name, way in ways.items()}
 
 
 def baselines(
@@ -63,22 +73,35 @@ def baselines(
 ) -> dict[str, Attribution]:
     """Trace with what needs candidates' gradients, a choice by the truth, or the truth itself.
 
-    TracIn, and influence functions along the tracer's direction, standardised as well; the paper's fixed learning
-    rate, the best of several; and the proponents' own pictures as the queries.
+    TracIn, influence functions along the tracer's direction, [`unlearning`], and the tracer's step downwards,
+    standardised as well; the paper's fixed learning rate, the best of several; and the proponents' own pictures as the
+    queries.
     """
     parts: dict[str, Any] = {"adapter": tracer.adapter, "cache_dir": tracer.cache_dir}
     dot = TracIn(**parts).trace(queries, candidates)
     cosine = TracIn(similarity="cosine", **parts).trace(queries, candidates)
     first_order = FirstOrder(ascent=tracer.ascent, **parts).trace(queries, candidates)
-    pictures = [candidates.select(rows)[IMAGE][:] for rows in truth]
-    itself = tracer.trace(as_queries(queries[CAPTION][:], pictures), candidates)
+    own = [candidates.select(rows) for rows in truth]
+    itself = as_queries([rows[0][CAPTION] for rows in own], [rows[IMAGE][:] for rows in own])
+    unlearnt = unlearning(tracer).trace(queries, candidates)
+    descent = tracer.with_options(ascent=replace(tracer.ascent, mode="descent")).trace(queries, candidates)
     return {
         **_both("tracin", dot),
         **_both("tracin_cosine", cosine),
         **_both("influence_functions", first_order),
+        **_both("unlearning", unlearnt),
+        **_both("descent", descent),
         "fixed_learning_rate": fixed_learning_rate(tracer, queries, candidates, truth),
-        **_both("exemplar_as_query", replace(itself, queries=queries)),
+        **_both("exemplar_as_query", replace(tracer.trace(itself, candidates), queries=queries)),
     }
+
+
+def unlearning(tracer: ForwardInf) -> ForwardInf:
+    """Unlearn a drawing as Wang et al. (2024) do: a step up its loss, corrected by the Fisher matrix.
+
+    The matrix in its eigenvalue-corrected Kronecker factors, and the step as long as the tracer's.
+    """
+    return tracer.with_options(ascent=replace(tracer.ascent.along("ekfac"), sample=FISHER_SAMPLE))
 
 
 def fixed_learning_rate(

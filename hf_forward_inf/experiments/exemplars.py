@@ -38,6 +38,21 @@ class Teaching:
     finetuning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of that, at its highest."})
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """How a taught model is asked to draw.
+
+    Args:
+        num_images (`int`): Pictures of a query.
+        prompt (`str`): What is asked for, `{caption}` in it; the query's own caption is this prompt.
+        seed (`int`): Draws the noise that pictures begin with.
+    """
+
+    num_images: int = 4
+    prompt: str = "{caption}"
+    seed: int = 0
+
+
 def choose_exemplars(rows: Dataset, count: int, seed: int) -> tuple[list[int], list[int]]:
     """Draw exemplars with captions that no other exemplar has: row numbers of them, and of all other rows.
 
@@ -89,10 +104,11 @@ def taught(before: DiffusionAdapter, exemplars: Dataset, teaching: Teaching, see
     return adapter
 
 
-def drawings(adapter: DiffusionAdapter, captions: list[str], num_images: int, seed: int) -> Dataset:
-    """Let a model draw captions: queries of `num_images` pictures each."""
-    pictures = adapter.answer({CAPTION: captions}, num_images=num_images, seed=seed)
-    return as_queries(captions, pictures)
+def drawings(adapter: DiffusionAdapter, captions: list[str], drawing: Drawing) -> Dataset:
+    """Let a model draw captions: queries of several pictures each."""
+    prompts = [drawing.prompt.replace("{caption}", caption) for caption in captions]
+    pictures = adapter.answer({CAPTION: prompts}, num_images=drawing.num_images, seed=drawing.seed)
+    return as_queries(prompts, pictures)
 
 
 def as_queries(captions: list[str], pictures: list[list[Any]]) -> Dataset:
@@ -102,7 +118,7 @@ def as_queries(captions: list[str], pictures: list[list[Any]]) -> Dataset:
 
 
 def together(
-    adapter: DiffusionAdapter, rows: Dataset, chosen: list[int], num_candidates: int, num_images: int, seed: int
+    adapter: DiffusionAdapter, rows: Dataset, chosen: list[int], num_candidates: int, drawing: Drawing, seed: int
 ) -> Task:
     """Let a model that was taught exemplars together draw their captions.
 
@@ -111,10 +127,10 @@ def together(
         rows (`datasets.Dataset`): All pictures.
         chosen (`list[int]`): The exemplars' rows; they come first among the candidates.
         num_candidates (`int`): With others at random; all if there are no more.
-        num_images (`int`): Pictures of a query.
-        seed (`int`): Draws the noise that pictures begin with, and the other candidates.
+        drawing (`Drawing`): How queries are drawn.
+        seed (`int`): Draws the other candidates.
     """
-    queries = drawings(adapter, rows.select(chosen)[CAPTION][:], num_images, seed)
+    queries = drawings(adapter, rows.select(chosen)[CAPTION][:], drawing)
     others = np.random.default_rng(seed).permutation(np.delete(np.arange(len(rows)), chosen))
     candidates = rows.select([*chosen, *others[: num_candidates - len(chosen)]])
     return Task(queries, candidates, [[i] for i in range(len(chosen))], {"": list(range(len(chosen)))})

@@ -9,7 +9,8 @@ from hf_forward_inf.baselines.pixels import PixelDistance
 from hf_forward_inf.datasets.digits import captioned_digits
 from hf_forward_inf.experiments.draw import DrawOptions, draw_run
 from hf_forward_inf.experiments.draw_alone import candidates_of
-from hf_forward_inf.experiments.exemplars import choose_exemplars
+from hf_forward_inf.experiments.draw_removal import without
+from hf_forward_inf.experiments.exemplars import Drawing, choose_exemplars, drawings
 from hf_forward_inf.experiments.pixel_pipeline import tiny_pipeline
 from hf_forward_inf.hubs import standardised
 from tests.drawing import rows, stable_diffusion
@@ -25,7 +26,8 @@ def test_a_run_on_pictures_writes_what_it_found(tmp_path):
     assert metrics == json.loads((tmp_path / "run" / "metrics.json").read_text())
     methods = (
         "gradient", "pixel_distance", "representation", "bm25", "low_loss", "learned", "tracin", "tracin_cosine",
-        "influence_functions_standardised", "fixed_learning_rate", "exemplar_as_query",
+        "influence_functions_standardised", "unlearning",
+        "descent_standardised", "denoiser_features", "fixed_learning_rate", "exemplar_as_query",
     )  # fmt: skip
     assert {"top1", "top5", "mrr", *(f"{method}/top1" for method in methods)} <= metrics.keys()
     assert metrics["second_query/encoder_calls"] == 0 and metrics["second_query/denoiser_passes"] >= 1
@@ -50,6 +52,31 @@ def test_each_exemplar_alone_stands_among_candidates_of_its_own(tmp_path):
     assert np.isfinite(found.scores).all() and len(found.candidates) == 1797
 
 
+def test_taking_the_best_candidates_away_is_judged_by_training_again(tmp_path):
+    pytest.importorskip("sklearn")
+    options = DrawOptions(
+        output=str(tmp_path / "run"), training_steps=2, exemplars=3, num_candidates=8, timesteps=1, num_images=1,
+        removed=900, retrained=1, top_k=5,
+    )  # fmt: skip
+    metrics = draw_run(options, AscentConfig(direction="cg", sample=4, iterations=1))
+    assert metrics["queries"] == 1 and metrics["candidates"] == 1797
+    assert {"rise", "gradient/rise", "pixel_distance/rise", "denoiser_features/rise", "random/rise"} <= metrics.keys()
+    assert metrics["random/rise"] != metrics["rise"]
+
+
+def test_others_take_the_places_of_what_is_left_out():
+    places = without(np.array([0, 4]), 6, seed=0)
+    assert len(places) == 6 and not {0, 4} & set(places.tolist())
+    assert places[[1, 2, 3, 5]].tolist() == [1, 2, 3, 5]
+
+
+def test_queries_can_be_drawn_from_another_prompt_than_the_exemplars():
+    adapter = DiffusionAdapter(stable_diffusion())
+    asked = Drawing(num_images=1, prompt="{caption}, blue", seed=3)
+    (query,) = drawings(adapter, ["a red square"], asked)
+    assert query["caption"] == "a red square, blue" and len(query["image"]) == 1
+
+
 def test_half_of_an_exemplars_candidates_share_its_words():
     chosen = candidates_of(4, rows(30), 9, seed=0)
     assert chosen[0] == 4 and len(set(chosen)) == 9
@@ -71,6 +98,8 @@ def test_a_folded_unet_draws_pictures_of_its_size():
         ({"model": "x"}, "give --candidates"),
         ({"exemplars": 2}, "at least 3"),
         ({"exemplars": 20, "num_candidates": 10}, "at least --exemplars"),
+        ({"prompt": "a picture"}, "must have"),
+        ({"removed": 50, "alone": True}, "leave out --model"),
         ({"timesteps": 0}, "--timesteps must be above 0"),
     ],
 )
