@@ -69,8 +69,8 @@ def trace_stream(
 
     Raises:
         TypeError: If `stream` is no stream.
-        ValueError: If it is empty, a piece of it can't be traced (the message says which), the tracer corrects hubs
-            by references, or the folder holds what another run has found.
+        ValueError: If it is empty, a piece of it can't be read or traced (the message says which), the tracer corrects
+            hubs by references, or the folder holds what another run has found.
     """
     if not isinstance(stream, IterableDataset):
         raise TypeError(f"A stream is a datasets.IterableDataset, not {type(stream).__name__}: give that to trace().")
@@ -106,7 +106,7 @@ def trace_stream(
         )  # fmt: skip
     main = process_state().is_main_process
     with tqdm(desc="candidates traced", unit=" rows", initial=best.config["streamed"], disable=not main) as bar:
-        for rows in _pieces(stream, piece):
+        for rows in _pieces(stream, piece, best.config["streamed"]):
             scores = _scored(tracer, queries, rows, best.config["streamed"])
             best = _merged(best, standardised(scores) if standardise else scores, rows, top_k)
             bar.update(len(rows))
@@ -128,10 +128,25 @@ def first_piece(stream: IterableDataset, size: int) -> Dataset:
     raise ValueError("There are no candidates: the stream is empty.")
 
 
-def _pieces(stream: IterableDataset, size: int) -> Iterator[Dataset]:
-    """Read a stream, undecoded: one corrupt row must not end the run."""
-    for table in stream.iter(batch_size=size):
+def _pieces(stream: IterableDataset, size: int, start: int = 0) -> Iterator[Dataset]:
+    """Read a stream, undecoded: one corrupt row must not end the run.
+
+    Raises:
+        ValueError: If the stream itself breaks off, by a shard that is cut off for example.
+    """
+    tables = stream.iter(batch_size=size)
+    while True:
+        try:
+            table = next(tables, None)
+        except Exception as error:
+            raise ValueError(
+                f"The stream can't be read beyond row {start - 1}, to the end of a piece of {size} rows: {error} "
+                f"({type(error).__name__}). Mend or leave out the file that holds them."
+            ) from error
+        if table is None:
+            return
         yield Dataset(InMemoryTable(table), info=DatasetInfo(features=stream.features))
+        start += len(table)
 
 
 def _scored(tracer: "ForwardInf", queries: Dataset, rows: Dataset, start: int) -> np.ndarray:

@@ -137,5 +137,8 @@ def test_what_cannot_be_traced_as_a_stream_is_told(tracer):
         tracer.with_options(references=QUERIES).trace_stream(QUERIES, stream_of(candidates))
     with pytest.raises(ValueError, match="the stream is empty"):
         tracer.trace_stream(QUERIES, IterableDataset.from_generator(lambda: iter(())))
+    broken = IterableDataset.from_generator(lambda: (1 / (4 - i) and row for i, row in enumerate(candidates)))
+    with pytest.raises(ValueError, match=r"can't be read beyond row 3, .* of 2 rows: division by zero \(ZeroDivision"):
+        tracer.trace_stream(QUERIES, broken, piece=2, top_k=1)
     with pytest.raises(ValueError, match="Rows 0 to 3 of the stream: The candidates have no column `y`"):
         tracer.trace_stream(QUERIES, stream_of(candidates.remove_columns("y")), piece=4)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from datasets import Dataset, Features, Image, IterableDataset, Value, load_dataset, load_dataset_builder
+from datasets.exceptions import DatasetGenerationError
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
 from hf_forward_inf.checks import looks_like_path
@@ -65,11 +66,17 @@ def load_captioned(
 
     Raises:
         FileNotFoundError: If it looks like a path or a pattern, and nothing is there.
-        ValueError: If there is no column of images or of captions, or it is unclear which split is meant.
+        ValueError: If there is no column of images or of captions, it is unclear which split is meant, or a shard is
+            corrupt.
     """
     shards = _shards(source)
     if shards is not None:
-        rows = load_dataset(**shards, split=split, streaming=streaming, features=SHARD)
+        try:
+            rows = load_dataset(**shards, split=split, streaming=streaming, features=SHARD)
+        except DatasetGenerationError as error:
+            raise ValueError(
+                f"Of {source} a shard can't be read: {error.__cause__}. Mend it or leave it out."
+            ) from error
         rows = rows.map(_read, remove_columns=list(SHARD), features=READ)
     else:
         rows = (stream_rows if streaming else load_rows)(source, "captions", split)

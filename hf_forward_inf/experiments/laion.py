@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from datasets import Dataset, IterableDataset, load_from_disk
 
 from hf_forward_inf.adapters import DiffusionAdapter
 from hf_forward_inf.ascent import AscentConfig
+from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.datasets import load_captioned, sample_rows
 from hf_forward_inf.datasets.digits import captioned_digits
 from hf_forward_inf.experiments.draw_methods import drawing_ascent
@@ -111,7 +112,8 @@ def laion_run(options: LaionOptions, ascent: AscentConfig) -> dict[str, Any]:
     found = tracer.trace_stream(
         queries, stream, top_k=options.top_k, piece=options.piece, standardise=len(queries) >= 3,
         folder=folder / UNFINISHED,
-    ).select(range(len(asked)))  # fmt: skip
+    )  # fmt: skip
+    found = _first(found, len(asked))
     streamed, unscored = found.config["streamed"], found.config["unscored"]
     say(f"{streamed:,} candidates traced, {unscored:,} of them without a score.")
     metrics = {
@@ -127,6 +129,15 @@ def laion_run(options: LaionOptions, ascent: AscentConfig) -> dict[str, Any]:
         shutil.rmtree(folder / UNFINISHED)
     say(f"Written: {folder}")
     return metrics
+
+
+def _first(found: Attribution, count: int) -> Attribution:
+    """Keep the first queries, and of the candidates those that are among their best."""
+    found = found.select(range(count))
+    assert found.indices is not None
+    rows = np.unique(found.indices)
+    indices = np.searchsorted(rows, found.indices)
+    return replace(found, candidates=found.candidates.select(rows), indices=indices)
 
 
 def _source(options: LaionOptions, seed: int) -> tuple[DiffusionAdapter, IterableDataset]:

@@ -15,7 +15,7 @@ from hf_forward_inf.adapters.noising import Flow, draw
 from hf_forward_inf.ascent import Perturbation, names_for
 from hf_forward_inf.candidate_pass import encode
 from hf_forward_inf.loss_pass import LossPass
-from tests.drawing import counted, rows, square, stable_diffusion, unconditional
+from tests.drawing import counted, rows, square, stable_diffusion, stable_diffusion_3, unconditional
 from tests.line import assert_same_state, state
 
 
@@ -206,10 +206,11 @@ def test_one_bad_image_is_named_and_ranked_last_and_the_run_goes_on(tmp_path):
     assert np.isnan(found.scores[0]).tolist() == [False, True, True]
 
 
-def test_another_model_of_the_same_kind_draws_by_itself():
-    adapter = DiffusionAdapter(stable_diffusion())
+@pytest.mark.parametrize(("make", "name"), [(stable_diffusion, "unet"), (stable_diffusion_3, "transformer")])
+def test_another_model_of_the_same_kind_draws_by_itself(make, name):
+    adapter = DiffusionAdapter(make())
     other = adapter.with_model(copy.deepcopy(adapter.model))
-    assert other.pipe.unet is other.model is not adapter.pipe.unet
+    assert getattr(other.pipe, name) is other.model is not getattr(adapter.pipe, name)
     assert other.settings == adapter.settings
 
 

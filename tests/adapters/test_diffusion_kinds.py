@@ -9,6 +9,7 @@ from diffusers.training_utils import EMAModel
 from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf.adapters import DiffusionAdapter
 from hf_forward_inf.candidate_pass import encode
+from hf_forward_inf.loss_pass import LossPass
 from tests.drawing import classes, rows, stable_diffusion, stable_diffusion_3, stable_diffusion_xl, unconditional
 from tests.line import assert_same_state, state
 
@@ -102,6 +103,10 @@ def test_averaged_weights_of_a_checkpoint_can_be_put_into_the_pipeline(tmp_path)
     pipe.unet = UNet2DConditionModel.from_pretrained(tmp_path, subfolder="unet_ema")
     for expected, found in zip(averaged.parameters(), pipe.unet.parameters(), strict=True):
         assert torch.equal(expected, found)
+    expected = DiffusionAdapter(stable_diffusion()).with_model(averaged)
+    losses = [LossPass(adapter, rows(3)).base() for adapter in (ForwardInf.from_pipe(pipe).adapter, expected)]
+    np.testing.assert_array_equal(*losses)
+    assert (losses[0] != LossPass(DiffusionAdapter(stable_diffusion()), rows(3)).base()).all()
     assert np.isfinite(ForwardInf.from_pipe(pipe).trace(rows(1), rows(3)).scores).all()
 
 

@@ -99,6 +99,14 @@ def test_ids_that_stand_for_several_rows_are_named_and_kept(tmp_path):
     assert found["id"][:] == ["x", "y", "x"]
 
 
+def test_a_shard_that_is_cut_off_is_told(tmp_path):
+    folder = write_shards(tmp_path / "laion", 4)
+    shard = folder / "00000.tar"
+    shard.write_bytes(shard.read_bytes()[:2000])
+    with pytest.raises(ValueError, match="unexpected end of data"):
+        load_captioned(str(folder))
+
+
 def test_what_holds_no_pictures_is_told(tmp_path):
     listed = write_parquet(tmp_path / "urls.parquet", URL=["http://x/0.jpg"], TEXT=["zero"])
     with pytest.raises(ValueError, match=r"`URL` holds addresses, and nothing is downloaded here: .* img2dataset"):

@@ -48,6 +48,7 @@ def test_a_prompt_is_drawn_and_traced_over_shards(options):
     assert (metrics["queries"], metrics["candidates"], metrics["unscored"]) == (1, 11, 1)
     found = Attribution.load_from_disk(folder / "attribution")
     assert found.scores.shape == (1, 3) and found.config["standardised"]
+    assert len(found.candidates) == 3 and (np.diff(found.scores[0]) <= 0).all()
     best = found.top(0)[0]
     assert best["id"] == f"{best['stream_row']:09}" and best["caption"] == rows(10)["caption"][best["stream_row"]]
     page = (folder / "report.html").read_text()
