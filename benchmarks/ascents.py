@@ -30,10 +30,10 @@ def main() -> None:
     options = TraceOptions(**vars(given))
     source = load_source(options, seed=0)
     task = source.draw(options, seed=0)
-    tracer = ForwardInf(source.model, source.tokenizer)
-    ascents = {f"radius {r:g}, decoder": AscentConfig(radius=r) for r in RADII}
-    ascents |= {"radius 1 in K = 3 steps, decoder": AscentConfig(radius=1.0, steps=3)}
-    ascents |= {f"radius {r:g}, all": AscentConfig(radius=r, modules=["all"]) for r in RADII}
+    tracer = ForwardInf(source.model, source.tokenizer, ascent=AscentConfig(direction="gradient"))
+    ascents = {f"radius {r:g}, decoder": AscentConfig(direction="gradient", radius=r) for r in RADII}
+    ascents |= {"radius 1 in K = 3 steps, decoder": AscentConfig(direction="gradient", radius=1.0, steps=3)}
+    ascents |= {f"radius {r:g}, all": AscentConfig(direction="gradient", radius=r, modules=["all"]) for r in RADII}
     ascents |= {f"rate {a:g}, K = {k}, all": AscentConfig(learning_rate=a, steps=k, modules=["all"]) for a, k in FIXED}
     tuned = tracer.tune(task.candidates, radii=RADII)
     trials = tuned.tuning.trials if tuned.tuning else []

@@ -43,7 +43,7 @@ METHODS = {
     ("ours", "forward_inf"): "Forward-INF",
     ("ours", "forward_inf_one"): "Forward-INF, one query",
     ("ours", "tuned"): "Forward-INF, radius tuned",
-    ("ours", "cg"): "Forward-INF, cg",
+    ("ours", "gradient"): "Forward-INF, plain gradient",
     ("ours", "tracin_cosine"): "TracIn, cosine",
     ("ours", "trackstar"): "TrackStar",
     ("ours", "influence_functions"): "influence functions (cg)",

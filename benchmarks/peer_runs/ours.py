@@ -71,7 +71,7 @@ if __name__ == "__main__":
             "forward_inf": forward_inf,
             "forward_inf_one": forward_inf_one,
             "tuned": tuned,
-            "cg": partial(forward_inf, ascent=AscentConfig(direction="cg")),
+            "gradient": partial(forward_inf, ascent=AscentConfig(direction="gradient")),
             "tracin_cosine": partial(gradients, TracIn, similarity="cosine"),
             "trackstar": partial(gradients, TrackStar),
             "influence_functions": partial(gradients, InfluenceFunctions),
