@@ -4,9 +4,9 @@
     python recipes/leakage.py --change none shifted recoloured recompressed
     python recipes/leakage.py --model resnet20_cifar10 --candidates train_10k.parquet
 
-With no option: scikit-learn's digits and a small network that is trained on them once. Radius and score are chosen on
-a fifth of the leaked images, the others are judged, beside TracIn, influence functions and representations. `--help`
-lists all options.
+With no option: scikit-learn's digits and a small network that is trained on them once. What is scored (a rise of
+the loss, or a shift of the prediction), how, and the radius are chosen on a fifth of the leaked images; the others are
+judged, beside TracIn, influence functions and representations. `--help` lists all options.
 """
 
 import sys

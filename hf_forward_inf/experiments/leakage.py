@@ -239,7 +239,11 @@ def leakage_run(options: LeakageOptions) -> dict[str, Any]:
     metrics |= {key.removeprefix("forward_inf/"): value for key, value in costs.items()}
     metrics |= {name: str(setting) for name, setting in _named(chosen).items()}
     metrics |= cost.measure(tracer, task.queries.select(task.groups[""]), candidates)
-    say(f"A query costs {metrics['forward_passes_per_query']:.2f} forward passes over the candidates.")
+    together = costs["forward_inf/forward_passes_together"] / len(task.queries)
+    say(
+        f"A query's loss pass costs {metrics['forward_passes_per_query']:.2f} forward passes over the candidates; "
+        f"with all that is done to scores, {len(task.queries)} queries together, {together:.2f} each."
+    )
     metrics |= {"seconds": time.perf_counter() - started, **about(options, tracer)}
     notes = {row: change for change, rows in task.groups.items() for row in rows if change}
     kept = captioned(found["forward_inf"].keep(options.top_k), notes)
