@@ -53,9 +53,13 @@ def longest_input(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Give everything that tokens depend on, as text: part of the cache key."""
+    """Give everything that tokens depend on, as text: part of the cache key.
+
+    Not padding and truncation, which are what the last call has left there: a tokenizer is the same after its use.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab())
+    state = json.loads(backend.to_str()) | {"padding": None, "truncation": None} if backend is not None else None
+    vocabulary = json.dumps(state or tokenizer.get_vocab())
     return f"{vocabulary}\n{tokenizer.chat_template or ''}"
 
 

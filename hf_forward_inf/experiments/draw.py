@@ -13,11 +13,12 @@ from hf_forward_inf.adapters import DiffusionAdapter
 from hf_forward_inf.ascent import AscentConfig
 from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.baselines import Random
+from hf_forward_inf.baselines.pixels import PixelDistance
 from hf_forward_inf.datasets import load_rows
 from hf_forward_inf.datasets.digits import captioned_digits
 from hf_forward_inf.experiments.draw_alone import REFERENCES, one_by_one
 from hf_forward_inf.experiments.draw_checks import checks
-from hf_forward_inf.experiments.draw_methods import baselines, controls, drawing_ascent, similar, traced
+from hf_forward_inf.experiments.draw_methods import baselines, controls, drawing_ascent, traced
 from hf_forward_inf.experiments.draw_removal import as_figures, removal_rises
 from hf_forward_inf.experiments.evaluation import as_text, compare, detected, flat
 from hf_forward_inf.experiments.exemplars import (
@@ -36,9 +37,6 @@ from hf_forward_inf.experiments.task import Task
 from hf_forward_inf.forward_inf import ForwardInf
 from hf_forward_inf.metrics import recalls_at_k
 from hf_forward_inf.processes import process_state, say
-
-JUDGED = ("forward_inf", "gradient", "pixel_distance", "denoiser_features", "random")
-"""Methods whose best candidates are taken away: every drawing takes a training of each."""
 
 
 @dataclass
@@ -200,12 +198,11 @@ def _without_best(options: DrawOptions, ascent: AscentConfig, folder: Path, star
     queries = drawings(adapter, rows.select(chosen)[CAPTION][:], options.drawing)
     say(f"Tracing {len(queries)} x {options.num_images} pictures over {len(rows):,} candidates ...")
     found = {
-        **traced(tracer, queries, rows),
-        **similar(adapter, queries, rows),
+        "forward_inf": tracer.trace(queries, rows).standardised(),
+        "pixel_distance": PixelDistance(adapter).trace(queries, rows),
         "random": Random().trace(queries, rows),
     }
     judged = queries.select(range(min(options.retrained, len(queries))))
-    found = {name: found[name] for name in JUDGED if name in found}
     rises = removal_rises(train, found, judged, rows, options.removed, ascent.seed)
     table = as_figures(rises)
     metrics = {"queries": len(judged), "candidates": len(rows), "removed": options.removed, **flat(table)}

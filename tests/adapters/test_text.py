@@ -1,0 +1,9 @@
+from hf_forward_inf.adapters.text import tokenizer_state
+from hf_forward_inf.experiments.tiny_models import train_tokenizer
+
+
+def test_a_tokenizers_state_is_the_same_after_its_use():
+    used, fresh = (train_tokenizer(["a red square", "a green square"], 300) for _ in range(2))
+    used(["a red square"], padding="max_length", truncation=True, max_length=6)
+    assert tokenizer_state(used) == tokenizer_state(fresh)
+    assert tokenizer_state(used) != tokenizer_state(train_tokenizer(["a blue circle"], 300))
