@@ -15,7 +15,7 @@ from hf_forward_inf.ascent import call
 
 Vector: TypeAlias = list[Tensor]
 """A direction in parameter space: one tensor a parameter, in the parameters' order."""
-UNSETTLED = 0.1
+UNSETTLED = 0.2
 """Share of what conjugate gradients have gained that came with the last product, beyond which they are not through."""
 KEPT_BYTES = 2**30
 """What graphs for products may hold in memory."""
@@ -138,7 +138,7 @@ def conjugate_gradients(
         tolerance (`float`, defaults to 1e-5): Stops when the residual has shrunk to this part of b; float32 reaches no
             smaller ones.
         tell (`Callable`, *optional*): Called with residual, as a part of b, and products, if the last product still
-            gained more than a tenth of all that is gained. Warns by default.
+            gained more than a fifth of all that is gained. Warns by default.
 
     Raises:
         FloatingPointError: If a product is not finite.

@@ -14,7 +14,7 @@ from hf_forward_inf.ascent import AscentConfig
 from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.baselines import Random
 from hf_forward_inf.baselines.pixels import PixelDistance
-from hf_forward_inf.datasets import load_rows
+from hf_forward_inf.datasets import load_captioned
 from hf_forward_inf.datasets.digits import captioned_digits
 from hf_forward_inf.experiments.draw_alone import REFERENCES, one_by_one
 from hf_forward_inf.experiments.draw_checks import checks
@@ -180,7 +180,7 @@ def _drawer(options: DrawOptions, seed: int) -> tuple[DiffusionAdapter, Dataset,
 def _pictures(options: DrawOptions) -> tuple[Dataset, int]:
     """Load pictures with captions; with it the size at which a tiny model draws them."""
     if options.candidates:
-        return load_rows(options.candidates, "candidates").select_columns([CAPTION, IMAGE]), options.size
+        return load_captioned(options.candidates).select_columns([CAPTION, IMAGE]), options.size
     say("A tiny model learns to draw handwritten digits; --model, --candidates for yours.")
     return captioned_digits().select_columns([CAPTION, IMAGE]), 8
 
