@@ -341,9 +341,9 @@ def is_known(module: nn.Module) -> bool:
         if isinstance(module, kind):
             # A subclass may do something else with its weight; scaling (BART's embeddings) is taken into account.
             return type(module).forward is kind.forward or hasattr(module, "embed_scale")
-    # LayerNorm, and every family's own RMSNorm: vectors named weight and bias, and a name that says what it is.
     if isinstance(module, nn.GroupNorm):
         return True
+    # LayerNorm, and every family's own RMSNorm: vectors named weight and bias, and a name that says what it is.
     vectors = all(p.dim() == 1 and name in ("weight", "bias") for name, p in _own(module))
     return vectors and ("LayerNorm" in type(module).__name__ or "RMSNorm" in type(module).__name__)
 

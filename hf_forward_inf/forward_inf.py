@@ -114,6 +114,12 @@ class ForwardInf:
     def ascent(self, ascent: AscentConfig) -> None:
         self._ascent = ascent.completed(self.adapter.default_ascent())
 
+    @property
+    def config(self) -> dict[str, Any]:
+        """What scores depend on beside the model and the data."""
+        own = {"reduction": self.reduction, "measure": self.measure, "hubs": self.references is not None}
+        return {**asdict(self.ascent), **own}
+
     @classmethod
     def from_pipe(cls, pipe: Any, **options: Any) -> "ForwardInf":
         """Trace the outputs of a pipeline.
@@ -178,13 +184,7 @@ class ForwardInf:
         else:
             scores, inspected = self._within(time_budget, queries, candidates)
         warn_of_lost(scores[:, inspected], inspected)
-        config = {
-            **asdict(self.ascent),
-            "reduction": self.reduction,
-            "measure": self.measure,
-            "hubs": self.references is not None,
-        }
-        return Attribution(scores, queries, candidates, method=self.name, config=config).keep(top_k)
+        return Attribution(scores, queries, candidates, method=self.name, config=self.config).keep(top_k)
 
     def trace_generation(self, inputs: Any, candidates: Dataset, **options: Any) -> Attribution:
         """Let the model answer, and trace the answers.

@@ -4,7 +4,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -88,18 +88,12 @@ def trace_stream(
         training = sample_rows(first_piece(stream, piece), tracer.ascent.sample, tracer.ascent.seed)
         tracer = tracer.with_options(training=training)
     run = fingerprint(
-        fingerprint_of_model(tracer.adapter.model), tracer.adapter.settings, queries._fingerprint, tracer.reduction,
-        asdict(tracer.ascent), top_k, piece, standardise,
+        fingerprint_of_model(tracer.adapter.model), tracer.adapter.settings, queries._fingerprint, tracer.config,
+        top_k, piece, standardise,
     )  # fmt: skip
     best = None if folder is None else _resumed(Path(folder), run, stream)
     if best is None:
-        config = {
-            **asdict(tracer.ascent),
-            "reduction": tracer.reduction,
-            "measure": tracer.measure,
-            "hubs": False,
-            "standardised": standardise,
-        }
+        config = {**tracer.config, "standardised": standardise}
         best = Attribution(
             np.empty((len(queries), 0), dtype=np.float32), queries, Dataset.from_dict({}), method=tracer.name,
             config={**config, "run": run, "streamed": 0, "unscored": 0},
