@@ -197,7 +197,7 @@ class ExampleGradients:
 
         An embedding's gradient touches the example's own tokens only. That of an affine layer is a sum of outer
         products over positions: where positions and directions are few, its products and its square come from
-        activations and slopes alone.
+        activations and slopes alone. A weight that both have is the sum of both.
 
         Args:
             batch (`dict`): On the model's device.
@@ -213,16 +213,23 @@ class ExampleGradients:
         found, norms = first.new_zeros(rows, count), first.new_zeros(rows) if squares else None
         with torch.no_grad():
             for name in (name for name in self.names if serving[name]):
-                factors = _factors([use for use, _ in serving[name]], [local for _, local in serving[name]])
-                if factors is not None and factors.pays(count):
-                    found += factors.products(directions[name])
-                    if norms is not None:
-                        norms += factors.squares()
-                    continue
-                for part, values in self._written(name, serving[name], rows):
-                    found[part] += values @ directions[name].T
-                    if norms is not None:
-                        norms[part] += values.square().sum(1)
+                parts, counted = _parts(serving[name]), norms
+                if norms is not None and len(parts) > 1:  # the square of a sum is not the sum of squares
+                    square = _square_of_sum(parts)
+                    if square is None:
+                        parts = [_Part(serving[name], None)]
+                    else:
+                        norms, counted = norms + square, None
+                for part in parts:
+                    if part.factors is not None and part.factors.pays(count):
+                        found += part.factors.products(directions[name])
+                        if counted is not None:
+                            counted += part.factors.squares()
+                        continue
+                    for few, values in self._written(name, part.uses, rows):
+                        found[few] += values @ directions[name].T
+                        if counted is not None:
+                            counted[few] += values.square().sum(1)
         return found, norms
 
     def _serving(self, batch: Batch, objective: Objective | None = None) -> dict[str, list[tuple[Use, str]]]:
@@ -267,11 +274,16 @@ class AffineFactors:
     slopes: Tensor
     turned: bool
 
+    @property
+    def small(self) -> bool:
+        """Whether squares are cheaper by pairs of positions than by the sums, written down."""
+        sides = (self.inputs.shape[2], self.slopes.shape[2])
+        return self.inputs.shape[1] * sum(sides) < math.prod(sides)
+
     def pays(self, directions: int) -> bool:
-        """Whether the sums are dearer: to write them costs memory traffic worth about 16 products."""
-        positions, sides = self.inputs.shape[1], (self.inputs.shape[2], self.slopes.shape[2])
-        few = positions * sum(sides) < math.prod(sides)  # or the square costs more than the sums
-        return few and positions * directions <= positions + directions + 16
+        """Whether the sums are dearer: to write them costs memory traffic worth some 64 products (measured)."""
+        positions = self.inputs.shape[1]
+        return self.small and positions * directions <= positions + directions + 64
 
     def products(self, directions: Tensor) -> Tensor:
         """Multiply: `[rows, directions]`."""
@@ -279,7 +291,10 @@ class AffineFactors:
         matrices = directions.view(-1, *(sides[::-1] if self.turned else sides))
         if self.turned:
             matrices = matrices.transpose(1, 2)
-        return torch.stack([((self.inputs @ m.T) * self.slopes).sum((1, 2)) for m in matrices], dim=1)
+        large, small = self.slopes, self.inputs  # what is multiplied first leaves no more than the other side to read
+        if large.shape[2] < small.shape[2]:
+            large, small, matrices = small, large, matrices.transpose(1, 2)
+        return torch.stack([((large @ matrix) * small).sum((1, 2)) for matrix in matrices], dim=1)
 
     def squares(self) -> Tensor:
         """Squared norms, `[rows]`: <sum d a^T, sum d a^T> = sum over pairs of positions of (a.a)(d.d)."""
@@ -313,20 +328,55 @@ class EmbeddingFactors:
         same = self.ids[:, :, None] == self.ids[:, None]
         return ((self.slopes @ self.slopes.transpose(1, 2)) * same).sum((1, 2))
 
+    def with_output_layer(self, layer: AffineFactors) -> Tensor:
+        """Products with the gradients of an output layer that has the same weight, `[rows]`.
 
-def _factors(uses: list[Use], names: list[str]) -> AffineFactors | EmbeddingFactors | None:
-    """Put the positions of all uses of a weight in a row; `None` where they are of several kinds, or none of these."""
-    kinds = {type(use.module) for use in uses}
-    if set(names) != {"weight"} or len(kinds) > 1:
+        A token's row of the layer's gradient is the sum over the layer's positions of the token's slope x input.
+        """
+        slopes = layer.slopes.transpose(1, 2).gather(1, self.ids[..., None].expand(-1, -1, layer.slopes.shape[1]))
+        return ((self.slopes @ layer.inputs.transpose(1, 2)) * slopes).sum((1, 2))
+
+
+@dataclass
+class _Part:
+    """Uses of one weight by layers of one kind, and its gradients there as factors; `None` if it has none."""
+
+    uses: list[tuple[Use, str]]
+    factors: AffineFactors | EmbeddingFactors | None
+
+
+def _parts(uses: list[tuple[Use, str]]) -> list[_Part]:
+    """Tell an embedding's uses from those of the output layer that is tied to it; one part where there is no telling.
+
+    In each part the positions of all uses lie in a row.
+    """
+    embeddings = [pair for pair in uses if isinstance(pair[0].module, nn.Embedding)]
+    layers = [pair for pair in uses if isinstance(pair[0].module, AFFINE)]
+    turned = {isinstance(use.module, Conv1D) for use, _ in layers}
+    others = len(embeddings) + len(layers) < len(uses) or any(local != "weight" for _, local in uses)
+    if others or len(turned) > 1 or (embeddings and True in turned):
+        return [_Part(uses, None)]
+    parts = []
+    if embeddings:
+        ids, slopes = _in_a_row(use.looked_up() for use, _ in embeddings)
+        parts.append(_Part(embeddings, EmbeddingFactors(ids, slopes)))
+    if layers:
+        inputs, slopes = _in_a_row(use.factors() for use, _ in layers)
+        parts.append(_Part(layers, AffineFactors(inputs, slopes, turned.pop())))
+    return parts
+
+
+def _in_a_row(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """Put the positions of several uses in a row, for both sides of them."""
+    return [torch.cat(side, dim=1) for side in zip(*pairs, strict=True)]
+
+
+def _square_of_sum(parts: list[_Part]) -> Tensor | None:
+    """Squared norms of what an embedding and the output layer tied to it sum to; `None` if it is cheaper summed."""
+    table, layer = (part.factors for part in parts)
+    if not (isinstance(table, EmbeddingFactors) and isinstance(layer, AffineFactors) and layer.small):
         return None
-    if all(isinstance(use.module, nn.Embedding) for use in uses):
-        pairs = [use.looked_up() for use in uses]
-        ids, slopes = (torch.cat(parts, dim=1) for parts in zip(*pairs, strict=True))
-        return EmbeddingFactors(ids, slopes)
-    if all(isinstance(use.module, AFFINE) for use in uses):
-        inputs, slopes = (torch.cat(parts, dim=1) for parts in zip(*(use.factors() for use in uses), strict=True))
-        return AffineFactors(inputs, slopes, isinstance(uses[0].module, Conv1D))
-    return None
+    return table.squares() + layer.squares() + 2 * table.with_output_layer(layer)
 
 
 def _rows(batch: Batch) -> int:
