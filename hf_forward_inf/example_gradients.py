@@ -5,7 +5,6 @@ over positions), so one forward pass and one backward pass over activations serv
 parameter's gradients are used and dropped.
 """
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,11 +20,10 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_forward_inf.adapters.base import Adapter, Batch, Forward, Rows
 from hf_forward_inf.ascent import call, to_device
+from hf_forward_inf.factors import CHUNK_BYTES, Factors, Laid, Parts, squared_norms
 
 AFFINE = (nn.Linear, Conv1D, nn.Conv2d)
 """Layers that multiply what they are given, at every position, by one matrix."""
-CHUNK_BYTES = 128 * 2**20
-"""Gradients of one parameter held at once; a batch is cut into fewer examples where it would take more."""
 Objective: TypeAlias = Callable[[Forward], Tensor]
 """Given the model's forward, a number that depends on each example by itself."""
 
@@ -44,18 +42,10 @@ class Use:
     copies: int = 1
 
     def of(self, name: str, rows: slice) -> Tensor:
-        """Give the gradient of parameter `name` for each of some examples, `[rows, *shape of the parameter]`."""
+        """Give the gradient of parameter `name` for each of some examples, `[rows, numel]`."""
+        if isinstance(self.module, (nn.Embedding, *AFFINE)):
+            return self.factors(rows)[1].sum(1) if name == "bias" else self.matrix(rows).written()
         given, delta = self._sides(rows)
-        if isinstance(self.module, nn.Embedding):
-            ids, delta = self.looked_up(rows)
-            found = delta.new_zeros(len(ids), *self.module.weight.shape)
-            return found.scatter_add_(1, ids[..., None].expand(-1, -1, delta.shape[2]), delta)
-        if isinstance(self.module, AFFINE):
-            given, delta = self.factors(rows)
-            if name == "bias":
-                return delta.sum(1)
-            pair = (given, delta) if isinstance(self.module, Conv1D) else (delta, given)
-            return pair[0].transpose(1, 2) @ pair[1]
         if name == "weight":  # an affine normalisation: what its weight scales is its output under a weight of one
             plain = {
                 key: torch.ones_like(p) if key == "weight" else torch.zeros_like(p) for key, p in _own(self.module)
@@ -75,15 +65,23 @@ class Use:
         """Put the positions of an example's copies in a row, `[rows, positions, width]`."""
         return values.reshape(-1, self.copies * values.shape[1], values.shape[2])
 
-    def looked_up(self, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """Give the tokens that an embedding looked up, `[rows, positions]`, and their slopes, float32 with width."""
-        assert isinstance(self.module, nn.Embedding)
-        ids, delta = self._sides(rows)
-        delta = delta * getattr(self.module, "embed_scale", 1.0)
-        if self.module.padding_idx is not None:
-            delta = delta * (ids != self.module.padding_idx)[..., None]
-        count = len(ids) // self.copies
-        return ids.reshape(count, -1), delta.reshape(count, -1, delta.shape[-1])
+    def matrix(self, rows: slice = slice(None)) -> Factors:
+        """Give the gradients of the weight of an embedding or an affine layer, as factors."""
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        if isinstance(self.module, nn.Embedding):
+            ids, delta = self._sides(rows)
+            delta = delta * getattr(self.module, "embed_scale", 1.0)
+            if self.module.padding_idx is not None:
+                delta = delta * (ids != self.module.padding_idx)[..., None]
+            count = len(ids) // self.copies
+            return Factors(ids.reshape(count, -1), delta.reshape(count, -1, delta.shape[-1]), len(weight))
+        given, delta = self.factors(rows)
+        return (
+            Factors(given, delta, len(weight))
+            if isinstance(self.module, Conv1D)
+            else Factors(delta, given, len(weight))
+        )
 
     def factors(self, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Give what an affine layer multiplied at each position, and the slope there of what came out.
@@ -191,46 +189,42 @@ class ExampleGradients:
         return [use for use in used if use.gradient is not None]
 
     def products(
-        self, batch: Batch, directions: Mapping[str, Tensor], squares: bool = True
+        self, batch: Batch, directions: Mapping[str, Tensor | Laid], squares: bool = True
     ) -> tuple[Tensor, Tensor | None]:
-        """Multiply each example's gradient with some directions, without ever writing most gradients down.
-
-        An embedding's gradient touches the example's own tokens only. That of an affine layer is a sum of outer
-        products over positions: where positions and directions are few, its products and its square come from
-        activations and slopes alone. A weight that both have is the sum of both.
+        """Multiply each example's gradient with some directions, most of them never written down.
 
         Args:
             batch (`dict`): On the model's device.
-            directions (`dict[str, Tensor]`): By parameter, `[directions, numel]`.
+            directions (`dict`): By parameter, dense `[directions, numel]`, or other examples' gradients as factors.
             squares (`bool`, defaults to `True`): Whether squared norms are wanted.
 
         Returns:
             `tuple`: float32 products `[rows, directions]`, and squared norms `[rows]`.
         """
-        serving = self._serving(batch)
-        first = next(iter(directions.values()))
-        rows, count = _rows(batch), len(first)
-        found, norms = first.new_zeros(rows, count), first.new_zeros(rows) if squares else None
+        found, norms = [], []
         with torch.no_grad():
-            for name in (name for name in self.names if serving[name]):
-                parts, counted = _parts(serving[name]), norms
-                if norms is not None and len(parts) > 1:  # the square of a sum is not the sum of squares
-                    square = _square_of_sum(parts)
-                    if square is None:
-                        parts = [_Part(serving[name], None)]
-                    else:
-                        norms, counted = norms + square, None
-                for part in parts:
-                    if part.factors is not None and part.factors.pays(count):
-                        found += part.factors.products(directions[name])
-                        if counted is not None:
-                            counted += part.factors.squares()
-                        continue
-                    for few, values in self._written(name, part.uses, rows):
-                        found[few] += values @ directions[name].T
-                        if counted is not None:
-                            counted[few] += values.square().sum(1)
-        return found, norms
+            for name, values in self.factored(batch):
+                direction = directions[name]
+                if isinstance(values, Tensor):
+                    assert isinstance(direction, Tensor)
+                    found.append(values @ direction.T)
+                    norms.append(values.square().sum(1))
+                    continue
+                if isinstance(direction, Laid):
+                    found.append(direction.products(values))
+                else:
+                    found += [part.products(direction) for part in values]
+                if squares:
+                    norms.append(squared_norms(values))
+        return torch.stack(found).sum(0), torch.stack(norms).sum(0) if squares else None
+
+    def factored(self, batch: Batch) -> Iterator[tuple[str, Parts | Tensor]]:
+        """Give each parameter's gradients as factors if it is a matrix, and written down, `[rows, numel]`, if not."""
+        serving = self._serving(batch)
+        for name in (name for name in self.names if serving[name]):
+            parts = _parts(serving[name])
+            written = (values for _, values in self._written(name, serving[name], _rows(batch)))
+            yield name, torch.cat(list(written)) if parts is None else parts
 
     def _serving(self, batch: Batch, objective: Objective | None = None) -> dict[str, list[tuple[Use, str]]]:
         """Each parameter's uses, and what it is called there."""
@@ -246,7 +240,7 @@ class ExampleGradients:
         for start in range(0, count, step):
             rows = slice(start, min(count, start + step))
             parts = [use.of(local, rows) for use, local in uses]
-            yield rows, sum(parts[1:], start=parts[0]).flatten(1)
+            yield rows, sum(parts[1:], start=parts[0])
 
     def of(self, batch: Batch, objective: Objective | None = None) -> Iterator[tuple[str, slice, Tensor]]:
         """Give `(parameter, rows, gradients)`, gradients float32 `[rows, numel]`, until each example has had all.
@@ -260,123 +254,16 @@ class ExampleGradients:
                     yield name, rows, values
 
 
-@dataclass
-class AffineFactors:
-    """A weight's gradients as sums of outer products: sum over positions of slope x input.
+def _parts(uses: list[tuple[Use, str]]) -> Parts | None:
+    """Give a matrix's gradients as factors: of all embeddings, and of all other layers that have it.
 
-    Args:
-        inputs (`Tensor`): `[rows, positions, inputs]`.
-        slopes (`Tensor`): `[rows, positions, outputs]`.
-        turned (`bool`): Whether the weight is `[inputs, outputs]`.
+    `None` where it is no matrix.
     """
-
-    inputs: Tensor
-    slopes: Tensor
-    turned: bool
-
-    @property
-    def small(self) -> bool:
-        """Whether squares are cheaper by pairs of positions than by the sums, written down."""
-        sides = (self.inputs.shape[2], self.slopes.shape[2])
-        return self.inputs.shape[1] * sum(sides) < math.prod(sides)
-
-    def pays(self, directions: int) -> bool:
-        """Whether the sums are dearer: to write them costs memory traffic worth some 64 products (measured)."""
-        positions = self.inputs.shape[1]
-        return self.small and positions * directions <= positions + directions + 64
-
-    def products(self, directions: Tensor) -> Tensor:
-        """Multiply: `[rows, directions]`."""
-        sides = (self.slopes.shape[2], self.inputs.shape[2])
-        matrices = directions.view(-1, *(sides[::-1] if self.turned else sides))
-        if self.turned:
-            matrices = matrices.transpose(1, 2)
-        large, small = self.slopes, self.inputs  # what is multiplied first leaves no more than the other side to read
-        if large.shape[2] < small.shape[2]:
-            large, small, matrices = small, large, matrices.transpose(1, 2)
-        return torch.stack([((large @ matrix) * small).sum((1, 2)) for matrix in matrices], dim=1)
-
-    def squares(self) -> Tensor:
-        """Squared norms, `[rows]`: <sum d a^T, sum d a^T> = sum over pairs of positions of (a.a)(d.d)."""
-        inputs, slopes = (side @ side.transpose(1, 2) for side in (self.inputs, self.slopes))
-        return (inputs * slopes).sum((1, 2))
-
-
-@dataclass
-class EmbeddingFactors:
-    """An embedding's gradients as what falls on each token.
-
-    Args:
-        ids (`Tensor`): `[rows, positions]`.
-        slopes (`Tensor`): `[rows, positions, width]`.
-    """
-
-    ids: Tensor
-    slopes: Tensor
-
-    def pays(self, directions: int) -> bool:
-        """Always."""
-        return True
-
-    def products(self, directions: Tensor) -> Tensor:
-        """Multiply: `[rows, directions]`."""
-        tables = directions.view(len(directions), -1, self.slopes.shape[2])
-        return torch.stack([(table[self.ids] * self.slopes).sum((1, 2)) for table in tables], dim=1)
-
-    def squares(self) -> Tensor:
-        """Squared norms, `[rows]`: positions of one token add up before they are squared."""
-        same = self.ids[:, :, None] == self.ids[:, None]
-        return ((self.slopes @ self.slopes.transpose(1, 2)) * same).sum((1, 2))
-
-    def with_output_layer(self, layer: AffineFactors) -> Tensor:
-        """Products with the gradients of an output layer that has the same weight, `[rows]`.
-
-        A token's row of the layer's gradient is the sum over the layer's positions of the token's slope x input.
-        """
-        slopes = layer.slopes.transpose(1, 2).gather(1, self.ids[..., None].expand(-1, -1, layer.slopes.shape[1]))
-        return ((self.slopes @ layer.inputs.transpose(1, 2)) * slopes).sum((1, 2))
-
-
-@dataclass
-class _Part:
-    """Uses of one weight by layers of one kind, and its gradients there as factors; `None` if it has none."""
-
-    uses: list[tuple[Use, str]]
-    factors: AffineFactors | EmbeddingFactors | None
-
-
-def _parts(uses: list[tuple[Use, str]]) -> list[_Part]:
-    """Tell an embedding's uses from those of the output layer that is tied to it; one part where there is no telling.
-
-    In each part the positions of all uses lie in a row.
-    """
-    embeddings = [pair for pair in uses if isinstance(pair[0].module, nn.Embedding)]
-    layers = [pair for pair in uses if isinstance(pair[0].module, AFFINE)]
-    turned = {isinstance(use.module, Conv1D) for use, _ in layers}
-    others = len(embeddings) + len(layers) < len(uses) or any(local != "weight" for _, local in uses)
-    if others or len(turned) > 1 or (embeddings and True in turned):
-        return [_Part(uses, None)]
-    parts = []
-    if embeddings:
-        ids, slopes = _in_a_row(use.looked_up() for use, _ in embeddings)
-        parts.append(_Part(embeddings, EmbeddingFactors(ids, slopes)))
-    if layers:
-        inputs, slopes = _in_a_row(use.factors() for use, _ in layers)
-        parts.append(_Part(layers, AffineFactors(inputs, slopes, turned.pop())))
-    return parts
-
-
-def _in_a_row(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    """Put the positions of several uses in a row, for both sides of them."""
-    return [torch.cat(side, dim=1) for side in zip(*pairs, strict=True)]
-
-
-def _square_of_sum(parts: list[_Part]) -> Tensor | None:
-    """Squared norms of what an embedding and the output layer tied to it sum to; `None` if it is cheaper summed."""
-    table, layer = (part.factors for part in parts)
-    if not (isinstance(table, EmbeddingFactors) and isinstance(layer, AffineFactors) and layer.small):
+    if any(local != "weight" or not isinstance(use.module, (nn.Embedding, *AFFINE)) for use, local in uses):
         return None
-    return table.squares() + layer.squares() + 2 * table.with_output_layer(layer)
+    found = [use.matrix() for use, _ in uses]
+    kinds = ([one for one in found if one.is_embedding == kind] for kind in (True, False))
+    return [Factors.joined(kind) for kind in kinds if kind]
 
 
 def _rows(batch: Batch) -> int:

@@ -14,7 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_forward_inf.adapters.base import Adapter, Batch
 from hf_forward_inf.ascent import call
-from hf_forward_inf.example_gradients import AFFINE, CHUNK_BYTES, Use, is_known, recorded
+from hf_forward_inf.example_gradients import AFFINE, Use, is_known, recorded
+from hf_forward_inf.factors import CHUNK_BYTES
 from hf_forward_inf.kept import Tensors
 from hf_forward_inf.sample import Sample
 

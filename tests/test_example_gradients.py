@@ -3,7 +3,9 @@ import torch
 from transformers import BartConfig, BartForConditionalGeneration
 
 from hf_forward_inf.adapters import DiffusionAdapter, Seq2SeqAdapter, TensorAdapter
+from hf_forward_inf.baselines.gradients import query_factors
 from hf_forward_inf.example_gradients import ExampleGradients
+from hf_forward_inf.factors import Laid
 from hf_forward_inf.modes import evaluating
 from hf_forward_inf.modules import perturbed_names
 from tests import digits, drawing
@@ -113,6 +115,23 @@ def test_products_and_norms_are_autograds_though_gradients_are_not_written_down(
     torch.testing.assert_close(squares, scale, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(alone, products)
     assert none is None
+
+
+@pytest.mark.parametrize("pays", [True, False])
+@pytest.mark.parametrize("kind", ["mt5", "bart"])
+def test_queries_gradients_are_autograds_in_either_form(kind, pays, request, monkeypatch, tokenizer, candidates):
+    monkeypatch.setattr(Laid, "pays", lambda laid: pays)
+    model = request.getfixturevalue("model" if kind == "mt5" else "bart")
+    adapter = Seq2SeqAdapter(model, tokenizer)
+    rows, queries = adapter.encode(candidates[:7]), adapter.encode(candidates[7:10])
+    with evaluating(model):
+        gradients = ExampleGradients(adapter, perturbed_names(adapter, ["all"]), rows)
+        directions = query_factors(gradients, queries)
+        products, _ = gradients.products(adapter.collate(rows), directions)
+        expected, asked = (by_autograd(adapter, some, gradients.names) for some in (rows, queries))
+    assert pays == any(isinstance(one, Laid) for one in directions.values())
+    wanted = sum(expected[name] @ asked[name].T for name in gradients.names)
+    assert ((products - wanted).norm() / wanted.norm()).item() < 1e-4
 
 
 def test_frozen_parameters_have_gradients_too(model, tokenizer, candidates):

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -17,6 +18,7 @@ from hf_forward_inf.ascent import Correction, to_device
 from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.candidate_pass import MAX_BATCH_LENGTH, CandidatePass, encode
 from hf_forward_inf.example_gradients import ExampleGradients
+from hf_forward_inf.factors import Laid, Parts
 from hf_forward_inf.fingerprints import fingerprint
 from hf_forward_inf.modes import evaluating
 from hf_forward_inf.modules import perturbed_names
@@ -172,20 +174,23 @@ class _Block:
         self.gradients, self.queries = gradients, queries
         self.make, self.transform, self.squares = directions, transform, squares
         self.size = len(queries["terms"])
-        self.made: Directions | None = None
 
-    @property
-    def directions(self) -> Directions:
-        if self.made is None:
-            raw = query_gradients(self.gradients, self.queries)
-            made = self.make(raw, self.gradients) if self.make else raw
-            transform = self.transform or (lambda name, values: values)
-            self.made = {name: transform(name, values) for name, values in made.items()}
-        return self.made
+    @cached_property
+    def directions(self) -> dict[str, Tensor | Laid]:
+        if self.make is None and self.transform is None:
+            return query_factors(self.gradients, self.queries)
+        return {**self.dense}
+
+    @cached_property
+    def dense(self) -> Directions:
+        raw = query_gradients(self.gradients, self.queries)
+        made = self.make(raw, self.gradients) if self.make else raw
+        transform = self.transform or (lambda name, values: values)
+        return {name: transform(name, values) for name, values in made.items()}
 
     def norms(self) -> np.ndarray:
-        squares = torch.stack([values.square().sum(1) for values in self.directions.values()])
-        return squares.sum(0).sqrt().cpu().numpy()
+        squares = [one.squares if isinstance(one, Laid) else one.square().sum(1) for one in self.directions.values()]
+        return torch.stack(squares).sum(0).sqrt().cpu().numpy()
 
     def products(self, batch: Batch) -> np.ndarray:
         if self.transform is None:
@@ -196,20 +201,42 @@ class _Block:
         figures = np.zeros((count, self.size + 1), dtype=np.float32)
         for name, rows, values in self.gradients.of(batch):
             values = self.transform(name, values)
-            figures[rows, :-1] += (values @ self.directions[name].T).cpu().numpy()
+            figures[rows, :-1] += (values @ self.dense[name].T).cpu().numpy()
             figures[rows, -1] += values.square().sum(1).cpu().numpy()
         return figures
 
 
 def query_gradients(gradients: ExampleGradients, queries: Rows) -> Directions:
     """Give the gradient of each query's loss, by parameter, `[queries, numel]`."""
-    adapter, count = gradients.adapter, len(queries["terms"])
+    count = len(queries["terms"])
     found: Directions = {}
-    for i in range(count):  # one at a time: what a query's gradient is depends on no other query's length
-        batch = to_device(adapter.collate({key: values[i : i + 1] for key, values in queries.items()}), adapter.model)
+    for i, batch in enumerate(_single(gradients, queries)):
         for name, _, values in gradients.of(batch):
             found.setdefault(name, values.new_zeros(count, values.shape[1]))[i] = values[0]
     return found
+
+
+def query_factors(gradients: ExampleGradients, queries: Rows) -> dict[str, Tensor | Laid]:
+    """Give the same in whatever form products with it are cheapest."""
+    count = len(queries["terms"])
+    written: Directions = {}
+    factors: dict[str, dict[int, Parts]] = {}
+    for i, batch in enumerate(_single(gradients, queries)):
+        for name, values in gradients.factored(batch):
+            if isinstance(values, Tensor):
+                written.setdefault(name, values.new_zeros(count, values.shape[1]))[i] = values[0]
+            else:
+                factors.setdefault(name, {})[i] = values
+    laid = {name: Laid.of(parts, count) for name, parts in factors.items()}
+    return {**written, **{name: one if one.pays() else one.written() for name, one in laid.items()}}
+
+
+def _single(gradients: ExampleGradients, queries: Rows) -> Iterator[Batch]:
+    """Give queries one by one: what a query's gradient is depends on no other query's length."""
+    adapter = gradients.adapter
+    for i in range(len(queries["terms"])):
+        one = {key: values[i : i + 1] for key, values in queries.items()}
+        yield to_device(adapter.collate(one), adapter.model)
 
 
 def corrected(raw: Directions, gradients: ExampleGradients, correct: Correction) -> Directions:
