@@ -23,8 +23,10 @@ Correction: TypeAlias = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 ITERATIONS = {"cg": 10}
 """Products of conjugate gradients if the user doesn't say."""
-DAMPING = {"adam": 1e-3, "kfac": 0.1, "ekfac": 0.1, "cg": 0.1}
-"""The directions that correct the gradient by curvature, and their damping if the user gives none."""
+CORRECTIONS = ("adam", "kfac", "ekfac", "cg")
+"""The directions that correct the gradient by curvature."""
+DAMPING = 0.1
+"""Their damping if the user gives none."""
 SAMPLE = {"adam": 1024, "kfac": 1024, "ekfac": 1024, "cg": 128}
 """Training examples whose curvature counts if the user doesn't say: `cg` pays for each at every query."""
 OF_DIRECTION = ("damping", "iterations", "sample", "second_moments")
@@ -62,7 +64,7 @@ class AscentConfig:
             it ([`completed`]); to the gradient with `learning_rate` or `lora_rank`, which allow no other.
         damping (`float`, *optional*): lambda of (C + lambda I)^-1 g, as a multiple of the gradient's Rayleigh quotient
             g.Cg / g.g, that is, relative to the curvature that the gradient meets; for `"adam"`, of the mean second
-            moment. Defaults to 0.1, for `"adam"` to 1e-3.
+            moment. Defaults to 0.1.
         iterations (`int`, *optional*): Products of `"cg"` at most, each 2 to 2.5 forward passes over the sample.
             Defaults to 10.
         tolerance (`float`, defaults to 1e-3): `"cg"` stops when the residual has shrunk to this part of the gradient.
@@ -135,7 +137,7 @@ class AscentConfig:
         choices = {
             "optimizer": tuple(OPTIMIZERS),
             "mode": ("ascent", "descent", "symmetric"),
-            "direction": (None, "gradient", *DAMPING),
+            "direction": (None, "gradient", *CORRECTIONS),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -176,7 +178,8 @@ class AscentConfig:
         """Give what a named direction leaves open its defaults."""
         if self.radius is None and self.learning_rate is None:
             object.__setattr__(self, "radius", 1.0)
-        defaults: dict[str, dict[str, Any]] = {"damping": DAMPING, "sample": SAMPLE, "iterations": ITERATIONS}
+        damping = dict.fromkeys(CORRECTIONS, DAMPING)
+        defaults: dict[str, dict[str, Any]] = {"damping": damping, "sample": SAMPLE, "iterations": ITERATIONS}
         for name, by_direction in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, by_direction.get(cast(str, self.direction)))

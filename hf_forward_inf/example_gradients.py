@@ -177,8 +177,8 @@ class ExampleGradients:
             objective (`Callable`, *optional*): Given the model's forward, what is differentiated. Defaults to the sum
                 of the examples' losses.
         """
-        # Parameters as leaves that ask for gradients, whatever the user has frozen; they share the model's memory.
-        theta = {name: p.detach().requires_grad_() for name, p in self.model.named_parameters() if name in self.names}
+        # Leaves that share the model's memory; those wanted ask for gradients and no others, whatever the user froze.
+        theta = {name: p.detach().requires_grad_(name in self.names) for name, p in self.model.named_parameters()}
         with recorded(self.layers) as uses, torch.enable_grad():
             forward = partial(call, self.model, theta)
             value = self.adapter.loss(forward, batch).sum() if objective is None else objective(forward)

@@ -57,9 +57,11 @@ def attributors(tracer: ForwardInf, training: Dataset) -> dict[str, Attributor]:
     """Every attributor for the tracer's model, itself first."""
     parts: dict[str, Any] = {"adapter": tracer.adapter, "cache_dir": tracer.cache_dir}
     perturbed = perturbed_names(tracer.adapter, tracer.ascent.modules)
+    # Of its own length: what a correction does to a long step is not what the gradient does.
+    gradient = AscentConfig(direction="gradient", modules=tracer.ascent.modules, seed=tracer.ascent.seed)
     return {
         "forward_inf": tracer,
-        "forward_inf_gradient": tracer.with_options(ascent=tracer.ascent.along("gradient"), references=None),
+        "forward_inf_gradient": tracer.with_options(ascent=gradient, references=None),
         "tracin_dot": TracIn(**parts),
         "tracin_cosine": TracIn(similarity="cosine", **parts),
         "trackstar": TrackStar(**parts),
