@@ -83,7 +83,10 @@ class AscentConfig:
     """
 
     radius: float | None = field(
-        default=None, metadata={"help": "Length of the step, from theta to theta_K (default: 1.0)."}
+        default=None,
+        metadata={
+            "help": "Length of the step, from theta to theta_K (default: the adapter's, 1.0 along a named direction)."
+        },
     )
     relative: bool = field(
         default=False, metadata={"help": "Tell the radius as a share of the norm of the perturbed parameters."}

@@ -59,7 +59,7 @@ def test_a_run_writes_metrics_attribution_and_report(options, capsys):
     assert metrics["candidates"] == 120
     assert metrics["forward_passes_per_query"] > 0
     assert metrics["answered"] == 0  # the model is untrained
-    assert metrics["ascent/radius"] == 1.0
+    assert metrics["ascent/radius"] == 2.0
     assert metrics["version/torch"]
     found = Attribution.load_from_disk(folder / "attribution")
     assert found.scores.shape == (metrics["queries"], 100)
@@ -159,7 +159,7 @@ def test_a_killed_run_leaves_the_output_as_it_was_and_goes_on_when_started_again
     done = run(*again)
     assert done.returncode == 0, done.stderr
     assert {path: path.stat().st_mtime_ns for path in finished} == stamps  # not computed again
-    assert json.loads((folder / "metrics.json").read_text())["ascent/radius"] == 1.0
+    assert json.loads((folder / "metrics.json").read_text())["ascent/radius"] == 2.0
 
 
 def test_a_finished_run_is_not_overwritten_unless_asked(options, capsys):
