@@ -64,14 +64,14 @@ def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def preferred_ascent(model: nn.Module) -> dict[str, Any]:
-    """Adam's direction, by second moments of a small sample: it costs no query more than the gradient does.
+    """Adam's direction: second moments are estimated once, and no query costs more than along the gradient.
 
     It takes a float32 copy of what is perturbed, and gradients of the weights themselves: for quantised weights, and
     for models of more than [`LARGE`] parameters, the gradient is preferred.
     """
     if is_quantised(model) or sum(p.numel() for p in model.parameters()) > LARGE:
         return {}
-    return {"direction": "adam", "radius": 2.0, "sample": 128}
+    return {"direction": "adam", "radius": 2.0}
 
 
 def input_of(module: nn.Module, run: Callable[[], object]) -> Tensor:

@@ -1,3 +1,5 @@
+from hf_forward_inf import AscentConfig, ForwardInf
+from hf_forward_inf.adapters import text
 from hf_forward_inf.adapters.text import tokenizer_state
 from hf_forward_inf.experiments.tiny_models import train_tokenizer
 
@@ -7,3 +9,9 @@ def test_a_tokenizers_state_is_the_same_after_its_use():
     used(["a red square"], padding="max_length", truncation=True, max_length=6)
     assert tokenizer_state(used) == tokenizer_state(fresh)
     assert tokenizer_state(used) != tokenizer_state(train_tokenizer(["a blue circle"], 300))
+
+
+def test_a_model_too_large_for_copies_is_stepped_along_the_gradient(model, tokenizer, monkeypatch):
+    assert ForwardInf(model, tokenizer).ascent == AscentConfig(direction="adam", radius=2.0)
+    monkeypatch.setattr(text, "LARGE", 1000)
+    assert ForwardInf(model, tokenizer).ascent == AscentConfig(direction="gradient")
