@@ -66,9 +66,9 @@ def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> str:
 def preferred_ascent(model: nn.Module) -> dict[str, Any]:
     """K-FAC, fitted once on a small sample: no query costs more than along the gradient, and more of it is true.
 
-    Retraining a tiny mT5 (60 halves of 400 sentences, 40 queries, decoder perturbed) gives it an LDS of .51 (.45 - .57)
-    at radius 2, .57 at 1; 5 conjugate-gradient products on 64 sentences .48, Adam's direction .22, the gradient .19.
-    The longer step has the better recall.
+    Retraining a tiny mT5 (60 halves of 400 sentences, 40 queries, decoder perturbed) gives it an LDS of .51
+    (.45 - .57) at radius 2, .57 at 1; 5 conjugate-gradient products on 64 sentences .48, Adam's direction .22, the
+    gradient .19. The longer step has the better recall.
 
     Factors take the squares of the layers' sides, and eigenvectors of them: for models of more than [`LARGE`]
     parameters, and for quantised weights, whose gradients nobody knows, the gradient is preferred.
