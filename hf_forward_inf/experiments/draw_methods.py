@@ -12,6 +12,7 @@ from hf_forward_inf.attribution import Attribution, Attributor
 from hf_forward_inf.baselines import BM25, FirstOrder, RepresentationSimilarity, TracIn
 from hf_forward_inf.baselines.denoiser_features import DenoiserFeatures, middle_of
 from hf_forward_inf.baselines.pixels import PixelDistance
+from hf_forward_inf.experiments.comparison import fixed_learning_rate
 from hf_forward_inf.experiments.exemplars import CAPTION, IMAGE, as_queries
 from hf_forward_inf.forward_inf import ForwardInf
 from hf_forward_inf.loss_pass import LossPass
@@ -19,13 +20,15 @@ from hf_forward_inf.modes import evaluating
 
 FISHER_SAMPLE = 256
 """Candidates that Fisher factors are fitted on, once for all queries."""
-FIXED_LEARNING_RATES = (0.01, 0.1, 1.0)
-"""The paper's fixed rates that are tried; the best by its true MRR is reported."""
+FIXED_LEARNING_RATES = ((0.01, 1), (0.1, 1), (1.0, 1))
+"""Learning rates and steps of the paper's fixed-rate ascent that are tried."""
 
 
-def drawing_ascent(ascent: AscentConfig, relative_radius: float) -> AscentConfig:
-    """Tell the radius relative to the norm of the parameters that move, unless there is a learning rate."""
-    return ascent if ascent.learning_rate is not None else replace(ascent, radius=relative_radius, relative=True)
+def drawing_ascent(ascent: AscentConfig, relative_radius: float | None) -> AscentConfig:
+    """Tell the radius relative to the norm of the parameters that move, unless none is given or a learning rate is."""
+    if relative_radius is None or ascent.learning_rate is not None:
+        return ascent
+    return replace(ascent, radius=relative_radius, relative=True)
 
 
 def traced(tracer: ForwardInf, queries: Dataset, candidates: Dataset) -> dict[str, Attribution]:
@@ -91,7 +94,7 @@ def baselines(
         **_both("influence_functions", first_order),
         **_both("unlearning", unlearnt),
         **_both("descent", descent),
-        "fixed_learning_rate": fixed_learning_rate(tracer, queries, candidates, truth),
+        "fixed_learning_rate": fixed_learning_rate(tracer, queries, candidates, truth, FIXED_LEARNING_RATES),
         **_both("exemplar_as_query", replace(tracer.trace(itself, candidates), queries=queries)),
     }
 
@@ -102,19 +105,6 @@ def unlearning(tracer: ForwardInf) -> ForwardInf:
     The matrix in its eigenvalue-corrected Kronecker factors, and the step as long as the tracer's.
     """
     return tracer.with_options(ascent=replace(tracer.ascent.along("ekfac"), sample=FISHER_SAMPLE))
-
-
-def fixed_learning_rate(
-    tracer: ForwardInf, queries: Dataset, candidates: Dataset, truth: list[list[int]]
-) -> Attribution:
-    """Trace with the paper's fixed learning rate, the best of several by the truth."""
-    tries = [
-        tracer.with_options(
-            ascent=AscentConfig(learning_rate=rate, modules=tracer.ascent.modules, seed=tracer.ascent.seed)
-        ).trace(queries, candidates)
-        for rate in FIXED_LEARNING_RATES
-    ]
-    return max(tries, key=lambda found: found.evaluate(truth)["mrr"])
 
 
 def _both(name: str, found: Attribution) -> dict[str, Attribution]:
