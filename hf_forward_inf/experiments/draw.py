@@ -16,6 +16,7 @@ from hf_forward_inf.baselines import Random
 from hf_forward_inf.baselines.pixels import PixelDistance
 from hf_forward_inf.datasets import load_captioned
 from hf_forward_inf.datasets.digits import captioned_digits
+from hf_forward_inf.experiments.changes import CHANGES
 from hf_forward_inf.experiments.draw_alone import REFERENCES, one_by_one
 from hf_forward_inf.experiments.draw_checks import checks
 from hf_forward_inf.experiments.draw_methods import baselines, controls, drawing_ascent, traced
@@ -66,11 +67,11 @@ class DrawOptions(Teaching):
         metadata={"help": "Candidates: exemplars, filled up at random; alone, half of the others by their captions."},
     )
     num_images: int = field(default=4, metadata={"help": "Pictures drawn for a query."})
-    prompt: str = field(
-        default="{caption}",
-        metadata={"help": "What is drawn, {caption} in it: drawings of another prompt differ from their exemplar."},
-    )
     drawing_seed: int = field(default=0, metadata={"help": "Draws the noise that pictures begin with."})
+    change: str = field(
+        default="none",
+        metadata={"help": f"What is done to drawings before they are traced: {', '.join(CHANGES)}."},
+    )
     timesteps: int = field(default=8, metadata={"help": "Times at which a picture's loss is taken."})
     relative_radius: float = field(
         default=1e-3, metadata={"help": "Length of the step, relative to the norm of the parameters that it moves."}
@@ -97,8 +98,8 @@ class DrawOptions(Teaching):
                 raise ValueError(f"--{name} must be above 0, not {getattr(self, name)}.")
         if self.removed and (self.model or self.alone):
             raise ValueError("--removed trains a tiny model from the start: leave out --model and --alone.")
-        if "{caption}" not in self.prompt:
-            raise ValueError(f"--prompt {self.prompt!r} must have {{caption}} in it.")
+        if self.change not in CHANGES:
+            raise ValueError(f"--change {self.change} is not known: {', '.join(CHANGES)}.")
         if self.exemplars < 3:
             raise ValueError("--exemplars must be at least 3: scores are standardised over the queries.")
         if self.num_candidates < self.exemplars and not self.alone:
@@ -109,7 +110,7 @@ class DrawOptions(Teaching):
     @property
     def drawing(self) -> Drawing:
         """How queries are drawn."""
-        return Drawing(self.num_images, self.prompt, self.drawing_seed)
+        return Drawing(self.num_images, self.drawing_seed, self.change)
 
 
 def draw_run(options: DrawOptions, ascent: AscentConfig) -> dict[str, Any]:

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -72,11 +73,13 @@ def test_others_take_the_places_of_what_is_left_out():
     assert places[[1, 2, 3, 5]].tolist() == [1, 2, 3, 5]
 
 
-def test_queries_can_be_drawn_from_another_prompt_than_the_exemplars():
-    adapter = DiffusionAdapter(stable_diffusion())
-    asked = Drawing(num_images=1, prompt="{caption}, blue", seed=3)
-    (query,) = drawings(adapter, ["a red square"], asked)
-    assert query["caption"] == "a red square, blue" and len(query["image"]) == 1
+def test_drawings_can_be_changed_before_they_are_traced():
+    adapter = DiffusionAdapter(tiny_pipeline(["a red square"], 8, 3, 8, seed=0))
+    asked = Drawing(num_images=1, seed=3)
+    (drawn,) = drawings(adapter, ["a red square"], asked)
+    (negative,) = drawings(adapter, ["a red square"], replace(asked, change="inverted"))
+    assert negative["caption"] == "a red square"
+    assert np.array_equal(np.asarray(negative["image"][0]), 255 - np.asarray(drawn["image"][0]))
 
 
 def test_half_of_an_exemplars_candidates_share_its_words():
@@ -100,7 +103,7 @@ def test_a_folded_unet_draws_pictures_of_its_size():
         ({"model": "x"}, "give --candidates"),
         ({"exemplars": 2}, "at least 3"),
         ({"exemplars": 20, "num_candidates": 10}, "at least --exemplars"),
-        ({"prompt": "a picture"}, "must have"),
+        ({"change": "turned"}, "is not known: none, shifted"),
         ({"removed": 50, "alone": True}, "leave out --model"),
         ({"timesteps": 0}, "--timesteps must be above 0"),
     ],
