@@ -1,4 +1,4 @@
-"""Changes that leave what is on a picture as it is: near-duplicates of it."""
+"""Changes that leave what is on a picture as it is: near-duplicates of it, and a negative."""
 
 import io
 from collections.abc import Callable
