@@ -61,14 +61,18 @@ class Attribution:
             return self.indices[query]
         return metrics.best_first(self.scores[query])
 
-    def standardised(self) -> "Attribution":
+    def standardised(self, deviation: np.ndarray | None = None) -> "Attribution":
         """Measure each candidate's score by how it fares with all queries; see [`hubs.standardised`].
 
+        Args:
+            deviation (`np.ndarray`, *optional*): `[candidates]`, such as [`ForwardInf.sensitivity`]; by default that
+                of a candidate's scores over the queries.
+
         Raises:
-            ValueError: If there are fewer than 3 queries.
+            ValueError: If there are fewer than 3 queries; with a deviation, fewer than 2.
         """
-        config = {**self.config, "standardised": True}
-        return replace(self, scores=standardised(self.scores), config=config)
+        config = {**self.config, "standardised": True if deviation is None else "by sensitivity"}
+        return replace(self, scores=standardised(self.scores, deviation), config=config)
 
     def select(self, queries: Sequence[int]) -> "Attribution":
         """Keep some of the queries, in this order: those traced only to standardise over them can go."""

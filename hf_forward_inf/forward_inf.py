@@ -25,6 +25,7 @@ from hf_forward_inf.modes import evaluating
 from hf_forward_inf.peft_folder import save_perturbation
 from hf_forward_inf.processes import progress_bars
 from hf_forward_inf.self_influence import rerank, self_influence
+from hf_forward_inf.sensitivity import sensitivity
 from hf_forward_inf.streaming import trace_stream
 from hf_forward_inf.terms import explain
 from hf_forward_inf.tuning import Tuning, tune
@@ -239,6 +240,26 @@ class ForwardInf:
         """
         return self_influence(self, rows)
 
+    def sensitivity(self, rows: Dataset, draws: int = 16) -> np.ndarray:
+        """Tell how much each training example's loss varies when the model is moved at random, as far as by a query.
+
+        What a step of any kind shakes has high scores for every query, and what the model knows by heart low ones:
+        scores are told in units of it by `found.standardised(tracer.sensitivity(candidates))`. It is the same for all
+        queries, and costs `draws` forward passes over the rows.
+
+        Args:
+            rows (`datasets.Dataset`): Training examples, with the columns of [`trace`].
+            draws (`int`, defaults to 16): Random steps.
+
+        Returns:
+            `np.ndarray`: float32 `[rows]`, the root mean square of the rises (with `measure="shift"` of the shifts);
+            NaN where an example has no finite loss.
+
+        Raises:
+            ValueError: If steps have no radius, or go through a LoRA.
+        """
+        return sensitivity(self, rows, draws)
+
     def rerank(self, found: Attribution, k: int = 100) -> Attribution:
         """Order the best candidates of each query anew: by the share of what their own step does to them.
 
@@ -292,10 +313,7 @@ class ForwardInf:
         names = names_for(self.adapter, self.ascent)
         scores = np.empty((len(queries), len(candidates)), dtype=np.float32)
         with evaluating(self.adapter.model), np.errstate(invalid="ignore"):
-            loss = PASSES[self.measure](
-                self.adapter, candidates, cache_dir=scratch or self.cache_dir,
-                max_batch_length=self.max_batch_length, first_row=first_row,
-            )  # fmt: skip
+            loss = self.candidate_pass(candidates, scratch, first_row)
             training = candidates if self.training is None else self.training
             direction = direction_for(self.ascent, self.adapter, training, names, self.cache_dir)
             base = loss.base()  # L(theta, D_i)
@@ -314,6 +332,13 @@ class ForwardInf:
             scores /= loss.terms
         scores[~np.isfinite(scores)] = np.nan
         return scores
+
+    def candidate_pass(self, candidates: Dataset, scratch: Path | None = None, first_row: int = 0) -> LossPass:
+        """Give what measures the candidates under one model after another; as in [`score`]."""
+        return PASSES[self.measure](
+            self.adapter, candidates, cache_dir=scratch or self.cache_dir,
+            max_batch_length=self.max_batch_length, first_row=first_row,
+        )  # fmt: skip
 
     def _corrected(self, queries: Dataset, candidates: Dataset) -> np.ndarray:
         scores = self.score(queries, candidates)
