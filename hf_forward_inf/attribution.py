@@ -74,6 +74,18 @@ class Attribution:
         config = {**self.config, "standardised": True if deviation is None else "by sensitivity"}
         return replace(self, scores=standardised(self.scores, deviation), config=config)
 
+    def relative(self, sensitivity: np.ndarray) -> "Attribution":
+        """Tell each candidate's scores in units of how much steps of any kind shake it: for a query on its own.
+
+        Args:
+            sensitivity (`np.ndarray`): `[candidates]`, of the same attributor ([`ForwardInf.sensitivity`]).
+        """
+        if self.indices is not None:
+            raise ValueError("Only the best candidates were kept: tell scores in other units before keep().")
+        with np.errstate(invalid="ignore", divide="ignore"):
+            scores = np.where(sensitivity > 0, self.scores / sensitivity, np.nan).astype(np.float32)
+        return replace(self, scores=scores, config={**self.config, "relative_scores": True})
+
     def select(self, queries: Sequence[int]) -> "Attribution":
         """Keep some of the queries, in this order: those traced only to standardise over them can go."""
         kept = list(queries)

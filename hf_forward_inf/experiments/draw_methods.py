@@ -32,10 +32,23 @@ def drawing_ascent(ascent: AscentConfig, relative_radius: float | None) -> Ascen
 
 
 def traced(tracer: ForwardInf, queries: Dataset, candidates: Dataset) -> dict[str, Attribution]:
-    """Trace along the tracer's direction and along the plain gradient, standardised over the queries and not."""
-    corrected = tracer.trace(queries, candidates)
-    gradient = along_the_gradient(tracer).trace(queries, candidates)
-    return {"forward_inf": corrected.standardised(), "unstandardised": corrected, **_both("gradient", gradient)}
+    """Trace along the tracer's direction and along the plain gradient, in several units.
+
+    `forward_inf` and `gradient` tell how a query fares beside all of them, in units of the candidates' sensitivity
+    ([`ForwardInf.sensitivity`]); `..._single` in the same units, each query by itself; `..._standardised` in
+    deviations over the queries; `..._plain` are scores as they are.
+    """
+    shaken = tracer.sensitivity(candidates)
+    found: dict[str, Attribution] = {}
+    for name, one in {"forward_inf": tracer, "gradient": along_the_gradient(tracer)}.items():
+        plain = one.trace(queries, candidates)
+        found |= {
+            name: plain.standardised(shaken),
+            f"{name}_single": plain.relative(shaken),
+            f"{name}_standardised": plain.standardised(),
+            f"{name}_plain": plain,
+        }
+    return found
 
 
 def along_the_gradient(tracer: ForwardInf) -> ForwardInf:
@@ -76,9 +89,9 @@ def baselines(
 ) -> dict[str, Attribution]:
     """Trace with what needs candidates' gradients, a choice by the truth, or the truth itself.
 
-    TracIn, influence functions along the tracer's direction, [`unlearning`], and the tracer's step downwards,
-    standardised as well; the paper's fixed learning rate, the best of several; and the proponents' own pictures as the
-    queries.
+    TracIn, influence functions along the tracer's direction, [`unlearning`], and the tracer's step downwards, as they
+    are, standardised over the queries, and (`..._by_sensitivity`) in the units of [`traced`]; the paper's fixed
+    learning rate, the best of several; and the proponents' own pictures as the queries.
     """
     parts: dict[str, Any] = {"adapter": tracer.adapter, "cache_dir": tracer.cache_dir}
     dot = TracIn(**parts).trace(queries, candidates)
@@ -88,14 +101,17 @@ def baselines(
     itself = as_queries([rows[0][CAPTION] for rows in own], [rows[IMAGE][:] for rows in own])
     unlearnt = unlearning(tracer).trace(queries, candidates)
     descent = tracer.with_options(ascent=replace(tracer.ascent, mode="descent")).trace(queries, candidates)
+    exemplars = replace(tracer.trace(itself, candidates), queries=queries)
+    shaken = tracer.sensitivity(candidates)
     return {
-        **_both("tracin", dot),
-        **_both("tracin_cosine", cosine),
-        **_both("influence_functions", first_order),
-        **_both("unlearning", unlearnt),
-        **_both("descent", descent),
+        **_in_units("tracin", dot, shaken),
+        "tracin_cosine": cosine,
+        "tracin_cosine_standardised": cosine.standardised(),
+        **_in_units("influence_functions", first_order, shaken),
+        **_in_units("unlearning", unlearnt, shaken),
+        **_in_units("descent", descent, shaken),
         "fixed_learning_rate": fixed_learning_rate(tracer, queries, candidates, truth, FIXED_LEARNING_RATES),
-        **_both("exemplar_as_query", replace(tracer.trace(itself, candidates), queries=queries)),
+        **_in_units("exemplar_as_query", exemplars, shaken),
     }
 
 
@@ -107,5 +123,9 @@ def unlearning(tracer: ForwardInf) -> ForwardInf:
     return tracer.with_options(ascent=replace(tracer.ascent.along("ekfac"), sample=FISHER_SAMPLE))
 
 
-def _both(name: str, found: Attribution) -> dict[str, Attribution]:
-    return {name: found, f"{name}_standardised": found.standardised()}
+def _in_units(name: str, found: Attribution, shaken: np.ndarray) -> dict[str, Attribution]:
+    return {
+        name: found,
+        f"{name}_standardised": found.standardised(),
+        f"{name}_by_sensitivity": found.standardised(shaken),
+    }
