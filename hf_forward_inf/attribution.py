@@ -61,30 +61,18 @@ class Attribution:
             return self.indices[query]
         return metrics.best_first(self.scores[query])
 
-    def standardised(self, deviation: np.ndarray | None = None) -> "Attribution":
+    def standardised(self) -> "Attribution":
         """Measure each candidate's score by how it fares with all queries; see [`hubs.standardised`].
 
-        Args:
-            deviation (`np.ndarray`, *optional*): `[candidates]`, such as [`ForwardInf.sensitivity`]; by default that
-                of a candidate's scores over the queries.
+        Scores in units of the candidates' sensitivity (`ForwardInf(units="sensitivity")`) keep these, and lose their
+        mean.
 
         Raises:
-            ValueError: If there are fewer than 3 queries; with a deviation, fewer than 2.
+            ValueError: If there are fewer than 3 queries; in units of sensitivity, fewer than 2.
         """
-        config = {**self.config, "standardised": True if deviation is None else "by sensitivity"}
-        return replace(self, scores=standardised(self.scores, deviation), config=config)
-
-    def relative(self, sensitivity: np.ndarray) -> "Attribution":
-        """Tell each candidate's scores in units of how much steps of any kind shake it: for a query on its own.
-
-        Args:
-            sensitivity (`np.ndarray`): `[candidates]`, of the same attributor ([`ForwardInf.sensitivity`]).
-        """
-        if self.indices is not None:
-            raise ValueError("Only the best candidates were kept: tell scores in other units before keep().")
-        with np.errstate(invalid="ignore", divide="ignore"):
-            scores = np.where(sensitivity > 0, self.scores / sensitivity, np.nan).astype(np.float32)
-        return replace(self, scores=scores, config={**self.config, "relative_scores": True})
+        known = np.ones(self.scores.shape[1]) if self.config.get("units") == "sensitivity" else None
+        config = {**self.config, "standardised": True}
+        return replace(self, scores=standardised(self.scores, known), config=config)
 
     def select(self, queries: Sequence[int]) -> "Attribution":
         """Keep some of the queries, in this order: those traced only to standardise over them can go."""

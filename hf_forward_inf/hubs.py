@@ -34,8 +34,7 @@ def standardised(scores: np.ndarray, deviation: np.ndarray | None = None) -> np.
 
     Args:
         scores (`np.ndarray`): `[queries, candidates]`, at least 3 queries; with a deviation at least 2.
-        deviation (`np.ndarray`, *optional*): `[candidates]`, in place of that over the queries, which few of them tell
-            badly, and a query that is among them raises ([`ForwardInf.sensitivity`]).
+        deviation (`np.ndarray`, *optional*): `[candidates]`, where it is known: few queries tell it badly.
 
     Raises:
         ValueError: If there are fewer.

@@ -44,6 +44,21 @@ def test_steps_without_a_radius_are_refused():
         tracer_of(digits.perceptron(), radius=0.1).sensitivity(digits.rows(90, 92), draws=0)
 
 
+def test_scores_are_told_in_its_units_if_that_is_wanted():
+    network, rows = digits.perceptron(), digits.rows(90, 100)
+    tracer = tracer_of(network, radius=0.1)
+    plain, found = (
+        one.trace(rows.select(range(3)), rows) for one in (tracer, tracer.with_options(units="sensitivity"))
+    )
+    np.testing.assert_allclose(found.scores, plain.scores / tracer.sensitivity(rows), rtol=1e-5)
+    assert (plain.config["units"], found.config["units"]) == ("loss", "sensitivity")
+    np.testing.assert_allclose(found.standardised().scores, found.scores - found.scores.mean(axis=0), atol=1e-5)
+    with pytest.raises(ValueError, match="units='loss'"):
+        tracer.rerank(found)
+    with pytest.raises(ValueError, match="units='nats'"):
+        ForwardInf(adapter=TensorAdapter(network), units="nats")
+
+
 def test_scores_above_their_mean_are_told_in_units_of_what_is_given():
     scores = np.array([[4.0, 1.0], [2.0, 5.0]], dtype=np.float32)
     np.testing.assert_allclose(standardised(scores, np.array([0.5, 2.0])), [[2.0, -1.0], [-2.0, 1.0]])

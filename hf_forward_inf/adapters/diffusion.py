@@ -77,6 +77,7 @@ class DiffusionAdapter(Adapter):
     """
 
     skips_unreadable = True
+    default_units = "sensitivity"
 
     def __init__(
         self,

@@ -121,8 +121,8 @@ def draw_run(options: DrawOptions, ascent: AscentConfig) -> dict[str, Any]:
 
     Bare figures are those of scores along conjugate-gradient directions, by how they fare with all queries (each
     exemplar alone: with drawings of other captions), in units of the candidates' sensitivity; beside, other directions
-    and units ([`draw_methods.traced`]). `pixel_distance`, `representation` (of latents), `denoiser_features`, `bm25` (of
-    captions); `low_loss` and `learned`, which don't look at the query ([`draw_methods.controls`]); with
+    and units ([`draw_methods.traced`]). `pixel_distance`, `representation` (of latents), `denoiser_features`, `bm25`;
+    `low_loss` and `learned`, which don't look at the query ([`draw_methods.controls`]); with
     `baselines` those of [`draw_methods.baselines`]; with `checks` the figures of [`draw_checks.checks`]. Several
     `num_candidates`: figures among the most stand bare, those among 100 under `100/`. `drawings/...`: how far drawings
     are from their exemplar ([`likeness`]). With `removed` the figures are those of [`draw_removal.as_figures`].
@@ -207,7 +207,7 @@ def _without_best(options: DrawOptions, ascent: AscentConfig, folder: Path, star
     queries = drawings(adapter, rows.select(chosen)[CAPTION][:], options.drawing)
     say(f"Tracing {len(queries)} x {options.num_images} pictures over {len(rows):,} candidates ...")
     found = {
-        "forward_inf": tracer.trace(queries, rows).standardised(tracer.sensitivity(rows)),
+        "forward_inf": tracer.trace(queries, rows).standardised(),
         "pixel_distance": PixelDistance(adapter).trace(queries, rows),
         "random": Random().trace(queries, rows),
     }

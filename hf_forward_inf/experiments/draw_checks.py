@@ -48,7 +48,7 @@ def agreement(tracer: ForwardInf, queries: Dataset, candidates: Dataset) -> floa
 
     The mean over queries. The step has the tracer's radius: where the model is straight so far, the two agree.
     """
-    found = along_the_gradient(tracer).trace(queries, candidates).scores
+    found = along_the_gradient(tracer).with_options(units="loss").trace(queries, candidates).scores
     exact = TracIn(adapter=tracer.adapter, cache_dir=tracer.cache_dir).trace(queries, candidates).scores
     return float(np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(found, exact, strict=True)]))
 

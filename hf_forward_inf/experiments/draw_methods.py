@@ -34,20 +34,16 @@ def drawing_ascent(ascent: AscentConfig, relative_radius: float | None) -> Ascen
 def traced(tracer: ForwardInf, queries: Dataset, candidates: Dataset) -> dict[str, Attribution]:
     """Trace along the tracer's direction and along the plain gradient, in several units.
 
-    `forward_inf` and `gradient` tell how a query fares beside all of them, in units of the candidates' sensitivity
-    ([`ForwardInf.sensitivity`]); `..._single` in the same units, each query by itself; `..._standardised` in
-    deviations over the queries; `..._plain` are scores as they are.
+    `forward_inf` and `gradient` tell how a query fares beside all of them, in the attributor's units: those of the
+    candidates' sensitivity; `..._single` each query by itself; `..._plain` are scores in units of the loss, and
+    `..._standardised` in deviations over the queries.
     """
-    shaken = tracer.sensitivity(candidates)
     found: dict[str, Attribution] = {}
     for name, one in {"forward_inf": tracer, "gradient": along_the_gradient(tracer)}.items():
-        plain = one.trace(queries, candidates)
-        found |= {
-            name: plain.standardised(shaken),
-            f"{name}_single": plain.relative(shaken),
-            f"{name}_standardised": plain.standardised(),
-            f"{name}_plain": plain,
-        }
+        single = one.trace(queries, candidates)
+        plain = one.with_options(units="loss").trace(queries, candidates)
+        found |= {name: single.standardised(), f"{name}_single": single}
+        found |= {f"{name}_plain": plain, f"{name}_standardised": plain.standardised()}
     return found
 
 
@@ -99,9 +95,10 @@ def baselines(
     first_order = FirstOrder(ascent=tracer.ascent, **parts).trace(queries, candidates)
     own = [candidates.select(rows) for rows in truth]
     itself = as_queries([rows[0][CAPTION] for rows in own], [rows[IMAGE][:] for rows in own])
-    unlearnt = unlearning(tracer).trace(queries, candidates)
-    descent = tracer.with_options(ascent=replace(tracer.ascent, mode="descent")).trace(queries, candidates)
-    exemplars = replace(tracer.trace(itself, candidates), queries=queries)
+    plain = tracer.with_options(units="loss")
+    unlearnt = unlearning(plain).trace(queries, candidates)
+    descent = plain.with_options(ascent=replace(tracer.ascent, mode="descent")).trace(queries, candidates)
+    exemplars = replace(plain.trace(itself, candidates), queries=queries)
     shaken = tracer.sensitivity(candidates)
     return {
         **_in_units("tracin", dot, shaken),
@@ -124,8 +121,9 @@ def unlearning(tracer: ForwardInf) -> ForwardInf:
 
 
 def _in_units(name: str, found: Attribution, shaken: np.ndarray) -> dict[str, Attribution]:
+    relative = replace(found, scores=found.scores / shaken, config={**found.config, "units": "sensitivity"})
     return {
         name: found,
         f"{name}_standardised": found.standardised(),
-        f"{name}_by_sensitivity": found.standardised(shaken),
+        f"{name}_by_sensitivity": relative.standardised(),
     }
