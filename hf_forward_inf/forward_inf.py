@@ -211,8 +211,8 @@ class ForwardInf:
     def trace_generation(self, inputs: Any, candidates: Dataset, **options: Any) -> Attribution:
         """Let the model answer, and trace the answers.
 
-        Pictures that a diffusion model draws of several inputs tell more than those of one: their scores can be
-        standardised over the queries ([`Attribution.standardised`]), and a few captions of other things do as well.
+        Of pictures that a diffusion model draws of several inputs, scores can be told by how a query fares beside the
+        others ([`Attribution.standardised`]); a few captions of other things do as well.
 
         Args:
             inputs (`list`): Texts; for a causal model prompts, or conversations (lists of messages); classes or

@@ -54,7 +54,7 @@ class LaionOptions:
     )
     num_images: int = field(default=4, metadata={"help": "Pictures drawn of a caption."})
     references: int = field(
-        default=8,
+        default=3,
         metadata={"help": "Other captions of candidates, drawn too, by which scores are measured; 0 for none."},
     )
     image_column: str | None = field(default=None, metadata={"help": "Column of pictures (default: found by name)."})
@@ -85,8 +85,8 @@ class LaionOptions:
 def laion_run(options: LaionOptions, ascent: AscentConfig) -> dict[str, Any]:
     """Trace drawings over a stream, and write `metrics.json`, `attribution/` and `report.html` into the output folder.
 
-    Scores are standardised over all drawings, the references included, if there are 3 or more: along conjugate
-    gradients too a picture shakes some candidates whatever it shows. A query costs as much as a reference.
+    Scores tell how a drawing fares beside all drawings, the references included, if there are 3 or more: some candidates
+    are shaken whatever a picture shows. A query costs as much as a reference.
 
     What was drawn, and the best candidates after each piece, are kept in the output folder until all is done: the same
     call goes on from there.

@@ -53,7 +53,8 @@ def test_a_prompt_is_drawn_and_traced_over_shards(options):
     best = found.top(0)[0]
     assert best["id"] == f"{best['stream_row']:09}" and best["caption"] == rows(10)["caption"][best["stream_row"]]
     page = (folder / "report.html").read_text()
-    assert "1 queries traced over 11 training examples" in page and "standardised: by" in page and best["id"] in page
+    assert "1 queries traced over 11 training examples" in page and best["id"] in page
+    assert "in units of what random steps" in page and "above their mean over all queries" in page
     assert page.count('class="heat"') == 3
     assert sorted(path.name for path in folder.iterdir()) == ["attribution", "metrics.json", "report.html"]
 
