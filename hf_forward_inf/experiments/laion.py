@@ -85,8 +85,8 @@ class LaionOptions:
 def laion_run(options: LaionOptions, ascent: AscentConfig) -> dict[str, Any]:
     """Trace drawings over a stream, and write `metrics.json`, `attribution/` and `report.html` into the output folder.
 
-    Scores tell how a drawing fares beside all drawings, the references included, if there are 3 or more: some candidates
-    are shaken whatever a picture shows. A query costs as much as a reference.
+    Scores tell how a drawing fares beside all drawings, the references included, if there are 3 or more: some
+    candidates are shaken whatever a picture shows. A query costs as much as a reference.
 
     What was drawn, and the best candidates after each piece, are kept in the output folder until all is done: the same
     call goes on from there.
