@@ -18,7 +18,7 @@ from hf_forward_inf.baselines.pixels import PixelDistance
 from hf_forward_inf.datasets import load_captioned
 from hf_forward_inf.datasets.digits import captioned_digits
 from hf_forward_inf.experiments.changes import CHANGES
-from hf_forward_inf.experiments.draw_alone import REFERENCES, candidates_of, one_by_one
+from hf_forward_inf.experiments.draw_alone import NOTE, REFERENCES, candidates_of, one_by_one
 from hf_forward_inf.experiments.draw_checks import checks
 from hf_forward_inf.experiments.draw_methods import baselines, controls, drawing_ascent, traced
 from hf_forward_inf.experiments.draw_removal import as_figures, removal_rises
@@ -168,7 +168,8 @@ def draw_run(options: DrawOptions, ascent: AscentConfig) -> dict[str, Any]:
     metrics |= {"seconds": time.perf_counter() - started, **about(options, tracer)}
     kept = found["forward_inf"].keep(min(options.top_k, most))
     explained = options.heatmaps and not options.alone
-    write_outputs(folder, tracer.explain(kept) if explained else kept, metrics, table, task.proponents, "")
+    shown = tracer.explain(kept) if explained else kept
+    write_outputs(folder, shown, metrics, table, task.proponents, "", note=NOTE if options.alone else "")
     say(f"Written: {folder}")
     return metrics
 

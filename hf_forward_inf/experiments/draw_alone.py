@@ -16,6 +16,12 @@ REFERENCES = 3
 """Drawings of other captions, traced beside a query: scores are measured by how they fare with all of them."""
 COPIES = 4
 """How often the exemplar stands in a step of teaching."""
+NOTE = (
+    "A model that was taught one picture alone betrays it: the lowest loss (low_loss), and the loss that fell most "
+    "(learned), find the exemplar without a look at the query. another_query is Forward-INF for a drawing of another "
+    "caption: as far as that finds the exemplar, Forward-INF does not look at the query either."
+)
+"""Stands below the figures."""
 Methods = Callable[[DiffusionAdapter, Task], Mapping[str, Attribution]]
 """Given a taught model's adapter, and a task whose first query counts, gives attributions by method."""
 
@@ -71,7 +77,11 @@ def one_by_one(
     asked = Dataset.from_list(queries, features=task.queries.features)
     every = list(range(len(chosen)))
     whole = Task(asked, rows, [[row] for row in chosen], {"": every}, own)
-    return whole, {name: Attribution(np.stack(lines), asked, rows, method=name) for name, lines in scores.items()}
+    config = traced["forward_inf"].config
+    return whole, {
+        name: Attribution(np.stack(lines), asked, rows, method=name, config=config if name == "forward_inf" else {})
+        for name, lines in scores.items()
+    }
 
 
 def _asked(captions: list[str], seed: int) -> list[int]:
