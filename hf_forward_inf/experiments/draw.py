@@ -83,7 +83,8 @@ class DrawOptions(Teaching):
         default=False, metadata={"help": "Trace with what is dearer too: TracIn, fixed rates, the exemplar itself."}
     )
     checks: bool = field(
-        default=False, metadata={"help": "Measure noise, agreement with TracIn, cost and memory (not alone)."}
+        default=False,
+        metadata={"help": "Measure noise, agreement with TracIn, captions' part, cost and memory (not alone)."},
     )
     removed: int = field(
         default=0,
@@ -164,7 +165,8 @@ def draw_run(options: DrawOptions, ascent: AscentConfig) -> dict[str, Any]:
     metrics: dict[str, Any] = {"queries": len(task.queries), "candidates": most, **flat(table)}
     metrics |= likeness(found["pixel_distance"], task)
     if options.checks and not options.alone:
-        metrics |= _told(checks(tracer, task.queries, task.candidates))
+        assert task.proponents is not None
+        metrics |= _told(checks(tracer, task.queries, task.candidates, task.proponents))
     metrics |= {"seconds": time.perf_counter() - started, **about(options, tracer)}
     kept = found["forward_inf"].keep(min(options.top_k, most))
     explained = options.heatmaps and not options.alone

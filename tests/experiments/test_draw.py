@@ -10,8 +10,9 @@ from hf_forward_inf.baselines.pixels import PixelDistance
 from hf_forward_inf.datasets.digits import captioned_digits
 from hf_forward_inf.experiments.draw import DrawOptions, draw_run, likeness
 from hf_forward_inf.experiments.draw_alone import _asked, candidates_of
+from hf_forward_inf.experiments.draw_checks import swapped
 from hf_forward_inf.experiments.draw_removal import without
-from hf_forward_inf.experiments.exemplars import Drawing, choose_exemplars, drawings
+from hf_forward_inf.experiments.exemplars import Drawing, as_queries, choose_exemplars, drawings
 from hf_forward_inf.experiments.pixel_pipeline import tiny_pipeline
 from hf_forward_inf.experiments.task import Task
 from hf_forward_inf.hubs import standardised
@@ -41,6 +42,7 @@ def test_a_run_on_pictures_writes_what_it_found(tmp_path):
     } <= metrics.keys()
     assert metrics["second_query/encoder_calls"] == 0 and metrics["second_query/denoiser_passes"] >= 1
     assert metrics["variance_ratio"] > 1
+    assert 0 <= metrics["swapped/caption_first"] + metrics["swapped/picture_first"] <= 1
     assert metrics["queries"] == 3 and metrics["candidates"] == 8
     page = (tmp_path / "run" / "report.html").read_text()
     assert page.count("data:image/png;base64,") >= 3 * 2 + 3 * 5
@@ -98,6 +100,17 @@ def test_other_captions_are_drawn_beside_an_exemplars():
     assert asked[0] == 0 and sorted(captions[i] for i in asked) == ["a", "b", "c", "d"]
     with pytest.raises(ValueError, match="have 2: raise --num_candidates"):
         _asked(captions[:-1], seed=0)
+
+
+def test_scores_that_know_nothing_but_captions_go_by_the_caption_when_pictures_are_swapped():
+    class ByCaption:
+        def trace(self, queries, candidates):
+            scores = [[float(a == b) for b in candidates["caption"]] for a in queries["caption"]]
+            return Attribution(np.array(scores, dtype=np.float32), queries, candidates)
+
+    queries = as_queries(rows(3)["caption"][:], [[image] for image in rows(3)["image"]])
+    found = swapped(ByCaption(), queries, rows(3), [[0], [1], [2]])
+    assert found == {"swapped/caption_first": 1.0, "swapped/picture_first": 0.0}
 
 
 def test_half_of_an_exemplars_candidates_share_its_words():
