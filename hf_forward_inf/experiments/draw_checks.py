@@ -34,14 +34,15 @@ def checks(
 ) -> dict[str, float]:
     """Measure it all, by the names of `metrics.json`.
 
-    `swapped/...`: [`swapped`], of all queries. Of a few of them: `tracin_pearson`: [`agreement`]; `variance_ratio` and
-    `noise_share`: [`noise`]; `second_query/...`: [`second_query`]; `forward_passes_per_query` and
-    `peak_memory_ratio`: [`cost.measure`].
+    Of all queries `swapped/...`: [`swapped`], `uncaptioned/...`: [`uncaptioned`]. Of a few: `tracin_pearson`:
+    [`agreement`]; `variance_ratio` and `noise_share`: [`noise`]; `second_query/...`: [`second_query`];
+    `forward_passes_per_query` and `peak_memory_ratio`: [`cost.measure`].
     """
     few = queries.select(range(min(QUERIES, len(queries))))
     some = candidates.select(range(min(CANDIDATES, len(candidates))))
     return {
         **swapped(tracer, queries, candidates, truth),
+        **uncaptioned(tracer, queries, candidates, truth),
         "tracin_pearson": agreement(tracer, few, some),
         **noise(tracer, few, some),
         **second_query(tracer, few, candidates),
@@ -63,6 +64,23 @@ def swapped(
     scores = tracer.trace(mixed, candidates).scores
     owners = {"caption": truth, "picture": [*truth[1:], truth[0]]}
     return {f"swapped/{name}_first": float(recalls_at_k(scores, own, 1).mean()) for name, own in owners.items()}
+
+
+def uncaptioned(
+    tracer: ForwardInf, queries: Dataset, candidates: Dataset, truth: Sequence[Sequence[int]]
+) -> dict[str, float]:
+    """Leave captions out on both sides, as for guidance in training: what do the pictures alone tell?
+
+    Returns:
+        `dict[str, float]`: `uncaptioned/top1`, the share of queries whose proponent comes first, in the tracer's
+        units beside the other queries; `uncaptioned/standardised/top1`, in deviations over the queries.
+    """
+    blank = [rows.remove_columns(CAPTION).add_column(CAPTION, [""] * len(rows)) for rows in (queries, candidates)]
+    found = {"": tracer, "standardised/": tracer.with_options(units="loss")}
+    return {
+        f"uncaptioned/{name}top1": float(recalls_at_k(one.trace(*blank).standardised().scores, truth, 1).mean())
+        for name, one in found.items()
+    }
 
 
 def agreement(tracer: ForwardInf, queries: Dataset, candidates: Dataset) -> float:

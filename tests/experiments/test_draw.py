@@ -42,6 +42,7 @@ def test_a_run_on_pictures_writes_what_it_found(tmp_path):
     } <= metrics.keys()
     assert metrics["second_query/encoder_calls"] == 0 and metrics["second_query/denoiser_passes"] >= 1
     assert metrics["variance_ratio"] > 1
+    assert {"uncaptioned/top1", "uncaptioned/standardised/top1"} <= metrics.keys()
     assert 0 <= metrics["swapped/caption_first"] + metrics["swapped/picture_first"] <= 1
     assert metrics["queries"] == 3 and metrics["candidates"] == 8
     page = (tmp_path / "run" / "report.html").read_text()
