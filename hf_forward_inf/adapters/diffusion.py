@@ -289,7 +289,8 @@ class DiffusionAdapter(Adapter):
 
         20 digits taught together and 200 candidates (`recipes/diffusion.py`): the exemplar comes first for all 20
         queries, each on its own, where along the gradient it does for 8, both in units of sensitivity; in units of the
-        loss for 1 and for none. The sample is small since a graph of it is kept (one time of each picture).
+        loss for 1 and for none. (By what was asked more than by what was drawn: under another's caption, a drawing is
+        traced to the caption's exemplar.) The sample is small since a graph of it is kept (one time of each picture).
 
         In half precision the step is ten times as long: a shorter one is rounded away (bfloat16, random UNet, 24
         candidates: Spearman with float32's scores .81 to .91, against .99). A quantised denoiser goes along the
