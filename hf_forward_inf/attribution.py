@@ -64,11 +64,15 @@ class Attribution:
     def standardised(self) -> "Attribution":
         """Measure each candidate's score by how it fares with all queries; see [`hubs.standardised`].
 
+        Scores in units of the candidates' sensitivity (`ForwardInf(units="sensitivity")`) keep these, and lose their
+        mean.
+
         Raises:
-            ValueError: If there are fewer than 3 queries.
+            ValueError: If there are fewer than 3 queries; in units of sensitivity, fewer than 2.
         """
+        known = np.ones(self.scores.shape[1]) if self.config.get("units") == "sensitivity" else None
         config = {**self.config, "standardised": True}
-        return replace(self, scores=standardised(self.scores), config=config)
+        return replace(self, scores=standardised(self.scores, known), config=config)
 
     def select(self, queries: Sequence[int]) -> "Attribution":
         """Keep some of the queries, in this order: those traced only to standardise over them can go."""

@@ -1,6 +1,7 @@
 """Forward-INF: Algorithm 1 of "The Mirrored Influence Hypothesis" (Ko et al., CVPR 2024)."""
 
 import copy
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +26,7 @@ from hf_forward_inf.modes import evaluating
 from hf_forward_inf.peft_folder import save_perturbation
 from hf_forward_inf.processes import progress_bars
 from hf_forward_inf.self_influence import rerank, self_influence
+from hf_forward_inf.sensitivity import DRAWS, is_known, sensitivity
 from hf_forward_inf.streaming import trace_stream
 from hf_forward_inf.terms import explain
 from hf_forward_inf.tuning import Tuning, tune
@@ -39,7 +41,8 @@ class ForwardInf:
     The influence of example i on a query mirrors that of the query on example i (the paper's hypothesis, section 1).
     So the model is perturbed once for the query, and every candidate's score is how much its loss rises:
     **higher means a stronger proponent**, about 0 means unrelated, below 0 means that the query's
-    unlearning helps the candidate. The scale is the loss's (nats), and grows with the radius.
+    unlearning helps the candidate. The scale is the loss's (nats), and grows with the radius; for denoisers it is told
+    in units of how much a random step raises or lowers the candidate's loss.
 
     The model is only read: what it is before `trace`, it is after.
 
@@ -55,6 +58,10 @@ class ForwardInf:
             classifier, the `"shift"` of its prediction, the length of the change of its centred logits, whatever its
             label. A shift finds copies and near-duplicates (`recipes/leakage.py`); it has no sign, and says nothing of
             whether the candidate speaks for the query or against it.
+        units (`str`, *optional*): What scores are told in: `"loss"`, or `"sensitivity"`, the root mean square of what
+            16 random steps of the same length do to the candidate ([`sensitivity`]): one that is shaken by whatever
+            moves the model is no stronger a proponent for it. Those steps are taken once for all queries. Defaults to
+            the adapter's choice: sensitivity for denoisers, unless steps have no radius or references are given.
         references (`datasets.Dataset`, *optional*): Reference queries; if given, scores are corrected for
             candidates that rise for every query ([`hubs.correct_hubs`]).
         training (`datasets.Dataset`, *optional*): What the model was trained on, for directions that are corrected by
@@ -82,6 +89,7 @@ class ForwardInf:
         ascent: AscentConfig | None = None,
         reduction: Literal["sum", "mean"] = "sum",
         measure: Literal["rise", "shift"] = "rise",
+        units: Literal["loss", "sensitivity"] | None = None,
         references: Dataset | None = None,
         training: Dataset | None = None,
         cache_dir: str | Path | None = None,
@@ -97,7 +105,10 @@ class ForwardInf:
         self.ascent = ascent or AscentConfig()
         if measure not in PASSES:
             raise ValueError(f"measure={measure!r} must be 'rise' or 'shift'.")
+        if units not in (None, "loss", "sensitivity"):
+            raise ValueError(f"units={units!r} must be 'loss' or 'sensitivity'.")
         self.reduction = reduction
+        self.units = units
         self.measure = measure
         self.references = references
         self.training = training
@@ -115,10 +126,21 @@ class ForwardInf:
         self._ascent = ascent.completed(self.adapter.default_ascent())
 
     @property
+    def units(self) -> str:
+        """What scores are told in; what was left open is the adapter's choice where it can be had."""
+        if self._units is None and self.adapter.default_units == "sensitivity":
+            return "sensitivity" if self.references is None and is_known(self) else "loss"
+        return self._units or "loss"
+
+    @units.setter
+    def units(self, units: str | None) -> None:
+        self._units = units
+
+    @property
     def config(self) -> dict[str, Any]:
         """What scores depend on beside the model and the data."""
         own = {"reduction": self.reduction, "measure": self.measure, "hubs": self.references is not None}
-        return {**asdict(self.ascent), **own}
+        return {**asdict(self.ascent), **own, "units": self.units}
 
     @classmethod
     def from_pipe(cls, pipe: Any, **options: Any) -> "ForwardInf":
@@ -189,8 +211,8 @@ class ForwardInf:
     def trace_generation(self, inputs: Any, candidates: Dataset, **options: Any) -> Attribution:
         """Let the model answer, and trace the answers.
 
-        Pictures that a diffusion model draws of several inputs tell more than those of one: their scores can be
-        standardised over the queries ([`Attribution.standardised`]), and a few captions of other things do as well.
+        Of pictures that a diffusion model draws of several inputs, scores can be told by how a query fares beside the
+        others ([`Attribution.standardised`]); a few captions of other things do as well.
 
         Args:
             inputs (`list`): Texts; for a causal model prompts, or conversations (lists of messages); classes or
@@ -238,6 +260,26 @@ class ForwardInf:
             `np.ndarray`: float32 `[rows]`; NaN where an example has no gradient.
         """
         return self_influence(self, rows)
+
+    def sensitivity(self, rows: Dataset, draws: int = DRAWS) -> np.ndarray:
+        """Tell how much each training example's loss varies when the model is moved at random, as far as by a query.
+
+        What a step of any kind shakes has high scores for every query, and what the model knows by heart low ones:
+        so that scores may be told in units of it (`ForwardInf(units="sensitivity")`). It is the same for all queries,
+        and costs `draws` forward passes over the rows.
+
+        Args:
+            rows (`datasets.Dataset`): Training examples, with the columns of [`trace`].
+            draws (`int`, defaults to 16): Random steps.
+
+        Returns:
+            `np.ndarray`: float32 `[rows]`, the root mean square of the rises (with `measure="shift"` of the shifts);
+            NaN where an example has no finite loss.
+
+        Raises:
+            ValueError: If steps have no radius, or go through a LoRA.
+        """
+        return sensitivity(self, rows, draws)
 
     def rerank(self, found: Attribution, k: int = 100) -> Attribution:
         """Order the best candidates of each query anew: by the share of what their own step does to them.
@@ -292,10 +334,7 @@ class ForwardInf:
         names = names_for(self.adapter, self.ascent)
         scores = np.empty((len(queries), len(candidates)), dtype=np.float32)
         with evaluating(self.adapter.model), np.errstate(invalid="ignore"):
-            loss = PASSES[self.measure](
-                self.adapter, candidates, cache_dir=scratch or self.cache_dir,
-                max_batch_length=self.max_batch_length, first_row=first_row,
-            )  # fmt: skip
+            loss = self.candidate_pass(candidates, scratch, first_row)
             training = candidates if self.training is None else self.training
             direction = direction_for(self.ascent, self.adapter, training, names, self.cache_dir)
             base = loss.base()  # L(theta, D_i)
@@ -315,9 +354,30 @@ class ForwardInf:
         scores[~np.isfinite(scores)] = np.nan
         return scores
 
+    def candidate_pass(self, candidates: Dataset, scratch: Path | None = None, first_row: int = 0) -> LossPass:
+        """Give what measures the candidates under one model after another; as in [`score`]."""
+        return PASSES[self.measure](
+            self.adapter, candidates, cache_dir=scratch or self.cache_dir,
+            max_batch_length=self.max_batch_length, first_row=first_row,
+        )  # fmt: skip
+
+    def in_units(
+        self, scores: np.ndarray, candidates: Dataset, scratch: Path | None = None, first_row: int = 0
+    ) -> np.ndarray:
+        """Tell what [`score`] gives in the attributor's units."""
+        if self.units == "loss":
+            return scores
+        with warnings.catch_warnings():  # rows that can't be read were told of as they were scored
+            warnings.simplefilter("ignore", UserWarning)
+            shaken = sensitivity(self, candidates, DRAWS, scratch, first_row)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.where(shaken > 0, scores / shaken, np.nan).astype(np.float32)
+
     def _corrected(self, queries: Dataset, candidates: Dataset) -> np.ndarray:
-        scores = self.score(queries, candidates)
-        return scores if self.references is None else correct_hubs(scores, self.score(self.references, candidates))
+        scores = self.in_units(self.score(queries, candidates), candidates)
+        if self.references is None:
+            return scores
+        return correct_hubs(scores, self.in_units(self.score(self.references, candidates), candidates))
 
     def _within(self, seconds: float, queries: Dataset, candidates: Dataset) -> tuple[np.ndarray, np.ndarray]:
         """Score what can be scored in a time, and tell the rows of the candidates that were inspected."""

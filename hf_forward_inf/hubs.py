@@ -26,28 +26,30 @@ def correct_hubs(scores: np.ndarray, references: np.ndarray) -> np.ndarray:
     return (scores / (hub + floor)).astype(np.float32)
 
 
-def standardised(scores: np.ndarray) -> np.ndarray:
+def standardised(scores: np.ndarray, deviation: np.ndarray | None = None) -> np.ndarray:
     """Measure each candidate's score by how it fares with all queries: (score - mean) / deviation, over the queries.
 
     Where every query shakes the same candidates, what tells is which query shakes one more than the others do. No
     labels are needed, only several queries on different things.
 
     Args:
-        scores (`np.ndarray`): `[queries, candidates]`, at least 3 queries.
+        scores (`np.ndarray`): `[queries, candidates]`, at least 3 queries; with a deviation at least 2.
+        deviation (`np.ndarray`, *optional*): `[candidates]`, where it is known: few queries tell it badly.
 
     Raises:
         ValueError: If there are fewer.
     """
-    check_enough(len(scores))
+    check_enough(len(scores), 3 if deviation is None else 2)
     known = np.ma.masked_invalid(scores)
-    deviation = known.std(axis=0)
+    if deviation is None:
+        deviation = known.std(axis=0)
     return np.ma.filled((known - known.mean(axis=0)) / np.ma.maximum(deviation, 1e-12), np.nan).astype(np.float32)
 
 
-def check_enough(queries: int) -> None:
+def check_enough(queries: int, least: int = 3) -> None:
     """Refuse to standardise over fewer than 3 queries: raise a `ValueError` that says what to do."""
-    if queries < 3:
+    if queries < least:
         raise ValueError(
-            f"Standardising over queries takes at least 3 of them, not {queries}: trace others beside, such as what "
-            "the model gives for other inputs."
+            f"Standardising over queries takes at least {least} of them, not {queries}: trace others beside, such as "
+            "what the model gives for other inputs."
         )

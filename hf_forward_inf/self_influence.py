@@ -44,6 +44,8 @@ def self_influence(tracer: "ForwardInf", rows: Dataset) -> np.ndarray:
 
 def rerank(tracer: "ForwardInf", found: Attribution, k: int) -> Attribution:
     """Order the best candidates of each query anew, by score / self-influence; see [`ForwardInf.rerank`]."""
+    if found.config.get("units") == "sensitivity":
+        raise ValueError("Shares are of rises as they are: trace with ForwardInf(units='loss') before.")
     best = found.keep(min(k, len(found.candidates)))
     assert best.indices is not None
     rows = np.unique(best.indices)

@@ -81,8 +81,9 @@ def trace_stream(
         raise ValueError(
             "Hubs are corrected by the mean of all candidates, which no piece knows: leave references out."
         )
+    known = tracer.units == "sensitivity"
     if standardise:
-        check_enough(len(queries))
+        check_enough(len(queries), 2 if known else 3)
     stream = stream.with_format("arrow")  # a copy, whose place is its own
     if tracer.training is None and tracer.ascent.sample is not None:
         training = sample_rows(first_piece(stream, piece), tracer.ascent.sample, tracer.ascent.seed)
@@ -102,7 +103,12 @@ def trace_stream(
     with tqdm(desc="candidates traced", unit=" rows", initial=best.config["streamed"], disable=not main) as bar:
         for rows in _pieces(stream, piece, best.config["streamed"]):
             scores = _scored(tracer, queries, rows, best.config["streamed"])
-            best = _merged(best, standardised(scores) if standardise else scores, rows, top_k)
+            best = _merged(
+                best,
+                standardised(scores, np.ones(len(rows)) if known else None) if standardise else scores,
+                rows,
+                top_k,
+            )
             bar.update(len(rows))
             if folder is not None and main:
                 _save(best, Path(folder), stream)
@@ -147,7 +153,7 @@ def _scored(tracer: "ForwardInf", queries: Dataset, rows: Dataset, start: int) -
     """Score a piece, `[queries, rows]`; what is computed of it is on disk only until then."""
     with progress_bars(False), _scratch(tracer.cache_dir or default_cache_dir()) as scratch:
         try:
-            scores = tracer.score(queries, rows, scratch, start)
+            scores = tracer.in_units(tracer.score(queries, rows, scratch, start), rows, scratch, start)
         except ValueError as error:
             raise ValueError(f"Rows {start} to {start + len(rows) - 1} of the stream: {error}") from error
     warn_of_lost(scores, np.arange(start, start + len(rows)))

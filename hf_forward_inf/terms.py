@@ -38,8 +38,8 @@ def explain(tracer: "ForwardInf", found: Attribution, k: int = 10) -> Attributio
 
     Returns:
         `Attribution`: The same with `details`, a row for each of these candidates: `query`, `candidate`, `terms` (the
-        tokens' texts) and `term_scores` (float32, nats), which sum to the score (with `reduction="sum"`, hubs
-        and standardising aside).
+        tokens' texts) and `term_scores` (float32, nats), which sum to the score (with `reduction="sum"` and
+        `units="loss"`, hubs and standardising aside).
 
     Raises:
         NotImplementedError: If the adapter can't say what the terms of its loss stand for.

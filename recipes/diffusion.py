@@ -2,7 +2,9 @@
 
     accelerate launch recipes/diffusion.py
     accelerate launch recipes/diffusion.py --candidates pictures.parquet --size 32 --width 48 --batch_size 32
-    accelerate launch recipes/diffusion.py --prompt "bold {caption}"    # drawings that differ from their exemplar
+    accelerate launch recipes/diffusion.py --alone --finetuning_steps 100 --finetuning_rate 3e-4 --timesteps 4
+        --num_candidates 101 1000    # the paper's task: each exemplar taught to a model of its own
+    accelerate launch recipes/diffusion.py --change inverted    # drawings that differ from their exemplar
     accelerate launch recipes/diffusion.py --removed 50    # no exemplars: trained again without the best candidates
     accelerate launch recipes/diffusion.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --candidates laion
 

@@ -3,7 +3,7 @@
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Set
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -33,6 +33,8 @@ class Adapter(ABC):
     """The columns that queries and candidates must have."""
     skips_unreadable: bool = False
     """Whether rows that can't be read go without a score, or are refused."""
+    default_units: Literal["loss", "sensitivity"] = "loss"
+    """Units of scores that are best for this kind of model ([`ForwardInf`])."""
 
     def __init__(self, model: nn.Module):
         self.model = model

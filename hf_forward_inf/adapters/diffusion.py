@@ -77,6 +77,7 @@ class DiffusionAdapter(Adapter):
     """
 
     skips_unreadable = True
+    default_units = "sensitivity"
 
     def __init__(
         self,
@@ -286,10 +287,10 @@ class DiffusionAdapter(Adapter):
     def default_ascent(self) -> dict[str, Any]:
         """Conjugate gradients, by a small step: along the plain gradient all pictures point the same way.
 
-        20 exemplars taught together and 200 candidates (`recipes/diffusion.py`): the exemplar comes first for .80 of
-        the queries where the gradient finds none, once scores are standardised over the queries
-        ([`Attribution.standardised`]). A query of its own has nothing to be measured by: trace others beside it, that
-        the model draws of other captions. The sample is small since a graph of it is kept (one time of each picture).
+        20 digits taught together and 200 candidates (`recipes/diffusion.py`): the exemplar comes first for all 20
+        queries, each on its own, where along the gradient it does for 8, both in units of sensitivity; in units of the
+        loss for 1 and for none. (By what was asked more than by what was drawn: under another's caption, a drawing is
+        traced to the caption's exemplar.) The sample is small since a graph of it is kept (one time of each picture).
 
         In half precision the step is ten times as long: a shorter one is rounded away (bfloat16, random UNet, 24
         candidates: Spearman with float32's scores .81 to .91, against .99). A quantised denoiser goes along the

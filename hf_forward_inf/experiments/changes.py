@@ -1,4 +1,4 @@
-"""Changes that leave what is on a picture as it is: near-duplicates of it."""
+"""Changes that leave what is on a picture as it is: near-duplicates of it, and a negative."""
 
 import io
 from collections.abc import Callable
@@ -37,11 +37,19 @@ def recompressed(image: Any) -> Any:
     return Image.open(io.BytesIO(file.getvalue()))
 
 
+def inverted(image: Any) -> Any:
+    """Give each channel its opposite: a negative."""
+    from PIL import Image
+
+    return Image.fromarray(255 - np.asarray(image))
+
+
 CHANGES: dict[str, Callable[[Any], Any]] = {
     "none": lambda image: image,
     "shifted": shifted,
     "recoloured": recoloured,
     "recompressed": recompressed,
+    "inverted": inverted,
 }
 """By name; `none` leaves an exact copy."""
 

@@ -1,5 +1,6 @@
 """Every attributor on the same queries and candidates, timed."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,15 +43,33 @@ def run_baselines(task: Task, tracer: ForwardInf) -> dict[str, Attribution]:
     if task.proponents is None:
         return found
     say("The paper's fixed learning rate, all parameters ...")
-    few = range(min(FIXED_RATE_QUERIES, len(task.queries)))
-    truth = [task.proponents[i] for i in few]
-    tries = {}
-    for rate, steps in FIXED_LEARNING_RATES:
+    fixed = fixed_learning_rate(tracer, task.queries, task.candidates, task.proponents)
+    return {"fixed_learning_rate": fixed, **found}
+
+
+def fixed_learning_rate(
+    tracer: ForwardInf,
+    queries: Dataset,
+    candidates: Dataset,
+    truth: Sequence[Sequence[int]],
+    tries: Sequence[tuple[float, int]] = FIXED_LEARNING_RATES,
+) -> Attribution:
+    """Trace with the paper's fixed learning rate on all parameters, the best of several.
+
+    Args:
+        tracer (`ForwardInf`): Whose model and seed it takes.
+        queries (`datasets.Dataset`): All of them.
+        candidates (`datasets.Dataset`): The candidates.
+        truth (`list[list[int]]`): Each query's proponents; by them it chooses, on the first [`FIXED_RATE_QUERIES`].
+        tries (`list[tuple[float, int]]`, *optional*): Learning rates and steps.
+    """
+    few = range(min(FIXED_RATE_QUERIES, len(queries)))
+    mrr = {}
+    for rate, steps in tries:
         ascent = AscentConfig(learning_rate=rate, steps=steps, modules=["all"], seed=tracer.ascent.seed)
         fixed = tracer.with_options(ascent=ascent, references=None)
-        tries[fixed] = fixed.trace(task.queries.select(few), task.candidates).evaluate(truth)["mrr"]
-    best = max(tries, key=lambda fixed: tries[fixed])
-    return {"fixed_learning_rate": best.trace(task.queries, task.candidates), **found}
+        mrr[fixed] = fixed.trace(queries.select(few), candidates).evaluate([truth[i] for i in few])["mrr"]
+    return max(mrr, key=lambda fixed: mrr[fixed]).trace(queries, candidates)
 
 
 def attributors(tracer: ForwardInf, training: Dataset) -> dict[str, Attributor]:

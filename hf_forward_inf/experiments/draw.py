@@ -1,7 +1,8 @@
 """A whole run on pictures: teach a model exemplars, let it draw them, trace what it has drawn."""
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ from hf_forward_inf.baselines import Random
 from hf_forward_inf.baselines.pixels import PixelDistance
 from hf_forward_inf.datasets import load_captioned
 from hf_forward_inf.datasets.digits import captioned_digits
-from hf_forward_inf.experiments.draw_alone import REFERENCES, one_by_one
+from hf_forward_inf.experiments.changes import CHANGES
+from hf_forward_inf.experiments.draw_alone import NOTE, REFERENCES, candidates_of, one_by_one
 from hf_forward_inf.experiments.draw_checks import checks
 from hf_forward_inf.experiments.draw_methods import baselines, controls, drawing_ascent, traced
 from hf_forward_inf.experiments.draw_removal import as_figures, removal_rises
-from hf_forward_inf.experiments.evaluation import as_text, compare, detected, flat
+from hf_forward_inf.experiments.evaluation import Table, among_own, as_text, compare, detected, flat
 from hf_forward_inf.experiments.exemplars import (
     CAPTION,
     IMAGE,
@@ -35,7 +37,6 @@ from hf_forward_inf.experiments.exemplars import (
 from hf_forward_inf.experiments.run import about, check_output, write_outputs
 from hf_forward_inf.experiments.task import Task
 from hf_forward_inf.forward_inf import ForwardInf
-from hf_forward_inf.metrics import recalls_at_k
 from hf_forward_inf.processes import process_state, say
 
 
@@ -61,16 +62,19 @@ class DrawOptions(Teaching):
     alone: bool = field(
         default=False, metadata={"help": "Teach each exemplar to a model of its own, as the paper does."}
     )
-    num_candidates: int = field(
-        default=200,
-        metadata={"help": "Candidates: exemplars, filled up at random; alone, half of the others by their captions."},
+    num_candidates: list[int] = field(
+        default_factory=lambda: [200],
+        metadata={
+            "help": "Candidates: exemplars, filled up at random; alone, half of the others by their captions. Several "
+            "numbers: all are traced among the most, and ranked among fewer, too."
+        },
     )
     num_images: int = field(default=4, metadata={"help": "Pictures drawn for a query."})
-    prompt: str = field(
-        default="{caption}",
-        metadata={"help": "What is drawn, {caption} in it: drawings of another prompt differ from their exemplar."},
-    )
     drawing_seed: int = field(default=0, metadata={"help": "Draws the noise that pictures begin with."})
+    change: str = field(
+        default="none",
+        metadata={"help": f"What is done to drawings before they are traced: {', '.join(CHANGES)}."},
+    )
     timesteps: int = field(default=8, metadata={"help": "Times at which a picture's loss is taken."})
     relative_radius: float = field(
         default=1e-3, metadata={"help": "Length of the step, relative to the norm of the parameters that it moves."}
@@ -79,7 +83,8 @@ class DrawOptions(Teaching):
         default=False, metadata={"help": "Trace with what is dearer too: TracIn, fixed rates, the exemplar itself."}
     )
     checks: bool = field(
-        default=False, metadata={"help": "Measure noise, agreement with TracIn, cost and memory (not alone)."}
+        default=False,
+        metadata={"help": "Measure noise, agreement with TracIn, captions' part, cost and memory (not alone)."},
     )
     removed: int = field(
         default=0,
@@ -97,29 +102,30 @@ class DrawOptions(Teaching):
                 raise ValueError(f"--{name} must be above 0, not {getattr(self, name)}.")
         if self.removed and (self.model or self.alone):
             raise ValueError("--removed trains a tiny model from the start: leave out --model and --alone.")
-        if "{caption}" not in self.prompt:
-            raise ValueError(f"--prompt {self.prompt!r} must have {{caption}} in it.")
+        if self.change not in CHANGES:
+            raise ValueError(f"--change {self.change} is not known: {', '.join(CHANGES)}.")
         if self.exemplars < 3:
             raise ValueError("--exemplars must be at least 3: scores are standardised over the queries.")
-        if self.num_candidates < self.exemplars and not self.alone:
+        if min(self.num_candidates) < self.exemplars and not self.alone:
             raise ValueError("--num_candidates must be at least --exemplars: they are among the candidates.")
-        if self.num_candidates <= REFERENCES:
+        if min(self.num_candidates) <= REFERENCES:
             raise ValueError(f"--num_candidates must be above {REFERENCES}.")
 
     @property
     def drawing(self) -> Drawing:
         """How queries are drawn."""
-        return Drawing(self.num_images, self.prompt, self.drawing_seed)
+        return Drawing(self.num_images, self.drawing_seed, self.change)
 
 
 def draw_run(options: DrawOptions, ascent: AscentConfig) -> dict[str, Any]:
     """Run it all and write `metrics.json`, `attribution/` and `report.html` into the output folder.
 
-    Bare figures are those of scores along conjugate-gradient directions, standardised over the queries (each exemplar
-    alone: over drawings of other captions). Beside: `unstandardised`; `gradient`, the same step along the plain
-    gradient; `pixel_distance`, `representation` (of latents), `denoiser_features` and `bm25` (of captions); `low_loss`
-    and `learned`, which don't look at the query ([`draw_methods.controls`]); with `baselines` those of
-    [`draw_methods.baselines`]; with `checks` the figures of [`draw_checks.checks`]. `drawings/...`: how far drawings
+    Bare figures are those of scores along conjugate-gradient directions, by how they fare with all queries (each
+    exemplar alone: with drawings of other captions), in units of the candidates' sensitivity; beside, other directions
+    and units ([`draw_methods.traced`]). `pixel_distance`, `representation` (of latents), `denoiser_features`, `bm25`;
+    `low_loss` and `learned`, which don't look at the query ([`draw_methods.controls`]); with
+    `baselines` those of [`draw_methods.baselines`]; with `checks` the figures of [`draw_checks.checks`]. Several
+    `num_candidates`: figures among the most stand bare, those among 100 under `100/`. `drawings/...`: how far drawings
     are from their exemplar ([`likeness`]). With `removed` the figures are those of [`draw_removal.as_figures`].
 
     Raises:
@@ -132,34 +138,40 @@ def draw_run(options: DrawOptions, ascent: AscentConfig) -> dict[str, Any]:
         return _without_best(options, ascent, folder, started)
     before, rows, chosen = _drawer(options, ascent.seed)
     methods = partial(_methods, before, options, ascent)
+    *fewer, most = sorted({min(count, len(rows)) for count in options.num_candidates})
     if options.alone:
         tracer = _tracer(before, options, ascent)
         task, found = one_by_one(
-            before, rows, chosen, methods, options, options.drawing,
-            num_candidates=min(options.num_candidates, len(rows)), seed=ascent.seed,
-        )  # fmt: skip
+            before, rows, chosen, methods, options, options.drawing, num_candidates=most, seed=ascent.seed
+        )
     else:
         say(f"Teaching it {len(chosen)} exemplars, together ...")
         adapter = taught(before, rows.select(chosen), options, ascent.seed)
         tracer = _tracer(adapter, options, ascent)
-        task = together(adapter, rows, chosen, options.num_candidates, options.drawing, ascent.seed)
+        task = together(adapter, rows, chosen, most, options.drawing, ascent.seed)
         say(
             f"Tracing {len(task.queries)} x {options.num_images} pictures over {len(task.candidates):,} candidates ..."
         )
         found = methods(adapter, task)
-    table = compare(found, task)
-    say(as_text(table, {}))
-    for method, attribution in found.items():
-        table[method] |= _detected(attribution.scores, task)
-    sizes = [len(task.candidates)] if task.own is None else [len(own) for own in task.own]
-    metrics: dict[str, Any] = {"queries": len(task.queries), "candidates": max(sizes), **flat(table)}
+    table = _figures(found, task)
+    for count in fewer:
+        if options.alone:
+            own = [candidates_of(row, rows, count, ascent.seed + number) for number, row in enumerate(chosen)]
+        else:
+            own = [list(range(count))] * len(chosen)
+        say(f"Among {count:,} candidates:")
+        for method, figures in _figures(found, replace(task, own=own)).items():
+            table[method] |= {f"{count}/{name}": value for name, value in figures.items()}
+    metrics: dict[str, Any] = {"queries": len(task.queries), "candidates": most, **flat(table)}
     metrics |= likeness(found["pixel_distance"], task)
     if options.checks and not options.alone:
-        metrics |= _told(checks(tracer, task.queries, task.candidates))
+        assert task.proponents is not None
+        metrics |= _told(checks(tracer, task.queries, task.candidates, task.proponents))
     metrics |= {"seconds": time.perf_counter() - started, **about(options, tracer)}
-    kept = found["forward_inf"].keep(min(options.top_k, *sizes))
+    kept = found["forward_inf"].keep(min(options.top_k, most))
     explained = options.heatmaps and not options.alone
-    write_outputs(folder, tracer.explain(kept) if explained else kept, metrics, table, task.proponents, "")
+    shown = tracer.explain(kept) if explained else kept
+    write_outputs(folder, shown, metrics, table, task.proponents, "", note=NOTE if options.alone else "")
     say(f"Written: {folder}")
     return metrics
 
@@ -247,11 +259,10 @@ def _told(figures: dict[str, float]) -> dict[str, float]:
     return figures
 
 
-def _detected(scores: np.ndarray, task: Task) -> dict[str, float]:
-    """How often the exemplar is first, or among the first five; and first among the exemplars alone."""
-    assert task.proponents is not None
-    figures = detected(scores, task)
-    if task.own is None:
-        among = recalls_at_k(scores[:, : len(task.queries)], task.proponents, 1).mean()
-        figures["among_exemplars/top1"] = float(among)
-    return figures
+def _figures(found: Mapping[str, Attribution], task: Task) -> Table:
+    """Compare with the truth, and say it; how often the exemplar is first, or among the first five, beside."""
+    table = compare(found, task)
+    say(as_text(table, {}))
+    for method, attribution in found.items():
+        table[method] |= detected(among_own(attribution.scores, task), task)
+    return table

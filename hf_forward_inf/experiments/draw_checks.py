@@ -2,7 +2,7 @@
 
 import copy
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,9 +17,11 @@ from hf_forward_inf.candidate_pass import encode
 from hf_forward_inf.directions import direction_for
 from hf_forward_inf.experiments import cost
 from hf_forward_inf.experiments.draw_methods import along_the_gradient
+from hf_forward_inf.experiments.exemplars import CAPTION, IMAGE, as_queries
 from hf_forward_inf.fingerprints import uncached
 from hf_forward_inf.forward_inf import ForwardInf
 from hf_forward_inf.loss_pass import LossPass
+from hf_forward_inf.metrics import recalls_at_k
 from hf_forward_inf.modes import evaluating
 from hf_forward_inf.processes import progress_bars
 
@@ -27,19 +29,57 @@ QUERIES, CANDIDATES, SEEDS = 4, 64, 8
 """Queries, candidates and noise seeds that the checks look at, at most."""
 
 
-def checks(tracer: ForwardInf, queries: Dataset, candidates: Dataset) -> dict[str, float]:
+def checks(
+    tracer: ForwardInf, queries: Dataset, candidates: Dataset, truth: Sequence[Sequence[int]]
+) -> dict[str, float]:
     """Measure it all, by the names of `metrics.json`.
 
-    `tracin_pearson`: [`agreement`]; `variance_ratio` and `noise_share`: [`noise`]; `second_query/...`:
-    [`second_query`]; `forward_passes_per_query` and `peak_memory_ratio`: [`cost.measure`].
+    Of all queries `swapped/...`: [`swapped`], `uncaptioned/...`: [`uncaptioned`]. Of a few: `tracin_pearson`:
+    [`agreement`]; `variance_ratio` and `noise_share`: [`noise`]; `second_query/...`: [`second_query`];
+    `forward_passes_per_query` and `peak_memory_ratio`: [`cost.measure`].
     """
     few = queries.select(range(min(QUERIES, len(queries))))
     some = candidates.select(range(min(CANDIDATES, len(candidates))))
     return {
+        **swapped(tracer, queries, candidates, truth),
+        **uncaptioned(tracer, queries, candidates, truth),
         "tracin_pearson": agreement(tracer, few, some),
         **noise(tracer, few, some),
         **second_query(tracer, few, candidates),
         **cost.measure(tracer, few, candidates),
+    }
+
+
+def swapped(
+    tracer: ForwardInf, queries: Dataset, candidates: Dataset, truth: Sequence[Sequence[int]]
+) -> dict[str, float]:
+    """Give each caption the pictures of the next query: do scores go by what was asked, or by what is on the picture?
+
+    Returns:
+        `dict[str, float]`: `swapped/caption_first` and `swapped/picture_first`, the share of these queries for which
+        the proponent of the caption, or that of the pictures, comes first.
+    """
+    pictures = queries[IMAGE][:]
+    mixed = as_queries(queries[CAPTION][:], [*pictures[1:], pictures[0]])
+    scores = tracer.trace(mixed, candidates).scores
+    owners = {"caption": truth, "picture": [*truth[1:], truth[0]]}
+    return {f"swapped/{name}_first": float(recalls_at_k(scores, own, 1).mean()) for name, own in owners.items()}
+
+
+def uncaptioned(
+    tracer: ForwardInf, queries: Dataset, candidates: Dataset, truth: Sequence[Sequence[int]]
+) -> dict[str, float]:
+    """Leave captions out on both sides, as for guidance in training: what do the pictures alone tell?
+
+    Returns:
+        `dict[str, float]`: `uncaptioned/top1`, the share of queries whose proponent comes first, in the tracer's
+        units beside the other queries; `uncaptioned/standardised/top1`, in deviations over the queries.
+    """
+    blank = [rows.remove_columns(CAPTION).add_column(CAPTION, [""] * len(rows)) for rows in (queries, candidates)]
+    found = {"": tracer, "standardised/": tracer.with_options(units="loss")}
+    return {
+        f"uncaptioned/{name}top1": float(recalls_at_k(one.trace(*blank).standardised().scores, truth, 1).mean())
+        for name, one in found.items()
     }
 
 
@@ -48,7 +88,7 @@ def agreement(tracer: ForwardInf, queries: Dataset, candidates: Dataset) -> floa
 
     The mean over queries. The step has the tracer's radius: where the model is straight so far, the two agree.
     """
-    found = along_the_gradient(tracer).trace(queries, candidates).scores
+    found = along_the_gradient(tracer).with_options(units="loss").trace(queries, candidates).scores
     exact = TracIn(adapter=tracer.adapter, cache_dir=tracer.cache_dir).trace(queries, candidates).scores
     return float(np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(found, exact, strict=True)]))
 

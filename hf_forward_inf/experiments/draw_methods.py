@@ -12,6 +12,7 @@ from hf_forward_inf.attribution import Attribution, Attributor
 from hf_forward_inf.baselines import BM25, FirstOrder, RepresentationSimilarity, TracIn
 from hf_forward_inf.baselines.denoiser_features import DenoiserFeatures, middle_of
 from hf_forward_inf.baselines.pixels import PixelDistance
+from hf_forward_inf.experiments.comparison import fixed_learning_rate
 from hf_forward_inf.experiments.exemplars import CAPTION, IMAGE, as_queries
 from hf_forward_inf.forward_inf import ForwardInf
 from hf_forward_inf.loss_pass import LossPass
@@ -19,20 +20,31 @@ from hf_forward_inf.modes import evaluating
 
 FISHER_SAMPLE = 256
 """Candidates that Fisher factors are fitted on, once for all queries."""
-FIXED_LEARNING_RATES = (0.01, 0.1, 1.0)
-"""The paper's fixed rates that are tried; the best by its true MRR is reported."""
+FIXED_LEARNING_RATES = ((0.01, 1), (0.1, 1), (1.0, 1))
+"""Learning rates and steps of the paper's fixed-rate ascent that are tried."""
 
 
-def drawing_ascent(ascent: AscentConfig, relative_radius: float) -> AscentConfig:
-    """Tell the radius relative to the norm of the parameters that move, unless there is a learning rate."""
-    return ascent if ascent.learning_rate is not None else replace(ascent, radius=relative_radius, relative=True)
+def drawing_ascent(ascent: AscentConfig, relative_radius: float | None) -> AscentConfig:
+    """Tell the radius relative to the norm of the parameters that move, unless none is given or a learning rate is."""
+    if relative_radius is None or ascent.learning_rate is not None:
+        return ascent
+    return replace(ascent, radius=relative_radius, relative=True)
 
 
 def traced(tracer: ForwardInf, queries: Dataset, candidates: Dataset) -> dict[str, Attribution]:
-    """Trace along the tracer's direction and along the plain gradient, standardised over the queries and not."""
-    corrected = tracer.trace(queries, candidates)
-    gradient = along_the_gradient(tracer).trace(queries, candidates)
-    return {"forward_inf": corrected.standardised(), "unstandardised": corrected, **_both("gradient", gradient)}
+    """Trace along the tracer's direction and along the plain gradient, in several units.
+
+    `forward_inf` and `gradient` tell how a query fares beside all of them, in the attributor's units: those of the
+    candidates' sensitivity; `..._single` each query by itself; `..._plain` are scores in units of the loss, and
+    `..._standardised` in deviations over the queries.
+    """
+    found: dict[str, Attribution] = {}
+    for name, one in {"forward_inf": tracer, "gradient": along_the_gradient(tracer)}.items():
+        single = one.trace(queries, candidates)
+        plain = one.with_options(units="loss").trace(queries, candidates)
+        found |= {name: single.standardised(), f"{name}_single": single}
+        found |= {f"{name}_plain": plain, f"{name}_standardised": plain.standardised()}
+    return found
 
 
 def along_the_gradient(tracer: ForwardInf) -> ForwardInf:
@@ -73,9 +85,9 @@ def baselines(
 ) -> dict[str, Attribution]:
     """Trace with what needs candidates' gradients, a choice by the truth, or the truth itself.
 
-    TracIn, influence functions along the tracer's direction, [`unlearning`], and the tracer's step downwards,
-    standardised as well; the paper's fixed learning rate, the best of several; and the proponents' own pictures as the
-    queries.
+    TracIn, influence functions along the tracer's direction, [`unlearning`], and the tracer's step downwards, as they
+    are, standardised over the queries, and (`..._by_sensitivity`) in the units of [`traced`]; the paper's fixed
+    learning rate, the best of several; and the proponents' own pictures as the queries.
     """
     parts: dict[str, Any] = {"adapter": tracer.adapter, "cache_dir": tracer.cache_dir}
     dot = TracIn(**parts).trace(queries, candidates)
@@ -83,16 +95,20 @@ def baselines(
     first_order = FirstOrder(ascent=tracer.ascent, **parts).trace(queries, candidates)
     own = [candidates.select(rows) for rows in truth]
     itself = as_queries([rows[0][CAPTION] for rows in own], [rows[IMAGE][:] for rows in own])
-    unlearnt = unlearning(tracer).trace(queries, candidates)
-    descent = tracer.with_options(ascent=replace(tracer.ascent, mode="descent")).trace(queries, candidates)
+    plain = tracer.with_options(units="loss")
+    unlearnt = unlearning(plain).trace(queries, candidates)
+    descent = plain.with_options(ascent=replace(tracer.ascent, mode="descent")).trace(queries, candidates)
+    exemplars = replace(plain.trace(itself, candidates), queries=queries)
+    shaken = tracer.sensitivity(candidates)
     return {
-        **_both("tracin", dot),
-        **_both("tracin_cosine", cosine),
-        **_both("influence_functions", first_order),
-        **_both("unlearning", unlearnt),
-        **_both("descent", descent),
-        "fixed_learning_rate": fixed_learning_rate(tracer, queries, candidates, truth),
-        **_both("exemplar_as_query", replace(tracer.trace(itself, candidates), queries=queries)),
+        **_in_units("tracin", dot, shaken),
+        "tracin_cosine": cosine,
+        "tracin_cosine_standardised": cosine.standardised(),
+        **_in_units("influence_functions", first_order, shaken),
+        **_in_units("unlearning", unlearnt, shaken),
+        **_in_units("descent", descent, shaken),
+        "fixed_learning_rate": fixed_learning_rate(tracer, queries, candidates, truth, FIXED_LEARNING_RATES),
+        **_in_units("exemplar_as_query", exemplars, shaken),
     }
 
 
@@ -104,18 +120,10 @@ def unlearning(tracer: ForwardInf) -> ForwardInf:
     return tracer.with_options(ascent=replace(tracer.ascent.along("ekfac"), sample=FISHER_SAMPLE))
 
 
-def fixed_learning_rate(
-    tracer: ForwardInf, queries: Dataset, candidates: Dataset, truth: list[list[int]]
-) -> Attribution:
-    """Trace with the paper's fixed learning rate, the best of several by the truth."""
-    tries = [
-        tracer.with_options(
-            ascent=AscentConfig(learning_rate=rate, modules=tracer.ascent.modules, seed=tracer.ascent.seed)
-        ).trace(queries, candidates)
-        for rate in FIXED_LEARNING_RATES
-    ]
-    return max(tries, key=lambda found: found.evaluate(truth)["mrr"])
-
-
-def _both(name: str, found: Attribution) -> dict[str, Attribution]:
-    return {name: found, f"{name}_standardised": found.standardised()}
+def _in_units(name: str, found: Attribution, shaken: np.ndarray) -> dict[str, Attribution]:
+    relative = replace(found, scores=found.scores / shaken, config={**found.config, "units": "sensitivity"})
+    return {
+        name: found,
+        f"{name}_standardised": found.standardised(),
+        f"{name}_by_sensitivity": relative.standardised(),
+    }

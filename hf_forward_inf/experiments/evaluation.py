@@ -52,11 +52,11 @@ def compare(found: Mapping[str, Attribution], task: Task) -> Table:
     for group, rows in task.groups.items():
         truth = [task.proponents[i] for i in rows]
         for method, attribution in found.items():
-            scores = _ranked_among_own(attribution.dense(), task)[rows]
+            scores = among_own(attribution.dense(), task)[rows]
             figures = {**evaluate(scores, truth), "worst_hub": worst_hub(scores)}
             figures |= _low_overlap(scores, truth, [few[i] for i in rows])
             if method != REFERENCE and REFERENCE in found:
-                reference = _ranked_among_own(found[REFERENCE].dense(), task)[rows]
+                reference = among_own(found[REFERENCE].dense(), task)[rows]
                 figures |= _behind(reference, scores, truth)
             table[method] |= _under(group, figures)
         sizes = [len(task.candidates) if task.own is None else len(task.own[i]) for i in rows]
@@ -75,7 +75,7 @@ def flat(table: Table) -> dict[str, float]:
     return {name: value for figures in named for name, value in figures.items()}
 
 
-def _ranked_among_own(scores: np.ndarray, task: Task) -> np.ndarray:
+def among_own(scores: np.ndarray, task: Task) -> np.ndarray:
     """Take the scores of candidates that are not in a query's own set away."""
     if task.own is None:
         return scores

@@ -8,6 +8,7 @@ import numpy as np
 from datasets import Dataset, Features, Image, List, Value
 
 from hf_forward_inf.adapters import DiffusionAdapter
+from hf_forward_inf.experiments.changes import changed
 from hf_forward_inf.experiments.denoising import trained
 from hf_forward_inf.experiments.pixel_pipeline import tiny_pipeline
 from hf_forward_inf.experiments.task import Task
@@ -44,13 +45,13 @@ class Drawing:
 
     Args:
         num_images (`int`): Pictures of a query.
-        prompt (`str`): What is asked for, `{caption}` in it; the query's own caption is this prompt.
         seed (`int`): Draws the noise that pictures begin with.
+        change (`str`): What is done to pictures after they are drawn, of [`changes.CHANGES`].
     """
 
     num_images: int = 4
-    prompt: str = "{caption}"
     seed: int = 0
+    change: str = "none"
 
 
 def choose_exemplars(rows: Dataset, count: int, seed: int) -> tuple[list[int], list[int]]:
@@ -106,9 +107,8 @@ def taught(before: DiffusionAdapter, exemplars: Dataset, teaching: Teaching, see
 
 def drawings(adapter: DiffusionAdapter, captions: list[str], drawing: Drawing) -> Dataset:
     """Let a model draw captions: queries of several pictures each."""
-    prompts = [drawing.prompt.replace("{caption}", caption) for caption in captions]
-    pictures = adapter.answer({CAPTION: prompts}, num_images=drawing.num_images, seed=drawing.seed)
-    return as_queries(prompts, pictures)
+    pictures = adapter.answer({CAPTION: captions}, num_images=drawing.num_images, seed=drawing.seed)
+    return as_queries(captions, [[changed(one, drawing.change) for one in several] for several in pictures])
 
 
 def as_queries(captions: list[str], pictures: list[list[Any]]) -> Dataset:

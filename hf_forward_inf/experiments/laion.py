@@ -54,7 +54,7 @@ class LaionOptions:
     )
     num_images: int = field(default=4, metadata={"help": "Pictures drawn of a caption."})
     references: int = field(
-        default=8,
+        default=3,
         metadata={"help": "Other captions of candidates, drawn too, by which scores are measured; 0 for none."},
     )
     image_column: str | None = field(default=None, metadata={"help": "Column of pictures (default: found by name)."})
@@ -62,7 +62,7 @@ class LaionOptions:
     timesteps: int = field(default=8, metadata={"help": "Times at which a picture's loss is taken."})
     relative_radius: float | None = field(
         default=None,
-        metadata={"help": "Length of the step, relative to the norm of what it moves (default: 1e-3, on a GPU 1e-2)."},
+        metadata={"help": "Length of the step, relative to the norm of what it moves (default: the adapter's)."},
     )
     piece: int = field(default=2000, metadata={"help": "Candidates read and traced at once."})
     top_k: int = field(default=100, metadata={"help": "Candidates of each query that are kept."})
@@ -85,8 +85,8 @@ class LaionOptions:
 def laion_run(options: LaionOptions, ascent: AscentConfig) -> dict[str, Any]:
     """Trace drawings over a stream, and write `metrics.json`, `attribution/` and `report.html` into the output folder.
 
-    Scores are standardised over all drawings, the references included, if there are 3 or more: along conjugate
-    gradients too a picture shakes some candidates whatever it shows. A query costs as much as a reference.
+    Scores tell how a drawing fares beside all drawings, the references included, if there are 3 or more: some
+    candidates are shaken whatever a picture shows. A query costs as much as a reference.
 
     What was drawn, and the best candidates after each piece, are kept in the output folder until all is done: the same
     call goes on from there.
@@ -104,8 +104,7 @@ def laion_run(options: LaionOptions, ascent: AscentConfig) -> dict[str, Any]:
     first = first_piece(stream, options.piece)
     asked = options.prompt or ([""] if options.images else list(DIGITS))
     queries = _queries(adapter, asked, _others(first, asked, options.references, ascent.seed), options, ascent.seed)
-    radius = options.relative_radius or adapter.default_ascent().get("radius", 1.0)
-    tracer = ForwardInf(adapter=adapter, ascent=drawing_ascent(ascent, radius))
+    tracer = ForwardInf(adapter=adapter, ascent=_ascent(options, ascent, adapter))
     if tracer.ascent.sample is not None:
         tracer.training = sample_rows(first, tracer.ascent.sample, ascent.seed)
     say(f"Tracing {len(asked)} drawings, and {len(queries) - len(asked)} of other captions beside ...")
@@ -129,6 +128,12 @@ def laion_run(options: LaionOptions, ascent: AscentConfig) -> dict[str, Any]:
         shutil.rmtree(folder / UNFINISHED)
     say(f"Written: {folder}")
     return metrics
+
+
+def _ascent(options: LaionOptions, ascent: AscentConfig, adapter: DiffusionAdapter) -> AscentConfig:
+    """Leave the radius to the adapter if nobody tells it; a direction that is named takes the adapter's too."""
+    preferred = adapter.default_ascent().get("radius") if ascent.direction is not None else None
+    return drawing_ascent(ascent, options.relative_radius or preferred)
 
 
 def _first(found: Attribution, count: int) -> Attribution:

@@ -142,6 +142,7 @@ def write_outputs(
     *,
     columns: Sequence[str] = ("mrr", "mrr_se", "precision@1", "precision@10", "recall@10"),
     title: str | None = None,
+    note: str = "",
     plot_caption: str | None = None,
     more: Mapping[str, Callable[[Path], None]] | None = None,
 ) -> None:
@@ -153,7 +154,13 @@ def write_outputs(
     writers: dict[str, Callable[[Path], None]] = {
         "attribution": attribution.save_to_disk,
         "report.html": lambda path: attribution.to_html(
-            path, proponents=truth, metrics=shown, plot=plot, title=title, plot_caption=plot_caption
+            path,
+            proponents=truth,
+            metrics=shown,
+            note=note,
+            plot=plot,
+            title=title,
+            plot_caption=plot_caption,
         ),
         **(more or {}),
         "metrics.json": lambda path: _write_json(path, metrics),

@@ -28,6 +28,7 @@ def write_report(
     *,
     proponents: Sequence[Sequence[int]] | None = None,
     metrics: Mapping[str, Mapping[str, float]] | None = None,
+    note: str = "",
     plot: str = "",
     plot_caption: str | None = None,
     title: str | None = None,
@@ -41,6 +42,7 @@ def write_report(
         attribution (`Attribution`): What to show.
         proponents (`list[list[int]]`, *optional*): For each query, row numbers of its proponents: they are marked.
         metrics (`dict`, *optional*): Figures by attributor, shown as a table.
+        note (`str`, *optional*): What to know of these figures, shown below the table.
         plot (`str`, *optional*): An SVG of our own making ([`plots.budget_plot`]), shown below the table.
         plot_caption (`str`, *optional*): Stands below it. Defaults to that of [`plots.budget_plot`].
         title (`str`, *optional*): Heads the page. Defaults to a question about what the model said or drew.
@@ -75,6 +77,7 @@ def write_report(
         metrics=metrics or {},
         figures=sorted({name for row in (metrics or {}).values() for name in row}, key=_figure_order),
         queries=queries,
+        note=note,
         plot=Markup(plot),
         plot_caption=plot_caption or BUDGET_CAPTION,
     )

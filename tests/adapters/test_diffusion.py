@@ -113,9 +113,11 @@ def test_a_picture_is_traced_to_itself(direction):
     pipe = stable_diffusion("v_prediction")
     candidates = rows(8)
     ascent = AscentConfig(radius=0.05, direction=direction)
-    found = ForwardInf.from_pipe(pipe, ascent=ascent).trace(candidates.select([2, 5]), candidates)
+    tracer = ForwardInf.from_pipe(pipe, ascent=ascent)
+    found = tracer.trace(candidates.select([2, 5]), candidates)
     assert [found.ranking(i)[0] for i in range(2)] == [2, 5]
-    explained = ForwardInf.from_pipe(pipe, ascent=ascent).explain(found.keep(3), 2)
+    found = tracer.with_options(units="loss").trace(candidates.select([2, 5]), candidates)
+    explained = tracer.explain(found.keep(3), 2)
     for row in explained.details:
         np.testing.assert_allclose(np.sum(row["term_scores"]), found.scores[row["query"], row["candidate"]], rtol=1e-3)
 

@@ -51,7 +51,7 @@ def assert_traced(pipe, candidates, told, **ascent):
     modules = {name: part for name, part in pipe.components.items() if hasattr(part, "parameters")}
     # (Not before it has drawn: then transformers leaves hooks of its own in some text encoders.)
     before = {name: state(module) for name, module in modules.items()}
-    found = tracer.trace(candidates.select([2, 4]), candidates)
+    found = tracer.with_options(units="loss").trace(candidates.select([2, 4]), candidates)
     assert np.isfinite(found.scores).all()
     assert [found.ranking(i)[0] for i in range(2)] == [2, 4]
     encoders = [counted(module) for name, module in modules.items() if name.startswith("text_encoder")]

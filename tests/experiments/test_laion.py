@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from hf_forward_inf import AscentConfig, Attribution, ForwardInf
+from hf_forward_inf.adapters import DiffusionAdapter
 from hf_forward_inf.cli import main
 from hf_forward_inf.datasets.digits import captioned_digits
 from hf_forward_inf.experiments import laion
@@ -52,7 +53,8 @@ def test_a_prompt_is_drawn_and_traced_over_shards(options):
     best = found.top(0)[0]
     assert best["id"] == f"{best['stream_row']:09}" and best["caption"] == rows(10)["caption"][best["stream_row"]]
     page = (folder / "report.html").read_text()
-    assert "1 queries traced over 11 training examples" in page and "standardised: by" in page and best["id"] in page
+    assert "1 queries traced over 11 training examples" in page and best["id"] in page
+    assert "in units of what random steps" in page and "above their mean over all queries" in page
     assert page.count('class="heat"') == 3
     assert sorted(path.name for path in folder.iterdir()) == ["attribution", "metrics.json", "report.html"]
 
@@ -147,3 +149,15 @@ def test_the_command_traces_the_built_in_digits(tmp_path, monkeypatch, capsys):
 def test_impossible_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         LaionOptions(**options)
+
+
+def test_a_radius_that_nobody_tells_is_the_adapters(options, monkeypatch):
+    adapter = DiffusionAdapter(stable_diffusion())
+    assert laion._ascent(options, AscentConfig(), adapter) == AscentConfig()
+    named = laion._ascent(options, AscentConfig(direction="gradient"), adapter)
+    assert (named.radius, named.relative) == (1e-3, True)
+    # A quantised denoiser has no weights that a radius could be relative to.
+    monkeypatch.setattr("hf_forward_inf.adapters.diffusion.is_quantised", lambda model: True)
+    assert not laion._ascent(options, AscentConfig(direction="gradient"), adapter).relative
+    options.relative_radius = 0.01
+    assert laion._ascent(options, AscentConfig(), adapter).radius == 0.01
