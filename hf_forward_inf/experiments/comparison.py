@@ -123,8 +123,6 @@ def run_comparison(task: Task, tracer: ForwardInf) -> Comparison:
     for name, attributor in everyone.items():
         _, alone, _ = cost.pace(attributor.trace, one, task.candidates, _setup_of_cascade(attributor, one, task))
         setup = _setup_of_cascade(attributor, task.queries, task)
-        if setup is None:  # what precedes the candidates is mostly the queries' own work
-            setup = alone.setup * len(task.queries)
         found[name], together, peak = cost.pace(attributor.trace, task.queries, task.candidates, setup)
         paces["alone"][name], paces["together"][name] = alone, together
         say(f"{name}: {alone.seconds / plain:.1f} passes for a query, {together.seconds / plain:.1f} for all.")
