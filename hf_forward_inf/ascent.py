@@ -23,10 +23,8 @@ Correction: TypeAlias = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 ITERATIONS = {"cg": 10}
 """Products of conjugate gradients if the user doesn't say."""
-CORRECTIONS = ("adam", "kfac", "ekfac", "cg")
-"""The directions that correct the gradient by curvature."""
-DAMPING = 0.1
-"""Their damping if the user gives none."""
+DAMPING = dict.fromkeys(("adam", "kfac", "ekfac", "cg"), 0.1)
+"""The directions that correct the gradient by curvature, and their damping if the user gives none."""
 SAMPLE = {"adam": 1024, "kfac": 1024, "ekfac": 1024, "cg": 128}
 """Training examples whose curvature counts if the user doesn't say: `cg` pays for each at every query."""
 OF_DIRECTION = ("damping", "iterations", "sample", "second_moments")
@@ -140,7 +138,7 @@ class AscentConfig:
         choices = {
             "optimizer": tuple(OPTIMIZERS),
             "mode": ("ascent", "descent", "symmetric"),
-            "direction": (None, "gradient", *CORRECTIONS),
+            "direction": (None, "gradient", *DAMPING),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -181,8 +179,7 @@ class AscentConfig:
         """Give what a named direction leaves open its defaults."""
         if self.radius is None and self.learning_rate is None:
             object.__setattr__(self, "radius", 1.0)
-        damping = dict.fromkeys(CORRECTIONS, DAMPING)
-        defaults: dict[str, dict[str, Any]] = {"damping": damping, "sample": SAMPLE, "iterations": ITERATIONS}
+        defaults: dict[str, dict[str, Any]] = {"damping": DAMPING, "sample": SAMPLE, "iterations": ITERATIONS}
         for name, by_direction in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, by_direction.get(cast(str, self.direction)))

@@ -70,7 +70,7 @@ class Attribution:
         Raises:
             ValueError: If there are fewer than 3 queries; in units of sensitivity, fewer than 2.
         """
-        known = np.ones(self.scores.shape[1]) if self.config.get("units") == "sensitivity" else None
+        known = 1.0 if self.config.get("units") == "sensitivity" else None
         config = {**self.config, "standardised": True}
         return replace(self, scores=standardised(self.scores, known), config=config)
 

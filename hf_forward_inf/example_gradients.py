@@ -208,14 +208,12 @@ class ExampleGradients:
                 if isinstance(values, Tensor):
                     assert isinstance(direction, Tensor)
                     found.append(values @ direction.T)
-                    norms.append(values.square().sum(1))
-                    continue
-                if isinstance(direction, Laid):
+                elif isinstance(direction, Laid):
                     found.append(direction.products(values))
                 else:
                     found += [part.products(direction) for part in values]
                 if squares:
-                    norms.append(squared_norms(values))
+                    norms.append(values.square().sum(1) if isinstance(values, Tensor) else squared_norms(values))
         return torch.stack(found).sum(0), torch.stack(norms).sum(0) if squares else None
 
     def factored(self, batch: Batch) -> Iterator[tuple[str, Parts | Tensor]]:

@@ -26,7 +26,7 @@ def correct_hubs(scores: np.ndarray, references: np.ndarray) -> np.ndarray:
     return (scores / (hub + floor)).astype(np.float32)
 
 
-def standardised(scores: np.ndarray, deviation: np.ndarray | None = None) -> np.ndarray:
+def standardised(scores: np.ndarray, deviation: np.ndarray | float | None = None) -> np.ndarray:
     """Measure each candidate's score by how it fares with all queries: (score - mean) / deviation, over the queries.
 
     Where every query shakes the same candidates, what tells is which query shakes one more than the others do. No
@@ -34,7 +34,8 @@ def standardised(scores: np.ndarray, deviation: np.ndarray | None = None) -> np.
 
     Args:
         scores (`np.ndarray`): `[queries, candidates]`, at least 3 queries; with a deviation at least 2.
-        deviation (`np.ndarray`, *optional*): `[candidates]`, where it is known: few queries tell it badly.
+        deviation (`np.ndarray`, *optional*): `[candidates]`, or one for all, where it is known: few queries tell it
+            badly.
 
     Raises:
         ValueError: If there are fewer.

@@ -81,9 +81,9 @@ def trace_stream(
         raise ValueError(
             "Hubs are corrected by the mean of all candidates, which no piece knows: leave references out."
         )
-    known = tracer.units == "sensitivity"
+    known = 1.0 if tracer.units == "sensitivity" else None
     if standardise:
-        check_enough(len(queries), 2 if known else 3)
+        check_enough(len(queries), 3 if known is None else 2)
     stream = stream.with_format("arrow")  # a copy, whose place is its own
     if tracer.training is None and tracer.ascent.sample is not None:
         training = sample_rows(first_piece(stream, piece), tracer.ascent.sample, tracer.ascent.seed)
@@ -103,12 +103,7 @@ def trace_stream(
     with tqdm(desc="candidates traced", unit=" rows", initial=best.config["streamed"], disable=not main) as bar:
         for rows in _pieces(stream, piece, best.config["streamed"]):
             scores = _scored(tracer, queries, rows, best.config["streamed"])
-            best = _merged(
-                best,
-                standardised(scores, np.ones(len(rows)) if known else None) if standardise else scores,
-                rows,
-                top_k,
-            )
+            best = _merged(best, standardised(scores, known) if standardise else scores, rows, top_k)
             bar.update(len(rows))
             if folder is not None and main:
                 _save(best, Path(folder), stream)

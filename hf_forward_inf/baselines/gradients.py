@@ -1,7 +1,7 @@
 """What the gradient baselines share: products of directions, one a query, with every candidate's gradient."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -176,10 +176,9 @@ class _Block:
         self.size = len(queries["terms"])
 
     @cached_property
-    def directions(self) -> dict[str, Tensor | Laid]:
-        if self.make is None and self.transform is None:
-            return query_factors(self.gradients, self.queries)
-        return {**self.dense}
+    def directions(self) -> Mapping[str, Tensor | Laid]:
+        plain = self.make is None and self.transform is None
+        return query_factors(self.gradients, self.queries) if plain else self.dense
 
     @cached_property
     def dense(self) -> Directions:
