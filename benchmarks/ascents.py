@@ -10,8 +10,8 @@ tuning picks.
 import argparse
 
 from hf_forward_inf import AscentConfig, ForwardInf
-from hf_forward_inf.experiments.cost import measure
-from hf_forward_inf.experiments.task import BUILTIN_CANDIDATES, TraceOptions, load_source
+from hf_forward_inf.commands.trace_source import BUILTIN_CANDIDATES, TraceOptions, load_source
+from hf_forward_inf.evaluation.cost import measure
 
 RADII = (0.1, 0.3, 1.0, 3.0, 10.0)
 FIXED = [(0.1, 1), (1.0, 1), (0.1, 3)]

@@ -13,11 +13,12 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf.baselines import InfluenceFunctions, TracIn, TrackStar
-from hf_forward_inf.datasets import builtin_facts, load_rows, sample_rows
-from hf_forward_inf.experiments.cost import plain_pass, timed
-from hf_forward_inf.experiments.tiny_models import tiny_mt5
-from hf_forward_inf.fingerprints import uncached
-from hf_forward_inf.processes import progress_bars
+from hf_forward_inf.data import builtin_facts, load_rows
+from hf_forward_inf.evaluation.cost import plain_pass, timed
+from hf_forward_inf.toys.tiny_models import tiny_mt5
+from hf_forward_inf.utils.fingerprints import uncached
+from hf_forward_inf.utils.processes import progress_bars
+from hf_forward_inf.utils.rows import sample_rows
 
 QUERIES = (1, 10, 100)
 

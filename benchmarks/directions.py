@@ -23,9 +23,11 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf.adapters import Seq2SeqAdapter
 from hf_forward_inf.adapters.base import Batch, Forward
-from hf_forward_inf.datasets import builtin_facts, candidate_pool, load_rows, proponents, sample_rows
-from hf_forward_inf.experiments.cost import measure
-from hf_forward_inf.experiments.tiny_models import tiny_mt5
+from hf_forward_inf.data import builtin_facts, load_rows, proponents
+from hf_forward_inf.evaluation.candidate_sets import candidate_pool
+from hf_forward_inf.evaluation.cost import measure
+from hf_forward_inf.toys.tiny_models import tiny_mt5
+from hf_forward_inf.utils.rows import sample_rows
 
 
 class EmpiricalFisher(Seq2SeqAdapter):

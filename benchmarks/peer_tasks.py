@@ -9,11 +9,12 @@ from datasets import Dataset
 from peer_runs.task import IGNORED, Task, logits_of, losses
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from hf_forward_inf.datasets import builtin_facts, candidate_pool, load_rows, proponents
-from hf_forward_inf.experiments.task import BUILTIN_CANDIDATES, TraceOptions, answered
-from hf_forward_inf.experiments.tiny_models import tiny_mt5, train_tokenizer
-from hf_forward_inf.processes import say
-from hf_forward_inf.texts import SENTINEL, fill_in, without_sentinels
+from hf_forward_inf.commands.trace_source import BUILTIN_CANDIDATES, TraceOptions, answered
+from hf_forward_inf.data import builtin_facts, load_rows, proponents
+from hf_forward_inf.evaluation.candidate_sets import candidate_pool
+from hf_forward_inf.toys.tiny_models import tiny_mt5, train_tokenizer
+from hf_forward_inf.utils.processes import say
+from hf_forward_inf.utils.rows import SENTINEL, fill_in, without_sentinels
 
 QUERIES = 47
 VOCABULARY = 1024

@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 from peer_tasks import causal_task, seq2seq_task
 
-from hf_forward_inf.metrics import evaluate
-from hf_forward_inf.processes import say
+from hf_forward_inf.scores.metrics import evaluate
+from hf_forward_inf.utils.processes import say
 
 HERE = Path(__file__).resolve().parent
 

@@ -1,6 +1,6 @@
 """Which training examples made my model say this? Data attribution by forward passes."""
 
-from hf_forward_inf.ascent import AscentConfig
+from hf_forward_inf.ascent.config import AscentConfig
 from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.baselines import BM25
 from hf_forward_inf.forward_inf import ForwardInf

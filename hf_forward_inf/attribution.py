@@ -9,9 +9,9 @@ from typing import Any, Protocol
 import numpy as np
 from datasets import Dataset, Features, List, Value, load_from_disk
 
-from hf_forward_inf import metrics
-from hf_forward_inf.hubs import standardised
-from hf_forward_inf.processes import progress_bars
+from hf_forward_inf.scores import metrics
+from hf_forward_inf.scores.corrections import standardised
+from hf_forward_inf.utils.processes import progress_bars
 
 FORMAT = 1
 """Version of the folder that `save_to_disk` writes."""
@@ -29,7 +29,7 @@ class Attribution:
         indices (`np.ndarray`, *optional*): int64 `[queries, top_k]`: the candidates' row numbers, best first.
         method (`str`): The attributor's name.
         config (`dict`): The options that made the scores.
-        details (`datasets.Dataset`, *optional*): Token by token, for some pairs ([`terms.explain`]).
+        details (`datasets.Dataset`, *optional*): Token by token, for some pairs ([`token_scores.explain`]).
 
     Raises:
         ValueError: If the shapes don't fit together.
@@ -62,7 +62,7 @@ class Attribution:
         return metrics.best_first(self.scores[query])
 
     def standardised(self) -> "Attribution":
-        """Measure each candidate's score by how it fares with all queries; see [`hubs.standardised`].
+        """Measure each candidate's score by how it fares with all queries; see [`corrections.standardised`].
 
         Scores in units of the candidates' sensitivity (`ForwardInf(units="sensitivity")`) keep these, and lose their
         mean.

@@ -10,17 +10,13 @@ from datasets.utils import disable_progress_bars
 from transformers import HfArgumentParser
 from transformers.utils.logging import disable_progress_bar
 
-from hf_forward_inf.ascent import AscentConfig
-from hf_forward_inf.experiments.counterfactual import CounterfactualOptions, counterfactual_run
-from hf_forward_inf.experiments.finetune import FinetuneOptions, finetune_run
-from hf_forward_inf.experiments.hypothesis import HypothesisOptions, hypothesis_run
-from hf_forward_inf.experiments.leakage import LeakageOptions, leakage_run
-from hf_forward_inf.experiments.memorization import MemorizationOptions, memorization_run
-from hf_forward_inf.experiments.mislabel import MislabelOptions, mislabel_run
-from hf_forward_inf.experiments.run import trace_run
-from hf_forward_inf.experiments.task import TraceOptions
-from hf_forward_inf.experiments.truth import TruthOptions, lds_run
-from hf_forward_inf.processes import start_the_other_processes
+from hf_forward_inf.ascent.config import AscentConfig
+from hf_forward_inf.commands.finetune import FinetuneOptions, finetune_run
+from hf_forward_inf.commands.leakage import LeakageOptions, leakage_run
+from hf_forward_inf.commands.mislabel import MislabelOptions, mislabel_run
+from hf_forward_inf.commands.trace import trace_run
+from hf_forward_inf.commands.trace_source import TraceOptions
+from hf_forward_inf.utils.processes import start_the_other_processes
 
 USAGE = """usage: hf-forward-inf <command> [options]
 
@@ -28,14 +24,9 @@ commands:
   trace           which training examples made a language model give its answers (--help for its options)
   compare         the same, with every attributor beside (trace --compare)
   finetune        fine-tune a causal model, trace its answers, fine-tune it again without what was found
-  draw            teach a diffusion model some pictures, let it draw them, trace what it has drawn
   laion           trace what a diffusion model drew over captioned pictures that are too many for the disk
-  hypothesis      does what an example does to a query mirror what the query does to the example?
   leakage         put training images into the test set: does each find its training copy?
-  memorization    which training images does a classifier remember when it sees a test image?
   mislabel        which labels are wrong? Training examples that nothing but themselves supports
-  lds             train a small model again on random halves of its data: which attributor foretold what came out?
-  counterfactual  take the found examples away, train again: does the answer go away?
 """
 
 
@@ -46,14 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "trace": trace,
         "compare": lambda words, program: trace([*words, "--compare"], program),
         "finetune": finetune,
-        "draw": draw,
         "laion": laion,
-        "hypothesis": partial(judge, hypothesis_run, HypothesisOptions),
         "leakage": partial(judge, leakage_run, LeakageOptions),
-        "memorization": partial(judge, memorization_run, MemorizationOptions),
         "mislabel": partial(judge, mislabel_run, MislabelOptions),
-        "lds": partial(judge, lds_run, TruthOptions),
-        "counterfactual": partial(judge, counterfactual_run, CounterfactualOptions),
     }
     if given and given[0] in commands:
         return commands[given[0]](given[1:], f"hf-forward-inf {given[0]}")
@@ -63,17 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def trace(arguments: Sequence[str] | None = None, program: str | None = None) -> int:
     """Parse the options of `trace` and run it; a wrong input is told in one line, with exit status 1."""
-    return _with_ascent(trace_run, TraceOptions, arguments, program)
+    return with_ascent(trace_run, TraceOptions, arguments, program)
 
 
 def finetune(arguments: Sequence[str] | None = None, program: str | None = None) -> int:
     """Parse the options of `finetune` and run it; a wrong input is told in one line, with exit status 1."""
-    return _with_ascent(finetune_run, FinetuneOptions, arguments, program)
-
-
-def draw(arguments: Sequence[str] | None = None, program: str | None = None) -> int:
-    """Parse the options of `draw` and run it; a wrong input is told in one line, with exit status 1."""
-    return _with_pictures("draw", "draw_run", "DrawOptions", arguments, program)
+    return with_ascent(finetune_run, FinetuneOptions, arguments, program)
 
 
 def laion(arguments: Sequence[str] | None = None, program: str | None = None) -> int:
@@ -85,11 +66,11 @@ def _with_pictures(
     module: str, run: str, kind: str, arguments: Sequence[str] | None = None, program: str | None = None
 ) -> int:
     try:
-        experiment = import_module(f"hf_forward_inf.experiments.{module}")
+        experiment = import_module(f"hf_forward_inf.commands.{module}")
     except ImportError as error:
         print(f"error: {error}. Pictures need the extra: pip install 'hf-forward-inf[diffusion]'.", file=sys.stderr)
         return 1
-    return _with_ascent(getattr(experiment, run), getattr(experiment, kind), arguments, program)
+    return with_ascent(getattr(experiment, run), getattr(experiment, kind), arguments, program)
 
 
 def judge(
@@ -100,9 +81,13 @@ def judge(
     return _run(run, (kind,), run.__doc__, arguments, program)
 
 
-def _with_ascent(
-    run: Callable[[Any, AscentConfig], object], kind: type, arguments: Sequence[str] | None, program: str | None
+def with_ascent(
+    run: Callable[[Any, AscentConfig], object],
+    kind: type,
+    arguments: Sequence[str] | None = None,
+    program: str | None = None,
 ) -> int:
+    """Parse the options of a run and of its ascent, and run it."""
     start_the_other_processes()
     disable_progress_bar()  # transformers' bars for loading weights
     return _run(run, (kind, AscentConfig), kind.__doc__, arguments, program)

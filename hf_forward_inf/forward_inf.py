@@ -1,41 +1,30 @@
-"""Forward-INF: Algorithm 1 of "The Mirrored Influence Hypothesis" (Ko et al., CVPR 2024)."""
+"""ForwardInf, what users call. The paper's Algorithm 1 is `algorithm.py`."""
 
-import copy
-import warnings
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from datasets import Dataset, IterableDataset
-from torch import nn
 
-from hf_forward_inf.adapters import Adapter, DiffusionAdapter, adapter_for, is_diffusion
-from hf_forward_inf.anytime import slices
-from hf_forward_inf.ascent import AscentConfig, Mirrored, Perturbation, names_for
+from hf_forward_inf.adapters import DiffusionAdapter, is_diffusion
+from hf_forward_inf.algorithm import Scorer
+from hf_forward_inf.ascent.lora import RANK
 from hf_forward_inf.attribution import Attribution
-from hf_forward_inf.candidate_pass import MAX_BATCH_LENGTH, encode
-from hf_forward_inf.checks import check_dataset, warn_of_lost
-from hf_forward_inf.directions import direction_for
-from hf_forward_inf.fingerprints import uncached
-from hf_forward_inf.hubs import correct_hubs
-from hf_forward_inf.lora import RANK
-from hf_forward_inf.loss_pass import LossPass, ShiftPass
-from hf_forward_inf.modes import evaluating
-from hf_forward_inf.peft_folder import save_perturbation
-from hf_forward_inf.processes import progress_bars
-from hf_forward_inf.self_influence import rerank, self_influence
-from hf_forward_inf.sensitivity import DRAWS, is_known, sensitivity
-from hf_forward_inf.streaming import trace_stream
-from hf_forward_inf.terms import explain
-from hf_forward_inf.tuning import Tuning, tune
-
-PASSES = {"rise": LossPass, "shift": ShiftPass}
-"""What is measured of the candidates."""
+from hf_forward_inf.passes.sensitivity import DRAWS
+from hf_forward_inf.scores.corrections import correct_hubs
+from hf_forward_inf.tracing.peft_export import save_perturbation
+from hf_forward_inf.tracing.self_influence import rerank, self_influence
+from hf_forward_inf.tracing.streaming import trace_stream
+from hf_forward_inf.tracing.time_budget import slices
+from hf_forward_inf.tracing.token_scores import explain
+from hf_forward_inf.tracing.tuning import Tuning, tune
+from hf_forward_inf.utils.fingerprints import uncached
+from hf_forward_inf.utils.processes import progress_bars
+from hf_forward_inf.utils.validation import check_dataset, warn_of_lost
 
 
-class ForwardInf:
+class ForwardInf(Scorer):
     """Finds the training examples that made a model give an output, by forward passes.
 
     The influence of example i on a query mirrors that of the query on example i (the paper's hypothesis, section 1).
@@ -63,7 +52,7 @@ class ForwardInf:
             moves the model is no stronger a proponent for it. Those steps are taken once for all queries. Defaults to
             the adapter's choice: sensitivity for denoisers, unless steps have no radius or references are given.
         references (`datasets.Dataset`, *optional*): Reference queries; if given, scores are corrected for
-            candidates that rise for every query ([`hubs.correct_hubs`]).
+            candidates that rise for every query ([`corrections.correct_hubs`]).
         training (`datasets.Dataset`, *optional*): What the model was trained on, for directions that are corrected by
             curvature. Defaults to the candidates of each trace.
         cache_dir (`Path`, *optional*): Where losses are cached. Defaults to `hf_forward_inf` in the Hugging
@@ -78,69 +67,7 @@ class ForwardInf:
         >>> found.top(0)
     """
 
-    name = "forward_inf"
-
-    def __init__(
-        self,
-        model: nn.Module | None = None,
-        processor: Any = None,
-        *,
-        adapter: Adapter | None = None,
-        ascent: AscentConfig | None = None,
-        reduction: Literal["sum", "mean"] = "sum",
-        measure: Literal["rise", "shift"] = "rise",
-        units: Literal["loss", "sensitivity"] | None = None,
-        references: Dataset | None = None,
-        training: Dataset | None = None,
-        cache_dir: str | Path | None = None,
-        max_batch_length: int = MAX_BATCH_LENGTH,
-    ):
-        if adapter is None:
-            if model is None:
-                raise TypeError("ForwardInf needs a model, or an adapter that holds one.")
-            adapter = adapter_for(model, processor)
-        if reduction not in ("sum", "mean"):
-            raise ValueError(f"reduction={reduction!r} must be 'sum' or 'mean'.")
-        self.adapter = adapter
-        self.ascent = ascent or AscentConfig()
-        if measure not in PASSES:
-            raise ValueError(f"measure={measure!r} must be 'rise' or 'shift'.")
-        if units not in (None, "loss", "sensitivity"):
-            raise ValueError(f"units={units!r} must be 'loss' or 'sensitivity'.")
-        self.reduction = reduction
-        self.units = units
-        self.measure = measure
-        self.references = references
-        self.training = training
-        self.cache_dir = None if cache_dir is None else Path(cache_dir)
-        self.max_batch_length = max_batch_length
-        self.tuning: Tuning | None = None
-
-    @property
-    def ascent(self) -> AscentConfig:
-        """How the model is perturbed; what was left open when it was set is filled in by the adapter."""
-        return self._ascent
-
-    @ascent.setter
-    def ascent(self, ascent: AscentConfig) -> None:
-        self._ascent = ascent.completed(self.adapter.default_ascent())
-
-    @property
-    def units(self) -> str:
-        """What scores are told in; what was left open is the adapter's choice where it can be had."""
-        if self._units is None and self.adapter.default_units == "sensitivity":
-            return "sensitivity" if self.references is None and is_known(self) else "loss"
-        return self._units or "loss"
-
-    @units.setter
-    def units(self, units: str | None) -> None:
-        self._units = units
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """What scores depend on beside the model and the data."""
-        own = {"reduction": self.reduction, "measure": self.measure, "hubs": self.references is not None}
-        return {**asdict(self.ascent), **own, "units": self.units}
+    tuning: Tuning | None = None
 
     @classmethod
     def from_pipe(cls, pipe: Any, **options: Any) -> "ForwardInf":
@@ -154,15 +81,6 @@ class ForwardInf:
         if is_diffusion(pipe):
             return cls(adapter=DiffusionAdapter(pipe), **options)
         return cls(pipe.model, pipe.tokenizer or pipe.image_processor, **options)
-
-    def with_options(self, **options: Any) -> "ForwardInf":
-        """Give the same attributor with other options (`ascent`, `reduction`, `references`, ...)."""
-        other = copy.copy(self)
-        for option, value in options.items():
-            if not hasattr(self, option):
-                raise AttributeError(f"ForwardInf has no option {option!r}.")
-            setattr(other, option, value)
-        return other
 
     def tune(self, candidates: Dataset, **options: Any) -> "ForwardInf":
         """Give the same attributor with the settings that self-retrieval finds best; see [`tuning.tune`]."""
@@ -242,7 +160,7 @@ class ForwardInf:
         return trace_stream(self, queries, stream, top_k=top_k, **options)
 
     def explain(self, found: Attribution, k: int = 10) -> Attribution:
-        """Tell which tokens of the best candidates the scores come from; see [`terms.explain`]."""
+        """Tell which tokens of the best candidates the scores come from; see [`token_scores.explain`]."""
         return explain(self, found, k)
 
     def self_influence(self, rows: Dataset) -> np.ndarray:
@@ -279,7 +197,7 @@ class ForwardInf:
         Raises:
             ValueError: If steps have no radius, or go through a LoRA.
         """
-        return sensitivity(self, rows, draws)
+        return self.shaken(rows, draws)
 
     def rerank(self, found: Attribution, k: int = 100) -> Attribution:
         """Order the best candidates of each query anew: by the share of what their own step does to them.
@@ -319,59 +237,6 @@ class ForwardInf:
             ValueError: If parameters are perturbed that LoRA can't hold, or the query moves the model nowhere.
         """
         return save_perturbation(self, query, Path(folder), rank)
-
-    def score(
-        self, queries: Dataset, candidates: Dataset, scratch: Path | None = None, first_row: int = 0
-    ) -> np.ndarray:
-        """Algorithm 1: float32 scores, `[queries, candidates]`, without what [`trace`] puts around them.
-
-        What is computed of the candidates is cached in `scratch`, by default where everything is; in messages they are
-        numbered from `first_row`.
-        """
-        if self.measure == "shift" and self.ascent.mode == "symmetric":
-            raise ValueError("measure='shift' has no sign, so mode='symmetric' would cancel it: take mode='ascent'.")
-        d_tst = encode(self.adapter, queries, "queries", self.cache_dir)
-        names = names_for(self.adapter, self.ascent)
-        scores = np.empty((len(queries), len(candidates)), dtype=np.float32)
-        with evaluating(self.adapter.model), np.errstate(invalid="ignore"):
-            loss = self.candidate_pass(candidates, scratch, first_row)
-            training = candidates if self.training is None else self.training
-            direction = direction_for(self.ascent, self.adapter, training, names, self.cache_dir)
-            base = loss.base()  # L(theta, D_i)
-            block = loss.queries_a_pass(names)
-            for start in range(0, len(queries), block):
-                rows = slice(start, min(start + block, len(queries)))
-                # K steps of gradient ascent on the loss of each D_tst: theta -> theta_K.
-                theta_k = Perturbation(self.adapter, d_tst[rows], names, self.ascent, direction)
-                title = f"queries {start + 1}-{rows.stop} of {len(queries)}"
-                scores[rows] = loss(theta_k, title) - base  # L(theta_K, D_i) - L(theta, D_i)
-                if self.ascent.mode == "symmetric":  # as far to the other side, so that what is even in it cancels
-                    scores[rows] = (scores[rows] - (loss(Mirrored(theta_k), title) - base)) / 2
-        if self.ascent.mode == "descent" and self.measure == "rise":
-            scores = -scores  # unlearning raises a proponent's loss, learning lowers it
-        if self.reduction == "mean":
-            scores /= loss.terms
-        scores[~np.isfinite(scores)] = np.nan
-        return scores
-
-    def candidate_pass(self, candidates: Dataset, scratch: Path | None = None, first_row: int = 0) -> LossPass:
-        """Give what measures the candidates under one model after another; as in [`score`]."""
-        return PASSES[self.measure](
-            self.adapter, candidates, cache_dir=scratch or self.cache_dir,
-            max_batch_length=self.max_batch_length, first_row=first_row,
-        )  # fmt: skip
-
-    def in_units(
-        self, scores: np.ndarray, candidates: Dataset, scratch: Path | None = None, first_row: int = 0
-    ) -> np.ndarray:
-        """Tell what [`score`] gives in the attributor's units."""
-        if self.units == "loss":
-            return scores
-        with warnings.catch_warnings():  # rows that can't be read were told of as they were scored
-            warnings.simplefilter("ignore", UserWarning)
-            shaken = sensitivity(self, candidates, DRAWS, scratch, first_row)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return np.where(shaken > 0, scores / shaken, np.nan).astype(np.float32)
 
     def _corrected(self, queries: Dataset, candidates: Dataset) -> np.ndarray:
         scores = self.in_units(self.score(queries, candidates), candidates)

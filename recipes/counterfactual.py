@@ -13,8 +13,9 @@ kept: an interrupted run goes on where it was. `--help` lists all options.
 
 import sys
 
+from experiments.counterfactual import CounterfactualOptions, counterfactual_run
+
 from hf_forward_inf.cli import judge
-from hf_forward_inf.experiments.counterfactual import CounterfactualOptions, counterfactual_run
 
 if __name__ == "__main__":
     sys.exit(judge(counterfactual_run, CounterfactualOptions))

@@ -13,7 +13,9 @@ With no option a tiny model learns to draw handwritten digits first. `--help` li
 
 import sys
 
-from hf_forward_inf.cli import draw
+from experiments.diffusion import DrawOptions, draw_run
+
+from hf_forward_inf.cli import with_ascent
 
 if __name__ == "__main__":
-    sys.exit(draw())
+    sys.exit(with_ascent(draw_run, DrawOptions))

@@ -11,8 +11,9 @@ queries added; Forward-INF's scores stand beside. What is trained is kept. `--he
 
 import sys
 
+from experiments.hypothesis import HypothesisOptions, hypothesis_run
+
 from hf_forward_inf.cli import judge
-from hf_forward_inf.experiments.hypothesis import HypothesisOptions, hypothesis_run
 
 if __name__ == "__main__":
     sys.exit(judge(hypothesis_run, HypothesisOptions))

@@ -11,8 +11,9 @@ options.
 
 import sys
 
+from experiments.lds import TruthOptions, lds_run
+
 from hf_forward_inf.cli import judge
-from hf_forward_inf.experiments.truth import TruthOptions, lds_run
 
 if __name__ == "__main__":
     sys.exit(judge(lds_run, TruthOptions))

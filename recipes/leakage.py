@@ -12,7 +12,7 @@ judged, beside TracIn, influence functions and representations. `--help` lists a
 import sys
 
 from hf_forward_inf.cli import judge
-from hf_forward_inf.experiments.leakage import LeakageOptions, leakage_run
+from hf_forward_inf.commands.leakage import LeakageOptions, leakage_run
 
 if __name__ == "__main__":
     sys.exit(judge(leakage_run, LeakageOptions))

@@ -9,8 +9,9 @@ options.
 
 import sys
 
+from experiments.memorization import MemorizationOptions, memorization_run
+
 from hf_forward_inf.cli import judge
-from hf_forward_inf.experiments.memorization import MemorizationOptions, memorization_run
 
 if __name__ == "__main__":
     sys.exit(judge(memorization_run, MemorizationOptions))

@@ -13,7 +13,7 @@ those of the training among them: what is found depends on it more than on the m
 import sys
 
 from hf_forward_inf.cli import judge
-from hf_forward_inf.experiments.mislabel import MislabelOptions, mislabel_run
+from hf_forward_inf.commands.mislabel import MislabelOptions, mislabel_run
 
 if __name__ == "__main__":
     sys.exit(judge(mislabel_run, MislabelOptions))

@@ -24,7 +24,7 @@ from diffusers import (
 from PIL import Image as Pillow
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from hf_forward_inf.experiments.tiny_models import train_tokenizer
+from hf_forward_inf.toys.tiny_models import train_tokenizer
 
 SMALL = {"layers_per_block": 1, "block_out_channels": (8, 16), "norm_num_groups": 4}
 

@@ -13,7 +13,7 @@ from peer_runs.task import IGNORED, Task, logits_of, losses, plain_batches, plai
 from peer_tasks import _causal_row, train_llama, write_task
 
 from hf_forward_inf.adapters import Seq2SeqAdapter
-from hf_forward_inf.datasets import proponents
+from hf_forward_inf.data import proponents
 
 
 @pytest.fixture

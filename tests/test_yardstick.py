@@ -4,7 +4,7 @@ import pytest
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from hf_forward_inf import AscentConfig, ForwardInf
-from hf_forward_inf.datasets import load_rows, proponents
+from hf_forward_inf.data import load_rows, proponents
 
 
 @pytest.fixture(scope="module")

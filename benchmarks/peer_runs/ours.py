@@ -9,8 +9,8 @@ from transformers import AutoTokenizer
 
 from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf.baselines import BM25, InfluenceFunctions, TracIn, TrackStar
-from hf_forward_inf.processes import progress_bars
-from hf_forward_inf.texts import SENTINEL, fill_in, without_sentinels
+from hf_forward_inf.utils.processes import progress_bars
+from hf_forward_inf.utils.rows import SENTINEL, fill_in, without_sentinels
 from peer_runs.measure import main
 from peer_runs.task import Rows, Task
 

@@ -14,8 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from typing_extensions import Self
 
 from hf_forward_inf.adapters.base import Adapter, Batch, Forward, Rows
-from hf_forward_inf.adapters.blocks import Blocks
-from hf_forward_inf.adapters.text import (
+from hf_forward_inf.adapters.language import (
     IGNORED,
     check_language_model,
     input_of,
@@ -25,8 +24,9 @@ from hf_forward_inf.adapters.text import (
     preferred_ascent,
     tokenizer_state,
 )
-from hf_forward_inf.fingerprints import fingerprint
-from hf_forward_inf.lora import peft_parameters
+from hf_forward_inf.adapters.split_model import Blocks
+from hf_forward_inf.utils.fingerprints import fingerprint
+from hf_forward_inf.utils.models import peft_parameters
 
 SPAN = "span"
 """Column that names a part of the completion."""
@@ -240,7 +240,7 @@ class CausalLMAdapter(Adapter):
         return peft_parameters(self.model) or ["all"]
 
     def default_ascent(self) -> dict[str, Any]:
-        """Corrected by curvature, if the model is of a size that allows it ([`text.preferred_ascent`])."""
+        """Corrected by curvature, if the model is of a size that allows it ([`language.preferred_ascent`])."""
         return preferred_ascent(self.model)
 
     def prefix_parameters(self) -> Set[str]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from hf_forward_inf.adapters.base import Adapter, Batch, Forward, Rows
-from hf_forward_inf.adapters.encoders import (
+from hf_forward_inf.adapters.diffusion_inputs import (
     ENCODERS,
     as_arguments,
     conditions,
@@ -28,11 +28,11 @@ from hf_forward_inf.adapters.encoders import (
     too_long,
     values_of,
 )
-from hf_forward_inf.adapters.noising import draw, noising_for
-from hf_forward_inf.checks import listed
-from hf_forward_inf.fingerprints import fingerprint
-from hf_forward_inf.lora import is_quantised, peft_parameters
-from hf_forward_inf.pictures import PIXELS_A_TOKEN, images_of, undecoded
+from hf_forward_inf.adapters.diffusion_noise import draw, noising_for
+from hf_forward_inf.utils.fingerprints import fingerprint
+from hf_forward_inf.utils.images import PIXELS_A_TOKEN, images_of, undecoded
+from hf_forward_inf.utils.models import is_quantised, peft_parameters
+from hf_forward_inf.utils.validation import listed
 
 ENCODED_TOGETHER = 16
 """Rows that go through the VAE and the text encoder at once."""
@@ -53,7 +53,7 @@ class DiffusionAdapter(Adapter):
     latent pixels, its terms. Times and noise belong to the row: they come from `seed`, image and caption, so they are
     the same for every model, every query, any number of processes and after a resume. Guidance has no part in it.
 
-    A row whose image can't be read (corrupt, missing, an address, larger than [`pictures.MAX_PIXELS`]) is named, has
+    A row whose image can't be read (corrupt, missing, an address, larger than [`images.MAX_PIXELS`]) is named, has
     no score, and the run goes on. In a list with others an image is left out.
 
     The weights are the pipeline's own: what draws is what is traced. A pipeline that a trainer of diffusers has saved

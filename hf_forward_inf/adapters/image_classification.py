@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from hf_forward_inf.adapters.base import Batch, Forward, Rows
-from hf_forward_inf.adapters.blocks import Blocks
+from hf_forward_inf.adapters.split_model import Blocks
 from hf_forward_inf.adapters.tensors import TensorAdapter
-from hf_forward_inf.fingerprints import fingerprint
-from hf_forward_inf.lora import peft_parameters
-from hf_forward_inf.pictures import PIXELS_A_TOKEN, UnreadableImage, in_channels, planes, read_image, undecoded
+from hf_forward_inf.utils.fingerprints import fingerprint
+from hf_forward_inf.utils.images import PIXELS_A_TOKEN, UnreadableImage, in_channels, planes, read_image, undecoded
+from hf_forward_inf.utils.models import peft_parameters
 
 
 class ImageClassificationAdapter(TensorAdapter):

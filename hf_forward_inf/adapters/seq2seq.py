@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from hf_forward_inf.adapters.base import Adapter, Batch, Forward, Rows
-from hf_forward_inf.adapters.text import (
+from hf_forward_inf.adapters.language import (
     IGNORED,
     check_language_model,
     input_of,
@@ -22,8 +22,8 @@ from hf_forward_inf.adapters.text import (
     preferred_ascent,
     tokenizer_state,
 )
-from hf_forward_inf.fingerprints import fingerprint
-from hf_forward_inf.lora import peft_parameters
+from hf_forward_inf.utils.fingerprints import fingerprint
+from hf_forward_inf.utils.models import peft_parameters
 
 
 class Seq2SeqAdapter(Adapter):
@@ -146,7 +146,7 @@ class Seq2SeqAdapter(Adapter):
         return {id(parameter) for parameter in self.model.get_encoder().parameters()}
 
     def default_ascent(self) -> dict[str, Any]:
-        """Corrected by curvature, if the model is of a size that allows it ([`text.preferred_ascent`])."""
+        """Corrected by curvature, if the model is of a size that allows it ([`language.preferred_ascent`])."""
         return preferred_ascent(self.model)
 
     def prefix_parameters(self) -> Set[str]:

@@ -16,9 +16,9 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from hf_forward_inf.adapters.base import Adapter, Batch, Forward, Rows
-from hf_forward_inf.checks import listed
-from hf_forward_inf.fingerprints import fingerprint
-from hf_forward_inf.modes import evaluating
+from hf_forward_inf.utils.fingerprints import fingerprint
+from hf_forward_inf.utils.models import evaluating
+from hf_forward_inf.utils.validation import listed
 
 
 class TensorAdapter(Adapter):

@@ -9,8 +9,8 @@ from datasets import Dataset
 from rank_bm25 import BM25Plus
 
 from hf_forward_inf.attribution import Attribution
-from hf_forward_inf.checks import check_rows
-from hf_forward_inf.texts import LAYOUTS, fill_in, text_and_target, text_columns
+from hf_forward_inf.utils.rows import LAYOUTS, fill_in, text_and_target, text_columns
+from hf_forward_inf.utils.validation import check_rows
 
 
 @dataclass

@@ -8,11 +8,11 @@ import numpy as np
 from datasets import Dataset
 from torch import nn
 
-from hf_forward_inf.ascent import AscentConfig
+from hf_forward_inf.ascent.config import AscentConfig
 from hf_forward_inf.baselines.gradients import Directions, GradientBaseline, corrected
-from hf_forward_inf.directions import direction_for
-from hf_forward_inf.example_gradients import ExampleGradients
-from hf_forward_inf.fingerprints import fingerprint
+from hf_forward_inf.curvature.directions import direction_for
+from hf_forward_inf.curvature.example_gradients import ExampleGradients
+from hf_forward_inf.utils.fingerprints import fingerprint
 
 
 class FirstOrder(GradientBaseline):

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from hf_forward_inf.adapters import Adapter, adapter_for
 from hf_forward_inf.adapters.base import Batch, Rows
-from hf_forward_inf.ascent import Correction, to_device
+from hf_forward_inf.ascent.parameters import perturbed_names
+from hf_forward_inf.ascent.steps import Correction
 from hf_forward_inf.attribution import Attribution
-from hf_forward_inf.candidate_pass import MAX_BATCH_LENGTH, CandidatePass, encode
-from hf_forward_inf.example_gradients import ExampleGradients
-from hf_forward_inf.factors import Laid, Parts
-from hf_forward_inf.fingerprints import fingerprint
-from hf_forward_inf.modes import evaluating
-from hf_forward_inf.modules import perturbed_names
+from hf_forward_inf.curvature.example_gradients import ExampleGradients
+from hf_forward_inf.curvature.outer_products import Laid, Parts
+from hf_forward_inf.passes.candidate_pass import MAX_BATCH_LENGTH, CandidatePass, encode
+from hf_forward_inf.utils.fingerprints import fingerprint
+from hf_forward_inf.utils.models import evaluating, to_device
 
 Directions: TypeAlias = dict[str, Tensor]
 """A direction in parameter space for each query, by parameter: `[queries, numel]`."""

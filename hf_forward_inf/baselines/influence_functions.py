@@ -7,12 +7,14 @@ import numpy as np
 from datasets import Dataset
 from torch import nn
 
-from hf_forward_inf.ascent import Correction, to_device
+from hf_forward_inf.ascent.steps import Correction
 from hf_forward_inf.baselines.gradients import Directions, GradientBaseline, corrected, cosines
-from hf_forward_inf.curvature import GaussNewton, Product, conjugate_gradients, hessian_product, lissa
-from hf_forward_inf.example_gradients import ExampleGradients
-from hf_forward_inf.fingerprints import fingerprint
-from hf_forward_inf.sample import Sample
+from hf_forward_inf.curvature.example_gradients import ExampleGradients
+from hf_forward_inf.curvature.gauss_newton import GaussNewton, hessian_product
+from hf_forward_inf.curvature.sample import Sample
+from hf_forward_inf.curvature.solvers import Product, conjugate_gradients, lissa
+from hf_forward_inf.utils.fingerprints import fingerprint
+from hf_forward_inf.utils.models import to_device
 
 
 class InfluenceFunctions(GradientBaseline):

@@ -7,7 +7,7 @@ from datasets import Dataset
 
 from hf_forward_inf.adapters import DiffusionAdapter
 from hf_forward_inf.attribution import Attribution
-from hf_forward_inf.candidate_pass import encode
+from hf_forward_inf.passes.candidate_pass import encode
 
 
 class PixelDistance:

@@ -9,10 +9,9 @@ from torch import nn
 
 from hf_forward_inf.adapters import Adapter, adapter_for
 from hf_forward_inf.adapters.base import Batch
-from hf_forward_inf.ascent import to_device
 from hf_forward_inf.attribution import Attribution
-from hf_forward_inf.candidate_pass import MAX_BATCH_LENGTH, CandidatePass
-from hf_forward_inf.modes import evaluating
+from hf_forward_inf.passes.candidate_pass import MAX_BATCH_LENGTH, CandidatePass
+from hf_forward_inf.utils.models import evaluating, to_device
 
 
 class RepresentationSimilarity:

@@ -8,12 +8,12 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
+from hf_forward_inf.ascent.parameters import perturbed_names
 from hf_forward_inf.baselines.gradients import GradientBaseline, Transform, cosines
-from hf_forward_inf.fingerprints import fingerprint
-from hf_forward_inf.modes import evaluating
-from hf_forward_inf.modules import perturbed_names
-from hf_forward_inf.sample import Sample
-from hf_forward_inf.second_moments import estimated_second_moments, optimizer_file, read_second_moments
+from hf_forward_inf.curvature.sample import Sample
+from hf_forward_inf.curvature.second_moments import estimated_second_moments, optimizer_file, read_second_moments
+from hf_forward_inf.utils.fingerprints import fingerprint
+from hf_forward_inf.utils.models import evaluating
 
 
 class TrackStar(GradientBaseline):

@@ -2,15 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+from datasets import Dataset
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.report.gallery import heatmap, pictures_of
-from hf_forward_inf.texts import LAYOUTS, SENTINEL, text_and_target, text_columns, without_sentinels
+from hf_forward_inf.utils.rows import LAYOUTS, SENTINEL, text_and_target, text_columns, without_sentinels
 
 SHOWN = 10
 """Candidates shown for each query."""
@@ -22,9 +22,42 @@ BUDGET_CAPTION = (
 )
 
 
+class Ranked(Protocol):
+    """What is shown of an attribution."""
+
+    @property
+    def queries(self) -> Dataset:
+        """The queries, row for row."""
+        ...
+
+    @property
+    def candidates(self) -> Dataset:
+        """The candidates, row for row."""
+        ...
+
+    @property
+    def method(self) -> str:
+        """The attributor's name."""
+        ...
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The options that made the scores."""
+        ...
+
+    @property
+    def details(self) -> Dataset | None:
+        """Token by token, for some pairs."""
+        ...
+
+    def top(self, query: int, k: int = 10) -> Dataset:
+        """Give the best candidates of one query."""
+        ...
+
+
 def write_report(
     path: str | Path,
-    attribution: Attribution,
+    attribution: Ranked,
     *,
     proponents: Sequence[Sequence[int]] | None = None,
     metrics: Mapping[str, Mapping[str, float]] | None = None,
@@ -46,7 +79,7 @@ def write_report(
         plot (`str`, *optional*): An SVG of our own making ([`plots.budget_plot`]), shown below the table.
         plot_caption (`str`, *optional*): Stands below it. Defaults to that of [`plots.budget_plot`].
         title (`str`, *optional*): Heads the page. Defaults to a question about what the model said or drew.
-        columns (`tuple[str, ...]`, *optional*): Columns of input and target texts. Found by [`texts.text_columns`].
+        columns (`tuple[str, ...]`, *optional*): Columns of input and target texts. Found by [`rows.text_columns`].
         k (`int`, defaults to 10): Candidates shown for each query.
     """
     columns = columns or text_columns(attribution.queries.column_names) or LAYOUTS[0]

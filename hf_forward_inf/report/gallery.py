@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_forward_inf.pictures import UnreadableImage, data_uri, images_of, png_uri
+from hf_forward_inf.utils.images import UnreadableImage, data_uri, images_of, png_uri
 
 DARKEST = 200
 """Opacity, of 255, of the place whose loss rises most."""

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from hf_forward_inf.pictures import in_channels, read_image
 from hf_forward_inf.report.plots import as_svg, figure_class
+from hf_forward_inf.utils.images import in_channels, read_image
 
 KINDS = {"others": ("0.75", 8), "proponents": ("C0", 22), "query": ("C3", 60)}
 """What a point stands for: its colour and size."""

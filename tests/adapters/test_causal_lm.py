@@ -10,8 +10,8 @@ from transformers import BertConfig, BertForMaskedLM, GPT2LMHeadModel
 
 from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf.adapters import CausalLMAdapter, adapter_for
+from hf_forward_inf.ascent.parameters import perturbed_names
 from hf_forward_inf.baselines import InfluenceFunctions, RepresentationSimilarity, TracIn, TrackStar
-from hf_forward_inf.modules import perturbed_names
 from tests.causal import LAYOUTS, questions, train_tokens, untrained
 from tests.line import assert_same_state, state
 

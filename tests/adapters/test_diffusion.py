@@ -11,10 +11,11 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 
 from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf.adapters import DiffusionAdapter
-from hf_forward_inf.adapters.noising import Flow, draw
-from hf_forward_inf.ascent import Perturbation, names_for
-from hf_forward_inf.candidate_pass import encode
-from hf_forward_inf.loss_pass import LossPass
+from hf_forward_inf.adapters.diffusion_noise import Flow, draw
+from hf_forward_inf.ascent.parameters import names_for
+from hf_forward_inf.ascent.steps import Perturbation
+from hf_forward_inf.passes.candidate_pass import encode
+from hf_forward_inf.passes.loss_pass import LossPass
 from tests.drawing import counted, rows, square, stable_diffusion, stable_diffusion_3, unconditional
 from tests.line import assert_same_state, state
 

@@ -10,9 +10,9 @@ from PIL import Image as Pillow
 
 from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf.adapters import DiffusionAdapter
-from hf_forward_inf.adapters.encoders import values_of
+from hf_forward_inf.adapters.diffusion_inputs import values_of
 from hf_forward_inf.baselines.pixels import PixelDistance
-from hf_forward_inf.loss_pass import LossPass
+from hf_forward_inf.passes.loss_pass import LossPass
 from tests.drawing import rows, square, stable_diffusion
 from tests.shards import encoded
 

@@ -8,8 +8,8 @@ from diffusers.training_utils import EMAModel
 
 from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf.adapters import DiffusionAdapter
-from hf_forward_inf.candidate_pass import encode
-from hf_forward_inf.loss_pass import LossPass
+from hf_forward_inf.passes.candidate_pass import encode
+from hf_forward_inf.passes.loss_pass import LossPass
 from tests.drawing import classes, rows, stable_diffusion, stable_diffusion_3, stable_diffusion_xl, unconditional
 from tests.line import assert_same_state, state
 

@@ -11,9 +11,9 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf.adapters import ImageClassificationAdapter, TensorAdapter, adapter_for
 from hf_forward_inf.adapters.tensors import cross_entropies, margins_of
-from hf_forward_inf.datasets.images import load_images
-from hf_forward_inf.experiments.classifiers import Training, train, untrained
-from hf_forward_inf.experiments.networks import ResNet
+from hf_forward_inf.data.images import load_images
+from hf_forward_inf.toys.classifiers import Training, train, untrained
+from hf_forward_inf.toys.networks import ResNet
 from tests.line import assert_same_state, state
 
 

@@ -7,7 +7,7 @@ from diffusers import DiffusionPipeline
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from hf_forward_inf import AscentConfig, ForwardInf
-from hf_forward_inf.adapters.encoders import denoiser_of
+from hf_forward_inf.adapters.diffusion_inputs import denoiser_of
 from tests.drawing import (
     classes,
     counted,

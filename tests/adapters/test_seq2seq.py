@@ -3,7 +3,7 @@ import torch
 from transformers import BartConfig, BartForConditionalGeneration, BertConfig, BertForMaskedLM
 
 from hf_forward_inf.adapters import Seq2SeqAdapter, adapter_for
-from hf_forward_inf.modules import perturbed_names
+from hf_forward_inf.ascent.parameters import perturbed_names
 
 
 @pytest.fixture

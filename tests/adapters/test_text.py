@@ -1,7 +1,7 @@
 from hf_forward_inf import AscentConfig, ForwardInf
-from hf_forward_inf.adapters import text
-from hf_forward_inf.adapters.text import tokenizer_state
-from hf_forward_inf.experiments.tiny_models import train_tokenizer
+from hf_forward_inf.adapters import language as text
+from hf_forward_inf.adapters.language import tokenizer_state
+from hf_forward_inf.toys.tiny_models import train_tokenizer
 
 
 def test_a_tokenizers_state_is_the_same_after_its_use():

@@ -1,0 +1,1 @@
+"""Step 2 of the algorithm: a copy of the model is moved up the loss of a query."""

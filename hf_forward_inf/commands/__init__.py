@@ -1,0 +1,1 @@
+"""What the console command runs: whole runs, from data to a report."""

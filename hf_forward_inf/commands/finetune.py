@@ -1,0 +1,250 @@
+"""A whole run on a causal model: fine-tune it, trace what it says, fine-tune it again without what was found."""
+
+import copy
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+from hf_forward_inf.adapters import CausalLMAdapter
+from hf_forward_inf.ascent.config import AscentConfig
+from hf_forward_inf.commands.outputs import about, check_output, write_outputs
+from hf_forward_inf.commands.trace_source import load_model
+from hf_forward_inf.data import load_rows, proponents
+from hf_forward_inf.data.questions import builtin_questions
+from hf_forward_inf.evaluation import cost
+from hf_forward_inf.evaluation.comparison import attributors
+from hf_forward_inf.evaluation.tables import as_text, compare, flat
+from hf_forward_inf.evaluation.task import Task, has_facts
+from hf_forward_inf.forward_inf import ForwardInf
+from hf_forward_inf.passes.candidate_pass import encode
+from hf_forward_inf.toys.tiny_models import train_tokenizer
+from hf_forward_inf.utils.fingerprints import fingerprint, fingerprint_of_model
+from hf_forward_inf.utils.processes import process_state, say
+from hf_forward_inf.utils.rows import sample_rows
+from hf_forward_inf.utils.storage import default_cache_dir, keep_folder
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "max_position_embeddings": 128,
+}  # fmt: skip
+"""Sizes of the tiny Llama."""
+RATES = {"whole": 2e-3, "model": 5e-5, "lora": 1e-2}
+"""Learning rates: of a tiny model from the start, of a model that is given, and of LoRA weights."""
+BESIDE = ("tracin_cosine", "trackstar", "bm25", "bm25_without_answer")
+"""Attributors shown beside."""
+
+
+@dataclass
+class FinetuneOptions:
+    """What to fine-tune and trace, and where the results go.
+
+    With none of `model`, `dataset` and `queries`, a tiny Llama is trained on questions about built-in facts, some of
+    them answered wrongly on purpose.
+    """
+
+    output: str = field(default="outputs/finetune", metadata={"help": "Folder for metrics, attribution and report."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace a finished run in the output folder."})
+    model: str | None = field(default=None, metadata={"help": "Causal model to fine-tune: hub name or local folder."})
+    dataset: str | None = field(
+        default=None,
+        metadata={"help": "Training examples as TRL takes them: hub name[:config], folder, parquet, JSON or CSV."},
+    )
+    queries: str | None = field(default=None, metadata={"help": "Prompts to trace the answers of, as --dataset."})
+    lora: bool = field(default=False, metadata={"help": "Fine-tune by LoRA; ascent is on its weights."})
+    epochs: int = field(default=20, metadata={"help": "Epochs of fine-tuning."})
+    training_rate: float | None = field(
+        default=None, metadata={"help": "Peak of its learning rate (default: by what is trained)."}
+    )
+    batch_size: int = field(default=16, metadata={"help": "Rows in a training step."})
+    removed: int = field(
+        default=5, metadata={"help": "Best candidates of each wrong answer taken away before training again; 0: none."}
+    )
+    tune: bool = field(
+        default=False, metadata={"help": "Choose the radius by self-retrieval, without labels, instead of --radius."}
+    )
+    top_k: int = field(default=100, metadata={"help": "Candidates of each query kept in the attribution."})
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("model", "dataset", "queries") if getattr(self, name)]
+        if given and len(given) < 3:
+            raise ValueError(f"--{given[0]} is given: give --model, --dataset and --queries together.")
+        for name, least in {"epochs": 1, "batch_size": 1, "top_k": 1, "removed": 0}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name} must be at least {least}, not {getattr(self, name)}.")
+
+
+class Finetuning:
+    """Trains a model on rows, or loads it if that was done before.
+
+    Args:
+        options (`FinetuneOptions`): Base model, LoRA, epochs.
+        rows (`datasets.Dataset`): All training examples.
+        seed (`int`): Order of batches and initial weights.
+    """
+
+    def __init__(self, options: FinetuneOptions, rows: Dataset, seed: int):
+        self.options, self.seed = options, seed
+        if options.model:
+            self.base, self.tokenizer = load_model(options.model)
+        else:
+            self.tokenizer = train_tokenizer([*rows["prompt"], *rows["completion"]], 4096)
+            self.base = _tiny_llama(len(self.tokenizer), seed)
+            if options.lora:  # LoRA needs a model that knows something
+                self.base = self._trained(self.base, rows.filter(lambda row: not row["planted"]), RATES["whole"])
+        self.adapter = CausalLMAdapter(self.base, self.tokenizer)
+
+    def __call__(self, rows: Dataset) -> CausalLMAdapter:
+        """Fine-tune the base model on some rows."""
+        rate = self.options.training_rate
+        if self.options.lora:
+            try:
+                from peft import LoraConfig, get_peft_model
+            except ImportError as error:
+                raise ImportError("--lora needs the extra `peft`: pip install 'hf-forward-inf[peft]'.") from error
+            with torch.random.fork_rng():
+                torch.manual_seed(self.seed)
+                lora = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=16, target_modules="all-linear")
+                model = get_peft_model(copy.deepcopy(self.base), lora)
+            return self.adapter.with_model(self._trained(model, rows, rate or RATES["lora"]))
+        rate = rate or RATES["model" if self.options.model else "whole"]
+        return self.adapter.with_model(self._trained(copy.deepcopy(self.base), rows, rate))
+
+    def _trained(self, model: Any, rows: Dataset, rate: float) -> Any:
+        """Train by transformers' Trainer; weights are kept under a fingerprint of all that they depend on."""
+        adapter = CausalLMAdapter(model, self.tokenizer)
+        options, state = self.options, process_state()
+        encoded = encode(adapter, rows, "candidates")
+        recipe = (options.epochs, options.batch_size, rate, self.seed)
+        key = fingerprint(fingerprint_of_model(model), adapter.settings, encoded._fingerprint, recipe)
+        folder = default_cache_dir() / "models" / key
+        if not folder.exists():
+            with tempfile.TemporaryDirectory() as scratch:
+                Trainer(
+                    model,
+                    TrainingArguments(
+                        scratch, num_train_epochs=options.epochs, learning_rate=rate,
+                        per_device_train_batch_size=options.batch_size, lr_scheduler_type="cosine", warmup_steps=0.05,
+                        weight_decay=0.01, save_strategy="no", logging_strategy="no", report_to=[], seed=self.seed,
+                        use_cpu=state.device.type == "cpu", dataloader_pin_memory=False, remove_unused_columns=False,
+                    ),
+                    train_dataset=encoded,
+                    data_collator=lambda rows: adapter.collate({key: [row[key] for row in rows] for key in rows[0]}),
+                ).train()  # fmt: skip
+            if state.is_main_process:
+                keep_folder(folder, lambda part: [one.save_pretrained(part) for one in (model, self.tokenizer)])
+            state.wait_for_everyone()
+        return _loaded(model, folder).to(state.device).eval()
+
+
+def _loaded(model: Any, folder: Path) -> Any:
+    """Load trained weights, of a PEFT model into the base that it was made of."""
+    if not hasattr(model, "peft_config"):
+        return type(model).from_pretrained(folder)
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model.unload(), str(folder))
+
+
+def _tiny_llama(vocabulary: int, seed: int) -> Any:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        special: dict[str, Any] = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
+        model: Any = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **special, **SIZES))
+        return model.to(process_state().device)
+
+
+def finetune_run(options: FinetuneOptions, ascent: AscentConfig) -> dict[str, Any]:
+    """Run it all and write `metrics.json`, `attribution/` and `report.html` into the output folder.
+
+    Where it is known which examples are wrong (columns `facts` and `planted`), the answers that repeat a planted one
+    are traced and measured bare, right answers under `right/`; then the best candidates of the wrong answers are
+    taken away, and `wrong_gone` is the share of them that the model no longer gives after training again,
+    `random/wrong_gone` the same after taking away as many random rows.
+
+    Raises:
+        FileExistsError: If the folder holds a finished run and `overwrite` is not set.
+        OSError: If the folder can't be written to. Both before anything is computed.
+        ValueError: If no answer repeats what it was taught.
+    """
+    started = time.perf_counter()
+    folder = check_output(options.output, options.overwrite)
+    train, queries = _data(options)
+    finetuning = Finetuning(options, train, ascent.seed)
+    adapter = finetuning(train)
+    task, figures = _task(adapter, train, queries)
+    tracer = ForwardInf(adapter=adapter, ascent=ascent)
+    if options.tune:
+        tracer = tracer.tune(train)
+        say(f"Self-retrieval among the training examples (* is used):\n{tracer.tuning}")
+    found = {"forward_inf": tracer.trace(task.queries, train)}
+    others = attributors(tracer, train)
+    if task.proponents is not None:
+        found |= {name: others[name].trace(task.queries, train) for name in BESIDE}
+    table = compare(found, task)
+    metrics: dict[str, Any] = {**figures, "queries": len(task.queries), "candidates": len(train)}
+    metrics |= flat(table)
+    if table:
+        say(as_text(table, {}))
+    if task.proponents is not None and options.removed:
+        metrics |= _without(finetuning, train, task, found["forward_inf"].ranking, options.removed)
+    metrics |= cost.measure(tracer, task.queries, train)
+    metrics |= {"seconds": time.perf_counter() - started, **about(options, tracer)}
+    kept = tracer.explain(found["forward_inf"].keep(options.top_k))
+    write_outputs(folder, kept, metrics, table, task.proponents, "")
+    say(f"Written: {folder}")
+    return metrics
+
+
+def _data(options: FinetuneOptions) -> tuple[Dataset, Dataset]:
+    if options.model:
+        say(f"Fine-tuning {options.model} on {options.dataset}, tracing its answers to {options.queries}.")
+        return load_rows(str(options.dataset), "abstracts"), load_rows(str(options.queries), "queries")
+    say("A tiny Llama learns built-in facts, some of them wrong; --model, --dataset, --queries for yours.")
+    corpus = builtin_questions()
+    return corpus["train"], corpus["queries"]
+
+
+def _task(adapter: CausalLMAdapter, train: Dataset, queries: Dataset) -> tuple[Task, dict[str, float]]:
+    """Let the model answer; of planted and right answers, those that it gives are traced, else whatever it says."""
+    answers = adapter.answer(queries[:])
+    if "planted" not in queries.column_names or not has_facts(queries, train):
+        said = queries.remove_columns([n for n in ("completion",) if n in queries.column_names])
+        return Task(said.add_column("completion", answers), train, None, {"": list(range(len(queries)))}), {}
+    given = np.array([a.strip() == t.strip() for a, t in zip(answers, queries["completion"], strict=True)])
+    planted = np.array(queries["planted"], dtype=bool)
+    figures = {"wrong_answers": float(given[planted].mean()), "right_answers": float(given[~planted].mean())}
+    say(f"The model repeats {given[planted].sum()} of {planted.sum()} planted answers, and {given[~planted].sum()} of "
+        f"{(~planted).sum()} right ones.")  # fmt: skip
+    if not given[planted].any():
+        raise ValueError("The model repeats none of the planted answers: train it for more epochs (--epochs).")
+    wrong, right = (np.flatnonzero(given & kind) for kind in (planted, ~planted))
+    asked = queries.select([*wrong, *right])
+    groups = {"": list(range(len(wrong)))}
+    if len(right):
+        groups["right"] = list(range(len(wrong), len(asked)))
+    return Task(asked, train, proponents(asked, train), groups), figures
+
+
+def _without(finetuning: Finetuning, train: Dataset, task: Task, ranking: Any, count: int) -> dict[str, float]:
+    """Train again without the best candidates of the wrong answers, and without as many random rows."""
+    wrong = task.queries.select(task.groups[""])
+    found = sorted({int(row) for i in task.groups[""] for row in ranking(i)[:count]})
+    drawn = sample_rows(Dataset.from_dict({"row": list(range(len(train)))}), len(found), finetuning.seed)["row"]
+    figures: dict[str, float] = {"removed": len(found)}
+    for name, rows in {"": found, "random/": drawn}.items():
+        say(f"Training again without {len(rows)} {'random rows' if name else 'found rows'} ...")
+        adapter = finetuning(train.select(sorted(set(range(len(train))) - set(rows))))
+        now = np.array([answer.strip() for answer in adapter.answer(wrong[:])])
+        planted, right = (np.array([text.strip() for text in wrong[column]]) for column in ("completion", "right"))
+        figures[f"{name}wrong_gone"] = float(np.mean(now != planted))
+        figures[f"{name}wrong_righted"] = float(np.mean(now == right))
+    say(f"Wrong answers gone: {figures['wrong_gone']:.0%}, now right: {figures['wrong_righted']:.0%}; without random "
+        f"rows {figures['random/wrong_gone']:.0%} and {figures['random/wrong_righted']:.0%}.")  # fmt: skip
+    return figures

@@ -1,0 +1,205 @@
+"""A whole run over pictures too many for the disk: what a pipeline drew, traced to a stream of captioned pictures."""
+
+import shutil
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, IterableDataset, load_from_disk
+
+from hf_forward_inf.adapters import DiffusionAdapter
+from hf_forward_inf.ascent.config import AscentConfig
+from hf_forward_inf.attribution import Attribution
+from hf_forward_inf.commands.outputs import about, check_output, write_outputs
+from hf_forward_inf.data import load_captioned
+from hf_forward_inf.data.digits import captioned_digits
+from hf_forward_inf.forward_inf import ForwardInf
+from hf_forward_inf.report import SHOWN
+from hf_forward_inf.toys.drawings import CAPTION, Teaching, as_queries, tiny_drawer
+from hf_forward_inf.tracing.streaming import first_piece
+from hf_forward_inf.utils.fingerprints import fingerprint, fingerprint_of_model
+from hf_forward_inf.utils.images import read_image
+from hf_forward_inf.utils.processes import process_state, say
+from hf_forward_inf.utils.rows import sample_rows
+from hf_forward_inf.utils.storage import keep_folder
+
+UNFINISHED = "unfinished"
+"""Folder, beside the results to be, of what a run has drawn and found so far."""
+
+
+DIGITS = ("a bold handwritten three", "a thin handwritten zero, leaning right", "a handwritten seven")
+"""What the tiny model draws if nobody says."""
+
+
+@dataclass
+class LaionOptions:
+    """What drew, what it drew, and the pictures that are streamed.
+
+    With neither `model` nor `candidates`, a tiny model is trained on handwritten digits and traced over them.
+    """
+
+    output: str = field(default="outputs/laion", metadata={"help": "Folder for metrics, attribution and report."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace a finished run in the output folder."})
+    model: str | None = field(
+        default=None, metadata={"help": "Text-to-image pipeline: hub name or local folder (default: a tiny one)."}
+    )
+    candidates: str | None = field(
+        default=None,
+        metadata={"help": "Captioned pictures: webdataset shards or parquet, a folder or pattern, or a hub name."},
+    )
+    prompt: list[str] = field(default_factory=list, metadata={"help": "Captions; each is drawn, and traced."})
+    images: list[str] = field(
+        default_factory=list, metadata={"help": "Pictures that were drawn already, of the one --prompt."}
+    )
+    num_images: int = field(default=4, metadata={"help": "Pictures drawn of a caption."})
+    references: int = field(
+        default=3,
+        metadata={"help": "Other captions of candidates, drawn too, by which scores are measured; 0 for none."},
+    )
+    image_column: str | None = field(default=None, metadata={"help": "Column of pictures (default: found by name)."})
+    caption_column: str | None = field(default=None, metadata={"help": "Column of captions (default: found by name)."})
+    timesteps: int = field(default=8, metadata={"help": "Times at which a picture's loss is taken."})
+    relative_radius: float | None = field(
+        default=None,
+        metadata={"help": "Length of the step, relative to the norm of what it moves (default: the adapter's)."},
+    )
+    piece: int = field(default=2000, metadata={"help": "Candidates read and traced at once."})
+    top_k: int = field(default=100, metadata={"help": "Candidates of each query that are kept."})
+    heatmaps: bool = field(default=False, metadata={"help": "Show where in a picture the score comes from."})
+
+    def __post_init__(self) -> None:
+        if (self.model is None) != (self.candidates is None):
+            raise ValueError("Give --model and --candidates together: what drew, and what it was trained on.")
+        if self.model and not (self.prompt or self.images):
+            raise ValueError("Give --prompt, which is drawn, or --images that were drawn.")
+        if self.images and len(self.prompt) > 1:
+            raise ValueError(f"--images are of one prompt, not of {len(self.prompt)}: trace them in several runs.")
+        for name in ("num_images", "timesteps", "piece", "top_k", "relative_radius"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"--{name} must be above 0, not {getattr(self, name)}.")
+        if self.references < 0:
+            raise ValueError(f"--references must be 0 or more, not {self.references}.")
+
+
+def laion_run(options: LaionOptions, ascent: AscentConfig) -> dict[str, Any]:
+    """Trace drawings over a stream, and write `metrics.json`, `attribution/` and `report.html` into the output folder.
+
+    Scores tell how a drawing fares beside all drawings, the references included, if there are 3 or more: some
+    candidates are shaken whatever a picture shows. A query costs as much as a reference.
+
+    What was drawn, and the best candidates after each piece, are kept in the output folder until all is done: the same
+    call goes on from there.
+
+    Raises:
+        FileExistsError: If the folder holds a finished run and `overwrite` is not set.
+        OSError: If the folder can't be written to. Both before anything is computed.
+        ValueError: If the pipeline draws without captions, or the folder holds what another run has found so far.
+    """
+    started = time.perf_counter()
+    folder = check_output(options.output, options.overwrite)
+    adapter, stream = _source(options, ascent.seed)
+    if CAPTION not in adapter.columns:
+        raise ValueError(f"{type(adapter.pipe).__name__} draws without captions, and candidates are told by theirs.")
+    first = first_piece(stream, options.piece)
+    asked = options.prompt or ([""] if options.images else list(DIGITS))
+    queries = _queries(adapter, asked, _others(first, asked, options.references, ascent.seed), options, ascent.seed)
+    tracer = ForwardInf(adapter=adapter, ascent=_ascent(options, ascent, adapter))
+    if tracer.ascent.sample is not None:
+        tracer.training = sample_rows(first, tracer.ascent.sample, ascent.seed)
+    say(f"Tracing {len(asked)} drawings, and {len(queries) - len(asked)} of other captions beside ...")
+    found = tracer.trace_stream(
+        queries, stream, top_k=options.top_k, piece=options.piece, standardise=len(queries) >= 3,
+        folder=folder / UNFINISHED,
+    )  # fmt: skip
+    found = _first(found, len(asked))
+    streamed, unscored = found.config["streamed"], found.config["unscored"]
+    say(f"{streamed:,} candidates traced, {unscored:,} of them without a score.")
+    metrics = {
+        "queries": len(asked),
+        "candidates": streamed,
+        "unscored": unscored,
+        "seconds": time.perf_counter() - started,
+        **about(options, tracer),
+    }
+    found = tracer.explain(found, SHOWN) if options.heatmaps else found
+    write_outputs(folder, found, metrics, {}, None, "")
+    if process_state().is_main_process:
+        shutil.rmtree(folder / UNFINISHED)
+    say(f"Written: {folder}")
+    return metrics
+
+
+def _ascent(options: LaionOptions, ascent: AscentConfig, adapter: DiffusionAdapter) -> AscentConfig:
+    """Leave the radius to the adapter if nobody tells it; a direction that is named takes the adapter's too."""
+    preferred = adapter.default_ascent().get("radius") if ascent.direction is not None else None
+    return drawing_ascent(ascent, options.relative_radius or preferred)
+
+
+def _first(found: Attribution, count: int) -> Attribution:
+    """Keep the first queries, and of the candidates those that are among their best."""
+    found = found.select(range(count))
+    assert found.indices is not None
+    rows = np.unique(found.indices)
+    indices = np.searchsorted(rows, found.indices)
+    return replace(found, candidates=found.candidates.select(rows), indices=indices)
+
+
+def _source(options: LaionOptions, seed: int) -> tuple[DiffusionAdapter, IterableDataset]:
+    """Load what draws, or train it, and open the stream."""
+    if options.model is None or options.candidates is None:
+        say("A tiny model learns to draw handwritten digits; --model, --candidates for yours.")
+        digits = captioned_digits()
+        adapter = tiny_drawer(digits, digits, Teaching(), 8, options.timesteps, seed)
+        return adapter, digits.to_iterable_dataset()
+    from diffusers import DiffusionPipeline
+
+    stream = load_captioned(
+        options.candidates, image_column=options.image_column, caption_column=options.caption_column, streaming=True
+    )
+    assert isinstance(stream, IterableDataset)
+    say(f"Tracing what {options.model} draws over {options.candidates}.")
+    device = process_state().device
+    precision = {"torch_dtype": torch.bfloat16} if device.type == "cuda" else {}
+    pipe = DiffusionPipeline.from_pretrained(options.model, **precision).to(device)
+    return DiffusionAdapter(pipe, timesteps=options.timesteps, seed=seed), stream
+
+
+def _others(first: Dataset, asked: list[str], count: int, seed: int) -> list[str]:
+    """Draw captions of candidates that nobody asked for, each once."""
+    captions = dict.fromkeys(caption for caption in first[CAPTION][:] if caption and caption not in asked)
+    return np.random.default_rng(seed).permutation(list(captions))[:count].tolist()
+
+
+def _queries(
+    adapter: DiffusionAdapter, asked: list[str], others: list[str], options: LaionOptions, seed: int
+) -> Dataset:
+    """Let the model draw all captions, once: what is asked for (if it was not drawn before) comes first."""
+    given = [read_image(path) for path in options.images]
+    key = fingerprint(
+        fingerprint_of_model(adapter.model), adapter.settings, asked, others, options.num_images, seed,
+        [image.tobytes() for image in given],
+    )  # fmt: skip
+    folder = Path(options.output) / UNFINISHED / f"drawn-{key}"
+    with process_state().main_process_first():
+        if not folder.exists():
+            keep_folder(folder, _drawn(adapter, asked, others, given, options.num_images, seed).save_to_disk)
+        return load_from_disk(str(folder))
+
+
+def _drawn(
+    adapter: DiffusionAdapter, asked: list[str], others: list[str], given: list[Any], num_images: int, seed: int
+) -> Dataset:
+    captions = others if given else [*asked, *others]
+    say(f"Drawing {len(captions)} captions, {num_images} times each ...")
+    pictures = adapter.answer({CAPTION: captions}, num_images=num_images, seed=seed)
+    return as_queries([*asked, *others], [given, *pictures] if given else pictures)
+
+
+def drawing_ascent(ascent: AscentConfig, relative_radius: float | None) -> AscentConfig:
+    """Tell the radius relative to the norm of the parameters that move, unless none is given or a learning rate is."""
+    if relative_radius is None or ascent.learning_rate is not None:
+        return ascent
+    return replace(ascent, radius=relative_radius, relative=True)

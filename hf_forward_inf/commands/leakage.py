@@ -1,0 +1,262 @@
+"""Training images in the test set, and whether each finds its training copy: the paper's Table 2."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from datasets import Dataset, Features, Image
+
+from hf_forward_inf.adapters import ImageClassificationAdapter
+from hf_forward_inf.ascent.config import AscentConfig
+from hf_forward_inf.attribution import Attribution, Attributor
+from hf_forward_inf.baselines import InfluenceFunctions, RepresentationSimilarity, TracIn
+from hf_forward_inf.commands.image_task import ImageTask, captioned, load_image_task, with_objective
+from hf_forward_inf.commands.outputs import about, check_output, write_outputs
+from hf_forward_inf.data.image_changes import CHANGES, changed
+from hf_forward_inf.evaluation import cost
+from hf_forward_inf.evaluation.tables import as_text, compare, detected, flat
+from hf_forward_inf.evaluation.task import Task
+from hf_forward_inf.forward_inf import ForwardInf
+from hf_forward_inf.scores.metrics import reciprocal_ranks
+from hf_forward_inf.utils.fingerprints import uncached
+from hf_forward_inf.utils.processes import say
+
+Objective: TypeAlias = Literal["cross_entropy", "margin"]
+Measure: TypeAlias = Literal["rise", "shift"]
+
+POOL = 1024
+"""Candidates among which settings are chosen, at most."""
+RADII = (0.003, 0.01, 0.03, 0.1, 0.3)
+"""Lengths of the step that are tried, unless the user names some."""
+LEAST_TUNING = 3
+"""Queries by which settings are chosen at least: scores are standardised over them."""
+MEASURES: dict[str, tuple[Objective, Measure]] = {
+    "shift": ("cross_entropy", "shift"),
+    "cross_entropy": ("cross_entropy", "rise"),
+    "margin": ("margin", "rise"),
+}
+"""What of a candidate is its score, the first preferred: the shift of its prediction, or the rise of its loss (the
+paper's) or of minus its margin."""
+CORRECTIONS = ("reranked", "", "standardised")
+"""What is done to scores, the first preferred: shares of the own step's ([`ForwardInf.rerank`]), nothing, or
+[`corrections.standardised`]."""
+
+
+@dataclass
+class LeakageOptions(ImageTask):
+    """What leaks, how it is changed, and where the results go."""
+
+    output: str = field(default="outputs/leakage", metadata={"help": "Folder for metrics, attribution and report."})
+    queries: int = field(default=64, metadata={"help": "Training images that are put into the test set."})
+    tuning_share: float = field(
+        default=0.2, metadata={"help": "Share of them by which settings are chosen; the others are judged."}
+    )
+    change: list[str] = field(
+        default_factory=lambda: ["none"],
+        metadata={"help": f"What is done to them, the first reported bare: {', '.join(CHANGES)}."},
+    )
+    radii: list[float] = field(default_factory=lambda: list(RADII), metadata={"help": "Lengths of the step to try."})
+    baselines: bool = field(default=True, metadata={"help": "Trace with the baselines too."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for change in self.change:
+            if change not in CHANGES:
+                raise ValueError(f"--change {change} is not known: {', '.join(CHANGES)}.")
+        if not self.change or not self.radii or not all(radius > 0 for radius in self.radii):
+            raise ValueError("--change and --radii need a value each, and radii are above 0.")
+        if not 0 < self.tuning_share < 1:
+            raise ValueError(f"--tuning_share must be between 0 and 1, not {self.tuning_share}.")
+        if not LEAST_TUNING <= self.tuning <= self.queries - LEAST_TUNING:
+            raise ValueError(
+                f"{self.queries} queries and --tuning_share {self.tuning_share} leave {self.tuning} to choose "
+                f"settings by and {self.queries - self.tuning} to judge: each takes {LEAST_TUNING} or more."
+            )
+
+    @property
+    def tuning(self) -> int:
+        """Leaked images by which settings are chosen."""
+        return round(self.tuning_share * self.queries)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Settings of Forward-INF: what is measured, after how long a step, and how scores are corrected.
+
+    Args:
+        tracer (`ForwardInf`): With its adapter and radius.
+        measured (`str`): Of [`MEASURES`].
+        correction (`str`): Of [`CORRECTIONS`].
+    """
+
+    tracer: ForwardInf
+    measured: str
+    correction: str
+    name = "forward_inf"
+
+    def trace(self, queries: Dataset, candidates: Dataset, top_k: int | None = None) -> Attribution:
+        """Score every candidate for every query."""
+        return self.corrected(self.tracer.trace(queries, candidates)).keep(top_k)
+
+    def corrected(self, found: Attribution) -> Attribution:
+        """Correct what the tracer found; every score is kept, NaN for candidates that are not among the best."""
+        if self.correction == "reranked":
+            best = self.tracer.rerank(found)
+            return replace(best, scores=best.dense(), indices=None)
+        return found.standardised() if self.correction else found
+
+    @property
+    def kind(self) -> str:
+        """All but the radius."""
+        return ", ".join(filter(None, (self.measured, self.correction)))
+
+    def __str__(self) -> str:
+        return f"{self.kind}, radius {self.tracer.ascent.radius:g}"
+
+
+def leaked(candidates: Dataset, rows: np.ndarray, changes: list[str]) -> tuple[Dataset, dict[str, list[int]]]:
+    """Make test images of some candidates, once for each change; tell each change's row numbers."""
+    labels = candidates.select(rows)["label"][:]
+    images = [changed(row["image"], change) for change in changes for row in candidates.select(rows)]
+    features = Features({"image": Image(), "label": candidates.features["label"]})
+    queries = Dataset.from_dict({"image": images, "label": labels * len(changes)}, features=features)
+    count = len(rows)
+    return queries, {change: list(range(i * count, (i + 1) * count)) for i, change in enumerate(changes)}
+
+
+def draw_tasks(candidates: Dataset, options: LeakageOptions) -> tuple[Task, Task]:
+    """Draw the leaked images: those that settings are chosen by, among a pool, and those that are judged.
+
+    Raises:
+        ValueError: If there are fewer candidates than queries.
+    """
+    if len(candidates) <= options.queries:
+        raise ValueError(f"{options.queries} queries need more than {len(candidates)} candidates to be drawn from.")
+    order = np.random.default_rng(options.seed).permutation(len(candidates))
+    tuning, judged = np.split(order[: options.queries], [options.tuning])
+    pool = np.concatenate([tuning, order[options.queries :]])[:POOL]
+    tasks = []
+    for rows, among in ((tuning, pool), (judged, np.arange(len(candidates)))):
+        queries, groups = leaked(candidates, rows, options.change)
+        place = {row: i for i, row in enumerate(among.tolist())}
+        truth = [[place[row]] for row in rows.tolist()] * len(options.change)
+        first = options.change[0]
+        tasks.append(Task(queries, candidates.select(among), truth, {"": groups.pop(first), **groups}))
+    return tasks[0], tasks[1]
+
+
+def choose(adapter: ImageClassificationAdapter, task: Task, options: LeakageOptions) -> dict[str, Setting]:
+    """Choose Forward-INF's settings by how high the copies rank, over all changes alike.
+
+    All [`MEASURES`], radii and [`CORRECTIONS`] are tried; of equally good ones the first measure with the first
+    correction, at the radius at which copies stand out most ([`lead`]).
+
+    Returns:
+        `dict`: `forward_inf`, the best; `cross_entropy`, the best with the paper's score.
+    """
+    assert task.proponents is not None
+    heights: dict[Setting, tuple[float, float]] = {}
+    say(f"Settings, by the mean reciprocal rank of {len(task.queries)} copies among {len(task.candidates):,}:")
+    for measured, (objective, measure) in MEASURES.items():
+        own = with_objective(adapter, objective, options.first)
+        for radius in options.radii:
+            ascent = AscentConfig(radius=radius, seed=options.seed)
+            tracer = ForwardInf(adapter=own, ascent=ascent, measure=measure)
+            found = tracer.trace(task.queries, task.candidates)
+            for correction in CORRECTIONS:
+                setting = Setting(tracer, measured, correction)
+                shown = setting.corrected(found).scores
+                height = float(reciprocal_ranks(shown, task.proponents).mean())
+                heights[setting] = height, lead(shown, task.proponents)
+                say(f"  {height:.3f}  {setting}")
+    plain = {one: height for one, height in heights.items() if one.kind == "cross_entropy"}
+    return {"forward_inf": _best(heights), "cross_entropy": _best(plain)}
+
+
+def lead(scores: np.ndarray, truth: list[list[int]]) -> float:
+    """By how much copies stand above all other candidates, in deviations of a query's scores: mean over queries."""
+    leads = []
+    for row, own in zip(scores, truth, strict=True):
+        leads.append((np.max(row[own]) - np.nanmax(np.delete(row, own))) / max(np.nanstd(row), 1e-12))
+    return float(np.mean(np.nan_to_num(leads, nan=-np.inf)))  # a copy that is not among the best has no score
+
+
+def _best(heights: Mapping[Setting, tuple[float, float]]) -> Setting:
+    highest = max(height for height, _ in heights.values())
+    equal = [one for one, (height, _) in heights.items() if height >= highest - 1e-9]
+    first = min(equal, key=lambda one: (list(MEASURES).index(one.measured), CORRECTIONS.index(one.correction)))
+    alike = [one for one in equal if one.kind == first.kind]
+    return max(alike, key=lambda one: heights[one][1])
+
+
+def others(adapter: ImageClassificationAdapter, options: LeakageOptions) -> dict[str, Attributor]:
+    """Make the baselines, over all parameters, with their defaults."""
+    if not options.baselines:
+        return {}
+    return {
+        "tracin": TracIn(adapter=adapter),
+        "tracin_cosine": TracIn(adapter=adapter, similarity="cosine"),
+        "influence_functions": InfluenceFunctions(adapter=adapter, seed=options.seed),
+        "representation": RepresentationSimilarity(adapter=adapter),
+    }
+
+
+def leakage_run(options: LeakageOptions) -> dict[str, Any]:
+    """Run it all and write `metrics.json`, `attribution/` and `report.html` into the output folder.
+
+    Bare figures are those of the settings that did best on the tuning queries, `cross_entropy` those of the paper's
+    score; baselines stand under their names, changes under theirs (`shifted/top1`). For exact copies, a cosine with
+    itself is 1: cosines and representations find them whatever they are worth; near-duplicates tell more.
+
+    Raises:
+        FileExistsError: If the folder holds a finished run and `overwrite` is not set.
+        OSError: If the folder can't be written to. Both before anything is computed.
+    """
+    started = time.perf_counter()
+    folder = check_output(options.output, options.overwrite)
+    candidates, adapter = load_image_task(options)
+    tuning, task = draw_tasks(candidates, options)
+    chosen = choose(adapter, tuning, options)
+    tracer = chosen["forward_inf"].tracer
+    say(f"Tracing {len(task.queries)} images over {len(candidates):,} candidates: {chosen['forward_inf']} ...")
+    found: dict[str, Attribution] = {}
+    costs: dict[str, float] = {}
+    plain, _ = cost.plain_pass(tracer, candidates)
+    attributors: dict[str, Attributor] = {**chosen, **others(adapter, options)}
+    for name, attributor in attributors.items():
+        with uncached():
+            seconds, _ = cost.timed(partial(_trace, found, name, attributor, task))
+        costs[f"{name}/forward_passes_together"] = seconds / plain
+        costs[f"{name}/seconds_per_query"] = seconds / len(task.queries)
+    table = compare(found, task)
+    for name, attribution in found.items():
+        table[name] |= detected(attribution.scores, task)
+    say(as_text(table, costs))
+    metrics: dict[str, Any] = {"queries": len(task.groups[""]), "candidates": len(candidates), **flat(table)}
+    metrics |= {key.removeprefix("forward_inf/"): value for key, value in costs.items()}
+    metrics |= {name: str(setting) for name, setting in _named(chosen).items()}
+    metrics |= cost.measure(tracer, task.queries.select(task.groups[""]), candidates)
+    together = costs["forward_inf/forward_passes_together"] / len(task.queries)
+    say(
+        f"A query's loss pass costs {metrics['forward_passes_per_query']:.2f} forward passes over the candidates; "
+        f"with all that is done to scores, {len(task.queries)} queries together, {together:.2f} each."
+    )
+    metrics |= {"seconds": time.perf_counter() - started, **about(options, tracer)}
+    notes = {row: change for change, rows in task.groups.items() for row in rows if change}
+    kept = captioned(found["forward_inf"].keep(options.top_k), notes)
+    columns = ("top1", "top5", "mrr", "mrr_se")
+    title = "Which training images are these test images copies of?"
+    write_outputs(folder, kept, metrics, table, task.proponents, "", columns=columns, title=title)
+    say(f"Written: {folder}")
+    return metrics
+
+
+def _trace(found: dict[str, Attribution], name: str, attributor: Attributor, task: Task) -> None:
+    found[name] = attributor.trace(task.queries, task.candidates)
+
+
+def _named(chosen: Mapping[str, Setting]) -> dict[str, Setting]:
+    return {("setting" if name == "forward_inf" else f"{name}/setting"): one for name, one in chosen.items()}

@@ -1,0 +1,161 @@
+"""Wrong labels, and whether self-influence finds them: the paper's section on mislabelled data."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from hf_forward_inf.adapters import ImageClassificationAdapter
+from hf_forward_inf.ascent.config import AscentConfig
+from hf_forward_inf.baselines import FirstOrder, TracIn
+from hf_forward_inf.commands.image_task import ImageTask, captioned, checkpoints, with_objective
+from hf_forward_inf.commands.outputs import about, check_output, plotted, write_outputs
+from hf_forward_inf.data.images import class_names, count_classes, load_images
+from hf_forward_inf.evaluation.tables import flat
+from hf_forward_inf.forward_inf import ForwardInf
+from hf_forward_inf.passes.loss_pass import LossPass
+from hf_forward_inf.report.image_plots import detection_plot
+from hf_forward_inf.scores.metrics import best_first, detection, found_by
+from hf_forward_inf.utils.models import evaluating
+from hf_forward_inf.utils.processes import say
+from hf_forward_inf.utils.rows import sample_rows
+
+SHOWN = 20
+"""Images that the report shows, those of highest self-influence."""
+CAPTION = "The share of all wrong labels among the examples examined, those of highest self-influence (or loss) first."
+
+
+@dataclass
+class MislabelOptions(ImageTask):
+    """Where wrong labels come from, and where the results go."""
+
+    output: str = field(default="outputs/mislabel", metadata={"help": "Folder for metrics, attribution and report."})
+    flipped: float = field(default=0.2, metadata={"help": "Share of the images that get a random label."})
+    noisy_column: str | None = field(
+        default=None, metadata={"help": "Column of labels as people gave them, instead of random ones."}
+    )
+    radius: float = field(default=0.01, metadata={"help": "Length of the step; longer ones find less."})
+    other_radii: list[float] = field(default_factory=list, metadata={"help": "Lengths whose figures stand beside."})
+    checkpoints: int = field(
+        default=1, metadata={"help": "Networks, at equal distances in the training, over which scores are summed."}
+    )
+    influence_functions: bool = field(
+        default=True, metadata={"help": "Score by influence functions (EK-FAC) too: the dearest of all."}
+    )
+    influence_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Modules that influence functions look at, such as layer3 linear (default: all)."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.noisy_column is None and not 0 < self.flipped < 1:
+            raise ValueError(f"--flipped must be between 0 and 1, not {self.flipped}: some labels wrong, and not all.")
+        if not all(radius > 0 for radius in (self.radius, *self.other_radii)):
+            raise ValueError(f"--radius must be above 0, not {self.radius}, and so must --other_radii.")
+        if not 1 <= self.checkpoints <= self.epochs:
+            raise ValueError(f"--checkpoints must be from 1 to the {self.epochs} --epochs, not {self.checkpoints}.")
+        if self.checkpoints > 1 and self.model and not self.fine_tune:
+            raise ValueError("--checkpoints are of a training: add --fine_tune, or leave --model out.")
+
+
+def flip(labels: np.ndarray, share: float, classes: int, seed: int = 0) -> np.ndarray:
+    """Give a share of the rows a label drawn from all classes: some keep the one that they had."""
+    draw, noisy = np.random.default_rng(seed), labels.copy()
+    rows = draw.permutation(len(labels))[: round(share * len(labels))]
+    noisy[rows] = draw.integers(0, classes, len(rows))
+    return noisy
+
+
+def mislabel_run(options: MislabelOptions) -> dict[str, Any]:
+    """Run it all and write `metrics.json`, `attribution/` and `report.html` into the output folder.
+
+    `detected_at_15_percent`, with its ceiling and precision, and `auc` ([`metrics.detection`]): bare of Forward-INF's
+    self-influence, and of TracIn's, of influence functions', of the loss and of a random order under their names. With
+    several checkpoints scores are summed over them; figures of each stand under `epoch_20/` and so on. The report
+    traces the images of highest self-influence.
+
+    Raises:
+        FileExistsError: If the folder holds a finished run and `overwrite` is not set.
+        OSError: If the folder can't be written to. Both before anything is computed.
+        ValueError: If no label is wrong, or all are.
+    """
+    started = time.perf_counter()
+    folder = check_output(options.output, options.overwrite)
+    rows, truth = _labelled(options)
+    wrong = np.array(rows["label"][:]) != truth
+    if not 0 < wrong.sum() < len(wrong):
+        raise ValueError(f"{wrong.sum()} of {len(wrong)} labels are wrong: nothing is to be found, or nothing else.")
+    say(f"{wrong.sum()} of {len(rows):,} labels are wrong.")
+    kept = checkpoints(options, rows, options.checkpoints)
+    found = {epoch: self_influences(adapter, rows, options) for epoch, adapter in kept.items()}
+    scores = {name: np.sum([one[name] for one in found.values()], axis=0) for name in next(iter(found.values()))}
+    scores["random"] = np.random.default_rng(options.seed).random(len(rows))
+    table = {name: detection(one, wrong) for name, one in scores.items()}
+    for name, row in table.items():
+        say(f"{name:12}" + "".join(f"  {key} {value:.3f}" for key, value in row.items()))
+    on_the_way: dict[str, float] = {}
+    for epoch, alone in found.items() if len(found) > 1 else ():
+        figures = flat({name: detection(one, wrong) for name, one in alone.items()})
+        on_the_way |= {f"epoch_{epoch}/{name}": value for name, value in figures.items()}
+    tracer = _tracer(list(kept.values())[-1], options.radius, options)
+    highest = best_first(scores["forward_inf"])[:SHOWN]
+    attribution = tracer.trace(rows.select(highest), rows, top_k=min(options.top_k, len(rows)))
+    curves = {name: found_by(one, wrong) / wrong.sum() for name, one in scores.items()}
+    metrics: dict[str, Any] = {"candidates": len(rows), "mislabelled": int(wrong.sum()), **flat(table), **on_the_way}
+    metrics |= {"seconds": time.perf_counter() - started, **about(options, tracer)}
+    shown = captioned(attribution, _notes(rows, truth, highest))
+    write_outputs(
+        folder, shown, metrics, table, None, plotted(detection_plot, curves), columns=tuple(table["loss"]),
+        plot_caption=CAPTION, title="Which labels are wrong?",
+    )  # fmt: skip
+    say(f"Written: {folder}")
+    return metrics
+
+
+def self_influences(
+    adapter: ImageClassificationAdapter, rows: Dataset, options: MislabelOptions
+) -> dict[str, np.ndarray]:
+    """Score every row by what it does to itself, and by its loss: float32 `[rows]` by method."""
+    scores = {"forward_inf": _tracer(adapter, options.radius, options).self_influence(rows)}
+    for radius in options.other_radii:
+        scores[f"radius_{radius:g}"] = _tracer(adapter, radius, options).self_influence(rows)
+    scores["tracin"] = TracIn(adapter=adapter).self_influence(rows)
+    if options.influence_functions:
+        curved = AscentConfig(direction="ekfac", seed=options.seed)
+        other = FirstOrder(adapter=adapter, ascent=curved, modules=options.influence_modules)
+        scores["influence_functions"] = other.self_influence(rows)
+    with evaluating(adapter.model):
+        scores["loss"] = LossPass(adapter, rows).base()
+    return scores
+
+
+def _tracer(adapter: ImageClassificationAdapter, radius: float, options: MislabelOptions) -> ForwardInf:
+    if options.first is not None:
+        adapter = with_objective(adapter, "cross_entropy", options.first)
+    return ForwardInf(adapter=adapter, ascent=AscentConfig(radius=radius, seed=options.seed))
+
+
+def _labelled(options: MislabelOptions) -> tuple[Dataset, np.ndarray]:
+    """Load images with the labels that are trained on, and the right ones."""
+
+    def load(column: str) -> Dataset:
+        rows = load_images(options.candidates, label_column=column, image_column=options.image_column)
+        few = options.num_candidates
+        return rows if few is None else sample_rows(rows, few, options.seed)
+
+    rows = load(options.label_column)
+    truth = np.array(rows["label"][:])
+    if options.noisy_column is not None:
+        return load(options.noisy_column), truth
+    noisy = flip(truth, options.flipped, count_classes(rows), options.seed)
+    return rows.remove_columns("label").add_column("label", noisy.tolist(), feature=rows.features["label"]), truth
+
+
+def _notes(rows: Dataset, truth: np.ndarray, shown: np.ndarray) -> dict[int, str]:
+    """What the wrong ones of some rows really are, by place."""
+    names = class_names(rows) or [str(label) for label in range(truth.max() + 1)]
+    given = rows["label"][:]
+    return {i: f"really {names[truth[row]]}" for i, row in enumerate(shown.tolist()) if given[row] != truth[row]}

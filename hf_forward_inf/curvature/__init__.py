@@ -1,0 +1,1 @@
+"""Directions of the step that are corrected by the curvature of the training loss."""

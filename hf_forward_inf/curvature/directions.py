@@ -1,0 +1,158 @@
+"""Directions of a step, corrected by curvature: C^-1 g, with g the query's gradient.
+
+To train with the query's weight changed is, to first order, to step along the inverse curvature of the training loss:
+a step along it mirrors training better than one along the gradient. It touches the query alone: the candidates are
+forwarded as ever.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from datasets import Dataset, is_caching_enabled
+from torch import Tensor
+
+from hf_forward_inf.adapters.base import Adapter
+from hf_forward_inf.ascent.config import AscentConfig
+from hf_forward_inf.ascent.steps import Correction, Direction
+from hf_forward_inf.curvature.gauss_newton import GaussNewton
+from hf_forward_inf.curvature.kronecker import Kronecker, KroneckerFit
+from hf_forward_inf.curvature.sample import Sample
+from hf_forward_inf.curvature.second_moments import estimated_second_moments, optimizer_file, read_second_moments
+from hf_forward_inf.curvature.solvers import conjugate_gradients, warn_of_residual
+from hf_forward_inf.utils.fingerprints import fingerprint, fingerprint_of_model
+from hf_forward_inf.utils.processes import process_state
+from hf_forward_inf.utils.storage import Tensors, default_cache_dir, kept
+
+
+def direction_for(
+    config: AscentConfig, adapter: Adapter, candidates: Dataset, names: list[str], cache_dir: Path | None = None
+) -> Direction | None:
+    """Make what corrects gradients, fitted where it is fitted once for all queries; `None` for the gradient itself.
+
+    Args:
+        config (`AscentConfig`): Direction, damping, sample; with a direction ([`AscentConfig.completed`]).
+        adapter (`Adapter`): Knows the model.
+        candidates (`datasets.Dataset`): The training data, or a part of it.
+        names (`list[str]`): Parameters to perturb.
+        cache_dir (`Path`, *optional*): Factors are kept in its folder `curvature`. Defaults to
+            [`storage.default_cache_dir`].
+
+    Raises:
+        FileNotFoundError: If there is no such optimizer state.
+        ValueError: If an optimizer state is of another model.
+    """
+    if config.direction == "gradient":
+        return None
+    if config.second_moments is not None:
+        return SecondMoments(config, adapter, names, None)
+    assert config.sample is not None
+    sample = Sample(adapter, candidates, config.sample, config.seed, cache_dir)
+    fitted = Fitted(cache_dir, adapter, sample, names, config.seed)
+    if config.direction == "cg":
+        return ConjugateGradients(config, sample, names)
+    if config.direction == "adam":
+        return SecondMoments(config, adapter, names, fitted)
+    return KroneckerFactors(config, fitted)
+
+
+class ConjugateGradients:
+    """Solves (G + lambda I) x = g for each query, by products with G, the Gauss-Newton matrix of the sample's loss.
+
+    The matrix's graph is built for a block of queries and let go of with it, so that it does not count beside the loss
+    pass. A query costs `iterations` products, of 2 to 2.5 forward passes over the sample each.
+    """
+
+    def __init__(self, config: AscentConfig, sample: Sample, names: list[str]):
+        self.config, self.sample, self.names = config, sample, names
+        self.fingerprint = sample.fingerprint
+        self.told = False
+
+    def ready(self) -> Correction:
+        """Build the matrix."""
+        matrix = GaussNewton(self.sample.adapter, self.sample.batches(set(self.names)), self.names)
+        config = self.config
+        assert config.damping is not None and config.iterations is not None
+        return partial(
+            conjugate_gradients,
+            matrix,
+            iterations=config.iterations,
+            damping=config.damping,
+            tolerance=config.tolerance,
+            tell=self._tell_once,
+        )
+
+    def _tell_once(self, residual: float, products: int) -> None:
+        if not self.told:
+            warn_of_residual(residual, products)
+        self.told = True
+
+
+class KroneckerFactors:
+    """K-FAC or EK-FAC: factors fitted once, for all queries of all runs ([`kronecker.KroneckerFit`])."""
+
+    def __init__(self, config: AscentConfig, cache: "Fitted"):
+        self.config, self.names = config, cache.names
+        fit = KroneckerFit(cache.sample, cache.names, config.seed)
+        self.layers = fit.layers
+        self.fitted = cache.get(f"kfac-{fit.draws}", fit.factors)
+        if config.direction == "ekfac":
+            self.fitted = self.fitted | cache.get(f"ekfac-{fit.draws}", lambda: fit.corrected(self.fitted))
+        self.fingerprint = fingerprint(cache.fingerprint, fit.draws)
+
+    def ready(self) -> Correction:
+        """Give the inverse."""
+        assert self.config.damping is not None
+        return Kronecker(self.layers, self.names, self.fitted, self.config.damping)
+
+
+class SecondMoments:
+    """Divides by root second moments, as Adam does: g / sqrt(m + damping x mean of m).
+
+    Parameters whose second moment nobody knows keep to the mean.
+    """
+
+    def __init__(self, config: AscentConfig, adapter: Adapter, names: list[str], cache: "Fitted | None"):
+        if cache is None:
+            assert config.second_moments is not None
+            moments = read_second_moments(optimizer_file(config.second_moments), adapter.model)
+        else:
+            moments = cache.get("moments", lambda: estimated_second_moments(cache.sample, names))
+        device = next(adapter.model.parameters()).device
+        known = {name: moments[name].to(device) for name in names if name in moments}
+        mean = sum(m.sum().item() for m in known.values()) / max(1, sum(m.numel() for m in known.values()))
+        assert config.damping is not None
+        # A model whose sample has no gradient at all is moved along the query's.
+        extra = config.damping * mean or 1.0
+        self.scales = [(known[name] + extra).rsqrt() if name in known else (mean + extra) ** -0.5 for name in names]
+        self.fingerprint = fingerprint({name: m.double().sum().item() for name, m in known.items()})
+
+    def ready(self) -> Correction:
+        """Give the division."""
+        return self._scaled
+
+    def _scaled(self, gradient: Sequence[Tensor]) -> list[Tensor]:
+        pairs = zip(gradient, self.scales, strict=True)
+        return [g.float() * (s.view_as(g) if isinstance(s, Tensor) else s) for g, s in pairs]
+
+
+class Fitted:
+    """Keeps what was fitted on a sample as safetensors, under a fingerprint of all that it depends on.
+
+    The main process fits, the others wait and read.
+    """
+
+    def __init__(self, cache_dir: Path | None, adapter: Adapter, sample: Sample, names: list[str], seed: int):
+        self.folder = (cache_dir or default_cache_dir()) / "curvature"
+        self.adapter, self.sample, self.names = adapter, sample, names
+        self.fingerprint = fingerprint(sample.fingerprint, names, seed)
+
+    def get(self, kind: str, fit: Callable[[], Tensors]) -> Tensors:
+        """Read it, or fit and keep it."""
+        device = next(self.adapter.model.parameters()).device
+        if not is_caching_enabled():
+            return fit()
+        key = fingerprint(fingerprint_of_model(self.adapter.model), self.adapter.settings, self.fingerprint)
+        file = self.folder / f"{key}-{kind}.safetensors"
+        with process_state().main_process_first():
+            return {name: tensor.to(device) for name, tensor in kept(file, fit).items()}

@@ -1,0 +1,301 @@
+"""Gradients of every example of a batch, parameter by parameter, from activations and output gradients.
+
+A layer's input and the gradient of its output give each example's gradient of its weights (an outer product summed
+over positions), so one forward pass and one backward pass over activations serve a whole batch. Nothing is kept: each
+parameter's gradients are used and dropped.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers.pytorch_utils import Conv1D
+
+from hf_forward_inf.adapters.base import Adapter, Batch, Forward, Rows
+from hf_forward_inf.ascent.parameters import call
+from hf_forward_inf.curvature.outer_products import CHUNK_BYTES, Factors, Laid, Parts, squared_norms
+from hf_forward_inf.utils.models import to_device
+
+AFFINE = (nn.Linear, Conv1D, nn.Conv2d)
+"""Layers that multiply what they are given, at every position, by one matrix."""
+Objective: TypeAlias = Callable[[Forward], Tensor]
+"""Given the model's forward, a number that depends on each example by itself."""
+
+
+@dataclass
+class Use:
+    """One call of a layer: what went in, what came out. A weight that several layers share has several.
+
+    An example may go through a layer several times at once, a picture at several times: its `copies` lie together.
+    """
+
+    module: nn.Module
+    input: Tensor
+    output: Tensor
+    gradient: Tensor | None = None
+    copies: int = 1
+
+    def of(self, name: str, rows: slice) -> Tensor:
+        """Give the gradient of parameter `name` for each of some examples, `[rows, numel]`."""
+        if isinstance(self.module, (nn.Embedding, *AFFINE)):
+            return self.factors(rows)[1].sum(1) if name == "bias" else self.matrix(rows).written()
+        given, delta = self._sides(rows)
+        if name == "weight":  # an affine normalisation: what its weight scales is its output under a weight of one
+            plain = {
+                key: torch.ones_like(p) if key == "weight" else torch.zeros_like(p) for key, p in _own(self.module)
+            }
+            delta = delta * functional_call(self.module, plain, (given,)).float()
+        if isinstance(self.module, nn.GroupNorm):
+            delta = delta.movedim(1, -1)
+        return self._together(delta.flatten(1, -2) if delta.dim() > 2 else delta[:, None]).sum(1)
+
+    def _sides(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """What went in, and the float32 slope of what came out, of all copies of some examples."""
+        assert self.gradient is not None
+        every = slice(*(None if end is None else end * self.copies for end in (rows.start, rows.stop)))
+        return self.input[every], self.gradient[every].float()
+
+    def _together(self, values: Tensor) -> Tensor:
+        """Put the positions of an example's copies in a row, `[rows, positions, width]`."""
+        return values.reshape(-1, self.copies * values.shape[1], values.shape[2])
+
+    def matrix(self, rows: slice = slice(None)) -> Factors:
+        """Give the gradients of the weight of an embedding or an affine layer, as factors."""
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        if isinstance(self.module, nn.Embedding):
+            ids, delta = self._sides(rows)
+            delta = delta * getattr(self.module, "embed_scale", 1.0)
+            if self.module.padding_idx is not None:
+                delta = delta * (ids != self.module.padding_idx)[..., None]
+            count = len(ids) // self.copies
+            return Factors(ids.reshape(count, -1), delta.reshape(count, -1, delta.shape[-1]), len(weight))
+        given, delta = self.factors(rows)
+        return (
+            Factors(given, delta, len(weight))
+            if isinstance(self.module, Conv1D)
+            else Factors(delta, given, len(weight))
+        )
+
+    def factors(self, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """Give what an affine layer multiplied at each position, and the slope there of what came out.
+
+        A position is a token, or a place of a convolution's window, which multiplies the patch under it.
+
+        Returns:
+            `tuple`: float32 `[rows, positions, inputs]` and `[rows, positions, outputs]`.
+        """
+        given, delta = self._sides(rows)
+        given = given.float()
+        if isinstance(self.module, nn.Conv2d):
+            delta = delta.flatten(2).transpose(1, 2)
+            return self._together(_patches(given, self.module).transpose(1, 2)), self._together(delta)
+        delta = delta.flatten(1, -2) if delta.dim() > 2 else delta[:, None]
+        return self._together(given.reshape(len(delta), delta.shape[1], -1)), self._together(delta)
+
+
+def _patches(images: Tensor, layer: nn.Conv2d) -> Tensor:
+    """Cut images into the patches that a convolution multiplies, `[rows, channels x height x width, places]`."""
+    if isinstance(layer.padding, str):
+        # "same" pads the odd pixel behind; `_reversed_padding_repeated_twice` is what the layer itself pads by.
+        images = F.pad(images, layer._reversed_padding_repeated_twice)
+        return F.unfold(images, layer.kernel_size, layer.dilation, 0, layer.stride)
+    return F.unfold(images, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+
+
+def _own(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return list(module.named_parameters(recurse=False, remove_duplicate=False))
+
+
+class ExampleGradients:
+    """Gives, for each example of a batch, the gradient of its loss by some parameters of the model.
+
+    Linear layers, convolutions of images (without groups), embeddings, and affine normalisations of the last axis or
+    of groups of channels are known, tied weights included. What a whole batch shares (T5's relative position biases)
+    can't be told apart by example: `left_out` names it, and parameters of other kinds of layers. Losses are summed
+    over an example's terms.
+
+    Args:
+        adapter (`Adapter`): Gives the losses, and knows the model.
+        names (`list[str]`): Parameters wanted ([`parameters.perturbed_names`]).
+        example (`dict[str, list]`): One encoded row, run to see which layers are called with a batch.
+
+    Raises:
+        ValueError: If none of the parameters can be told apart by example.
+    """
+
+    def __init__(self, adapter: Adapter, names: list[str], example: Rows):
+        self.adapter = adapter
+        self.model = adapter.model
+        named = {id(p): name for name, p in self.model.named_parameters()}
+        self.layers: dict[nn.Module, dict[str, str]] = {}
+        for module in self.model.modules():
+            own = {local: named[id(p)] for local, p in _own(module) if id(p) in named and named[id(p)] in names}
+            if own and is_known(module):
+                self.layers[module] = own
+        self._drop_what_a_batch_shares(example)
+        # A tied weight counts only if every layer that it serves is known.
+        holders = defaultdict(list)
+        for module in self.model.modules():
+            for _, p in _own(module):
+                holders[named.get(id(p))].append(module)
+        self.names = [n for n in names if holders[n] and all(module in self.layers for module in holders[n])]
+        self.left_out = [name for name in names if name not in self.names]
+        if not self.names:
+            raise ValueError(
+                f"The gradients of {', '.join(names[:5])} can't be told apart by example. Choose linear layers, "
+                "embeddings or normalisations with modules=[...]."
+            )
+
+    def _drop_what_a_batch_shares(self, example: Rows) -> None:
+        """Run batches of two and of three examples: a layer whose input does not grow along is shared by the batch."""
+        shares: dict[nn.Module, set[float]] = defaultdict(set)
+        for copies in (2, 3):
+            batch = self.adapter.collate({key: values[:1] * copies for key, values in example.items()})
+            with recorded(self.layers) as uses, torch.no_grad():
+                self.adapter.loss(partial(call, self.model, {}), to_device(batch, self.model))
+            for use in uses:
+                shares[use.module].add(len(use.input) / copies)
+        # How often an example goes through a layer: once, a picture once at each time. A layer of another count than
+        # the rest has positions there, in who knows which order.
+        (usual, _), *_ = Counter(max(share) for share in shares.values()).most_common(1) or [(1.0, 0)]
+        for module, share in shares.items():
+            if share != {usual} or usual % 1:
+                del self.layers[module]
+
+    def uses(self, batch: Batch, objective: Objective | None = None) -> list[Use]:
+        """Run a batch forwards and backwards: every use of a layer that the objective depends on, in order.
+
+        Args:
+            batch (`dict`): On the model's device.
+            objective (`Callable`, *optional*): Given the model's forward, what is differentiated. Defaults to the sum
+                of the examples' losses.
+        """
+        # Leaves that share the model's memory; those wanted ask for gradients and no others, whatever the user froze.
+        theta = {name: p.detach().requires_grad_(name in self.names) for name, p in self.model.named_parameters()}
+        with recorded(self.layers) as uses, torch.enable_grad():
+            forward = partial(call, self.model, theta)
+            value = self.adapter.loss(forward, batch).sum() if objective is None else objective(forward)
+        used = [use for use in uses if use.output.requires_grad]
+        gradients = torch.autograd.grad(value, [use.output for use in used], allow_unused=True)
+        for use, gradient in zip(used, gradients, strict=True):
+            use.gradient, use.copies = gradient, len(use.output) // _rows(batch)
+        return [use for use in used if use.gradient is not None]
+
+    def products(
+        self, batch: Batch, directions: Mapping[str, Tensor | Laid], squares: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """Multiply each example's gradient with some directions, most of them never written down.
+
+        Args:
+            batch (`dict`): On the model's device.
+            directions (`dict`): By parameter, dense `[directions, numel]`, or other examples' gradients as factors.
+            squares (`bool`, defaults to `True`): Whether squared norms are wanted.
+
+        Returns:
+            `tuple`: float32 products `[rows, directions]`, and squared norms `[rows]`.
+        """
+        found, norms = [], []
+        with torch.no_grad():
+            for name, values in self.factored(batch):
+                direction = directions[name]
+                if isinstance(values, Tensor):
+                    assert isinstance(direction, Tensor)
+                    found.append(values @ direction.T)
+                elif isinstance(direction, Laid):
+                    found.append(direction.products(values))
+                else:
+                    found += [part.products(direction) for part in values]
+                if squares:
+                    norms.append(values.square().sum(1) if isinstance(values, Tensor) else squared_norms(values))
+        return torch.stack(found).sum(0), torch.stack(norms).sum(0) if squares else None
+
+    def factored(self, batch: Batch) -> Iterator[tuple[str, Parts | Tensor]]:
+        """Give each parameter's gradients as factors if it is a matrix, and written down, `[rows, numel]`, if not."""
+        serving = self._serving(batch)
+        for name in (name for name in self.names if serving[name]):
+            parts = _parts(serving[name])
+            written = (values for _, values in self._written(name, serving[name], _rows(batch)))
+            yield name, torch.cat(list(written)) if parts is None else parts
+
+    def _serving(self, batch: Batch, objective: Objective | None = None) -> dict[str, list[tuple[Use, str]]]:
+        """Each parameter's uses, and what it is called there."""
+        serving: dict[str, list[tuple[Use, str]]] = defaultdict(list)
+        for use in self.uses(batch, objective):
+            for local, name in self.layers[use.module].items():
+                serving[name].append((use, local))
+        return serving
+
+    def _written(self, name: str, uses: list[tuple[Use, str]], count: int) -> Iterator[tuple[slice, Tensor]]:
+        """Write a parameter's gradients down, some examples at a time: `[rows, numel]`."""
+        step = max(1, CHUNK_BYTES // (4 * self.model.get_parameter(name).numel()))
+        for start in range(0, count, step):
+            rows = slice(start, min(count, start + step))
+            parts = [use.of(local, rows) for use, local in uses]
+            yield rows, sum(parts[1:], start=parts[0])
+
+    def of(self, batch: Batch, objective: Objective | None = None) -> Iterator[tuple[str, slice, Tensor]]:
+        """Give `(parameter, rows, gradients)`, gradients float32 `[rows, numel]`, until each example has had all.
+
+        Arguments are those of [`uses`].
+        """
+        serving = self._serving(batch, objective)
+        with torch.no_grad():
+            for name in (name for name in self.names if serving[name]):
+                for rows, values in self._written(name, serving[name], _rows(batch)):
+                    yield name, rows, values
+
+
+def _parts(uses: list[tuple[Use, str]]) -> Parts | None:
+    """Give a matrix's gradients as factors: of all embeddings, and of all other layers that have it.
+
+    `None` where it is no matrix.
+    """
+    if any(local != "weight" or not isinstance(use.module, (nn.Embedding, *AFFINE)) for use, local in uses):
+        return None
+    found = [use.matrix() for use, _ in uses]
+    kinds = ([one for one in found if one.is_embedding == kind] for kind in (True, False))
+    return [Factors.joined(kind) for kind in kinds if kind]
+
+
+def _rows(batch: Batch) -> int:
+    return len(next(value for value in batch.values() if isinstance(value, Tensor)))
+
+
+def is_known(module: nn.Module) -> bool:
+    """Whether a layer's gradients follow from what went in and the slopes of what came out."""
+    if isinstance(module, nn.Conv2d) and (module.groups > 1 or module.padding_mode != "zeros"):
+        return False
+    for kind in (*AFFINE, nn.Embedding):
+        if isinstance(module, kind):
+            # A subclass may do something else with its weight; scaling (BART's embeddings) is taken into account.
+            return type(module).forward is kind.forward or hasattr(module, "embed_scale")
+    if isinstance(module, nn.GroupNorm):
+        return True
+    # LayerNorm, and every family's own RMSNorm: vectors named weight and bias, and a name that says what it is.
+    vectors = all(p.dim() == 1 and name in ("weight", "bias") for name, p in _own(module))
+    return vectors and ("LayerNorm" in type(module).__name__ or "RMSNorm" in type(module).__name__)
+
+
+@contextmanager
+def recorded(layers: Iterable[nn.Module]) -> Iterator[list[Use]]:
+    """Record every use of some layers for the length of a `with`; no hook is left, whatever happens in it."""
+    uses: list[Use] = []
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        given = args[0] if args else next(iter(kwargs.values()))
+        uses.append(Use(module, given.detach(), output))
+
+    handles = [module.register_forward_hook(record, with_kwargs=True) for module in layers]
+    try:
+        yield uses
+    finally:
+        for handle in handles:
+            handle.remove()

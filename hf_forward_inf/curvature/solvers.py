@@ -1,0 +1,137 @@
+"""Linear systems solved by nothing but products with their matrix."""
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+Vector: TypeAlias = list[Tensor]
+"""A direction in parameter space: one tensor a parameter, in the parameters' order."""
+
+
+UNSETTLED = 0.2
+"""Share of what conjugate gradients have gained that came with the last product, beyond which they are not through."""
+
+
+Product: TypeAlias = Callable[[Vector], Vector]
+"""A symmetric matrix, as what it does to a vector."""
+
+
+def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    """Multiply two vectors, summed in float64."""
+    return sum(torch.sum(x.double() * y.double()).item() for x, y in zip(a, b, strict=True))
+
+
+def warn_of_residual(residual: float, products: int) -> None:
+    """Say that conjugate gradients have not got far."""
+    warnings.warn(
+        f"Conjugate gradients have not converged: after {products} products the residual is {residual:.0%} of the "
+        "gradient. The best iterate is used. Raise iterations, or damping.",
+        stacklevel=3,
+    )
+
+
+def conjugate_gradients(
+    product: Product,
+    right: Sequence[Tensor],
+    *,
+    iterations: int = 10,
+    damping: float = 0.1,
+    tolerance: float = 1e-5,
+    tell: Callable[[float, int], None] = warn_of_residual,
+) -> Vector:
+    """Solve (G + lambda I) x = b by conjugate gradients.
+
+    Few iterations are a regularisation of their own, so that a residual of some size is no fault. The best iterate is
+    given, which in exact arithmetic is the last: that of the least x.(G + lambda I)x / 2 - b.x.
+
+    Args:
+        product (`Callable`): Products with G, positive semidefinite.
+        right (`list[Tensor]`): b.
+        iterations (`int`, defaults to 10): Products spent at most.
+        damping (`float`, defaults to 0.1): lambda, as a multiple of b's Rayleigh quotient b.Gb / b.b: relative to the
+            curvature that b meets.
+        tolerance (`float`, defaults to 1e-5): Stops when the residual has shrunk to this part of b; float32 reaches no
+            smaller ones.
+        tell (`Callable`, *optional*): Called with residual, as a part of b, and products, if the last product still
+            gained more than a fifth of all that is gained. Warns by default.
+
+    Raises:
+        FloatingPointError: If a product is not finite.
+    """
+    right = [b.float() for b in right]
+    squared = dot(right, right)
+    if squared == 0:
+        return [torch.zeros_like(b) for b in right]
+    first = product(right)
+    shift = damping * dot(right, first) / squared
+    x = [torch.zeros_like(b) for b in right]
+    residual, direction = [b.clone() for b in right], [b.clone() for b in right]
+    left = squared
+    best, lowest, unsolved, gained = x, 0.0, squared, 0.0
+    for i in range(iterations):
+        curved = [g + shift * d for g, d in zip(product(direction) if i else first, direction, strict=True)]
+        bend = dot(direction, curved)
+        if not math.isfinite(bend):
+            raise FloatingPointError("A Gauss-Newton product is not finite: load the model in float32 or bfloat16.")
+        if bend <= 0:
+            break  # a direction without curvature, or the end of float32's precision
+        step = left / bend
+        x = [a + step * d for a, d in zip(x, direction, strict=True)]
+        residual = [r - step * c for r, c in zip(residual, curved, strict=True)]
+        before, left = left, dot(residual, residual)
+        height = -(dot(right, x) + dot(residual, x)) / 2
+        gained = lowest - height
+        if gained > 0:
+            best, lowest, unsolved = x, height, left
+        if left <= tolerance**2 * squared:
+            break
+        direction = [r + left / before * d for r, d in zip(residual, direction, strict=True)]
+    if gained > -UNSETTLED * lowest:
+        tell(math.sqrt(unsolved / squared), i + 1)
+    return best
+
+
+def lissa(
+    products: Callable[[int], Product],
+    right: Sequence[Tensor],
+    *,
+    depth: int,
+    scale: float,
+    damping: float,
+    repeats: int = 1,
+) -> Vector:
+    """Estimate (H + lambda I)^-1 b by LiSSA (Agarwal et al., 2017; Koh and Liang, 2017).
+
+    h <- b + (1 - damping) h - H_j h / scale, from h = b, for `depth` random batches j; the mean of h / scale over
+    repeats. Its fixed point has lambda = damping x scale.
+
+    Args:
+        products (`Callable`): Given a number, products with the Hessian of the batch drawn under it.
+        right (`list[Tensor]`): b.
+        depth (`int`): Steps.
+        scale (`float`): Must exceed the largest eigenvalue of every batch's Hessian.
+        damping (`float`): Between 0 and 1.
+        repeats (`int`, defaults to 1): Estimates averaged.
+
+    Raises:
+        FloatingPointError: If the recursion diverges.
+    """
+    bound = 1e6 * math.sqrt(dot(right, right)) / max(damping, 1e-6)
+    total = [torch.zeros_like(b) for b in right]
+    for repeat in range(repeats):
+        h = [b.clone() for b in right]
+        for step in range(depth):
+            curved = products(repeat * depth + step)(h)
+            h = [b + (1 - damping) * a - c / scale for b, a, c in zip(right, h, curved, strict=True)]
+            norm = math.sqrt(dot(h, h))
+            if not norm < bound:
+                raise FloatingPointError(
+                    f"LiSSA diverges (norm {norm:.2g} after {step + 1} of {depth} steps): the Hessian has eigenvalues "
+                    f"beyond scale={scale:g}. Raise scale, or damping={damping:g} where it is not convex."
+                )
+        total = [t + a / scale / repeats for t, a in zip(total, h, strict=True)]
+    return total

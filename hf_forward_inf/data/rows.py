@@ -1,0 +1,79 @@
+"""Rows of any source: files, folders, the hub."""
+
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, IterableDataset, get_dataset_config_names, load_dataset, load_from_disk
+
+from hf_forward_inf.data.templates import FILES, template_facts
+from hf_forward_inf.utils.validation import looks_like_path
+
+
+def load_rows(source: str, role: str, split: str = "train") -> Dataset:
+    """Load queries or candidates.
+
+    Args:
+        source (`str`): A parquet, JSON-lines or CSV file (`*` in its name stands for several), a folder written by
+            `save_to_disk`, a folder of facts and templates ([`template_facts`]), a folder in the hub's layout, or a
+            hub name; `name:config` picks a configuration (`ekinakyurek/ftrace:abstracts`). Without one, FTRACE's
+            configuration for the role is taken if the dataset has configurations.
+        role (`str`): `"abstracts"` or `"queries"`.
+        split (`str`, defaults to `"train"`): Taken where there are several.
+
+    Returns:
+        `datasets.Dataset`: The split, or the only one.
+
+    Raises:
+        FileNotFoundError: If it looks like a path and nothing is there.
+        ValueError: If it is unclear which split is meant.
+    """
+    return _rows(source, role, split, streaming=False)
+
+
+def stream_rows(source: str, role: str, split: str = "train") -> IterableDataset:
+    """Load what [`load_rows`] does, a row when it is asked for."""
+    return _rows(source, role, split, streaming=True)
+
+
+def _rows(source: str, role: str, split: str, streaming: bool) -> Any:
+    name, _, config = source.partition(":")
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+            return _streamed(_one_split(load_from_disk(str(path)), source, split), streaming)
+        if all((path / file).exists() for file in FILES):
+            return _streamed(template_facts(path)[role], streaming)
+        return _one_split(_load_named(str(path), config, role, streaming), source, split)
+    if any(path.parent.glob(path.name)):
+        return load_dataset(_builder(path), data_files=str(path), split="train", streaming=streaming)
+    if looks_like_path(name) or "*" in name:
+        raise FileNotFoundError(f"There is no file or folder {source} (nor can it be a dataset on the hub).")
+    return _one_split(_load_named(name, config, role, streaming), source, split)
+
+
+def _streamed(rows: Dataset, streaming: bool) -> Any:
+    return rows.to_iterable_dataset() if streaming else rows
+
+
+def _builder(path: Path) -> str:
+    builders = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
+    if path.suffix not in builders:
+        raise ValueError(f"{path} ends in none of {', '.join(builders)}.")
+    return builders[path.suffix]
+
+
+def _load_named(name: str, config: str, role: str, streaming: bool) -> Any:
+    if not config and role in get_dataset_config_names(name):
+        config = role
+    return load_dataset(name, config or None, streaming=streaming)
+
+
+def _one_split(data: Any, source: str, split: str) -> Any:
+    """Give the split of that name, or the only one."""
+    if not isinstance(data, dict):
+        return data
+    if split in data:
+        return data[split]
+    if len(data) == 1:
+        return next(iter(data.values()))
+    raise ValueError(f"{source} has the splits {', '.join(data)}, and none is called {split}: give one as a file.")

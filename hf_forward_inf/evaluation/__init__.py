@@ -1,0 +1,1 @@
+"""Attributors side by side: tasks, tables of figures, costs."""

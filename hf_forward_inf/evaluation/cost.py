@@ -1,0 +1,160 @@
+"""What a query costs: in plain forward passes over the same candidates, and in memory beside plain inference."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+
+from hf_forward_inf.algorithm import Scorer
+from hf_forward_inf.ascent.parameters import names_for
+from hf_forward_inf.ascent.steps import Mirrored, Perturbation
+from hf_forward_inf.attribution import Attribution
+from hf_forward_inf.curvature.directions import direction_for
+from hf_forward_inf.passes.candidate_pass import encode
+from hf_forward_inf.passes.loss_pass import LossPass
+from hf_forward_inf.utils.fingerprints import uncached
+from hf_forward_inf.utils.models import evaluating
+from hf_forward_inf.utils.processes import progress_bars
+
+QUERIES = 16
+"""Queries that the measurement traces at most; the longer the block, the less the shared encoder weighs."""
+REPEATS = 3
+"""Plain passes and passes for queries, in turn, of which the medians count."""
+
+
+def measure(tracer: Scorer, queries: Dataset, candidates: Dataset) -> dict[str, float]:
+    """Measure the cost of a query, in this process and with nothing taken from the cache.
+
+    Args:
+        tracer (`ForwardInf`): Its model and settings.
+        queries (`datasets.Dataset`): The first 16 are traced together, as `trace` would.
+        candidates (`datasets.Dataset`): The candidates.
+
+    Returns:
+        `dict[str, float]`: `forward_passes_per_query`, time of a query's ascent and loss pass / time of one plain
+        forward pass over the same candidates; `forward_passes_to_fit`, the same of what a corrected direction fits
+        once for all queries; where the system tells peak memory (Linux, CUDA) `peak_memory_ratio`, peak of the loss
+        pass / peak of the plain pass, each with all that the process holds.
+    """
+    adapter = tracer.adapter
+    names = names_for(adapter, tracer.ascent)
+    with uncached(), evaluating(adapter.model), progress_bars(False):
+        loss = LossPass(adapter, candidates, cache_dir=tracer.cache_dir, max_batch_length=tracer.max_batch_length)
+        few = min(QUERIES, len(queries), loss.queries_a_pass(names))
+        rows = encode(adapter, queries.select(range(few)), "queries", tracer.cache_dir)[:]
+        start = time.perf_counter()
+        direction = direction_for(tracer.ascent, adapter, candidates, names, tracer.cache_dir)
+        fit = time.perf_counter() - start
+        plain, perturbed = [], []
+        for _ in range(REPEATS):
+            plain.append(timed(loss.base))
+            # A new perturbation each time: it keeps the models that it computes.
+            again = Perturbation(adapter, rows, names, tracer.ascent, direction)
+            perturbed.append(timed(partial(_passes, loss, again, tracer.ascent.mode)))
+    seconds = [statistics.median(run[0] for run in runs) for runs in (plain, perturbed)]
+    figures = {"forward_passes_per_query": seconds[1] / few / seconds[0]}
+    if direction is not None:
+        figures["forward_passes_to_fit"] = fit / seconds[0]
+    peaks = [statistics.median(run[1] for run in runs) for runs in (plain, perturbed)]
+    if all(peaks):
+        figures["peak_memory_ratio"] = peaks[1] / peaks[0]
+    return figures
+
+
+def plain_pass(tracer: Scorer, candidates: Dataset) -> tuple[float, float]:
+    """Run one plain forward pass over the candidates: seconds (the median of three) and peak memory in bytes."""
+    with uncached(), evaluating(tracer.adapter.model), progress_bars(False):
+        loss = LossPass(
+            tracer.adapter, candidates, cache_dir=tracer.cache_dir, max_batch_length=tracer.max_batch_length
+        )
+        runs = [timed(loss.base) for _ in range(REPEATS)]
+    return statistics.median(run[0] for run in runs), max(run[1] for run in runs)
+
+
+def _passes(loss: LossPass, perturbation: Perturbation, mode: str) -> None:
+    loss(perturbation, "measuring")
+    if mode == "symmetric":
+        loss(Mirrored(perturbation), "measuring")
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How an attributor gets through the candidates.
+
+    Args:
+        setup (`float`): Seconds before it inspects the first candidate.
+        seconds (`float`): Seconds until it has inspected the last.
+    """
+
+    setup: float
+    seconds: float
+
+    def inspected(self, seconds: float) -> float:
+        """Share of the candidates that it has inspected after some seconds."""
+        if seconds >= self.seconds:
+            return 1.0
+        if seconds <= self.setup:  # all of it setup, perhaps: there is nothing to divide by
+            return 0.0
+        return (seconds - self.setup) / (self.seconds - self.setup)
+
+
+def pace(
+    trace: Callable[[Dataset, Dataset], Attribution],
+    queries: Dataset,
+    candidates: Dataset,
+    setup: float | None = None,
+) -> tuple[Attribution, Pace, float]:
+    """Trace, with nothing taken from the cache, and time it.
+
+    Args:
+        trace (`Callable`): What traces.
+        queries (`datasets.Dataset`): The queries.
+        candidates (`datasets.Dataset`): The candidates.
+        setup (`float`, *optional*): Seconds before the first candidate, if known. By default measured: where the line
+            through the times for an eighth of the candidates and for all of them begins.
+
+    Returns:
+        `tuple`: The attribution over all candidates, the pace, and the peak of memory in bytes (0 where unknown).
+    """
+    found: list[Attribution] = []
+    with uncached():
+        all_, peak = timed(lambda: found.append(trace(queries, candidates)))
+        if setup is None:
+            eighth = candidates.select(range(0, len(candidates), 8))
+            few, _ = timed(lambda: trace(queries, eighth))
+            part = len(eighth) / len(candidates)
+            setup = (few - part * all_) / (1 - part) if part < 1 else 0.0
+    return found[0], Pace(min(max(0.0, setup), all_), all_), peak
+
+
+def timed(work: Callable[[], object]) -> tuple[float, float]:
+    """Run something: seconds, and peak memory in bytes (0 where unknown)."""
+    gc.collect()
+    _reset_peak()
+    start = time.perf_counter()
+    work()
+    seconds = time.perf_counter() - start
+    return seconds, _peak()
+
+
+def _reset_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to what is held now (proc(5))
+
+
+def _peak() -> float:
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated())
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return 0.0
+    high = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return float(high.split()[1]) * 1024

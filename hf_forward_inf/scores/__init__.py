@@ -1,0 +1,1 @@
+"""What is done with scores: corrections, measures against known proponents or retraining."""

@@ -1,0 +1,1 @@
+"""Small real models that are trained in minutes, for recipes and tests without a model."""

@@ -1,0 +1,231 @@
+"""Image classifiers for experiments: made, trained, or loaded."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from hf_forward_inf.adapters import ImageClassificationAdapter
+from hf_forward_inf.passes.candidate_pass import encode
+from hf_forward_inf.toys.networks import ConvNet, ResNet
+from hf_forward_inf.utils.fingerprints import fingerprint, fingerprint_of_model
+from hf_forward_inf.utils.images import in_channels, planes, read_image
+from hf_forward_inf.utils.models import to_device
+from hf_forward_inf.utils.processes import process_state
+from hf_forward_inf.utils.storage import Tensors, default_cache_dir, kept
+from hf_forward_inf.utils.validation import looks_like_path
+
+Transform: TypeAlias = Callable[[Any], np.ndarray]
+"""Makes a network's input of a PIL image."""
+
+
+@dataclass(frozen=True)
+class Normalised:
+    """Makes an image an array, channel by channel of mean 0 and deviation 1 over the data.
+
+    Args:
+        mean (`tuple[float, ...]`): Of pixels from 0 to 1, one a channel.
+        deviation (`tuple[float, ...]`): The same.
+    """
+
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
+
+    def __call__(self, image: Any) -> np.ndarray:
+        """Give float32 `[channels, height, width]` of a PIL image."""
+        pixels = planes(image).astype(np.float32) / 255
+        mean, deviation = (np.array(part, dtype=np.float32)[:, None, None] for part in (self.mean, self.deviation))
+        return (pixels - mean) / deviation
+
+
+IMAGENET = Normalised((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""What public weights of small ResNets were trained with."""
+
+
+def normalised_over(rows: Dataset, images: int = 1000) -> Normalised:
+    """Measure mean and deviation on the first images."""
+    arrays = [np.asarray(in_channels(read_image(image))) for image in rows["image"][:images]]
+    parts = [array.reshape(-1, 1 if array.ndim == 2 else 3) / 255 for array in arrays]
+    pixels = np.concatenate(parts)
+    return Normalised(tuple(pixels.mean(axis=0).round(4).tolist()), tuple(pixels.std(axis=0).round(4).tolist()))
+
+
+def untrained(
+    kind: Literal["conv", "resnet"], rows: Dataset, classes: int, seed: int = 0, *, blocks: int = 3, width: int = 16
+) -> ImageClassificationAdapter:
+    """Make a network for some images, and its adapter.
+
+    Args:
+        kind (`str`): `"conv"` ([`ConvNet`]) or `"resnet"` ([`ResNet`]).
+        rows (`datasets.Dataset`): Images, all of one size: the first tells which.
+        classes (`int`): Logits.
+        seed (`int`, defaults to 0): Draws the weights.
+        blocks (`int`, defaults to 3): Of a `"resnet"`, in each stage.
+        width (`int`, defaults to 16): Channels at its first layer, of either kind.
+    """
+    first = in_channels(read_image(rows[0]["image"]))
+    channels = 1 if first.mode == "L" else 3
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if kind == "conv":
+            network: nn.Module = ConvNet(channels, (first.height, first.width), classes, width)
+        else:
+            network = ResNet(channels, classes, blocks, width)
+    return ImageClassificationAdapter(network.eval(), transform=normalised_over(rows))
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a classifier is trained.
+
+    Args:
+        epochs (`int`, defaults to 30): Passes over the data.
+        rate (`float`, defaults to 1e-2): Learning rate at its highest; rises and falls as one cycle.
+        optimizer (`str`, defaults to `"adam"`): `"adam"`, or `"sgd"` with momentum .9.
+        weight_decay (`float`, defaults to 0.0): The optimizer's.
+        batch_size (`int`, defaults to 128): Images in a step.
+        augment (`bool`, defaults to `False`): Mirror images at random, and shift them by up to an eighth.
+        seed (`int`, defaults to 0): Draws batches, mirrors and shifts.
+        checkpoints (`int`, defaults to 1): Networks kept on the way, at equal distances; the last is the trained one.
+    """
+
+    epochs: int = 30
+    rate: float = 1e-2
+    optimizer: Literal["adam", "sgd"] = "adam"
+    weight_decay: float = 0.0
+    batch_size: int = 128
+    augment: bool = False
+    seed: int = 0
+    checkpoints: int = 1
+
+    @property
+    def kept_epochs(self) -> list[int]:
+        """Epochs after which the network is kept."""
+        return sorted({-(-self.epochs * (i + 1) // self.checkpoints) for i in range(self.checkpoints)})
+
+
+def train(
+    adapter: ImageClassificationAdapter, rows: Dataset, training: Training, cache_dir: Path | None = None
+) -> dict[int, ImageClassificationAdapter]:
+    """Train an adapter's network in place; weights are kept under a fingerprint of all that they depend on.
+
+    Args:
+        adapter (`ImageClassificationAdapter`): Encodes; its network has the weights to begin with.
+        rows (`datasets.Dataset`): Images and labels.
+        training (`Training`): How.
+        cache_dir (`Path`, *optional*): Defaults to [`storage.default_cache_dir`].
+
+    Returns:
+        `dict[int, ImageClassificationAdapter]`: By the epoch after which it was kept, the network at that time; the
+        last is the adapter itself.
+    """
+    encoded = encode(adapter, rows, "candidates", cache_dir)
+    batch = adapter.collate(encoded[:])
+    key = fingerprint(fingerprint_of_model(adapter.model), adapter.settings, encoded._fingerprint, repr(training))
+    file = (cache_dir or default_cache_dir()) / "models" / f"{key}.safetensors"
+    with process_state().main_process_first():
+        weights = kept(file, lambda: _train(adapter.model, batch["input"], batch["label"], training))
+    *on_the_way, last = training.kept_epochs
+    found = {epoch: adapter.with_model(copy.deepcopy(adapter.model)) for epoch in on_the_way} | {last: adapter}
+    for epoch, one in found.items():
+        one.model.load_state_dict({name: weights[f"{epoch}/{name}"] for name in one.model.state_dict()})
+        one.model.eval()
+    return found
+
+
+def _train(model: nn.Module, inputs: Tensor, labels: Tensor, training: Training) -> Tensors:
+    device = next(model.parameters()).device
+    draw = torch.Generator().manual_seed(training.seed)
+    steps = training.epochs * -(-len(inputs) // training.batch_size)
+    optimizer: torch.optim.Optimizer
+    if training.optimizer == "sgd":
+        optimizer = torch.optim.SGD(model.parameters(), training.rate, 0.9, weight_decay=training.weight_decay)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), training.rate, weight_decay=training.weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, training.rate, total_steps=steps)
+    model.train()
+    weights: Tensors = {}
+    with tqdm(total=training.epochs, desc=f"training on {len(inputs):,} images", unit="epoch") as bar:
+        for epoch in range(1, training.epochs + 1):
+            for rows in torch.randperm(len(inputs), generator=draw).split(training.batch_size):
+                images = augmented(inputs[rows], draw) if training.augment else inputs[rows]
+                loss = F.cross_entropy(model(images.to(device)), labels[rows].to(device))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+            bar.update()
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+            if epoch in training.kept_epochs:
+                weights |= {f"{epoch}/{name}": value.clone() for name, value in model.state_dict().items()}
+    model.eval()
+    return weights
+
+
+def augmented(images: Tensor, draw: torch.Generator) -> Tensor:
+    """Mirror half of the images, `[rows, channels, height, width]`, and shift each by up to an eighth."""
+    rows, _, height, width = images.shape
+    mirrored = torch.rand(rows, generator=draw) < 0.5
+    images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
+    far = (height // 8, width // 8)
+    padded = F.pad(images, (far[1], far[1], far[0], far[0]))
+    tops, lefts = (torch.randint(0, 2 * most + 1, (rows,), generator=draw) for most in far)
+    ys, xs = tops[:, None] + torch.arange(height), lefts[:, None] + torch.arange(width)
+    return padded[torch.arange(rows)[:, None, None], :, ys[:, :, None], xs[:, None, :]].permute(0, 3, 1, 2)
+
+
+@torch.no_grad()
+def accuracy(adapter: ImageClassificationAdapter, rows: Dataset, cache_dir: Path | None = None) -> float:
+    """Share of rows that the model classifies as their labels say."""
+    encoded = encode(adapter, rows, "candidates", cache_dir)
+    hits = 0
+    for start in range(0, len(rows), 256):
+        batch = to_device(adapter.collate(encoded[start : start + 256]), adapter.model)
+        hits += int((adapter.logits(adapter.model, batch).argmax(dim=1) == batch["label"]).sum())
+    return hits / len(rows)
+
+
+def load_classifier(source: str) -> ImageClassificationAdapter:
+    """Load a trained classifier.
+
+    Args:
+        source (`str`): A hub name or folder of `AutoModelForImageClassification`, with its image processor; or a
+            folder with the `model.safetensors` of a [`ResNet`] (or that file), whose sizes are read off it.
+
+    Raises:
+        FileNotFoundError: If it looks like a path and nothing is there.
+        ValueError: If the weights are of another network.
+    """
+    path = Path(source).expanduser()
+    file = path / "model.safetensors" if path.is_dir() else path
+    if file.is_file() and not (path / "config.json").exists():
+        return ImageClassificationAdapter(_resnet(load_file(file), file), transform=IMAGENET)
+    if not path.exists() and looks_like_path(source):
+        raise FileNotFoundError(f"There is no file or folder {source} (nor can it be a model on the hub).")
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+    model = AutoModelForImageClassification.from_pretrained(source).to(process_state().device).eval()
+    return ImageClassificationAdapter(model, AutoImageProcessor.from_pretrained(source))
+
+
+def _resnet(weights: Tensors, file: Path) -> nn.Module:
+    try:
+        first, head = weights["conv1.weight"], weights["linear.weight"]
+        blocks = len({name.split(".")[1] for name in weights if name.startswith("layer1.")})
+        network = ResNet(first.shape[1], len(head), blocks, len(first))
+        network.load_state_dict(weights)
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(
+            f"{file} holds no weights of a ResNet with three stages (conv1, bn1, layer1 to layer3, linear), and no "
+            f"config.json of a transformers model is beside it: {str(error)[:200]}"
+        ) from error
+    return network.to(process_state().device).eval()

@@ -1,0 +1,136 @@
+"""The task of drawing: a model that can draw, taught some exemplars together; what it draws then is to be traced."""
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, Features, Image, List, Value
+
+from hf_forward_inf.adapters import DiffusionAdapter
+from hf_forward_inf.data.image_changes import changed
+from hf_forward_inf.evaluation.task import Task
+from hf_forward_inf.toys.denoising import trained
+from hf_forward_inf.toys.pixel_pipeline import tiny_pipeline
+from hf_forward_inf.utils.images import read_image
+from hf_forward_inf.utils.processes import process_state, say
+
+CAPTION, IMAGE = "caption", "image"
+
+
+@dataclass
+class Teaching:
+    """How a denoiser is trained, and taught the exemplars.
+
+    Args:
+        training_steps (`int`): Steps of training a tiny denoiser on all pictures but the exemplars.
+        training_rate (`float`): Its learning rate.
+        batch_size (`int`): Pictures in a step.
+        width (`int`): Channels of a tiny denoiser at full size, twice as many at half size.
+        finetuning_steps (`int`): Steps of teaching it the exemplars, all together.
+        finetuning_rate (`float`): Their learning rate.
+    """
+
+    training_steps: int = field(default=1000, metadata={"help": "Steps of training a tiny denoiser."})
+    training_rate: float = field(default=2e-3, metadata={"help": "Its learning rate at its highest."})
+    batch_size: int = field(default=32, metadata={"help": "Pictures in a step."})
+    width: int = field(default=16, metadata={"help": "Channels of a tiny denoiser at full size."})
+    finetuning_steps: int = field(default=300, metadata={"help": "Steps of teaching it the exemplars."})
+    finetuning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of that, at its highest."})
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How a taught model is asked to draw.
+
+    Args:
+        num_images (`int`): Pictures of a query.
+        seed (`int`): Draws the noise that pictures begin with.
+        change (`str`): What is done to pictures after they are drawn, of [`image_changes.CHANGES`].
+    """
+
+    num_images: int = 4
+    seed: int = 0
+    change: str = "none"
+
+
+def choose_exemplars(rows: Dataset, count: int, seed: int) -> tuple[list[int], list[int]]:
+    """Draw exemplars with captions that no other exemplar has: row numbers of them, and of all other rows.
+
+    Raises:
+        ValueError: If there are not so many captions, or nothing but exemplars.
+    """
+    captions = rows[CAPTION][:]
+    found: dict[str, int] = {}
+    for row in np.random.default_rng(seed).permutation(len(rows)).tolist():
+        found.setdefault(captions[row], row)
+    chosen = sorted(list(found.values())[:count])
+    if len(chosen) < count or len(rows) == count:
+        raise ValueError(f"{count} exemplars need as many captions and other rows beside; there are {len(found)}.")
+    return chosen, sorted(set(range(len(rows))) - set(chosen))
+
+
+def tiny_drawer(
+    rows: Dataset, others: Dataset, teaching: Teaching, size: int, timesteps: int, seed: int
+) -> DiffusionAdapter:
+    """Train a tiny pipeline on all pictures but the exemplars.
+
+    Args:
+        rows (`datasets.Dataset`): All of them: the tokenizer learns their captions.
+        others (`datasets.Dataset`): Those trained on.
+        teaching (`Teaching`): Steps and rates.
+        size (`int`): Of pictures, in pixels.
+        timesteps (`int`): Of the adapter.
+        seed (`int`): Of weights, batches, times and noise.
+    """
+    channels = 1 if read_image(rows[0][IMAGE]).mode in ("L", "1") else 3
+    pipe = tiny_pipeline(rows[CAPTION][:], size, channels, teaching.width, seed)
+    pipe.to(process_state().device)
+    adapter = DiffusionAdapter(pipe, timesteps=timesteps, seed=seed)
+    say(f"Training a tiny denoiser on {len(others):,} pictures, once ...")
+    trained(
+        adapter, others, steps=teaching.training_steps, rate=teaching.training_rate, batch_size=teaching.batch_size,
+        seed=seed,
+    )  # fmt: skip
+    return adapter
+
+
+def taught(before: DiffusionAdapter, exemplars: Dataset, teaching: Teaching, seed: int) -> DiffusionAdapter:
+    """Teach a copy of a model some pictures, all in every step."""
+    adapter = before.with_model(copy.deepcopy(before.model))
+    trained(
+        adapter, exemplars, steps=teaching.finetuning_steps, rate=teaching.finetuning_rate,
+        batch_size=len(exemplars), seed=seed,
+    )  # fmt: skip
+    return adapter
+
+
+def drawings(adapter: DiffusionAdapter, captions: list[str], drawing: Drawing) -> Dataset:
+    """Let a model draw captions: queries of several pictures each."""
+    pictures = adapter.answer({CAPTION: captions}, num_images=drawing.num_images, seed=drawing.seed)
+    return as_queries(captions, [[changed(one, drawing.change) for one in several] for several in pictures])
+
+
+def as_queries(captions: list[str], pictures: list[list[Any]]) -> Dataset:
+    """Make queries of captions and their pictures."""
+    features = Features({CAPTION: Value("string"), IMAGE: List(Image())})
+    return Dataset.from_dict({CAPTION: captions, IMAGE: pictures}, features=features)
+
+
+def together(
+    adapter: DiffusionAdapter, rows: Dataset, chosen: list[int], num_candidates: int, drawing: Drawing, seed: int
+) -> Task:
+    """Let a model that was taught exemplars together draw their captions.
+
+    Args:
+        adapter (`DiffusionAdapter`): Of the taught model.
+        rows (`datasets.Dataset`): All pictures.
+        chosen (`list[int]`): The exemplars' rows; they come first among the candidates.
+        num_candidates (`int`): With others at random; all if there are no more.
+        drawing (`Drawing`): How queries are drawn.
+        seed (`int`): Draws the other candidates.
+    """
+    queries = drawings(adapter, rows.select(chosen)[CAPTION][:], drawing)
+    others = np.random.default_rng(seed).permutation(np.delete(np.arange(len(rows)), chosen))
+    candidates = rows.select([*chosen, *others[: num_candidates - len(chosen)]])
+    return Task(queries, candidates, [[i] for i in range(len(chosen))], {"": list(range(len(chosen)))})

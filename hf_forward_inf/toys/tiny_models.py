@@ -1,0 +1,169 @@
+"""Small real models, trained once on the data they are traced on, and cached: for recipes without a model."""
+
+import math
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tqdm.auto import tqdm
+from transformers import MT5Config, MT5ForConditionalGeneration, PreTrainedTokenizerFast
+
+from hf_forward_inf.adapters.seq2seq import Seq2SeqAdapter
+from hf_forward_inf.passes.candidate_pass import batches, check_terms
+from hf_forward_inf.utils.fingerprints import fingerprint
+from hf_forward_inf.utils.processes import process_state
+from hf_forward_inf.utils.storage import default_cache_dir, keep_folder
+from hf_forward_inf.utils.validation import check_rows
+
+SIZES = {"d_model": 128, "d_kv": 32, "d_ff": 256, "num_heads": 4, "num_layers": 2, "num_decoder_layers": 2}
+"""Sizes of the tiny mT5."""
+SENTINELS = 4
+"""`<extra_id_0>` ... `<extra_id_3>`."""
+
+
+def tiny_mt5(
+    rows: Dataset,
+    *,
+    epochs: int = 25,
+    learning_rate: float = 2e-3,
+    vocabulary: int = 4096,
+    seed: int = 0,
+    cache_dir: Path | None = None,
+) -> tuple[MT5ForConditionalGeneration, PreTrainedTokenizerFast]:
+    """Train an mT5 of about a million parameters on some rows, or load it if that was done before.
+
+    Only the main process trains; the others wait and load. A training that is interrupted leaves nothing.
+
+    Args:
+        rows (`datasets.Dataset`): With `inputs_pretokenized` and `targets_pretokenized`.
+        epochs (`int`, defaults to 25): Passes over the rows.
+        learning_rate (`float`, defaults to 2e-3): Peak of AdamW's one-cycle schedule.
+        vocabulary (`int`, defaults to 4096): Most tokens that the tokenizer, which is trained too, may have.
+        seed (`int`, defaults to 0): Initial weights and the order of batches.
+        cache_dir (`Path`, *optional*): Defaults to [`loss_pass.default_cache_dir`].
+
+    Returns:
+        `tuple`: The model in evaluation mode, on the process's device, and its tokenizer.
+    """
+    state = process_state()
+    columns = ["inputs_pretokenized", "targets_pretokenized"]
+    key = fingerprint([rows[column][:] for column in columns], epochs, learning_rate, vocabulary, seed)
+    folder = (cache_dir or default_cache_dir()) / "models" / key
+
+    def write(part: Path) -> None:
+        tokenizer = train_tokenizer([text for column in columns for text in rows[column]], vocabulary)
+        train_mt5(rows, tokenizer, epochs, learning_rate, seed, device=state.device).save_pretrained(part)
+        tokenizer.save_pretrained(part)
+
+    with state.main_process_first():
+        if not folder.exists():
+            keep_folder(folder, write)
+    model = MT5ForConditionalGeneration.from_pretrained(folder).to(state.device).eval()
+    return model, PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """Train a BPE tokenizer, special tokens as in mT5: `<pad>` 0, `</s>` 1, `<unk>` 2, then the sentinels."""
+    special = ["<pad>", "</s>", "<unk>", *(f"<extra_id_{i}>" for i in range(SENTINELS))]
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=special[3:],
+        model_max_length=512,
+    )
+
+
+def train_mt5(
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerFast,
+    epochs: int,
+    learning_rate: float,
+    seed: int,
+    *,
+    sizes: dict[str, int] = SIZES,
+    batch_length: int = 256,
+    device: torch.device | None = None,
+    quiet: bool = False,
+) -> MT5ForConditionalGeneration:
+    """Train an mT5 from the start.
+
+    Args:
+        rows (`datasets.Dataset`): With `inputs_pretokenized` and `targets_pretokenized`.
+        tokenizer: Its tokenizer.
+        epochs (`int`): Passes over the rows.
+        learning_rate (`float`): Peak of AdamW's one-cycle schedule.
+        seed (`int`): Initial weights and the order of batches.
+        sizes (`dict[str, int]`, *optional*): Of `MT5Config`.
+        batch_length (`int`, defaults to 256): Padded tokens in a batch.
+        device (`torch.device`, *optional*): Where. Defaults to the CPU.
+        quiet (`bool`, defaults to `False`): Show no progress.
+
+    Raises:
+        FloatingPointError: If training diverges.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = MT5Config(
+            **cast(Any, sizes),
+            vocab_size=len(tokenizer),
+            dropout_rate=0.0,
+            initializer_factor=0.3,  # at 1.0, embeddings take many more steps to learn
+            decoder_start_token_id=0,
+            pad_token_id=0,
+            eos_token_id=1,
+        )
+        model = MT5ForConditionalGeneration(config)
+        model.to(device)  # type: ignore[arg-type]
+        adapter = Seq2SeqAdapter(model, tokenizer)
+        features = _sorted_features(adapter, rows)
+        cuts = [
+            adapter.collate({name: values[rows] for name, values in features.items()})
+            for rows in batches(adapter.lengths(features), batch_length)
+        ]
+        optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.95))
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, learning_rate, total_steps=epochs * len(cuts), pct_start=0.1
+        )
+        model.train()
+        title = f"training a tiny mT5 on {len(rows)} sentences"
+        bar = tqdm(total=epochs, desc=title, unit="epoch", disable=quiet)
+        for _ in range(epochs):
+            total = 0.0
+            for i in torch.randperm(len(cuts)).tolist():
+                loss = model(**{name: tensor.to(device) for name, tensor in cuts[i].items()}).loss
+                optimizer.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                schedule.step()
+                total += loss.item()
+            bar.set_postfix(loss=f"{total / len(cuts):.3f}")
+            bar.update()
+        bar.close()
+        if not math.isfinite(total):
+            raise FloatingPointError("Training diverged: the loss is not finite. Lower the learning rate.")
+    return model
+
+
+def _sorted_features(adapter: Seq2SeqAdapter, rows: Dataset) -> dict[str, Any]:
+    """Encode rows and sort them by length, so that batches waste little on padding.
+
+    Not by [`loss_pass.encode`], at which all processes meet: only the main one trains.
+    """
+    check_rows(rows, adapter.columns, "candidates")
+    features = adapter.encode(rows[:])
+    check_terms(np.array(features["terms"]), adapter.columns[-1], "candidates")
+    order = np.lexsort(adapter.lengths(features).T)
+    return {name: [values[i] for i in order] for name, values in features.items()}

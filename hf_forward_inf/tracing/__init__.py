@@ -1,0 +1,1 @@
+"""What ForwardInf does beyond the algorithm: streams, tuning, tokens, self-influence, export."""

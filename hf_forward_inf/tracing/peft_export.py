@@ -1,0 +1,167 @@
+"""A perturbed model theta_K as an ordinary PEFT adapter, for whatever serves LoRA."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_forward_inf.adapters import CausalLMAdapter, Seq2SeqAdapter
+from hf_forward_inf.algorithm import Scorer
+from hf_forward_inf.ascent.lora import LowRank
+from hf_forward_inf.ascent.parameters import Parameters, names_for
+from hf_forward_inf.ascent.steps import Perturbation
+from hf_forward_inf.curvature.directions import direction_for
+from hf_forward_inf.passes.candidate_pass import encode
+from hf_forward_inf.utils.models import evaluating, linear_layers, peft_parameters
+from hf_forward_inf.utils.processes import process_state
+from hf_forward_inf.utils.storage import keep_folder
+
+CARD = """---
+library_name: peft
+base_model: {base}
+tags:
+- data-attribution
+- hf-forward-inf
+---
+
+# The model, moved against one output
+
+Not a model to talk to: added to its base, this LoRA of rank {rank} moves the model against one query (below),
+as Forward-INF does it (Ko et al., CVPR 2024). A training example whose loss changes as the query's does is a proponent
+of that output.
+
+Query:
+
+    {query}
+
+Ascent:
+
+    {ascent}
+
+Share of the perturbation's squared norm that this rank can't hold: {lost:.3g}.
+"""
+
+
+def save_perturbation(tracer: Scorer, query: Mapping[str, Any], folder: Path, rank: int) -> float:
+    """Perturb the model for a query, and write what changed; see [`ForwardInf.save_perturbation`]."""
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError(
+            "Saving a perturbation needs the extra `peft`: pip install 'hf-forward-inf[peft]'."
+        ) from error
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} is not empty: name another folder.")
+    model: Any = tracer.adapter.model
+    names = names_for(tracer.adapter, tracer.ascent)
+    trained = bool(peft_parameters(model))
+    _check(tracer, names, trained)
+    theta = _theta(tracer, query, names)
+    changes, lost = ({}, 0.0) if trained else _as_lora(model, theta, rank)
+    kept = max((len(change.down) for change in changes.values()), default=0)
+
+    def write(part: Path) -> None:
+        if trained:
+            model.save_pretrained(str(part), state_dict={**model.state_dict(), **theta})
+        else:
+            kind = "SEQ_2_SEQ_LM" if isinstance(tracer.adapter, Seq2SeqAdapter) else "CAUSAL_LM"
+            layers = linear_layers(model)
+            peft.LoraConfig(
+                task_type=kind, base_model_name_or_path=model.name_or_path, inference_mode=True,
+                r=kept, lora_alpha=kept, target_modules=[name.removesuffix(".weight") for name in changes],
+                fan_in_fan_out=any(isinstance(layers[name], Conv1D) for name in changes),
+            ).save_pretrained(str(part))  # fmt: skip
+            save_file(_tensors(changes, kept), part / "adapter_model.safetensors", {"format": "pt"})
+        (part / "README.md").write_text(_card(tracer, query, kept, lost))
+
+    if process_state().is_main_process:
+        keep_folder(folder, write)
+    process_state().wait_for_everyone()
+    return lost
+
+
+def _check(tracer: Scorer, names: list[str], trained: bool) -> None:
+    """Refuse what LoRA can't hold, before anything is computed."""
+    if not isinstance(tracer.adapter, CausalLMAdapter | Seq2SeqAdapter):
+        raise TypeError(
+            f"Perturbations of language models can be saved, not those of {type(tracer.adapter).__name__}."
+        )
+    layers = linear_layers(tracer.adapter.model)
+    if trained:
+        foreign = [name for name in names if name in layers or ".base_layer." in name]
+        hint = "This model has LoRA weights of its own: perturb those, or merge them first (merge_and_unload)."
+    else:
+        foreign = [name for name in names if name not in layers]
+        hint = "Perturb linear layers alone: ForwardInf(..., ascent=AscentConfig(lora_rank=64))."
+    if foreign:
+        more = ", ..." if len(foreign) > 3 else ""
+        raise ValueError(f"LoRA can't hold the change of {', '.join(foreign[:3])}{more}. {hint}")
+    if tracer.ascent.direction != "gradient" and tracer.training is None:
+        raise ValueError(
+            f"direction={tracer.ascent.direction!r} needs the training data: give ForwardInf(..., training=...)."
+        )
+
+
+def _theta(tracer: Scorer, query: Mapping[str, Any], names: list[str]) -> Parameters:
+    adapter = tracer.adapter
+    encoded = encode(adapter, Dataset.from_list([dict(query)]), "queries", tracer.cache_dir)
+    with evaluating(adapter.model):
+        direction = None
+        if tracer.training is not None:
+            direction = direction_for(tracer.ascent, adapter, tracer.training, names, tracer.cache_dir)
+        (theta,) = Perturbation(adapter, encoded[:], names, tracer.ascent, direction).thetas
+    if theta is None:
+        raise ValueError("The query's gradient is zero or not finite: it moves the model nowhere.")
+    return theta
+
+
+def _as_lora(model: nn.Module, theta: Parameters, rank: int) -> tuple[dict[str, LowRank], float]:
+    """Give each layer's change in a rank that is no higher than needed, and the share of all that is lost."""
+    layers = linear_layers(model)
+    changes, norms, shares = {}, [], []
+    for name, value in theta.items():
+        change = value if isinstance(value, LowRank) else _difference(layers[name], value)
+        changes[name], lost = change.truncated(rank)
+        norms.append(change.norm() ** 2)
+        shares.append(lost * norms[-1])
+    return changes, math.fsum(shares) / math.fsum(norms)
+
+
+def _difference(layer: nn.Module, value: Tensor) -> LowRank:
+    own: Any = layer.weight
+    change = (value - own.detach()).float()
+    change = change.T if isinstance(layer, Conv1D) else change
+    return LowRank(torch.eye(change.shape[1], device=change.device), change)
+
+
+def _tensors(changes: Mapping[str, LowRank], rank: int) -> dict[str, Tensor]:
+    """Name the factors as PEFT does; all have the same rank, zeros where a layer needs less."""
+    tensors = {}
+    for name, change in changes.items():
+        missing = rank - len(change.down)
+        layer = f"base_model.model.{name.removesuffix('.weight')}"
+        tensors[f"{layer}.lora_A.weight"] = F.pad(change.down, (0, 0, 0, missing)).contiguous().cpu()
+        tensors[f"{layer}.lora_B.weight"] = F.pad(change.up, (0, missing)).contiguous().cpu()
+    return tensors
+
+
+def _card(tracer: Scorer, query: Mapping[str, Any], rank: int, lost: float) -> str:
+    model: Any = tracer.adapter.model
+    columns = tracer.adapter.columns_in(query)
+    ascent = {name: value for name, value in asdict(tracer.ascent).items() if value is not None}
+    return CARD.format(
+        base=json.dumps(str(model.name_or_path)),
+        rank=rank,
+        query=json.dumps({name: query[name] for name in columns}, ensure_ascii=False, default=str),
+        ascent=json.dumps(ascent),
+        lost=lost,
+    )

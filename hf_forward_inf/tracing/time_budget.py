@@ -1,0 +1,55 @@
+"""An answer within a time: candidates are dealt out in slices until it is up."""
+
+import time
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+from accelerate.utils import broadcast_object_list
+
+from hf_forward_inf.utils.processes import process_state
+
+FIRST = 64
+"""Candidates of the first slice, which is scored however long that takes."""
+
+
+def slices(order: np.ndarray, seconds: float) -> Iterator[np.ndarray]:
+    """Deal candidates out until the time is up.
+
+    Each slice is as large as the pace so far promises to get through in the time left, but at most twice what was
+    dealt before. All processes of a run get the same slices.
+
+    Args:
+        order (`np.ndarray`): Row numbers, in the order in which they are to be inspected.
+        seconds (`float`): The time, from the first slice on. If it is over before the first slice is through, a
+            warning says so.
+
+    Yields:
+        `np.ndarray`: Row numbers, ascending.
+
+    Raises:
+        ValueError: If `seconds` is not above 0.
+    """
+    if not seconds > 0:
+        raise ValueError(f"time_budget={seconds} must be above 0 seconds.")
+    start = time.perf_counter()
+    done, size = 0, FIRST
+    while size > 0 and done < len(order):
+        rows = order[done : done + size]
+        yield np.sort(rows)
+        spent = time.perf_counter() - start
+        if done == 0 and spent > seconds:
+            warnings.warn(
+                f"time_budget={seconds:g} s was over before the first {len(rows)} candidates were scored "
+                f"({spent:.2g} s): only they have scores.",
+                stacklevel=3,
+            )
+        done += len(rows)
+        size = _agreed(min(2 * done, int(done * (seconds - spent) / spent)))
+
+
+def _agreed(size: int) -> int:
+    """What the main process says: clocks of several processes differ."""
+    if process_state().num_processes == 1:
+        return size
+    return broadcast_object_list([size])[0]

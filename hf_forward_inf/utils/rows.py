@@ -1,0 +1,74 @@
+"""Rows: what they say in plain words, whatever their columns are called, and some of them at random."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+LAYOUTS = (
+    ("inputs_pretokenized", "targets_pretokenized"),
+    ("messages",),
+    ("prompt", "completion"),
+    ("text",),
+    ("caption",),
+)
+"""Columns of inputs and targets: FTRACE's, those of TRL's trainers, and pictures' captions."""
+
+
+SENTINEL = re.compile(r"<extra_id_\d+>")
+
+
+def fill_in(inputs: str, target: str) -> str:
+    """Put the target's spans in the places of their sentinels.
+
+    Example:
+
+        >>> fill_in("The capital of France is <extra_id_0>.", "<extra_id_0> Paris")
+        'The capital of France is Paris.'
+    """
+    spans = dict(zip(SENTINEL.findall(target), (s.strip() for s in SENTINEL.split(target)[1:]), strict=True))
+    if not spans:
+        return f"{inputs} {target}".strip()
+    return SENTINEL.sub(lambda match: spans.get(match.group(), match.group()), inputs)
+
+
+def without_sentinels(target: str) -> str:
+    """Give a target's plain words: "<extra_id_0> New York" is "New York"."""
+    return " ".join(SENTINEL.sub(" ", target).split())
+
+
+def text_columns(names: Iterable[str]) -> tuple[str, ...] | None:
+    """Find the columns that hold texts: input and target, or one for both; `None` if no layout is known."""
+    names = set(names)
+    return next((layout for layout in LAYOUTS if set(layout) <= names), None)
+
+
+def text_and_target(row: Mapping[str, Any], columns: tuple[str, ...]) -> tuple[str, str]:
+    """Give what a row asks and what it answers; of a conversation, the last message is the answer.
+
+    Example:
+
+        >>> text_and_target({"prompt": "Capital of Peru?", "completion": " Lima"}, ("prompt", "completion"))
+        ('Capital of Peru?', ' Lima')
+    """
+    values = [row.get(column) for column in columns]
+    if len(values) == 2:
+        return _plain(values[0]), _plain(values[1])
+    if isinstance(values[0], list):
+        return _plain(values[0][:-1]), _plain(values[0][-1:])
+    return _plain(values[0]), ""
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        return "\n".join(str(message.get("content") or "") for message in value)
+    return str(value or "")
+
+
+def sample_rows(rows: Dataset, count: int, seed: int = 0) -> Dataset:
+    """Draw `count` rows without replacement, in their order; all rows if there are no more."""
+    if len(rows) <= count:
+        return rows
+    return rows.select(np.sort(np.random.default_rng(seed).permutation(len(rows))[:count]))

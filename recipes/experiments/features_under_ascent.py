@@ -1,0 +1,76 @@
+"""How a model sees examples while it is moved up the loss of a query: the paper's Figure 8."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from hf_forward_inf.adapters.tensors import TensorAdapter
+from hf_forward_inf.ascent.parameters import Parameters, call, perturbed_names
+from hf_forward_inf.ascent.steps import ascend
+from hf_forward_inf.forward_inf import ForwardInf
+from hf_forward_inf.passes.candidate_pass import encode
+from hf_forward_inf.utils.models import evaluating, to_device
+
+TOGETHER = 256
+"""Rows that are run together."""
+
+
+def features_under_ascent(tracer: ForwardInf, query: Dataset, rows: Dataset, radii: Sequence[float]) -> np.ndarray:
+    """Give what the last linear layer reads of each row, under the models at some radii.
+
+    Args:
+        tracer (`ForwardInf`): Its adapter is a [`TensorAdapter`]; its ascent gives all but the radius.
+        query (`datasets.Dataset`): One row.
+        rows (`datasets.Dataset`): The examples.
+        radii (`Sequence[float]`): Lengths of the step, 0 for the trained model.
+
+    Returns:
+        `np.ndarray`: float32 `[radii, rows, features]`.
+
+    Raises:
+        ValueError: If the query's gradient is zero or not finite.
+    """
+    adapter = tracer.adapter
+    assert isinstance(adapter, TensorAdapter)
+    names = perturbed_names(adapter, tracer.ascent.modules)
+    asked = encode(adapter, query, "queries", tracer.cache_dir)[:]
+    encoded = encode(adapter, rows, "candidates", tracer.cache_dir)
+    found = []
+    with evaluating(adapter.model):
+        for radius in radii:
+            theta: Parameters | None = {}
+            if radius > 0:
+                theta = ascend(adapter, asked, names, replace(tracer.ascent, radius=radius))
+            if theta is None:
+                raise ValueError("The query's gradient is zero or not finite: it moves the model nowhere.")
+            parts = []
+            for start in range(0, len(rows), TOGETHER):
+                batch = to_device(adapter.collate(encoded[start : start + TOGETHER]), adapter.model)
+                parts.append(adapter.representation(batch, partial(call, adapter.model, theta)))
+            found.append(torch.cat(parts).cpu().numpy())
+    return np.stack(found)
+
+
+def moved(features: np.ndarray) -> np.ndarray:
+    """Tell how far each example's features have moved, relative to their length at first: `[radii, rows]`."""
+    lengths = np.linalg.norm(features[0], axis=1)
+    return np.linalg.norm(features - features[0], axis=2) / np.maximum(lengths, 1e-12)
+
+
+def on_a_plane(features: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Lay features of all radii out together by t-SNE: `[radii, rows, 2]`.
+
+    Raises:
+        ImportError: If scikit-learn is not installed.
+    """
+    try:
+        from sklearn.manifold import TSNE
+    except ImportError as error:
+        raise ImportError("t-SNE comes with scikit-learn: pip install 'hf-forward-inf[truth]'.") from error
+    flat = features.reshape(-1, features.shape[-1])
+    layout = TSNE(perplexity=min(30.0, (len(flat) - 1) / 3), init="pca", random_state=seed)
+    return layout.fit_transform(flat).reshape(*features.shape[:2], 2)

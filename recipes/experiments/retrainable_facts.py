@@ -1,0 +1,79 @@
+"""A small language model that is taught facts in seconds, and taught them again without some sentences."""
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from experiments.retrainable import Retrainable
+from hf_forward_inf.adapters import Adapter, Seq2SeqAdapter
+from hf_forward_inf.data import builtin_facts
+from hf_forward_inf.evaluation.candidate_sets import candidate_pool
+from hf_forward_inf.scores.retraining import Train
+from hf_forward_inf.toys.tiny_models import train_mt5, train_tokenizer
+from hf_forward_inf.utils.fingerprints import fingerprint
+from hf_forward_inf.utils.rows import sample_rows
+
+SIZES = {"d_model": 48, "d_kv": 12, "d_ff": 96, "num_heads": 4, "num_layers": 1, "num_decoder_layers": 1}
+"""An mT5 of 94,000 parameters."""
+TRAINING = {"epochs": 25, "learning_rate": 8e-3, "batch_length": 512}
+"""It then knows its sentences (about 1 nat a token), but not by heart."""
+VOCABULARY = 800
+"""Tokens at most."""
+
+
+def facts(candidates: int = 400, queries: int = 40) -> Retrainable:
+    """The built-in facts and a tiny mT5: queries ask for facts in words that no candidate uses for them.
+
+    Args:
+        candidates (`int`, defaults to 400): Training sentences: the queries' proponents, and those most like them.
+        queries (`int`, defaults to 40): Queries, and as many others.
+
+    Raises:
+        ImportError: If the extra `facts` is not installed.
+    """
+    corpus = builtin_facts()
+    asked = sample_rows(corpus["queries"], 2 * queries, seed=0)
+    half = len(asked) // 2
+    data, _ = candidate_pool(asked, corpus["abstracts"], candidates, 0)
+    texts = [text for column in ("inputs_pretokenized", "targets_pretokenized") for text in data[column]]
+    tokenizer = train_tokenizer(texts, VOCABULARY)
+
+    def adapter(seed: int, rows: Dataset = data) -> Adapter:
+        model = train_mt5(rows, tokenizer, seed=seed, sizes=SIZES, quiet=True, **TRAINING)  # type: ignore[arg-type]
+        return Seq2SeqAdapter(model.eval(), tokenizer)
+
+    def train(asked: Dataset) -> Train:
+        return partial(_outcomes, adapter, data, asked)
+
+    key = fingerprint("facts, losses and answers", data["id"][:], SIZES, TRAINING, VOCABULARY)
+    judged, others = asked.select(range(half)), asked.select(range(half, 2 * half))
+    columns = ("inputs_pretokenized", "targets_pretokenized")
+    return Retrainable(key, data, judged, others, adapter, train, columns, together=5)
+
+
+def _outcomes(
+    adapter: Callable[[int, Dataset], Adapter], data: Dataset, asked: Dataset, subsets: np.ndarray, seeds: np.ndarray
+) -> np.ndarray:
+    """Train one model after the other; give the queries' losses and answers, float32 `[models, queries, 2]`."""
+    pairs = zip(subsets, seeds.tolist(), strict=True)
+    models = (adapter(seed, data.select(np.flatnonzero(subset))) for subset, seed in pairs)
+    return np.stack([losses_and_answers(one, asked).numpy() for one in models])
+
+
+@torch.no_grad()
+def losses_and_answers(adapter: Adapter, asked: Dataset) -> Tensor:
+    """Give each row's loss, and whether its target is the model's answer (1 or 0), `[rows, 2]`.
+
+    Greedy decoding gives a target if and only if each of its tokens is the likeliest after those before it.
+    """
+    features = adapter.encode(asked[:])
+    batch = adapter.collate(features)
+    losses = adapter.loss(adapter.model, batch)
+    logits, _ = adapter.predictions(adapter.model, batch)
+    targets = torch.tensor([token for labels in features["labels"] for token in labels])
+    right = (logits.argmax(dim=1) == targets).split(features["terms"])
+    return torch.stack([losses, torch.tensor([float(tokens.all()) for tokens in right])], dim=1)

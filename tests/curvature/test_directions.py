@@ -1,0 +1,328 @@
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from hf_forward_inf import AscentConfig, ForwardInf
+from hf_forward_inf.adapters import Seq2SeqAdapter, TensorAdapter
+from hf_forward_inf.ascent.steps import Mirrored, Perturbation
+from hf_forward_inf.baselines import FirstOrder
+from hf_forward_inf.curvature import gauss_newton as curvature
+from hf_forward_inf.curvature.directions import direction_for
+from hf_forward_inf.curvature.solvers import conjugate_gradients
+from hf_forward_inf.evaluation.cost import measure
+from tests import digits
+from tests.line import assert_same_state, state
+
+CORRECTED = ("adam", "kfac", "ekfac", "cg")
+CANDIDATES = digits.rows(0, 100)
+QUERIES = digits.rows(100, 103)
+
+
+def perturbation(network, **options):
+    adapter = TensorAdapter(network)
+    config = AscentConfig(**{"sample": 100, "radius": 0.3, "direction": "gradient", **options})
+    names = [name for name, _ in network.named_parameters()]
+    direction = direction_for(config, adapter, CANDIDATES, names)
+    return Perturbation(adapter, adapter.encode(QUERIES[:]), names, config, direction)
+
+
+def steps(network, **options):
+    """Each query's step, flat: `[queries, parameters]`."""
+    own = dict(network.named_parameters())
+    thetas = perturbation(network, **options).thetas
+    return torch.stack([torch.cat([(theta[n] - own[n]).flatten() for n in own]) for theta in thetas]).detach()
+
+
+def written_out(network, damping):
+    """The Gauss-Newton matrix entry by entry, and C^-1 g of each query."""
+    own = dict(network.named_parameters())
+    data, queries = (rows.with_format("torch")[:] for rows in (CANDIDATES, QUERIES))
+
+    def logits(flat, x):
+        parts = flat.split([p.numel() for p in own.values()])
+        theta = {name: part.view(p.shape) for (name, p), part in zip(own.items(), parts, strict=True)}
+        return torch.func.functional_call(network, theta, (x,))
+
+    theta = torch.cat([p.detach().flatten() for p in own.values()])
+    jacobians = torch.func.jacrev(logits)(theta, data["x"])  # [rows, classes, parameters]
+    p = logits(theta, data["x"]).softmax(-1)
+    hessians = torch.diag_embed(p) - p[:, :, None] * p[:, None]
+    matrix = torch.einsum("nap,nab,nbq->pq", jacobians, hessians, jacobians) / len(data["x"])
+    for x, label in zip(queries["x"], queries["label"], strict=True):
+        loss = lambda flat, x=x, label=label: nn.functional.cross_entropy(logits(flat, x[None]), label[None])  # noqa: E731
+        g = torch.func.grad(loss)(theta)
+        shift = damping * (g @ matrix @ g) / (g @ g)
+        yield torch.linalg.solve(matrix + shift * torch.eye(len(g)), g)
+
+
+def cosines(found, expected):
+    return [torch.cosine_similarity(a, b, dim=0).item() for a, b in zip(found, expected, strict=True)]
+
+
+def test_conjugate_gradients_step_along_the_inverse_of_the_gauss_newton_matrix():
+    network = digits.perceptron()
+    found = steps(network, direction="cg", damping=0.1, iterations=60, tolerance=1e-5)
+    assert min(cosines(found, list(written_out(network, 0.1)))) > 0.9999
+    torch.testing.assert_close(found.norm(dim=1), torch.full((3,), 0.3))
+
+
+def test_what_memory_has_no_room_for_is_run_again_at_every_product(monkeypatch):
+    network = digits.perceptron()
+    adapter, names = TensorAdapter(network), [name for name, _ in network.named_parameters()]
+    features = adapter.encode(CANDIDATES[:])
+    parts = [{name: values[i : i + 25] for name, values in features.items()} for i in range(0, 100, 25)]
+    batches = [adapter.collate(part) for part in parts]
+    vector = [torch.randn_like(p) for p in network.parameters()]
+    whole = curvature.GaussNewton(adapter, batches, names)
+    assert [graph is not None for graph in whole.kept] == [True] * 4
+    held = whole.graph(batches[0])[1]
+    assert held > 25 * 64 * 4  # at least what the first layer reads
+    monkeypatch.setattr(curvature, "KEPT_BYTES", 2.5 * held)
+    scarce = curvature.GaussNewton(adapter, batches, names)
+    assert [graph is not None for graph in scarce.kept] == [True, True, False, False]
+    for _ in range(2):
+        torch.testing.assert_close(scarce(vector), whole(vector))
+
+
+def test_kronecker_factors_come_nearer_to_the_inverse_than_the_gradient_does():
+    network = digits.perceptron()
+    exact = list(written_out(network, 0.1))
+    plain = cosines(steps(network, sample=None), exact)
+    for direction in ("kfac", "ekfac"):
+        assert np.mean(cosines(steps(network, direction=direction, damping=0.1), exact)) > np.mean(plain) + 0.15
+
+
+@pytest.mark.parametrize("direction", CORRECTED)
+def test_infinite_damping_leaves_the_gradient(direction):
+    network = digits.convolutional()
+    assert min(cosines(steps(network, direction=direction, damping=1e6), steps(network, sample=None))) > 0.9999
+
+
+@pytest.mark.parametrize("direction", CORRECTED)
+def test_every_direction_scores_reads_the_model_only_and_is_repeatable(direction, tmp_path):
+    network = digits.convolutional().train()
+    before = state(network)
+    ascent = AscentConfig(direction=direction, sample=100, radius=0.3)
+    scores = []
+    for cache in ("one", "two", "two"):  # the last with factors and passes from the cache
+        tracer = ForwardInf(adapter=TensorAdapter(network), ascent=ascent, cache_dir=tmp_path / cache)
+        scores.append(tracer.trace(QUERIES, CANDIDATES).scores)
+    assert_same_state(before, state(network))
+    np.testing.assert_array_equal(scores[0], scores[1])
+    np.testing.assert_array_equal(scores[1], scores[2])
+    assert np.isfinite(scores[0]).all()
+
+
+@pytest.mark.parametrize("direction", CORRECTED)
+def test_every_direction_traces_a_language_model(direction, model, tokenizer, queries, candidates):
+    before = state(model)
+    ascent = AscentConfig(direction=direction, sample=40)
+    found = ForwardInf(model, tokenizer, ascent=ascent).trace(candidates.select([2, 7, 9]), candidates)
+    assert_same_state(before, state(model))
+    assert [found.ranking(i)[0] for i in range(3)] == [2, 7, 9]
+    assert found.config["direction"] == direction
+
+
+def test_bfloat16_and_frozen_models_have_directions_too(model, tokenizer, queries, candidates):
+    ascent = AscentConfig(direction="cg", sample=40)
+    full = ForwardInf(model, tokenizer, ascent=ascent).trace(queries, candidates).scores
+    model.requires_grad_(False)
+    np.testing.assert_array_equal(full, ForwardInf(model, tokenizer, ascent=ascent).trace(queries, candidates).scores)
+    for direction in CORRECTED:
+        ascent = AscentConfig(direction=direction, sample=40)
+        half = ForwardInf(model.bfloat16(), tokenizer, ascent=ascent).trace(queries, candidates).scores
+        assert np.isfinite(half).all()
+
+
+def test_factors_are_fitted_once_for_all_queries_and_damping(monkeypatch, cache):
+    network = digits.perceptron()
+    perturbation(network, direction="kfac")
+    files = set((cache / "curvature").iterdir())
+    assert len(files) == 1
+    monkeypatch.setattr("hf_forward_inf.curvature.kronecker.KroneckerFit.factors", None)  # not called again
+    perturbation(network, direction="kfac", damping=0.7)
+    perturbation(network, direction="ekfac")
+    assert len(set((cache / "curvature").iterdir()) - files) == 1  # the corrected eigenvalues
+    with pytest.raises(TypeError):
+        perturbation(network, direction="kfac", seed=1)
+
+
+def test_a_killed_fit_leaves_no_half_file(monkeypatch, cache):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_forward_inf.utils.storage.save_file", killed)
+    with pytest.raises(KeyboardInterrupt):
+        perturbation(digits.perceptron(), direction="kfac")
+    assert not list((cache / "curvature").iterdir())
+
+
+def test_a_perturbation_is_known_by_everything_that_its_direction_depends_on():
+    network = digits.perceptron()
+    options = [
+        {"sample": None}, {"direction": "cg"}, {"direction": "cg", "sample": 50}, {"direction": "cg", "damping": 0.2},
+        {"direction": "cg", "iterations": 3}, {"direction": "kfac"}, {"direction": "ekfac"},
+        {"direction": "ekfac", "seed": 1}, {"direction": "ekfac", "sample": 90}, {"direction": "adam"},
+    ]  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        assert len({perturbation(network, **one).fingerprint for one in options}) == len(options)
+
+
+def test_adam_divides_by_the_optimizers_root_second_moments(tmp_path):
+    network = digits.perceptron()
+    optimizer = torch.optim.Adam(network.named_parameters(), lr=0.0)
+    data = CANDIDATES.with_format("torch")[:]
+    nn.functional.cross_entropy(network(data["x"]), data["label"]).backward()
+    optimizer.step()
+    network.zero_grad()
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    found = steps(network, direction="adam", second_moments=str(tmp_path), damping=0.5)
+    moments = torch.cat([optimizer.state[p]["exp_avg_sq"].flatten() for p in network.parameters()])
+    gradients = steps(network, sample=None)
+    assert min(cosines(found, gradients / (moments + 0.5 * moments.mean()).sqrt())) > 0.9999
+
+
+def test_an_optimizer_state_of_another_model_is_refused(tmp_path):
+    other = nn.Linear(2, 2)
+    optimizer = torch.optim.Adam(other.named_parameters())
+    other(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    with pytest.raises(ValueError, match="speaks of 2 parameters, the model has 4"):
+        steps(digits.perceptron(), direction="adam", second_moments=str(tmp_path))
+    perceptron = digits.perceptron()
+    wider = nn.Sequential(nn.Linear(64, 25), nn.Tanh(), nn.Linear(25, 10))
+    save_steps(torch.optim.Adam(wider.parameters()), wider, tmp_path / "optimizer.pt")
+    with pytest.raises(ValueError, match=r"0.weight has shape \(25, 64\) there, \(\d+, 64\) here"):
+        steps(perceptron, direction="adam", second_moments=str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="no optimizer state"):
+        steps(digits.perceptron(), direction="adam", second_moments=str(tmp_path / "nowhere"))
+
+
+def test_what_holds_no_second_moments_is_refused(tmp_path):
+    network, file = digits.perceptron(), tmp_path / "optimizer.pt"
+    save_steps(torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9), network, file)
+    with pytest.raises(ValueError, match=r"holds no second moment of 0\.weight: only Adam and its kin keep them"):
+        steps(network, direction="adam", second_moments=str(tmp_path))
+    torch.save(network.state_dict(), file)
+    with pytest.raises(ValueError, match="is no optimizer's state: give a Trainer's checkpoint folder"):
+        steps(network, direction="adam", second_moments=str(tmp_path))
+    file.write_bytes(b"cut off")
+    with pytest.raises(ValueError, match="is no optimizer's state"):
+        steps(network, direction="adam", second_moments=str(tmp_path))
+
+
+def save_steps(optimizer, network, file):
+    """Save an optimizer's state after a step."""
+    network(torch.ones(1, 64)).sum().backward()
+    optimizer.step()
+    torch.save(optimizer.state_dict(), file)
+
+
+@pytest.mark.parametrize("direction", ["gradient", "cg"])
+def test_symmetric_scores_are_half_the_difference_of_ascent_and_descent(direction):
+    network = digits.perceptron()
+    found = {
+        mode: ForwardInf(
+            adapter=TensorAdapter(network),
+            ascent=AscentConfig(mode=mode, radius=0.3, direction=direction),
+        ).trace(QUERIES, CANDIDATES).scores
+        for mode in ("ascent", "descent", "symmetric")
+    }  # fmt: skip
+    np.testing.assert_allclose(found["symmetric"], (found["ascent"] + found["descent"]) / 2, atol=1e-5)
+
+
+def test_a_query_that_moves_nothing_has_no_mirror_image():
+    network = digits.perceptron()
+    up = perturbation(network, sample=None)
+    up.thetas[1] = None
+    down = Mirrored(up)
+    assert down.thetas[1] is None
+    assert len(down) == 3
+    assert down.fingerprint != up.fingerprint
+    torch.testing.assert_close(down.thetas[0]["2.bias"] + up.thetas[0]["2.bias"], 2 * network[2].bias.detach())
+
+
+def test_the_cost_of_a_direction_is_told(line):
+    tracer = ForwardInf(
+        adapter=TensorAdapter(digits.perceptron()), ascent=AscentConfig(direction="kfac", sample=100, mode="symmetric")
+    )
+    figures = measure(tracer, QUERIES, CANDIDATES)
+    assert figures["forward_passes_to_fit"] > 0
+    assert figures["forward_passes_per_query"] > 0
+
+
+def test_an_adapter_without_predictions_is_told(line):
+    from tests.line import points
+
+    tracer = ForwardInf(adapter=line, ascent=AscentConfig(direction="cg"))
+    with pytest.raises(NotImplementedError, match="LineAdapter does not say what its model predicts"):
+        tracer.trace(points(((3, 1), 0)), points(((1, 0), 0)))
+
+
+def test_a_seq2seq_adapters_predictions_leave_padding_out(model, tokenizer, candidates):
+    adapter = Seq2SeqAdapter(model, tokenizer)
+    features = adapter.encode(candidates[:5])
+    outputs, loss = adapter.predictions(model, adapter.collate(features))
+    assert len(outputs) == sum(features["terms"])
+    torch.testing.assert_close(loss(outputs), adapter.loss(model, adapter.collate(features)).sum())
+
+
+def test_conjugate_gradients_that_do_not_converge_show_the_residual():
+    with pytest.warns(
+        UserWarning, match=r"after 1 products the residual is \d+% of the gradient. The best iterate"
+    ) as told:
+        steps(digits.perceptron(), direction="cg", damping=1e-6, iterations=1)
+    assert len(told) == 1  # though there are three queries
+
+
+def test_more_products_of_conjugate_gradients_never_give_a_worse_iterate():
+    curvatures = torch.logspace(-6, 3, 60)  # far beyond what float32 can solve
+    right = torch.randn(60, generator=torch.Generator().manual_seed(0))
+    heights = []
+    for iterations in (1, 5, 20, 100, 400):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            found = conjugate_gradients(
+                lambda v: [curvatures * v[0]], [right], iterations=iterations, damping=1e-9, tolerance=1e-12
+            )
+        x = found[0].double()
+        heights.append((x @ (curvatures * x) / 2 - right.double() @ x).item())
+    assert np.all(np.diff(heights) <= 1e-3 * np.abs(heights[:-1]))
+
+
+def test_inputs_that_are_always_zero_make_factors_singular_and_do_no_harm():
+    network = digits.perceptron()  # corners of the digits are blank
+    assert np.linalg.matrix_rank(np.array(CANDIDATES["x"])) < 64
+    for direction in ("kfac", "ekfac"):
+        assert torch.isfinite(steps(network, direction=direction, damping=1e-6)).all()
+
+
+def test_layers_of_unknown_kind_are_named_once():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(6))
+
+        def forward(self, x):
+            return x * self.scale
+
+    network = nn.Sequential(nn.Linear(64, 6), Scaled(), nn.Linear(6, 10))
+    with pytest.warns(UserWarning, match=r"unknown kind, which get a diagonal: 1 \(Scaled\)") as told:
+        assert torch.isfinite(steps(network, direction="ekfac")).all()
+    assert sum("unknown kind" in str(one.message) for one in told) == 1
+
+
+@pytest.mark.parametrize("direction", ["gradient", *CORRECTED])
+def test_first_order_is_the_limit_of_small_steps(direction):
+    adapter = TensorAdapter(digits.perceptron().double())
+    correction = {} if direction == "gradient" else {"sample": 100}
+    ascent = AscentConfig(direction=direction, radius=1e-3, mode="symmetric", **correction)
+    finite = ForwardInf(adapter=adapter, ascent=ascent).trace(QUERIES, CANDIDATES).scores
+    first = FirstOrder(adapter=adapter, ascent=ascent).trace(QUERIES, CANDIDATES).scores
+    for a, b in zip(finite, first, strict=True):
+        assert np.corrcoef(a, b)[0, 1] > 0.999

@@ -1,0 +1,165 @@
+import itertools
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from hf_forward_inf.scores.metrics import (
+    collapse,
+    detection,
+    distinct,
+    evaluate,
+    hits_at_k,
+    lds,
+    lds_by_query,
+    precision_at_k,
+    random_figures,
+    random_reciprocal_rank,
+    recall_at_k,
+    reciprocal_rank,
+    spearman,
+    worst_hub,
+)
+
+SCORES = np.array([0.9, 0.1, 0.5, 0.5, 0.5, np.nan], dtype=np.float32)
+
+
+def by_enumeration(scores, measure):
+    """Average over all orders that the scores allow."""
+    orders = [
+        order
+        for order in itertools.permutations(range(len(scores)))
+        if all(scores[a] >= scores[b] for a, b in itertools.pairwise(order))
+    ]
+    return np.mean([measure(order) for order in orders])
+
+
+def test_reciprocal_rank_without_ties():
+    assert reciprocal_rank(SCORES, [0]) == 1
+    assert reciprocal_rank(SCORES, [1]) == pytest.approx(1 / 5)
+    assert reciprocal_rank(SCORES, [1, 0]) == 1
+
+
+def test_a_tied_proponent_stands_at_its_expected_rank():
+    # One above; three share ranks 2 to 4: expected rank 3 for one proponent, 2 + 2/3 for the first of two.
+    assert reciprocal_rank(SCORES, [2]) == pytest.approx(1 / 3)
+    assert reciprocal_rank(SCORES, [2, 4]) == pytest.approx(1 / (1 + 4 / 3))
+
+
+def test_no_proponent_or_none_with_a_score_gives_zero():
+    assert reciprocal_rank(SCORES, []) == 0
+    assert reciprocal_rank(SCORES, [5]) == 0
+    assert hits_at_k(SCORES, [5], 6) == 0
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+@pytest.mark.parametrize("proponents", [[2], [0, 3], [2, 4], [1, 2, 3]])
+def test_hits_are_the_expectation_over_ties(k, proponents):
+    scores = SCORES[:5]
+    expected = by_enumeration(scores, lambda order: len(set(order[:k]) & set(proponents)))
+    assert hits_at_k(scores, proponents, k) == pytest.approx(expected)
+    assert precision_at_k(scores, proponents, k) == pytest.approx(expected / k)
+    assert recall_at_k(scores, proponents, k) == pytest.approx(expected / len(proponents))
+
+
+def test_recall_of_nothing_is_zero():
+    assert recall_at_k(SCORES, [], 3) == 0
+
+
+@pytest.mark.parametrize(("candidates", "proponents"), [(5, 1), (6, 2), (4, 4)])
+def test_a_random_order_is_the_average_of_all_orders(candidates, proponents):
+    ranks = [min(places) for places in itertools.combinations(range(1, candidates + 1), proponents)]
+    assert random_reciprocal_rank(candidates, proponents) == pytest.approx(np.mean([1 / rank for rank in ranks]))
+
+
+def test_random_figures():
+    figures = random_figures(100, [2, 4])
+    assert figures["precision@5"] == pytest.approx(0.03)
+    assert figures["recall@25"] == pytest.approx(0.25)
+
+
+def test_equal_sentences_are_merged_with_their_highest_score():
+    merged, truth = collapse(SCORES[None], [[2, 3]], ["a", "b", "b", "c", "c", "d"])
+    np.testing.assert_array_equal(merged, np.array([[0.9, 0.5, 0.5, np.nan]], dtype=np.float32))
+    assert truth == [[1, 2]]
+
+
+def test_evaluate_averages_over_queries():
+    scores = np.array([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0]])
+    figures = evaluate(scores, [[0], [1, 2]])
+    assert figures["mrr"] == pytest.approx(0.75)
+    assert figures["mrr_se"] == pytest.approx(0.25)
+    assert figures["precision@1"] == pytest.approx(0.5)
+    assert figures["recall@3"] == 1
+    assert figures["mrr_low"] <= 0.75 <= figures["mrr_high"]
+    assert "recall@5" not in figures  # there are only 3 candidates
+    assert figures["tied"] == 0
+
+
+def test_the_share_of_ties_is_told():
+    assert evaluate(np.array([[1.0, 1.0, 0.0], [1.0, 0.5, 0.0]]), [[0], [0]])["tied"] == 0.5
+
+
+def test_proponents_must_fit_the_queries():
+    with pytest.raises(ValueError, match="2 lists of proponents don't fit 1 queries"):
+        evaluate(np.zeros((1, 3)), [[0], [1]])
+
+
+def test_distinct_is_the_share_of_different_candidates_among_the_best():
+    scores = np.array([[3.0, 2.0, 1.0, 0.0], [0.0, 3.0, 2.0, 1.0], [3.0, 2.0, 1.0, 0.0]])
+    assert distinct(scores, k=1) == pytest.approx(2 / 3)
+    assert distinct(scores, k=2) == pytest.approx(3 / 6)
+
+
+def test_the_worst_hub_is_the_candidate_in_most_top_lists():
+    scores = np.array([[3.0, 2.0, 1.0], [3.0, 1.0, 2.0], [1.0, 3.0, np.nan]])
+    assert worst_hub(scores, k=1) == pytest.approx(2 / 3)
+    assert worst_hub(scores, k=2) == pytest.approx(1.0)
+
+
+def test_lds_by_hand():
+    # Four subsets of two of four candidates; sums 3, 2, 1, 0 by the first query's scores, 2, 1, 3, 0 by the second's.
+    subsets = np.array([[1, 1, 0, 0], [1, 0, 1, 0], [0, 1, 1, 0], [0, 0, 1, 1]], dtype=bool)
+    scores = np.array([[2.0, 1.0, 0.0, 0.0], [0.0, 2.0, 1.0, -1.0]])
+    losses = np.array([[0.1, 0.1], [0.2, 0.2], [0.3, 0.3], [0.9, 0.9]])
+    # The first foretells the order fully. Ranks of the second's sums 2, 1, 3, 0 against 1, 2, 3, 4 of the losses:
+    # 2, 3, 1, 4, squared differences 1 + 1 + 4 + 0 = 6, rho = 1 - 6 x 6 / (4 x 15) = .4
+    np.testing.assert_allclose(lds_by_query(scores, subsets, losses), [1.0, 0.4])
+    figures = lds(scores, subsets, losses)
+    assert figures["lds"] == pytest.approx(0.7)
+    assert figures["lds_se"] == pytest.approx(0.3)
+    assert (figures["lds_low"], figures["lds_high"]) == (pytest.approx(0.4), pytest.approx(1.0))
+
+
+def test_lds_asks_for_ranks_only_and_a_missing_score_counts_nothing():
+    draw = np.random.default_rng(0)
+    subsets = np.stack([draw.permutation(20) < 10 for _ in range(30)])
+    scores, losses = draw.normal(size=(3, 20)), draw.normal(size=(30, 3))
+    expected = lds_by_query(scores, subsets, losses)
+    np.testing.assert_allclose(lds_by_query(5 * scores + 7, subsets, np.exp(losses)), expected)
+    np.testing.assert_allclose(
+        expected, [stats.spearmanr(subsets @ row, -loss).statistic for row, loss in zip(scores, losses.T, strict=True)]
+    )
+    scores[1] = np.nan
+    assert lds_by_query(scores, subsets, losses)[1] == 0
+
+
+def test_ties_share_their_mean_rank():
+    a, b = np.array([3.0, 1.0, 1.0, 2.0, 1.0]), np.array([1.0, 0.0, 2.0, 2.0, 5.0])
+    assert spearman(a, b) == pytest.approx(stats.spearmanr(a, b).statistic)
+
+
+def test_lds_of_shapes_that_do_not_fit_is_refused():
+    with pytest.raises(ValueError, match=r"\(2, 4\).*\(3, 5\).*don't fit"):
+        lds(np.zeros((2, 4)), np.zeros((3, 5), dtype=bool), np.zeros((3, 2)))
+
+
+def test_detection_counts_what_is_found_among_the_first():
+    scores, wrong = np.array([9.0, 8, 7, np.nan, 5, 4, 3, 2, 1, 0]), np.zeros(10, dtype=bool)
+    wrong[[0, 2, 3]] = True
+    found = detection(scores, wrong, share=0.2)
+    assert found["detected_at_20_percent"] == pytest.approx(1 / 3)
+    assert found["ceiling_at_20_percent"] == pytest.approx(2 / 3)
+    assert found["precision_at_20_percent"] == 0.5
+    pairs = [(a > b) + (a == b) / 2 for a in (9, 7, -1) for b in (8, 5, 4, 3, 2, 1, 0)]
+    assert found["auc"] == pytest.approx(np.mean(pairs))
