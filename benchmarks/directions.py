@@ -34,16 +34,16 @@ class EmpiricalFisher(Seq2SeqAdapter):
     """Fits Kronecker factors to the gradients of the true targets instead of drawn ones."""
 
     @property
-    def settings(self) -> str:
+    def cache_key(self) -> str:
         """Tell its factors from the true ones in the cache."""
-        return f"{super().settings}, empirical Fisher"
+        return f"{super().cache_key}, empirical Fisher"
 
-    def predictions(self, forward: Forward, batch: Batch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    def outputs_and_loss(self, forward: Forward, batch: Batch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Remember the loss of the batch at hand."""
-        outputs, self.loss_of = super().predictions(forward, batch)
+        outputs, self.loss_of = super().outputs_and_loss(forward, batch)
         return outputs, self.loss_of
 
-    def sampled_slopes(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+    def sampled_output_gradients(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
         """Draw nothing: the slopes of that loss."""
         with torch.enable_grad():
             leaf = outputs.detach().requires_grad_()

@@ -118,7 +118,7 @@ class Scorer:
             training = candidates if self.training is None else self.training
             direction = direction_for(self.ascent, self.adapter, training, names, self.cache_dir)
             base = loss.base()  # L(theta, D_i)
-            block = loss.queries_a_pass(names)
+            block = loss.block_size(names)
             for start in range(0, len(queries), block):
                 rows = slice(start, min(start + block, len(queries)))
                 # K steps of gradient ascent on the loss of each D_tst: theta -> theta_K.

@@ -38,8 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "compare": lambda words, program: trace([*words, "--compare"], program),
         "finetune": finetune,
         "laion": laion,
-        "leakage": partial(judge, leakage_run, LeakageOptions),
-        "mislabel": partial(judge, mislabel_run, MislabelOptions),
+        "leakage": partial(run_command, leakage_run, LeakageOptions),
+        "mislabel": partial(run_command, mislabel_run, MislabelOptions),
     }
     if given and given[0] in commands:
         return commands[given[0]](given[1:], f"hf-forward-inf {given[0]}")
@@ -73,7 +73,7 @@ def _with_pictures(
     return with_ascent(getattr(experiment, run), getattr(experiment, kind), arguments, program)
 
 
-def judge(
+def run_command(
     run: Callable[[Any], object], kind: type, arguments: Sequence[str] | None = None, program: str | None = None
 ) -> int:
     """Parse the options of a run that retrains, and run it; a wrong input is told in one line, with exit status 1."""

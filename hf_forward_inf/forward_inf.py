@@ -149,13 +149,13 @@ class ForwardInf(Scorer):
         return self.trace(Dataset.from_dict({**given, last: answer(given, **options)}), candidates, **traced)
 
     def trace_stream(self, queries: Dataset, stream: IterableDataset, top_k: int = 100, **options: Any) -> Attribution:
-        """Score every row of a stream that is too large to keep, piece by piece; see [`streaming.trace_stream`].
+        """Score every row of a stream that is too large to keep, chunk by chunk; see [`streaming.trace_stream`].
 
         Args:
             queries (`datasets.Dataset`): As in [`trace`].
             stream (`datasets.IterableDataset`): Candidates.
             top_k (`int`, defaults to 100): Candidates kept of each query: no other is left on disk.
-            **options: `piece`, `standardise`, `folder`.
+            **options: `chunk_size`, `standardise`, `folder`.
         """
         return trace_stream(self, queries, stream, top_k=top_k, **options)
 

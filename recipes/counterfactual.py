@@ -15,7 +15,7 @@ import sys
 
 from experiments.counterfactual import CounterfactualOptions, counterfactual_run
 
-from hf_forward_inf.cli import judge
+from hf_forward_inf.cli import run_command
 
 if __name__ == "__main__":
-    sys.exit(judge(counterfactual_run, CounterfactualOptions))
+    sys.exit(run_command(counterfactual_run, CounterfactualOptions))

@@ -13,9 +13,9 @@ With no option a tiny model learns to draw handwritten digits first. `--help` li
 
 import sys
 
-from experiments.diffusion import DrawOptions, draw_run
+from experiments.diffusion import DiffusionOptions, diffusion_run
 
 from hf_forward_inf.cli import with_ascent
 
 if __name__ == "__main__":
-    sys.exit(with_ascent(draw_run, DrawOptions))
+    sys.exit(with_ascent(diffusion_run, DiffusionOptions))

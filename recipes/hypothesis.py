@@ -13,7 +13,7 @@ import sys
 
 from experiments.hypothesis import HypothesisOptions, hypothesis_run
 
-from hf_forward_inf.cli import judge
+from hf_forward_inf.cli import run_command
 
 if __name__ == "__main__":
-    sys.exit(judge(hypothesis_run, HypothesisOptions))
+    sys.exit(run_command(hypothesis_run, HypothesisOptions))

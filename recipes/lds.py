@@ -11,9 +11,9 @@ options.
 
 import sys
 
-from experiments.lds import TruthOptions, lds_run
+from experiments.lds import LdsOptions, lds_run
 
-from hf_forward_inf.cli import judge
+from hf_forward_inf.cli import run_command
 
 if __name__ == "__main__":
-    sys.exit(judge(lds_run, TruthOptions))
+    sys.exit(run_command(lds_run, LdsOptions))

@@ -11,8 +11,8 @@ judged, beside TracIn, influence functions and representations. `--help` lists a
 
 import sys
 
-from hf_forward_inf.cli import judge
+from hf_forward_inf.cli import run_command
 from hf_forward_inf.commands.leakage import LeakageOptions, leakage_run
 
 if __name__ == "__main__":
-    sys.exit(judge(leakage_run, LeakageOptions))
+    sys.exit(run_command(leakage_run, LeakageOptions))

@@ -11,7 +11,7 @@ import sys
 
 from experiments.memorization import MemorizationOptions, memorization_run
 
-from hf_forward_inf.cli import judge
+from hf_forward_inf.cli import run_command
 
 if __name__ == "__main__":
-    sys.exit(judge(memorization_run, MemorizationOptions))
+    sys.exit(run_command(memorization_run, MemorizationOptions))

@@ -12,8 +12,8 @@ those of the training among them: what is found depends on it more than on the m
 
 import sys
 
-from hf_forward_inf.cli import judge
+from hf_forward_inf.cli import run_command
 from hf_forward_inf.commands.mislabel import MislabelOptions, mislabel_run
 
 if __name__ == "__main__":
-    sys.exit(judge(mislabel_run, MislabelOptions))
+    sys.exit(run_command(mislabel_run, MislabelOptions))

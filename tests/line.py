@@ -19,7 +19,7 @@ class Line(nn.Module):
 
 class LineAdapter(Adapter):
     columns = ("x", "y")
-    settings = "line"
+    cache_key = "line"
     passes = 0
 
     def encode(self, rows):

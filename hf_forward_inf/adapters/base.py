@@ -45,7 +45,7 @@ class Adapter(ABC):
 
     @property
     @abstractmethod
-    def settings(self) -> str:
+    def cache_key(self) -> str:
         """Everything but the weights that the losses depend on, as text: part of the cache key."""
 
     def prepare(self, rows: Dataset) -> Dataset:
@@ -86,7 +86,7 @@ class Adapter(ABC):
             f"{type(self).__name__} does not say how far a prediction moves: measure='shift' is for classifiers."
         )
 
-    def predictions(self, forward: Forward, batch: Batch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    def outputs_and_loss(self, forward: Forward, batch: Batch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Split the loss in two, for Gauss-Newton products: what the model predicts, and the loss of that.
 
         Returns:
@@ -94,14 +94,14 @@ class Adapter(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} does not say what its model predicts.")
 
-    def sampled_slopes(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+    def sampled_output_gradients(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
         """Give the loss's gradient by the outputs, for targets drawn from the model's own predictions.
 
         Its mean is 0 and its covariance the H of the Gauss-Newton matrix, so that Kronecker factors estimate that
         matrix and not the scatter of the gradients at the true targets. Cross-entropy over logits, unless overridden.
 
         Args:
-            outputs (`Tensor`): What `predictions` gave, detached: logits, `[terms, classes]`.
+            outputs (`Tensor`): What `outputs_and_loss` gave, detached: logits, `[terms, classes]`.
             generator (`torch.Generator`): Draws, on the CPU.
 
         Returns:
@@ -138,10 +138,10 @@ class Adapter(ABC):
         """Give the options of [`AscentConfig`] that are taken if the user gives none: what evidence favours."""
         return {}
 
-    def prefix_parameters(self) -> Set[str]:
+    def shared_parameters(self) -> Set[str]:
         """Name the parameters that `prefix` reads; perturbing none of them allows computing it once."""
         return frozenset()
 
-    def prefix(self, batch: Batch) -> Batch:
+    def run_shared(self, batch: Batch) -> Batch:
         """Run what comes before the perturbed modules, and return the batch with its output in place."""
         return batch

@@ -87,7 +87,7 @@ class CausalLMAdapter(Adapter):
         self.shortens = "logits_to_keep" in inspect.signature(_base(model).forward).parameters
 
     @property
-    def settings(self) -> str:
+    def cache_key(self) -> str:
         """Columns, length limit, the tokenizer's whole state and its chat template."""
         return fingerprint(self.formats, self.max_length, tokenizer_state(self.tokenizer))
 
@@ -203,14 +203,14 @@ class CausalLMAdapter(Adapter):
         """Logits from the first position that predicts a token that counts, and the tokens predicted."""
         labels, options = batch["labels"], {}
         first = max(1, int((labels != IGNORED).any(0).int().argmax()))
-        if self.shortens:  # the output layer is dear, and prompts need none of it
+        if self.shortens:  # the output layer is expensive, and prompts need none of it
             options["logits_to_keep"] = torch.arange(first - 1, labels.shape[1] - 1, device=labels.device)
         read = {key: value for key, value in batch.items() if key not in ("labels", "states")}
-        with self.blocks.from_middle(batch.get("states")):
+        with self.blocks.run_second_half(batch.get("states")):
             logits = forward(**read, use_cache=False, **options).logits
         return logits if self.shortens else logits[:, first - 1 : -1], labels[:, first:]
 
-    def predictions(self, forward: Forward, batch: Batch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    def outputs_and_loss(self, forward: Forward, batch: Batch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Logits of the tokens that count, `[tokens, vocabulary]`, and their cross-entropy."""
         logits, labels = self._logits(forward, batch)
         valid = labels != IGNORED
@@ -243,7 +243,7 @@ class CausalLMAdapter(Adapter):
         """Corrected by curvature, if the model is of a size that allows it ([`language.preferred_ascent`])."""
         return preferred_ascent(self.model)
 
-    def prefix_parameters(self) -> Set[str]:
+    def shared_parameters(self) -> Set[str]:
         """What the first half of the blocks and the embeddings read: perturb none of it, and they are run once."""
         device = next(self.model.parameters()).device
         self.blocks.look_before_middle(
@@ -251,12 +251,12 @@ class CausalLMAdapter(Adapter):
         )
         return self.blocks.before_middle
 
-    def prefix(self, batch: Batch) -> Batch:
+    def run_shared(self, batch: Batch) -> Batch:
         """Run the first half of the blocks, where there are two halves."""
         if not self.blocks.middle:
             return batch
         read = {key: value for key, value in batch.items() if key != "labels"}
-        return {**batch, "states": self.blocks.until_middle(lambda: self.model(**read, use_cache=False))}
+        return {**batch, "states": self.blocks.run_first_half(lambda: self.model(**read, use_cache=False))}
 
     @torch.no_grad()
     def answer(self, rows: Rows, max_new_tokens: int = 64, batch_size: int = 32) -> list[str]:

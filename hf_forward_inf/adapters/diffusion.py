@@ -114,9 +114,9 @@ class DiffusionAdapter(Adapter):
         return state_of_encoders(self.pipe)
 
     @property
-    def settings(self) -> str:
+    def cache_key(self) -> str:
         """Columns, size, times, seed, schedule, and the weights of VAE and text encoder."""
-        return fingerprint(self.columns, self.size, self.timesteps, self.seed, self.noising.settings, self._state)
+        return fingerprint(self.columns, self.size, self.timesteps, self.seed, self.noising.cache_key, self._state)
 
     def prepare(self, rows: Dataset) -> Dataset:
         """Leave decoding to `encode`: one corrupt image must not end the run.
@@ -215,7 +215,7 @@ class DiffusionAdapter(Adapter):
         output = output[:, : self.shape[0]].view(shape)
         return output, self.noising.target(latents, flat, times).view(shape)
 
-    def predictions(self, forward: Forward, batch: Batch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    def outputs_and_loss(self, forward: Forward, batch: Batch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Predictions of the rows that could be read, `[pixels, channels]`, and their squared error.
 
         At one of each row's times: curvature is a mean over examples and times alike, and more examples tell more.
@@ -233,7 +233,7 @@ class DiffusionAdapter(Adapter):
         shares = batch["weights"].flatten().repeat_interleave(self.shape[1] * self.shape[2]) / self.shape[0]
         return predicted, lambda outputs: ((outputs - target).square().sum(1) * shares).sum()
 
-    def sampled_slopes(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+    def sampled_output_gradients(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
         """Slopes of the squared error for targets drawn around the predictions: their covariance is its Hessian."""
         drawn = torch.randn(outputs.shape, generator=generator).to(outputs.device)
         return drawn * (2 / self.shape[0]) ** 0.5

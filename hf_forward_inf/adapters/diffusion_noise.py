@@ -24,7 +24,7 @@ class Noising(Protocol):
         ...
 
     @property
-    def settings(self) -> str:
+    def cache_key(self) -> str:
         """All that it depends on, as text."""
         ...
 
@@ -42,7 +42,7 @@ class Diffusion:
             raise ValueError(f"prediction_type={self.kind!r} is unknown: epsilon, v_prediction and sample are known.")
 
     @property
-    def settings(self) -> str:
+    def cache_key(self) -> str:
         """The schedule and the target."""
         return fingerprint(self.kind, self.scheduler.alphas_cumprod.tolist())
 
@@ -69,7 +69,7 @@ class Flow:
         self.steps = scheduler.config.num_train_timesteps
 
     @property
-    def settings(self) -> str:
+    def cache_key(self) -> str:
         """The scale of times."""
         return fingerprint("flow", self.steps)
 

@@ -82,10 +82,10 @@ class ImageClassificationAdapter(TensorAdapter):
         self.channels = channels or _channels(model)
 
     @property
-    def settings(self) -> str:
+    def cache_key(self) -> str:
         """Columns, channels, the processor's configuration or the transform's code."""
         processor = self.image_processor and self.image_processor.to_json_string()
-        return fingerprint(super().settings, self.channels, processor)
+        return fingerprint(super().cache_key, self.channels, processor)
 
     def classes(self) -> int:
         """What the model's configuration says."""
@@ -128,14 +128,14 @@ class ImageClassificationAdapter(TensorAdapter):
 
     def logits(self, forward: Forward, batch: Batch) -> Tensor:
         """Run the model, or what of it comes after the prefix: logits `[rows, classes]`."""
-        with self.blocks.from_middle(batch.get("states")):
+        with self.blocks.run_second_half(batch.get("states")):
             return super().logits(forward, batch)
 
-    def prefix_parameters(self) -> Set[str]:
+    def shared_parameters(self) -> Set[str]:
         """Everything before `first`, or outside the second half of the blocks."""
         return self.blocks.before_middle
 
-    def prefix(self, batch: Batch) -> Batch:
+    def run_shared(self, batch: Batch) -> Batch:
         """Run what comes before, where something does.
 
         Raises:
@@ -156,7 +156,7 @@ class ImageClassificationAdapter(TensorAdapter):
         return {**batch, "states": self._states(batch)}
 
     def _states(self, batch: Batch) -> Tensor:
-        return self.blocks.until_middle(lambda: self.model(**{self.argument: batch["input"]}))
+        return self.blocks.run_first_half(lambda: self.model(**{self.argument: batch["input"]}))
 
     def with_model(self, model: nn.Module) -> Self:
         """Give the same adapter for another model of the same architecture."""

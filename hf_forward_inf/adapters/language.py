@@ -18,7 +18,7 @@ DEFAULT_MAX_LENGTH = 1024
 """Tokens kept where neither the tokenizer nor the configuration states a limit (T5's positions have none)."""
 
 LARGE = 10**9
-"""Parameters of a model beyond which copies of them are dear."""
+"""Parameters of a model beyond which copies of them are expensive."""
 
 
 def check_language_model(model: nn.Module, tokenizer: Any, fits: bool, does: str, loader: str) -> None:

@@ -64,7 +64,7 @@ class Seq2SeqAdapter(Adapter):
         self.max_length = max_length or longest_input(model, tokenizer)
 
     @property
-    def settings(self) -> str:
+    def cache_key(self) -> str:
         """Columns, length limit and the tokenizer's whole state."""
         return fingerprint(self.columns, self.max_length, tokenizer_state(self.tokenizer))
 
@@ -115,7 +115,7 @@ class Seq2SeqAdapter(Adapter):
         read["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
         return forward(**read, use_cache=False).logits
 
-    def predictions(self, forward: Forward, batch: Batch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    def outputs_and_loss(self, forward: Forward, batch: Batch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Logits of the target tokens, padding left out, `[tokens, vocabulary]`, and their cross-entropy."""
         valid = batch["labels"] != IGNORED
         targets = batch["labels"][valid]
@@ -137,24 +137,24 @@ class Seq2SeqAdapter(Adapter):
         if trained := peft_parameters(self.model):
             return trained
         names = {id(module): name for name, module in self.model.named_modules()}
-        prefix = self._prefix_ids()
+        prefix = self._shared_ids()
         modules = [self.model.get_decoder(), self.model.get_output_embeddings()]
         owned = [m for m in modules if any(id(p) not in prefix for p in m.parameters())]
         return [names[id(module)] for module in owned]
 
-    def _prefix_ids(self) -> set[int]:
+    def _shared_ids(self) -> set[int]:
         return {id(parameter) for parameter in self.model.get_encoder().parameters()}
 
     def default_ascent(self) -> dict[str, Any]:
         """Corrected by curvature, if the model is of a size that allows it ([`language.preferred_ascent`])."""
         return preferred_ascent(self.model)
 
-    def prefix_parameters(self) -> Set[str]:
+    def shared_parameters(self) -> Set[str]:
         """Everything that the encoder reads, a tied embedding included."""
-        prefix = self._prefix_ids()
+        prefix = self._shared_ids()
         return {name for name, parameter in self.model.named_parameters() if id(parameter) in prefix}
 
-    def prefix(self, batch: Batch) -> Batch:
+    def run_shared(self, batch: Batch) -> Batch:
         """Run the encoder."""
         encoded = self.model.get_encoder()(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], return_dict=True

@@ -56,13 +56,13 @@ class Blocks:
         early = [module for module in self.model.modules() if id(module) not in late]
         handles = [module.register_forward_pre_hook(look) for module in early]
         try:
-            self.until_middle(run)
+            self.run_first_half(run)
         finally:
             for handle in handles:
                 handle.remove()
         self.before_middle, self.looked = self._named(lambda p: id(p) in read), True
 
-    def until_middle(self, run: Callable[[], object]) -> Tensor:
+    def run_first_half(self, run: Callable[[], object]) -> Tensor:
         """Run the first half: the states that the second half reads."""
         read: list[Tensor] = []
 
@@ -87,7 +87,7 @@ class Blocks:
         return read[0]
 
     @contextmanager
-    def from_middle(self, states: Tensor | None) -> Iterator[None]:
+    def run_second_half(self, states: Tensor | None) -> Iterator[None]:
         """Let a run begin at the middle, with these states; with none, at the beginning."""
         if states is None:
             yield

@@ -69,7 +69,7 @@ class TensorAdapter(Adapter):
         self.objective = objective
 
     @property
-    def settings(self) -> str:
+    def cache_key(self) -> str:
         """Columns, the objective and the transform's code."""
         transform = None if self.transform is None else Hasher.hash(self.transform)
         return fingerprint(self.columns, self.objective, transform)
@@ -182,7 +182,7 @@ class TensorAdapter(Adapter):
         logits = self.logits(forward, batch).float()
         return logits - logits.mean(dim=1, keepdim=True)
 
-    def predictions(self, forward: Forward, batch: Batch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    def outputs_and_loss(self, forward: Forward, batch: Batch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Logits, `[rows, classes]`, and their cross-entropy."""
         return self.logits(forward, batch).float(), partial(F.cross_entropy, target=batch["label"], reduction="sum")
 

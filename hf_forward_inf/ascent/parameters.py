@@ -18,7 +18,7 @@ Parameters: TypeAlias = dict[str, Tensor | LowRank]
 """Perturbed parameters by name, or changes of them: theta_K, without what it shares with theta."""
 
 
-def lora_rank(adapter: Adapter, config: AscentConfig) -> int | None:
+def rank_of_ascent(adapter: Adapter, config: AscentConfig) -> int | None:
     """Give the rank of the fresh LoRA that ascent goes through; `None` where it changes the weights themselves.
 
     Raises:
@@ -45,7 +45,7 @@ def radius_of(config: AscentConfig, parameters: Iterable[Tensor]) -> float:
 
 def names_for(adapter: Adapter, config: AscentConfig) -> list[str]:
     """List the parameters that ascent will change, or add a LoRA to ([`parameters.perturbed_names`])."""
-    return perturbed_names(adapter, config.modules, lora=lora_rank(adapter, config) is not None)
+    return perturbed_names(adapter, config.modules, lora=rank_of_ascent(adapter, config) is not None)
 
 
 def norm(vector: Sequence[Tensor]) -> float:
@@ -78,7 +78,7 @@ def perturbed_names(adapter: Adapter, modules: list[str] | None, lora: bool = Fa
     else:
         trainable = {name: p for name, p in adapter.model.named_parameters() if p.is_floating_point()}
     if modules is None:
-        return _after_prefix(adapter, _matching(trainable, adapter.default_modules()))
+        return _beyond_shared(adapter, _matching(trainable, adapter.default_modules()))
     for pattern in modules:
         if not _matching(trainable, [pattern]):
             raise ValueError(_nothing_matches(adapter.model, pattern, trainable))
@@ -90,12 +90,12 @@ def _inner(adapter: Adapter, layers: list[str]) -> list[str]:
     output = getattr(adapter.model, "get_output_embeddings", lambda: None)()
     own = next((f"{name}.weight" for name, module in adapter.model.named_modules() if module is output), None)
     inner = [name for name in layers if name != own]
-    return _after_prefix(adapter, _matching(inner, adapter.default_modules()) or inner)
+    return _beyond_shared(adapter, _matching(inner, adapter.default_modules()) or inner)
 
 
-def _after_prefix(adapter: Adapter, names: list[str]) -> list[str]:
+def _beyond_shared(adapter: Adapter, names: list[str]) -> list[str]:
     """Leave out what is tied to, or stands in, the prefix, unless nothing else is there."""
-    prefix = adapter.prefix_parameters()
+    prefix = adapter.shared_parameters()
     return [name for name in names if name not in prefix] or names
 
 
@@ -119,7 +119,7 @@ def _nothing_matches(model: nn.Module, pattern: str, names: Iterable[str]) -> st
     return f"No parameter is named by modules={pattern!r}.{hint} The model's top-level modules: {', '.join(tops)}."
 
 
-def held_at_once(model: nn.Module, names: list[str]) -> int:
+def copies_in_memory(model: nn.Module, names: list[str]) -> int:
     """How many copies of the perturbed parameters are held: few enough not to count beside the model itself."""
     size = {name: p.numel() * p.element_size() for name, p in model.named_parameters()}
     room = max(64 * 2**20, sum(size.values()) // 10)
@@ -128,4 +128,4 @@ def held_at_once(model: nn.Module, names: list[str]) -> int:
 
 def has_length(adapter: Adapter, config: AscentConfig) -> bool:
     """Whether random steps can be as long as the ascent's: those of a learning rate, or of a LoRA, have no length."""
-    return config.radius is not None and lora_rank(adapter, config) is None
+    return config.radius is not None and rank_of_ascent(adapter, config) is None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hf_forward_inf.adapters.base import Adapter, Rows
 from hf_forward_inf.ascent.config import OPTIMIZERS, AscentConfig
 from hf_forward_inf.ascent.lora import LowRank, slopes
-from hf_forward_inf.ascent.parameters import Parameters, call, lora_rank, norm, radius_of
+from hf_forward_inf.ascent.parameters import Parameters, call, norm, radius_of, rank_of_ascent
 from hf_forward_inf.utils.fingerprints import fingerprint
 from hf_forward_inf.utils.models import to_device
 
@@ -25,7 +25,7 @@ class Direction(Protocol):
 
     fingerprint: str
 
-    def ready(self) -> Correction:
+    def correction(self) -> Correction:
         """Give what turns gradients into directions; whatever it holds is let go of with it."""
         ...
 
@@ -65,7 +65,7 @@ class Perturbation:
     def thetas(self) -> list[Parameters | None]:
         """theta_K of each query, `None` for one that cannot move the model."""
         rows = [{key: [values[i]] for key, values in self.queries.items()} for i in range(len(self))]
-        correct = None if self.direction is None else self.direction.ready()
+        correct = None if self.direction is None else self.direction.correction()
         return [ascend(self.adapter, row, self.names, self.config, correct) for row in rows]
 
 
@@ -112,9 +112,9 @@ def ascend(
     """
     model = adapter.model
     batch = to_device(adapter.collate(query), model)
-    if not adapter.prefix_parameters() & set(names):
+    if not adapter.shared_parameters() & set(names):
         with torch.no_grad():
-            batch = adapter.prefix(batch)
+            batch = adapter.run_shared(batch)
 
     def loss(theta: Parameters) -> Tensor:
         mean = adapter.loss(partial(call, model, theta), batch).sum() / sum(query["terms"])
@@ -124,7 +124,7 @@ def ascend(
         # length, where its own would vanish in float32.
         return mean / mean.detach().abs()
 
-    rank = lora_rank(adapter, config)
+    rank = rank_of_ascent(adapter, config)
     with torch.enable_grad(), torch.random.fork_rng():
         torch.manual_seed(config.seed)
         if rank is not None:

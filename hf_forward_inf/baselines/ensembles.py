@@ -1,4 +1,4 @@
-"""Attributors made of attributors: their rankings fused, or a cheap one choosing what a dear one scores."""
+"""Attributors made of attributors: their rankings fused, or a cheap one choosing what a expensive one scores."""
 
 import time
 from collections.abc import Sequence
@@ -77,11 +77,11 @@ class Ensemble:
 
 
 class Cascade:
-    """A cheap attributor ranks everything, a dear one ranks again the best of that.
+    """A cheap attributor ranks everything, a expensive one ranks again the best of that.
 
     Args:
         cheap (attributor): Scores every candidate.
-        dear (attributor): Scores each query's best `keep` candidates, which is all that it sees: give a
+        expensive (attributor): Scores each query's best `keep` candidates, which is all that it sees: give a
             `ForwardInf` whose direction is corrected by curvature its `training` data.
         keep (`int`, defaults to 200): How many.
 
@@ -92,18 +92,18 @@ class Cascade:
         >>> Cascade(BM25(), ForwardInf(model, tokenizer)).trace(queries, candidates)
     """
 
-    def __init__(self, cheap: Attributor, dear: Attributor, keep: int = 200):
+    def __init__(self, cheap: Attributor, expensive: Attributor, keep: int = 200):
         if keep < 1:
             raise ValueError(f"keep={keep} must be at least 1.")
-        self.cheap, self.dear, self.keep = cheap, dear, keep
-        self.name = f"{cheap.name}>{dear.name}"
+        self.cheap, self.expensive, self.keep = cheap, expensive, keep
+        self.name = f"{cheap.name}>{expensive.name}"
 
     def trace(
         self, queries: Dataset, candidates: Dataset, top_k: int | None = None, time_budget: float | None = None
     ) -> Attribution:
         """Rank in two stages, `[queries, candidates]`; scores are 1 / rank, and have no unit.
 
-        Candidates that the dear attributor did not see keep the cheap one's order, after those that it saw.
+        Candidates that the expensive attributor did not see keep the cheap one's order, after those that it saw.
 
         Args:
             queries (`datasets.Dataset`): Queries.
@@ -126,12 +126,17 @@ class Cascade:
                 parts = slices(order, left / (len(queries) - i))
             seen = np.full(len(candidates), np.nan, dtype=np.float32)
             for rows in parts:
-                seen[rows] = self.dear.trace(queries.select([i]), candidates.select(rows)).dense()[0]
+                seen[rows] = self.expensive.trace(queries.select([i]), candidates.select(rows)).dense()[0]
             found = np.flatnonzero(~np.isnan(seen))
             best = found[np.argsort(-seen[found], kind="stable")]
             final = np.concatenate([best, order[np.isnan(seen[order])]])
             scores[i, final] = 1 / np.arange(1, len(final) + 1)
-        config = {"cheap": self.cheap.name, "dear": self.dear.name, "keep": self.keep, "time_budget": time_budget}
+        config = {
+            "cheap": self.cheap.name,
+            "expensive": self.expensive.name,
+            "keep": self.keep,
+            "time_budget": time_budget,
+        }
         return Attribution(scores, queries, candidates, method=self.name, config=config).keep(top_k)
 
 

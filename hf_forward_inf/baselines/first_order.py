@@ -65,4 +65,4 @@ class FirstOrder(GradientBaseline):
 
     def _directions(self, training: Dataset, raw: Directions, gradients: ExampleGradients) -> Directions:
         direction = direction_for(self.ascent, self.adapter, training, list(raw), self.cache_dir)
-        return raw if direction is None else corrected(raw, gradients, direction.ready())
+        return raw if direction is None else corrected(raw, gradients, direction.correction())

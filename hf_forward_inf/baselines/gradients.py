@@ -18,7 +18,7 @@ from hf_forward_inf.ascent.parameters import perturbed_names
 from hf_forward_inf.ascent.steps import Correction
 from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.curvature.example_gradients import ExampleGradients
-from hf_forward_inf.curvature.outer_products import Laid, Parts
+from hf_forward_inf.curvature.outer_products import Parts, QueryGradients
 from hf_forward_inf.passes.candidate_pass import MAX_BATCH_LENGTH, CandidatePass, encode
 from hf_forward_inf.utils.fingerprints import fingerprint
 from hf_forward_inf.utils.models import evaluating, to_device
@@ -176,7 +176,7 @@ class _Block:
         self.size = len(queries["terms"])
 
     @cached_property
-    def directions(self) -> Mapping[str, Tensor | Laid]:
+    def directions(self) -> Mapping[str, Tensor | QueryGradients]:
         plain = self.make is None and self.transform is None
         return query_factors(self.gradients, self.queries) if plain else self.dense
 
@@ -188,7 +188,9 @@ class _Block:
         return {name: transform(name, values) for name, values in made.items()}
 
     def norms(self) -> np.ndarray:
-        squares = [one.squares if isinstance(one, Laid) else one.square().sum(1) for one in self.directions.values()]
+        squares = [
+            one.squares if isinstance(one, QueryGradients) else one.square().sum(1) for one in self.directions.values()
+        ]
         return torch.stack(squares).sum(0).sqrt().cpu().numpy()
 
     def products(self, batch: Batch) -> np.ndarray:
@@ -215,7 +217,7 @@ def query_gradients(gradients: ExampleGradients, queries: Rows) -> Directions:
     return found
 
 
-def query_factors(gradients: ExampleGradients, queries: Rows) -> dict[str, Tensor | Laid]:
+def query_factors(gradients: ExampleGradients, queries: Rows) -> dict[str, Tensor | QueryGradients]:
     """Give the same in whatever form products with it are cheapest."""
     count = len(queries["terms"])
     written: Directions = {}
@@ -226,8 +228,8 @@ def query_factors(gradients: ExampleGradients, queries: Rows) -> dict[str, Tenso
                 written.setdefault(name, values.new_zeros(count, values.shape[1]))[i] = values[0]
             else:
                 factors.setdefault(name, {})[i] = values
-    laid = {name: Laid.of(parts, count) for name, parts in factors.items()}
-    return {**written, **{name: one if one.pays() else one.written() for name, one in laid.items()}}
+    laid = {name: QueryGradients.of(parts, count) for name, parts in factors.items()}
+    return {**written, **{name: one if one.is_cheaper() else one.dense() for name, one in laid.items()}}
 
 
 def _single(gradients: ExampleGradients, queries: Rows) -> Iterator[Batch]:

@@ -122,7 +122,7 @@ class Finetuning:
         options, state = self.options, process_state()
         encoded = encode(adapter, rows, "candidates")
         recipe = (options.epochs, options.batch_size, rate, self.seed)
-        key = fingerprint(fingerprint_of_model(model), adapter.settings, encoded._fingerprint, recipe)
+        key = fingerprint(fingerprint_of_model(model), adapter.cache_key, encoded._fingerprint, recipe)
         folder = default_cache_dir() / "models" / key
         if not folder.exists():
             with tempfile.TemporaryDirectory() as scratch:

@@ -19,7 +19,7 @@ from hf_forward_inf.data.digits import captioned_digits
 from hf_forward_inf.forward_inf import ForwardInf
 from hf_forward_inf.report import SHOWN
 from hf_forward_inf.toys.drawings import CAPTION, Teaching, as_queries, tiny_drawer
-from hf_forward_inf.tracing.streaming import first_piece
+from hf_forward_inf.tracing.streaming import first_chunk
 from hf_forward_inf.utils.fingerprints import fingerprint, fingerprint_of_model
 from hf_forward_inf.utils.images import read_image
 from hf_forward_inf.utils.processes import process_state, say
@@ -66,7 +66,7 @@ class LaionOptions:
         default=None,
         metadata={"help": "Length of the step, relative to the norm of what it moves (default: the adapter's)."},
     )
-    piece: int = field(default=2000, metadata={"help": "Candidates read and traced at once."})
+    chunk_size: int = field(default=2000, metadata={"help": "Candidates read and traced at once."})
     top_k: int = field(default=100, metadata={"help": "Candidates of each query that are kept."})
     heatmaps: bool = field(default=False, metadata={"help": "Show where in a picture the score comes from."})
 
@@ -77,7 +77,7 @@ class LaionOptions:
             raise ValueError("Give --prompt, which is drawn, or --images that were drawn.")
         if self.images and len(self.prompt) > 1:
             raise ValueError(f"--images are of one prompt, not of {len(self.prompt)}: trace them in several runs.")
-        for name in ("num_images", "timesteps", "piece", "top_k", "relative_radius"):
+        for name in ("num_images", "timesteps", "chunk_size", "top_k", "relative_radius"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"--{name} must be above 0, not {getattr(self, name)}.")
         if self.references < 0:
@@ -90,7 +90,7 @@ def laion_run(options: LaionOptions, ascent: AscentConfig) -> dict[str, Any]:
     Scores tell how a drawing fares beside all drawings, the references included, if there are 3 or more: some
     candidates are shaken whatever a picture shows. A query costs as much as a reference.
 
-    What was drawn, and the best candidates after each piece, are kept in the output folder until all is done: the same
+    What was drawn, and the best candidates after each chunk, are kept in the output folder until all is done: the same
     call goes on from there.
 
     Raises:
@@ -103,7 +103,7 @@ def laion_run(options: LaionOptions, ascent: AscentConfig) -> dict[str, Any]:
     adapter, stream = _source(options, ascent.seed)
     if CAPTION not in adapter.columns:
         raise ValueError(f"{type(adapter.pipe).__name__} draws without captions, and candidates are told by theirs.")
-    first = first_piece(stream, options.piece)
+    first = first_chunk(stream, options.chunk_size)
     asked = options.prompt or ([""] if options.images else list(DIGITS))
     queries = _queries(adapter, asked, _others(first, asked, options.references, ascent.seed), options, ascent.seed)
     tracer = ForwardInf(adapter=adapter, ascent=_ascent(options, ascent, adapter))
@@ -111,7 +111,7 @@ def laion_run(options: LaionOptions, ascent: AscentConfig) -> dict[str, Any]:
         tracer.training = sample_rows(first, tracer.ascent.sample, ascent.seed)
     say(f"Tracing {len(asked)} drawings, and {len(queries) - len(asked)} of other captions beside ...")
     found = tracer.trace_stream(
-        queries, stream, top_k=options.top_k, piece=options.piece, standardise=len(queries) >= 3,
+        queries, stream, top_k=options.top_k, chunk_size=options.chunk_size, standardise=len(queries) >= 3,
         folder=folder / UNFINISHED,
     )  # fmt: skip
     found = _first(found, len(asked))
@@ -179,7 +179,7 @@ def _queries(
     """Let the model draw all captions, once: what is asked for (if it was not drawn before) comes first."""
     given = [read_image(path) for path in options.images]
     key = fingerprint(
-        fingerprint_of_model(adapter.model), adapter.settings, asked, others, options.num_images, seed,
+        fingerprint_of_model(adapter.model), adapter.cache_key, asked, others, options.num_images, seed,
         [image.tobytes() for image in given],
     )  # fmt: skip
     folder = Path(options.output) / UNFINISHED / f"drawn-{key}"

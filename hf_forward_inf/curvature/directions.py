@@ -68,7 +68,7 @@ class ConjugateGradients:
         self.fingerprint = sample.fingerprint
         self.told = False
 
-    def ready(self) -> Correction:
+    def correction(self) -> Correction:
         """Build the matrix."""
         matrix = GaussNewton(self.sample.adapter, self.sample.batches(set(self.names)), self.names)
         config = self.config
@@ -79,7 +79,7 @@ class ConjugateGradients:
             iterations=config.iterations,
             damping=config.damping,
             tolerance=config.tolerance,
-            tell=self._tell_once,
+            on_unconverged=self._tell_once,
         )
 
     def _tell_once(self, residual: float, products: int) -> None:
@@ -100,7 +100,7 @@ class KroneckerFactors:
             self.fitted = self.fitted | cache.get(f"ekfac-{fit.draws}", lambda: fit.corrected(self.fitted))
         self.fingerprint = fingerprint(cache.fingerprint, fit.draws)
 
-    def ready(self) -> Correction:
+    def correction(self) -> Correction:
         """Give the inverse."""
         assert self.config.damping is not None
         return Kronecker(self.layers, self.names, self.fitted, self.config.damping)
@@ -127,7 +127,7 @@ class SecondMoments:
         self.scales = [(known[name] + extra).rsqrt() if name in known else (mean + extra) ** -0.5 for name in names]
         self.fingerprint = fingerprint({name: m.double().sum().item() for name, m in known.items()})
 
-    def ready(self) -> Correction:
+    def correction(self) -> Correction:
         """Give the division."""
         return self._scaled
 
@@ -152,7 +152,7 @@ class Fitted:
         device = next(self.adapter.model.parameters()).device
         if not is_caching_enabled():
             return fit()
-        key = fingerprint(fingerprint_of_model(self.adapter.model), self.adapter.settings, self.fingerprint)
+        key = fingerprint(fingerprint_of_model(self.adapter.model), self.adapter.cache_key, self.fingerprint)
         file = self.folder / f"{key}-{kind}.safetensors"
         with process_state().main_process_first():
             return {name: tensor.to(device) for name, tensor in kept(file, fit).items()}

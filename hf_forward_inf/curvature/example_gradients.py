@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_forward_inf.adapters.base import Adapter, Batch, Forward, Rows
 from hf_forward_inf.ascent.parameters import call
-from hf_forward_inf.curvature.outer_products import CHUNK_BYTES, Factors, Laid, Parts, squared_norms
+from hf_forward_inf.curvature.outer_products import CHUNK_BYTES, OuterProducts, Parts, QueryGradients, squared_norms
 from hf_forward_inf.utils.models import to_device
 
 AFFINE = (nn.Linear, Conv1D, nn.Conv2d)
@@ -45,7 +45,7 @@ class Use:
     def of(self, name: str, rows: slice) -> Tensor:
         """Give the gradient of parameter `name` for each of some examples, `[rows, numel]`."""
         if isinstance(self.module, (nn.Embedding, *AFFINE)):
-            return self.factors(rows)[1].sum(1) if name == "bias" else self.matrix(rows).written()
+            return self.factors(rows)[1].sum(1) if name == "bias" else self.matrix(rows).dense()
         given, delta = self._sides(rows)
         if name == "weight":  # an affine normalisation: what its weight scales is its output under a weight of one
             plain = {
@@ -66,7 +66,7 @@ class Use:
         """Put the positions of an example's copies in a row, `[rows, positions, width]`."""
         return values.reshape(-1, self.copies * values.shape[1], values.shape[2])
 
-    def matrix(self, rows: slice = slice(None)) -> Factors:
+    def matrix(self, rows: slice = slice(None)) -> OuterProducts:
         """Give the gradients of the weight of an embedding or an affine layer, as factors."""
         weight = self.module.weight
         assert isinstance(weight, Tensor)
@@ -76,12 +76,12 @@ class Use:
             if self.module.padding_idx is not None:
                 delta = delta * (ids != self.module.padding_idx)[..., None]
             count = len(ids) // self.copies
-            return Factors(ids.reshape(count, -1), delta.reshape(count, -1, delta.shape[-1]), len(weight))
+            return OuterProducts(ids.reshape(count, -1), delta.reshape(count, -1, delta.shape[-1]), len(weight))
         given, delta = self.factors(rows)
         return (
-            Factors(given, delta, len(weight))
+            OuterProducts(given, delta, len(weight))
             if isinstance(self.module, Conv1D)
-            else Factors(delta, given, len(weight))
+            else OuterProducts(delta, given, len(weight))
         )
 
     def factors(self, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
@@ -138,7 +138,7 @@ class ExampleGradients:
         self.layers: dict[nn.Module, dict[str, str]] = {}
         for module in self.model.modules():
             own = {local: named[id(p)] for local, p in _own(module) if id(p) in named and named[id(p)] in names}
-            if own and is_known(module):
+            if own and is_supported(module):
                 self.layers[module] = own
         self._drop_what_a_batch_shares(example)
         # A tied weight counts only if every layer that it serves is known.
@@ -190,7 +190,7 @@ class ExampleGradients:
         return [use for use in used if use.gradient is not None]
 
     def products(
-        self, batch: Batch, directions: Mapping[str, Tensor | Laid], squares: bool = True
+        self, batch: Batch, directions: Mapping[str, Tensor | QueryGradients], squares: bool = True
     ) -> tuple[Tensor, Tensor | None]:
         """Multiply each example's gradient with some directions, most of them never written down.
 
@@ -209,7 +209,7 @@ class ExampleGradients:
                 if isinstance(values, Tensor):
                     assert isinstance(direction, Tensor)
                     found.append(values @ direction.T)
-                elif isinstance(direction, Laid):
+                elif isinstance(direction, QueryGradients):
                     found.append(direction.products(values))
                 else:
                     found += [part.products(direction) for part in values]
@@ -262,14 +262,14 @@ def _parts(uses: list[tuple[Use, str]]) -> Parts | None:
         return None
     found = [use.matrix() for use, _ in uses]
     kinds = ([one for one in found if one.is_embedding == kind] for kind in (True, False))
-    return [Factors.joined(kind) for kind in kinds if kind]
+    return [OuterProducts.joined(kind) for kind in kinds if kind]
 
 
 def _rows(batch: Batch) -> int:
     return len(next(value for value in batch.values() if isinstance(value, Tensor)))
 
 
-def is_known(module: nn.Module) -> bool:
+def is_supported(module: nn.Module) -> bool:
     """Whether a layer's gradients follow from what went in and the slopes of what came out."""
     if isinstance(module, nn.Conv2d) and (module.groups > 1 or module.padding_mode != "zeros"):
         return False

@@ -29,7 +29,7 @@ class GaussNewton:
     product, which costs up to twice as much, and bounds memory by that of a training step.
 
     Args:
-        adapter (`Adapter`): Splits the loss (`Adapter.predictions`).
+        adapter (`Adapter`): Splits the loss (`Adapter.outputs_and_loss`).
         batches (`Iterable`): Batches of the sample, on the model's device.
         names (`list[str]`): Parameters; the products are restricted to them.
     """
@@ -72,7 +72,7 @@ class GaussNewton:
         counted = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
         # Fused attention kernels have no second derivative.
         with counted, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            outputs, loss = self.adapter.predictions(partial(call, self.adapter.model, self.theta), batch)
+            outputs, loss = self.adapter.outputs_and_loss(partial(call, self.adapter.model, self.theta), batch)
             leaf = outputs.detach().requires_grad_()
             slope = torch.autograd.grad(loss(leaf), leaf, create_graph=True)[0]
             weights = torch.zeros_like(outputs, requires_grad=True)

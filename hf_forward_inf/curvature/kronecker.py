@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_forward_inf.adapters.base import Adapter, Batch
 from hf_forward_inf.ascent.parameters import call
-from hf_forward_inf.curvature.example_gradients import AFFINE, Use, is_known, recorded
+from hf_forward_inf.curvature.example_gradients import AFFINE, Use, is_supported, recorded
 from hf_forward_inf.curvature.outer_products import CHUNK_BYTES
 from hf_forward_inf.curvature.sample import Sample
 from hf_forward_inf.utils.storage import Tensors
@@ -136,10 +136,10 @@ class KroneckerFit:
         for batch in self.sample.batches(set(self.names)):
             theta = {name: own[name].detach().requires_grad_() for name in self.names}
             with recorded([layer.module for layer in self.layers]) as uses, torch.enable_grad():
-                outputs, _ = self.adapter.predictions(partial(call, self.adapter.model, theta), batch)
+                outputs, _ = self.adapter.outputs_and_loss(partial(call, self.adapter.model, theta), batch)
             asked = [use.output for use in uses] + [theta[name] for name in self.rest]
             for left in reversed(range(self.draws)):
-                slopes = self.adapter.sampled_slopes(outputs.detach(), generator).to(outputs.dtype)
+                slopes = self.adapter.sampled_output_gradients(outputs.detach(), generator).to(outputs.dtype)
                 gradients = torch.autograd.grad(
                     outputs, asked, slopes, retain_graph=left > 0, allow_unused=True, materialize_grads=True
                 )
@@ -170,7 +170,7 @@ class KroneckerFit:
         owners = [
             f"{name} ({type(module).__name__})"
             for name, module in self.adapter.model.named_modules()
-            if any(id(p) in perturbed for p in module.parameters(recurse=False)) and not is_known(module)
+            if any(id(p) in perturbed for p in module.parameters(recurse=False)) and not is_supported(module)
         ]
         if owners:
             warnings.warn(
@@ -185,7 +185,7 @@ def factored_layers(adapter: Adapter, names: list[str], batch: Batch) -> list[La
     holders = Counter(id(p) for module in adapter.model.modules() for p in module.parameters(recurse=False))
     layers = []
     for module in adapter.model.modules():
-        if not isinstance(module, AFFINE) or not is_known(module):
+        if not isinstance(module, AFFINE) or not is_supported(module):
             continue
         weight, bias = named.get(id(module.weight)), named.get(id(module.bias))
         if weight is None or holders[id(module.weight)] > 1 or max(module.weight.flatten(1).shape) > LARGEST_SIDE:
@@ -193,7 +193,7 @@ def factored_layers(adapter: Adapter, names: list[str], batch: Batch) -> list[La
         layers.append(Layer(module, weight, bias if holders[id(module.bias)] == 1 else None))
     rows = len(next(value for value in batch.values() if isinstance(value, Tensor)))
     with recorded([layer.module for layer in layers]) as uses, torch.no_grad():
-        adapter.predictions(partial(call, adapter.model, {}), batch)
+        adapter.outputs_and_loss(partial(call, adapter.model, {}), batch)
     used = {use.module for use in uses}
     shared = {use.module for use in uses if len(use.input) != rows}
     return [layer for layer in layers if layer.module in used - shared]

@@ -15,7 +15,7 @@ TRAFFIC = 64
 
 
 @dataclass(frozen=True)
-class Factors:
+class OuterProducts:
     """For each example, the sum over positions of row side x column side: the gradient of a matrix.
 
     Args:
@@ -40,12 +40,12 @@ class Factors:
         return self.columns.shape[1], self.height, self.columns.shape[2]
 
     @classmethod
-    def joined(cls, parts: Sequence["Factors"]) -> Self:
+    def joined(cls, parts: Sequence["OuterProducts"]) -> Self:
         """Put the positions of several factors in a row: their sum."""
         rows, columns = (torch.cat(side, 1) for side in zip(*((one.rows, one.columns) for one in parts), strict=True))
         return cls(rows, columns, parts[0].height)
 
-    def written(self) -> Tensor:
+    def dense(self) -> Tensor:
         """Write the gradients down, `[examples, height x width]`."""
         if not self.is_embedding:
             return (self.rows.transpose(1, 2) @ self.columns).flatten(1)
@@ -56,9 +56,9 @@ class Factors:
         """Write the gradients down, some examples at a time."""
         step = max(1, CHUNK_BYTES // (4 * math.prod(self.size[1:])))
         for rows, columns in zip(self.rows.split(step), self.columns.split(step), strict=True):
-            yield Factors(rows, columns, self.height).written()
+            yield OuterProducts(rows, columns, self.height).dense()
 
-    def pairs(self, other: "Factors") -> Tensor:
+    def pairs(self, other: "OuterProducts") -> Tensor:
         """Multiply each position's outer product with each of others, `[examples, positions, other's positions]`.
 
         Others are those of the same examples, or of one that all are multiplied with.
@@ -79,7 +79,7 @@ class Factors:
         return torch.stack([((large @ matrix) * small).sum((1, 2)) for matrix in matrices], dim=1)
 
 
-Parts: TypeAlias = Sequence[Factors]
+Parts: TypeAlias = Sequence[OuterProducts]
 """A gradient that is a sum: of what an embedding gives, and what the output layer does that is tied to it."""
 
 
@@ -93,11 +93,11 @@ def squared_norms(parts: Parts) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Laid:
+class QueryGradients:
     """Gradients of several queries as factors, the positions of all of them in a row.
 
     Args:
-        parts (`list[Factors]`): Of one example, which has all the positions.
+        parts (`list[OuterProducts]`): Of one example, which has all the positions.
         owners (`list[Tensor]`): For each part, which query a position belongs to.
         squares (`Tensor`): Squared norms, `[queries]`.
     """
@@ -113,7 +113,7 @@ class Laid:
         for kind in (True, False):
             found = [(i, part) for i, query in queries.items() for part in query if part.is_embedding == kind]
             if found:
-                parts.append(Factors.joined([part for _, part in found]))
+                parts.append(OuterProducts.joined([part for _, part in found]))
                 owner = torch.tensor([i for i, _ in found], device=parts[-1].columns.device)
                 lengths = torch.tensor([part.size[0] for _, part in found], device=owner.device)
                 owners.append(owner.repeat_interleave(lengths))
@@ -130,21 +130,21 @@ class Laid:
                 found.index_add_(1, owner, part.pairs(laid).sum(1))
         return found
 
-    def pays(self) -> bool:
+    def is_cheaper(self) -> bool:
         """Whether that is cheaper than products with written gradients, for examples about as long as the queries."""
         count = len(self.squares)
         for part in self.parts:
             total, height, width = part.size
             length = total / count
             written = min(length * count, length + count + TRAFFIC)
-            dear = (
+            is_dense_cheaper = (
                 total > height if part.is_embedding else length * total * (height + width) > written * height * width
             )
-            if dear:
+            if is_dense_cheaper:
                 return False
         return True
 
-    def written(self) -> Tensor:
+    def dense(self) -> Tensor:
         """Write the gradients down, `[queries, numel]`."""
         _, height, width = self.parts[0].size
         found = self.squares.new_zeros(len(self.squares), height, width)

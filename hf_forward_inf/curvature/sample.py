@@ -63,7 +63,7 @@ class Sample:
         """
         for rows in batches(self.lengths, MAX_BATCH_LENGTH):
             batch = to_device(self.adapter.collate(self.features[rows]), self.adapter.model)
-            if names and not names & self.adapter.prefix_parameters():
+            if names and not names & self.adapter.shared_parameters():
                 with torch.no_grad():
-                    batch = self.adapter.prefix(batch)
+                    batch = self.adapter.run_shared(batch)
             yield batch

@@ -41,7 +41,7 @@ def conjugate_gradients(
     iterations: int = 10,
     damping: float = 0.1,
     tolerance: float = 1e-5,
-    tell: Callable[[float, int], None] = warn_of_residual,
+    on_unconverged: Callable[[float, int], None] = warn_of_residual,
 ) -> Vector:
     """Solve (G + lambda I) x = b by conjugate gradients.
 
@@ -56,8 +56,8 @@ def conjugate_gradients(
             curvature that b meets.
         tolerance (`float`, defaults to 1e-5): Stops when the residual has shrunk to this part of b; float32 reaches no
             smaller ones.
-        tell (`Callable`, *optional*): Called with residual, as a part of b, and products, if the last product still
-            gained more than a fifth of all that is gained. Warns by default.
+        on_unconverged (`Callable`, *optional*): Called with residual, as a part of b, and products, if the
+            last product still gained more than a fifth of all that is gained. Warns by default.
 
     Raises:
         FloatingPointError: If a product is not finite.
@@ -91,7 +91,7 @@ def conjugate_gradients(
             break
         direction = [r + left / before * d for r, d in zip(residual, direction, strict=True)]
     if gained > -UNSETTLED * lowest:
-        tell(math.sqrt(unsolved / squared), i + 1)
+        on_unconverged(math.sqrt(unsolved / squared), i + 1)
     return best
 
 

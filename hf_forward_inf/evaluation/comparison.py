@@ -151,7 +151,7 @@ def _setup_of_cascade(attributor: Attributor, queries: Dataset, task: Task) -> f
     """A cascade inspects as many candidates of any number, so that its setup is measured by inspecting one."""
     if not isinstance(attributor, Cascade):
         return None
-    least = Cascade(attributor.cheap, attributor.dear, keep=1)
+    least = Cascade(attributor.cheap, attributor.expensive, keep=1)
     with uncached():
         return cost.timed(lambda: least.trace(queries, task.candidates))[0]
 

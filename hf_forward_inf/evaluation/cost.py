@@ -46,7 +46,7 @@ def measure(tracer: Scorer, queries: Dataset, candidates: Dataset) -> dict[str, 
     names = names_for(adapter, tracer.ascent)
     with uncached(), evaluating(adapter.model), progress_bars(False):
         loss = LossPass(adapter, candidates, cache_dir=tracer.cache_dir, max_batch_length=tracer.max_batch_length)
-        few = min(QUERIES, len(queries), loss.queries_a_pass(names))
+        few = min(QUERIES, len(queries), loss.block_size(names))
         rows = encode(adapter, queries.select(range(few)), "queries", tracer.cache_dir)[:]
         start = time.perf_counter()
         direction = direction_for(tracer.ascent, adapter, candidates, names, tracer.cache_dir)

@@ -80,7 +80,7 @@ class CandidatePass:
             `np.ndarray`: float32 `[columns, candidates]`.
         """
         share = (self.state.process_index, self.state.num_processes)
-        name = fingerprint(self.weights, self.adapter.settings, self.encoded._fingerprint, key, share)
+        name = fingerprint(self.weights, self.adapter.cache_key, self.encoded._fingerprint, key, share)
         cuts = self.shares[self.state.process_index]
         local = np.empty((0, columns), dtype=np.float32)
         if cuts:
@@ -148,7 +148,7 @@ def encode(
         rows (`datasets.Dataset`): Queries or candidates.
         role (`str`): `"queries"` or `"candidates"`, for messages.
         cache_dir (`Path`, *optional*): Defaults to [`default_cache_dir`].
-        first_row (`int`, defaults to 0): Number of the first row, for messages: of a piece of a stream, its place.
+        first_row (`int`, defaults to 0): Number of the first row, for messages: of a chunk of a stream, its place.
         drop_unreadable (`bool`, defaults to `False`): Leave out, without a word, rows of which something can't be read
             where the adapter would go on without them: what is left is no longer row for row.
 
@@ -162,7 +162,7 @@ def encode(
     columns = adapter.columns_in(rows.column_names)
     check_rows(rows, columns, role)
     state = process_state()
-    name = fingerprint(rows._fingerprint, adapter.settings)
+    name = fingerprint(rows._fingerprint, adapter.cache_key)
     with state.main_process_first(), progress_bars(state.is_main_process):
         encoded = adapter.prepare(rows.select_columns(list(columns))).map(
             adapter.encode,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_forward_inf.adapters.base import Batch
-from hf_forward_inf.ascent.parameters import Parameters, call, held_at_once
+from hf_forward_inf.ascent.parameters import Parameters, call, copies_in_memory
 from hf_forward_inf.ascent.steps import Perturbation
 from hf_forward_inf.passes.candidate_pass import CandidatePass
 
@@ -39,9 +39,9 @@ class LossPass(CandidatePass):
 
         return self.run(work, len(perturbation), self.kind + perturbation.fingerprint, title)
 
-    def queries_a_pass(self, names: list[str]) -> int:
+    def block_size(self, names: list[str]) -> int:
         """How many perturbed models are held at once."""
-        return held_at_once(self.adapter.model, names)
+        return copies_in_memory(self.adapter.model, names)
 
     @torch.no_grad()
     def _losses(self, batch: Batch, thetas: Sequence[Parameters | None]) -> np.ndarray:
@@ -50,8 +50,8 @@ class LossPass(CandidatePass):
         rows = len(next(tensor for tensor in batch.values() if isinstance(tensor, Tensor)))
         losses = np.full((rows, len(thetas)), np.nan, dtype=np.float32)
         touched = set().union(*(theta for theta in thetas if theta is not None))
-        if not touched & adapter.prefix_parameters():
-            batch = adapter.prefix(batch)  # what no query touches is computed once for all of them
+        if not touched & adapter.shared_parameters():
+            batch = adapter.run_shared(batch)  # what no query touches is computed once for all of them
         measured = self._measured(batch)
         for i, theta in enumerate(thetas):
             if theta is not None:

@@ -20,7 +20,7 @@ def sensitivity(loss: LossPass, names: list[str], config: AscentConfig, draws: i
             "Random steps are as long as the ascent's, in the weights: sensitivity needs a radius, and no LoRA."
         )
     rises = np.empty((draws, len(loss.order)), dtype=np.float32)
-    base, block = loss.base(), loss.queries_a_pass(names)
+    base, block = loss.base(), loss.block_size(names)
     with np.errstate(invalid="ignore"):
         for start in range(0, draws, block):
             some = range(start, min(start + block, draws))

@@ -133,7 +133,7 @@ class BatchedTraining:
         weight_decay (`float`, defaults to 1e-3): A part of the loss: weight_decay / 2 x squared norm.
         momentum (`float`, *optional*): Take steps of SGD with this momentum. Defaults to steps of Adam.
         batch_size (`int`, *optional*): Rows of a step, in an order that the seed draws. Defaults to a whole subset.
-        tell (`Callable`, *optional*): What comes out: [`losses_of`] by default, or [`losses_and_answers_of`].
+        outcomes (`Callable`, *optional*): What comes out: [`losses_of`] by default, or [`losses_and_answers_of`].
     """
 
     network: Callable[[], nn.Module]
@@ -144,7 +144,7 @@ class BatchedTraining:
     weight_decay: float = 1e-3
     momentum: float | None = None
     batch_size: int | None = None
-    tell: Callable[[nn.Module, Tensor, Tensor], Outcomes] = losses_of
+    outcomes: Callable[[nn.Module, Tensor, Tensor], Outcomes] = losses_of
 
     @property
     def settings(self) -> tuple[float | None, ...]:
@@ -155,8 +155,8 @@ class BatchedTraining:
         """Train on subsets of one size; give what comes out for the queries, float32 `[models, queries, ...]`."""
         base, parameters = self.trained(subsets, seeds)
         with torch.no_grad():
-            outcomes = vmap(self.tell(base, *self.queries))(parameters)
-        return outcomes.numpy()
+            found = vmap(self.outcomes(base, *self.queries))(parameters)
+        return found.numpy()
 
     def model(self, seed: int, subset: np.ndarray | None = None) -> nn.Module:
         """Train one network as the others are, on all of the data or a subset."""

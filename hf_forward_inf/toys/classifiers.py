@@ -130,7 +130,7 @@ def train(
     """
     encoded = encode(adapter, rows, "candidates", cache_dir)
     batch = adapter.collate(encoded[:])
-    key = fingerprint(fingerprint_of_model(adapter.model), adapter.settings, encoded._fingerprint, repr(training))
+    key = fingerprint(fingerprint_of_model(adapter.model), adapter.cache_key, encoded._fingerprint, repr(training))
     file = (cache_dir or default_cache_dir()) / "models" / f"{key}.safetensors"
     with process_state().main_process_first():
         weights = kept(file, lambda: _train(adapter.model, batch["input"], batch["label"], training))

@@ -41,7 +41,7 @@ def trained(
     """
     recipe = (steps, rate, batch_size, unprompted, seed)
     # Not the adapter's settings: at which times losses are taken is nothing to training.
-    told = (adapter.columns, adapter.size, adapter.noising.settings, state_of_encoders(adapter.pipe))
+    told = (adapter.columns, adapter.size, adapter.noising.cache_key, state_of_encoders(adapter.pipe))
     key = fingerprint(fingerprint_of_model(adapter.model), told, rows._fingerprint, recipe)
     file = (cache_dir or default_cache_dir()) / "models" / f"{key}.safetensors"
     with process_state().main_process_first():

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_forward_inf.adapters.base import Batch, Rows
 from hf_forward_inf.algorithm import Scorer
-from hf_forward_inf.ascent.parameters import Parameters, call, held_at_once, lora_rank, names_for, radius_of
+from hf_forward_inf.ascent.parameters import Parameters, call, copies_in_memory, names_for, radius_of, rank_of_ascent
 from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.passes.candidate_pass import encode
 from hf_forward_inf.scores.metrics import best_first
@@ -58,7 +58,7 @@ def rerank(tracer: Scorer, found: Attribution, k: int) -> Attribution:
 def _is_one_plain_step(tracer: Scorer) -> bool:
     config = tracer.ascent
     plain = config.direction == "gradient" and config.steps == 1 and config.radius is not None
-    return plain and lora_rank(tracer.adapter, config) is None
+    return plain and rank_of_ascent(tracer.adapter, config) is None
 
 
 def _one_by_one(tracer: Scorer, encoded: Dataset, rows: Dataset) -> np.ndarray:
@@ -81,7 +81,7 @@ def _shifts(tracer: Scorer, theta_k: Parameters, features: Rows) -> Tensor:
 
 def _together(tracer: Scorer, encoded: Dataset) -> np.ndarray:
     names = names_for(tracer.adapter, tracer.ascent)
-    step = held_at_once(tracer.adapter.model, names)
+    step = copies_in_memory(tracer.adapter.model, names)
     parts = [_risen(tracer, names, encoded[start : start + step]) for start in range(0, len(encoded), step)]
     return np.concatenate(parts)
 
@@ -90,8 +90,8 @@ def _risen(tracer: Scorer, names: list[str], features: Rows) -> np.ndarray:
     """Move the model against each row, a copy of the parameters for each: how much the row's own loss rises."""
     adapter, model, config = tracer.adapter, tracer.adapter.model, tracer.ascent
     batch = to_device(adapter.collate(features), model)
-    if not adapter.prefix_parameters() & set(names):
-        batch = adapter.prefix(batch)
+    if not adapter.shared_parameters() & set(names):
+        batch = adapter.run_shared(batch)
     shared = {name: value for name, value in batch.items() if not isinstance(value, Tensor)}
     own = dict(model.named_parameters())
     theta = {name: own[name].detach() for name in names}

@@ -1,4 +1,4 @@
-"""Candidates that are too many to keep: a stream, traced piece by piece, of which only the best stay."""
+"""Candidates that are too many to keep: a stream, traced chunk by chunk, of which only the best stay."""
 
 import shutil
 import tempfile
@@ -35,28 +35,28 @@ def trace_stream(
     stream: IterableDataset,
     *,
     top_k: int = 100,
-    piece: int = 2000,
+    chunk_size: int = 2000,
     standardise: bool = False,
     folder: str | Path | None = None,
 ) -> Attribution:
     """Score every row of a stream for every query, and keep the best.
 
-    The stream is read a piece at a time. What a piece is encoded to, and its losses, are on disk only as long as it is
-    traced; of its rows those stay that are among the best of some query. Each piece costs what [`ForwardInf.trace`]
-    does, the queries' ascent included: beside a piece of some thousand rows that is little.
+    The stream is read a chunk at a time. What a chunk is encoded to, and its losses, are on disk only as long as it is
+    traced; of its rows those stay that are among the best of some query. Each chunk costs what [`ForwardInf.trace`]
+    does, the queries' ascent included: beside a chunk of some thousand rows that is little.
 
-    A direction that is corrected by curvature takes its sample from the first piece, unless the tracer has `training`.
+    A direction that is corrected by curvature takes its sample from the first chunk, unless the tracer has `training`.
 
     Args:
         tracer (`ForwardInf`): Any adapter's.
         queries (`datasets.Dataset`): Outputs to explain.
         stream (`datasets.IterableDataset`): Candidates, of `load_dataset(..., streaming=True)` for example.
         top_k (`int`, defaults to 100): Candidates kept of each query.
-        piece (`int`, defaults to 2000): Rows that are read and traced at once.
+        chunk_size (`int`, defaults to 2000): Rows that are read and traced at once.
         standardise (`bool`, defaults to `False`): Measure each candidate's scores by how it fares with all queries
             ([`corrections.standardised`]); that needs no other candidate.
-        folder (`str` or `Path`, *optional*): After each piece the best so far and the place in the stream are written
-            there; the same call then goes on after the last piece. (A shuffled stream loses what is in its buffer.)
+        folder (`str` or `Path`, *optional*): After each chunk the best so far and the place in the stream are written
+            there; the same call then goes on after the last chunk. (A shuffled stream loses what is in its buffer.)
 
     Returns:
         `Attribution`: Scores `[queries, top_k]`; its candidates are the kept rows, in the order of the stream, with a
@@ -65,28 +65,28 @@ def trace_stream(
 
     Raises:
         TypeError: If `stream` is no stream.
-        ValueError: If it is empty, a piece of it can't be read or traced (the message says which), the tracer corrects
+        ValueError: If it is empty, a chunk of it can't be read or traced (the message says which), the tracer corrects
             hubs by references, or the folder holds what another run has found.
     """
     if not isinstance(stream, IterableDataset):
         raise TypeError(f"A stream is a datasets.IterableDataset, not {type(stream).__name__}: give that to trace().")
-    for name, value in {"top_k": top_k, "piece": piece}.items():
+    for name, value in {"top_k": top_k, "chunk_size": chunk_size}.items():
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1.")
     if tracer.references is not None:
         raise ValueError(
-            "Hubs are corrected by the mean of all candidates, which no piece knows: leave references out."
+            "Hubs are corrected by the mean of all candidates, which no chunk knows: leave references out."
         )
     known = 1.0 if tracer.units == "sensitivity" else None
     if standardise:
         check_enough(len(queries), 3 if known is None else 2)
     stream = stream.with_format("arrow")  # a copy, whose place is its own
     if tracer.training is None and tracer.ascent.sample is not None:
-        training = sample_rows(first_piece(stream, piece), tracer.ascent.sample, tracer.ascent.seed)
+        training = sample_rows(first_chunk(stream, chunk_size), tracer.ascent.sample, tracer.ascent.seed)
         tracer = tracer.with_options(training=training)
     run = fingerprint(
-        fingerprint_of_model(tracer.adapter.model), tracer.adapter.settings, queries._fingerprint, tracer.config,
-        top_k, piece, standardise,
+        fingerprint_of_model(tracer.adapter.model), tracer.adapter.cache_key, queries._fingerprint, tracer.config,
+        top_k, chunk_size, standardise,
     )  # fmt: skip
     best = None if folder is None else _resumed(Path(folder), run, stream)
     if best is None:
@@ -97,7 +97,7 @@ def trace_stream(
         )  # fmt: skip
     main = process_state().is_main_process
     with tqdm(desc="candidates traced", unit=" rows", initial=best.config["streamed"], disable=not main) as bar:
-        for rows in _pieces(stream, piece, best.config["streamed"]):
+        for rows in _chunks(stream, chunk_size, best.config["streamed"]):
             scores = _scored(tracer, queries, rows, best.config["streamed"])
             best = _merged(best, standardised(scores, known) if standardise else scores, rows, top_k)
             bar.update(len(rows))
@@ -108,18 +108,18 @@ def trace_stream(
     return best.keep(top_k)
 
 
-def first_piece(stream: IterableDataset, size: int) -> Dataset:
+def first_chunk(stream: IterableDataset, size: int) -> Dataset:
     """Read the first rows of a stream, undecoded, and leave it where it is.
 
     Raises:
         ValueError: If there are none.
     """
-    for piece in _pieces(stream.with_format("arrow"), size):
-        return piece
+    for chunk in _chunks(stream.with_format("arrow"), size):
+        return chunk
     raise ValueError("There are no candidates: the stream is empty.")
 
 
-def _pieces(stream: IterableDataset, size: int, start: int = 0) -> Iterator[Dataset]:
+def _chunks(stream: IterableDataset, size: int, start: int = 0) -> Iterator[Dataset]:
     """Read a stream, undecoded: one corrupt row must not end the run.
 
     Raises:
@@ -131,7 +131,7 @@ def _pieces(stream: IterableDataset, size: int, start: int = 0) -> Iterator[Data
             table = next(tables, None)
         except Exception as error:
             raise ValueError(
-                f"The stream can't be read beyond row {start - 1}, to the end of a piece of {size} rows: {error} "
+                f"The stream can't be read beyond row {start - 1}, to the end of a chunk of {size} rows: {error} "
                 f"({type(error).__name__}). Mend or leave out the file that holds them."
             ) from error
         if table is None:
@@ -141,7 +141,7 @@ def _pieces(stream: IterableDataset, size: int, start: int = 0) -> Iterator[Data
 
 
 def _scored(tracer: Scorer, queries: Dataset, rows: Dataset, start: int) -> np.ndarray:
-    """Score a piece, `[queries, rows]`; what is computed of it is on disk only until then."""
+    """Score a chunk, `[queries, rows]`; what is computed of it is on disk only until then."""
     with progress_bars(False), _scratch(tracer.cache_dir or default_cache_dir()) as scratch:
         try:
             scores = tracer.in_units(tracer.score(queries, rows, scratch, start), rows, scratch, start)
@@ -158,7 +158,7 @@ def _scratch(folder: Path) -> Iterator[Path]:
     made = [""]
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        made = [tempfile.mkdtemp(prefix="piece-", dir=folder)]
+        made = [tempfile.mkdtemp(prefix="chunk-", dir=folder)]
     scratch = Path(made[0] if state.num_processes == 1 else broadcast_object_list(made)[0])
     try:
         yield scratch
@@ -169,7 +169,7 @@ def _scratch(folder: Path) -> Iterator[Path]:
 
 
 def _merged(best: Attribution, scores: np.ndarray, rows: Dataset, top_k: int) -> Attribution:
-    """Take in a piece and its scores, and let go of all that is not among the best of any query."""
+    """Take in a chunk and its scores, and let go of all that is not among the best of any query."""
     config = best.config
     places = np.arange(config["streamed"], config["streamed"] + len(rows))
     config = {

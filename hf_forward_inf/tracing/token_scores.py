@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from hf_forward_inf.algorithm import Scorer
-from hf_forward_inf.ascent.parameters import Parameters, call, held_at_once, names_for
+from hf_forward_inf.ascent.parameters import Parameters, call, copies_in_memory, names_for
 from hf_forward_inf.ascent.steps import Mirrored, Perturbation
 from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.curvature.directions import direction_for
@@ -72,7 +72,7 @@ def perturbed(
     names = names_for(adapter, tracer.ascent)
     training = candidates if tracer.training is None else tracer.training
     direction = direction_for(tracer.ascent, adapter, training, names, tracer.cache_dir)
-    block = held_at_once(adapter.model, names)
+    block = copies_in_memory(adapter.model, names)
     for start in range(0, len(queries), block):
         perturbation = Perturbation(adapter, queries[start : start + block], names, tracer.ascent, direction)
         mirrored = Mirrored(perturbation).thetas if tracer.ascent.mode == "symmetric" else None

@@ -9,7 +9,7 @@ import numpy as np
 from datasets import Dataset
 
 from experiments.attributor_sets import baselines
-from experiments.lds import Trial, TruthOptions, prepare, presented
+from experiments.lds import LdsOptions, Trial, prepare, presented
 from experiments.retrainable import Retrainable
 from hf_forward_inf.adapters import Adapter
 from hf_forward_inf.attribution import Attribution, Attributor
@@ -40,7 +40,7 @@ CAPTION = (
 
 
 @dataclass
-class CounterfactualOptions(TruthOptions):
+class CounterfactualOptions(LdsOptions):
     """What to take away and train again, and where the results go.
 
     Settings of Forward-INF are chosen as in the run of the linear datamodeling score, whose retraining is shared.

@@ -42,7 +42,7 @@ from hf_forward_inf.utils.processes import process_state, say
 
 
 @dataclass
-class DrawOptions(Teaching):
+class DiffusionOptions(Teaching):
     """What is drawn and traced, and where the results go.
 
     A model is taught `exemplars`, all together or each `alone`, and draws `num_images` pictures of each one's caption:
@@ -118,7 +118,7 @@ class DrawOptions(Teaching):
         return Drawing(self.num_images, self.drawing_seed, self.change)
 
 
-def draw_run(options: DrawOptions, ascent: AscentConfig) -> dict[str, Any]:
+def diffusion_run(options: DiffusionOptions, ascent: AscentConfig) -> dict[str, Any]:
     """Run it all and write `metrics.json`, `attribution/` and `report.html` into the output folder.
 
     Bare figures are those of scores along conjugate-gradient directions, by how they fare with all queries (each
@@ -177,7 +177,7 @@ def draw_run(options: DrawOptions, ascent: AscentConfig) -> dict[str, Any]:
     return metrics
 
 
-def _drawer(options: DrawOptions, seed: int) -> tuple[DiffusionAdapter, Dataset, list[int]]:
+def _drawer(options: DiffusionOptions, seed: int) -> tuple[DiffusionAdapter, Dataset, list[int]]:
     """Load or train what draws: its adapter, all pictures, the exemplars' rows."""
     rows, size = _pictures(options)
     chosen, others = choose_exemplars(rows, options.exemplars, seed)
@@ -190,7 +190,7 @@ def _drawer(options: DrawOptions, seed: int) -> tuple[DiffusionAdapter, Dataset,
     return DiffusionAdapter(pipe, timesteps=options.timesteps, seed=seed), rows, chosen
 
 
-def _pictures(options: DrawOptions) -> tuple[Dataset, int]:
+def _pictures(options: DiffusionOptions) -> tuple[Dataset, int]:
     """Load pictures with captions; with it the size at which a tiny model draws them."""
     if options.candidates:
         return load_captioned(options.candidates).select_columns([CAPTION, IMAGE]), options.size
@@ -198,7 +198,7 @@ def _pictures(options: DrawOptions) -> tuple[Dataset, int]:
     return captioned_digits().select_columns([CAPTION, IMAGE]), 8
 
 
-def _without_best(options: DrawOptions, ascent: AscentConfig, folder: Path, started: float) -> dict[str, Any]:
+def _without_best(options: DiffusionOptions, ascent: AscentConfig, folder: Path, started: float) -> dict[str, Any]:
     """Train on everything, trace drawings, and see what they lose with their best candidates."""
     rows, size = _pictures(options)
     chosen, _ = choose_exemplars(rows, options.exemplars, ascent.seed)
@@ -226,12 +226,12 @@ def _without_best(options: DrawOptions, ascent: AscentConfig, folder: Path, star
     return metrics
 
 
-def _tracer(adapter: DiffusionAdapter, options: DrawOptions, ascent: AscentConfig) -> ForwardInf:
+def _tracer(adapter: DiffusionAdapter, options: DiffusionOptions, ascent: AscentConfig) -> ForwardInf:
     return ForwardInf(adapter=adapter, ascent=drawing_ascent(ascent, options.relative_radius))
 
 
 def _methods(
-    before: DiffusionAdapter, options: DrawOptions, ascent: AscentConfig, adapter: DiffusionAdapter, task: Task
+    before: DiffusionAdapter, options: DiffusionOptions, ascent: AscentConfig, adapter: DiffusionAdapter, task: Task
 ) -> dict[str, Attribution]:
     """Trace a task with everything that is asked for."""
     tracer = _tracer(adapter, options, ascent)

@@ -93,7 +93,7 @@ class GroupTask:
         examples = _rows(inputs[:count], labels[:count])
         direction = direction_for(ascent, adapter, examples, names)
         queries = adapter.encode(_rows(inputs[self.rows], labels[self.rows])[:])
-        theta = ascend(adapter, queries, names, ascent, None if direction is None else direction.ready())
+        theta = ascend(adapter, queries, names, ascent, None if direction is None else direction.correction())
         if theta is None:
             raise ValueError("The queries' gradient is zero or not finite: it moves the model nowhere.")
         batch = adapter.collate(adapter.encode(examples[:]))

@@ -46,7 +46,7 @@ CAPTION = (
 
 
 @dataclass
-class TruthOptions:
+class LdsOptions:
     """What to train again and again, and where the results go."""
 
     output: str = field(default="outputs/lds", metadata={"help": "Folder for metrics, attribution and report."})
@@ -90,7 +90,7 @@ class TruthOptions:
         return DEFAULTS[self.task]
 
 
-def load_task(options: TruthOptions) -> Retrainable:
+def load_task(options: LdsOptions) -> Retrainable:
     """Load what is trained again, and find the queries."""
     assert options.candidates is not None
     if options.task == "facts":
@@ -117,7 +117,7 @@ class Trial:
     best: str
 
 
-def prepare(options: TruthOptions) -> Trial:
+def prepare(options: LdsOptions) -> Trial:
     """Load what is trained, train it on random halves, and choose settings by the queries that are not judged."""
     assert options.seeds and options.directions and options.dampings and options.radii
     task = load_task(options)
@@ -131,7 +131,7 @@ def prepare(options: TruthOptions) -> Trial:
     return Trial(task, adapters, judged, directions, best)
 
 
-def retrain_halves(task: Retrainable, options: TruthOptions) -> tuple[Retrained, Retrained]:
+def retrain_halves(task: Retrainable, options: LdsOptions) -> tuple[Retrained, Retrained]:
     """Train on random halves; tell what came out for the queries, and for the others."""
     say(
         f"{len(task.candidates)} candidates, {len(task.queries)} queries; "
@@ -146,7 +146,7 @@ def retrain_halves(task: Retrainable, options: TruthOptions) -> tuple[Retrained,
 
 
 def chosen_by_self_retrieval(
-    adapter: Adapter, candidates: Dataset, directions: dict[str, AscentConfig], options: TruthOptions
+    adapter: Adapter, candidates: Dataset, directions: dict[str, AscentConfig], options: LdsOptions
 ) -> ForwardInf:
     """Choose direction, damping, radius and hub correction without any retraining ([`tuning.tune`])."""
     tracer = ForwardInf(adapter=adapter, ascent=AscentConfig(modules=["all"], seed=options.seed))
@@ -156,7 +156,7 @@ def chosen_by_self_retrieval(
     return tuned
 
 
-def lds_run(options: TruthOptions) -> dict[str, Any]:
+def lds_run(options: LdsOptions) -> dict[str, Any]:
     """Run it all and write `metrics.json`, `attribution/` and `report.html` into the output folder.
 
     `lds` of the default and `{name}/lds` of everyone else, with intervals; the report shows what the default found.

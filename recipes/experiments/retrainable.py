@@ -97,7 +97,7 @@ def digits(
 
     def train(asked: Dataset) -> BatchedTraining:
         return BatchedTraining(
-            NETWORKS[network], _tensors(data), _tensors(asked), steps=steps or STEPS, tell=losses_and_answers_of
+            NETWORKS[network], _tensors(data), _tensors(asked), steps=steps or STEPS, outcomes=losses_and_answers_of
         )
 
     def adapter(seed: int) -> Adapter:

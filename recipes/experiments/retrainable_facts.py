@@ -73,7 +73,7 @@ def losses_and_answers(adapter: Adapter, asked: Dataset) -> Tensor:
     features = adapter.encode(asked[:])
     batch = adapter.collate(features)
     losses = adapter.loss(adapter.model, batch)
-    logits, _ = adapter.predictions(adapter.model, batch)
+    logits, _ = adapter.outputs_and_loss(adapter.model, batch)
     targets = torch.tensor([token for labels in features["labels"] for token in labels])
     right = (logits.argmax(dim=1) == targets).split(features["terms"])
     return torch.stack([losses, torch.tensor([float(tokens.all()) for tokens in right])], dim=1)

@@ -123,9 +123,9 @@ def test_the_first_half_of_the_blocks_is_run_once_for_all_queries(network, token
     batch = adapter.collate(adapter.encode(rows[:]))
     before = state(network)
     with torch.no_grad():
-        half = adapter.prefix(batch)
+        half = adapter.run_shared(batch)
         torch.testing.assert_close(adapter.loss(network, half), adapter.loss(network, batch))
-    late = [name for name, _ in network.named_parameters() if name not in adapter.prefix_parameters()]
+    late = [name for name, _ in network.named_parameters() if name not in adapter.shared_parameters()]
     tied = network.get_output_embeddings().weight is network.get_input_embeddings().weight
     after = {name for name in late if ".1." not in name}
     norm = (

@@ -161,10 +161,10 @@ def test_predictions_split_the_loss_and_leave_out_what_cannot_be_read():
     features = [adapter.encode(adapter.prepare(part)[:]) for part in (rows(3), broken)]
     assert features[0]["unreadable"] == [""] * 3 and "no image format" in features[1]["unreadable"][0]
     batch = adapter.collate({key: features[0][key] + features[1][key] for key in features[0]})
-    outputs, loss = adapter.predictions(adapter.model.eval(), batch)
+    outputs, loss = adapter.outputs_and_loss(adapter.model.eval(), batch)
     assert outputs.shape == (3 * 64, 4)
     torch.testing.assert_close(loss(outputs), adapter.loss(adapter.model, batch)[:3].sum())
-    slopes = adapter.sampled_slopes(torch.zeros(20000, 4), torch.Generator().manual_seed(0))
+    slopes = adapter.sampled_output_gradients(torch.zeros(20000, 4), torch.Generator().manual_seed(0))
     assert slopes.square().mean().item() == pytest.approx(2 / 4, rel=0.02)
 
 
@@ -214,13 +214,13 @@ def test_another_model_of_the_same_kind_draws_by_itself(make, name):
     adapter = DiffusionAdapter(make())
     other = adapter.with_model(copy.deepcopy(adapter.model))
     assert getattr(other.pipe, name) is other.model is not getattr(adapter.pipe, name)
-    assert other.settings == adapter.settings
+    assert other.cache_key == adapter.cache_key
 
 
 def test_settings_tell_apart_what_losses_depend_on():
     pipe = stable_diffusion()
     adapters = [partial(DiffusionAdapter, pipe), partial(DiffusionAdapter, stable_diffusion("v_prediction"))]
-    settings = {make(**options).settings for make in adapters for options in ({}, {"timesteps": 2}, {"seed": 1})}
+    settings = {make(**options).cache_key for make in adapters for options in ({}, {"timesteps": 2}, {"seed": 1})}
     assert len(settings) == 6
 
 

@@ -23,7 +23,7 @@ def test_token_losses_are_zero_where_padded_and_sum_to_the_loss(adapter, candida
 def test_the_encoders_output_stands_in_for_the_inputs(adapter, candidates):
     batch = adapter.collate(adapter.encode(candidates[:8]))
     with torch.no_grad():
-        short = adapter.prefix(batch)
+        short = adapter.run_shared(batch)
         assert "input_ids" not in short
         torch.testing.assert_close(adapter.loss(adapter.model, short), adapter.loss(adapter.model, batch))
 
@@ -44,8 +44,8 @@ def test_answers_keep_sentinels_and_drop_padding(adapter, queries):
 
 
 def test_settings_tell_tokenizers_and_limits_apart(model, tokenizer):
-    assert Seq2SeqAdapter(model, tokenizer).settings == Seq2SeqAdapter(model, tokenizer).settings
-    assert Seq2SeqAdapter(model, tokenizer).settings != Seq2SeqAdapter(model, tokenizer, max_length=9).settings
+    assert Seq2SeqAdapter(model, tokenizer).cache_key == Seq2SeqAdapter(model, tokenizer).cache_key
+    assert Seq2SeqAdapter(model, tokenizer).cache_key != Seq2SeqAdapter(model, tokenizer, max_length=9).cache_key
 
 
 def test_bart_is_known_too(tokenizer, candidates):

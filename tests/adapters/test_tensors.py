@@ -47,7 +47,7 @@ def test_columns_can_be_named_and_arrays_transformed():
 
 def test_another_transform_is_another_cache_entry():
     network = digits.perceptron()
-    settings = {TensorAdapter(network, transform=one).settings for one in (None, np.tanh, np.negative)}
+    settings = {TensorAdapter(network, transform=one).cache_key for one in (None, np.tanh, np.negative)}
     assert len(settings) == 3
 
 

@@ -130,7 +130,7 @@ def test_a_seq2seq_models_decoder_gets_it(model, tokenizer, queries, candidates)
     found = tracer.trace(queries, candidates)
     whole = tracer.with_options(ascent=AscentConfig(direction="gradient", modules=names)).trace(queries, candidates)
     np.testing.assert_allclose(found.scores, whole.scores, rtol=1e-3, atol=1e-4)
-    assert not tracer.adapter.prefix_parameters() & set(names)
+    assert not tracer.adapter.shared_parameters() & set(names)
     assert isinstance(tracer.adapter, Seq2SeqAdapter)
 
 

@@ -54,7 +54,7 @@ def test_an_ensemble_of_nothing_is_refused():
 
 def test_a_cascade_ranks_again_what_the_cheap_one_kept_and_leaves_the_rest():
     found = Cascade(Fixed([1, 4, 3, 2]), Fixed([9, 1, 2, 0]), keep=2).trace(QUERY, ROWS)
-    assert found.ranking(0).tolist() == [2, 1, 3, 0]  # 0, which the dear one likes best, it never saw
+    assert found.ranking(0).tolist() == [2, 1, 3, 0]  # 0, which the expensive one likes best, it never saw
     np.testing.assert_allclose(found.scores[0], [1 / 4, 1 / 2, 1, 1 / 3])
     assert found.keep(2).indices.tolist() == [[2, 1]]
 

@@ -20,7 +20,7 @@ class LogisticAdapter(Adapter):
     """Logistic regression: a linear layer, and cross-entropy."""
 
     columns = ("x", "y")
-    settings = "logistic"
+    cache_key = "logistic"
 
     def encode(self, rows):
         count = len(rows["y"])
@@ -35,7 +35,7 @@ class LogisticAdapter(Adapter):
     def term_losses(self, forward, batch):
         return nn.functional.cross_entropy(forward(input=batch["x"]), batch["y"], reduction="none")[:, None]
 
-    def predictions(self, forward, batch):
+    def outputs_and_loss(self, forward, batch):
         return forward(input=batch["x"]), partial(nn.functional.cross_entropy, target=batch["y"], reduction="sum")
 
 

@@ -36,7 +36,7 @@ def options(pipeline, tmp_path):
     write_shard(shards / "00003.tar", [("bad", {"jpg": encoded(0)[:300], "json": {"caption": "a red square"}})])
     return LaionOptions(
         output=str(tmp_path / "run"), model=str(pipeline), candidates=str(shards), prompt=["a red square"],
-        num_images=2, references=2, timesteps=1, piece=4, top_k=3,
+        num_images=2, references=2, timesteps=1, chunk_size=4, top_k=3,
     )  # fmt: skip
 
 
@@ -142,7 +142,7 @@ def test_the_command_traces_the_built_in_digits(tmp_path, monkeypatch, capsys):
         ({"candidates": "x"}, "--model and --candidates together"),
         ({"model": "x", "candidates": "y"}, "Give --prompt, which is drawn, or --images"),
         ({"images": ["a.png"], "prompt": ["a", "b"]}, "of one prompt, not of 2"),
-        ({"piece": 0}, "--piece must be above 0"),
+        ({"chunk_size": 0}, "--piece must be above 0"),
         ({"references": -1}, "--references must be 0 or more"),
     ],
 )

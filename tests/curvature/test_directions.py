@@ -267,7 +267,7 @@ def test_an_adapter_without_predictions_is_told(line):
 def test_a_seq2seq_adapters_predictions_leave_padding_out(model, tokenizer, candidates):
     adapter = Seq2SeqAdapter(model, tokenizer)
     features = adapter.encode(candidates[:5])
-    outputs, loss = adapter.predictions(model, adapter.collate(features))
+    outputs, loss = adapter.outputs_and_loss(model, adapter.collate(features))
     assert len(outputs) == sum(features["terms"])
     torch.testing.assert_close(loss(outputs), adapter.loss(model, adapter.collate(features)).sum())
 

@@ -6,7 +6,7 @@ from hf_forward_inf.adapters import DiffusionAdapter, Seq2SeqAdapter, TensorAdap
 from hf_forward_inf.ascent.parameters import perturbed_names
 from hf_forward_inf.baselines.gradients import query_factors
 from hf_forward_inf.curvature.example_gradients import ExampleGradients
-from hf_forward_inf.curvature.outer_products import Laid
+from hf_forward_inf.curvature.outer_products import QueryGradients
 from hf_forward_inf.utils.models import evaluating
 from tests import digits, drawing
 from tests.line import assert_same_state, state
@@ -120,7 +120,7 @@ def test_products_and_norms_are_autograds_though_gradients_are_not_written_down(
 @pytest.mark.parametrize("pays", [True, False])
 @pytest.mark.parametrize("kind", ["mt5", "bart"])
 def test_queries_gradients_are_autograds_in_either_form(kind, pays, request, monkeypatch, tokenizer, candidates):
-    monkeypatch.setattr(Laid, "pays", lambda laid: pays)
+    monkeypatch.setattr(QueryGradients, "is_cheaper", lambda laid: pays)
     model = request.getfixturevalue("model" if kind == "mt5" else "bart")
     adapter = Seq2SeqAdapter(model, tokenizer)
     rows, queries = adapter.encode(candidates[:7]), adapter.encode(candidates[7:10])
@@ -129,7 +129,7 @@ def test_queries_gradients_are_autograds_in_either_form(kind, pays, request, mon
         directions = query_factors(gradients, queries)
         products, _ = gradients.products(adapter.collate(rows), directions)
         expected, asked = (by_autograd(adapter, some, gradients.names) for some in (rows, queries))
-    assert pays == any(isinstance(one, Laid) for one in directions.values())
+    assert pays == any(isinstance(one, QueryGradients) for one in directions.values())
     wanted = sum(expected[name] @ asked[name].T for name in gradients.names)
     assert ((products - wanted).norm() / wanted.norm()).item() < 1e-4
 

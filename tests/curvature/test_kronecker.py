@@ -21,7 +21,7 @@ def always_the_likeliest(monkeypatch):
         chances = outputs.softmax(-1)
         return chances - nn.functional.one_hot(outputs.argmax(-1), outputs.shape[-1])
 
-    monkeypatch.setattr("hf_forward_inf.adapters.base.Adapter.sampled_slopes", slopes)
+    monkeypatch.setattr("hf_forward_inf.adapters.base.Adapter.sampled_output_gradients", slopes)
     monkeypatch.setattr("hf_forward_inf.curvature.kronecker.TARGETS", 1)
 
 
@@ -30,7 +30,7 @@ def gradients_of_likeliest(adapter, sample, names):
     found = []
     for i in range(len(sample)):
         batch = adapter.collate(sample.features[i : i + 1])
-        outputs, _ = adapter.predictions(adapter.model, batch)
+        outputs, _ = adapter.outputs_and_loss(adapter.model, batch)
         loss = nn.functional.cross_entropy(outputs, outputs.argmax(-1), reduction="sum")
         parameters = [adapter.model.get_parameter(name) for name in names]
         found.append(torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True))
@@ -96,7 +96,7 @@ def test_drawn_slopes_have_mean_zero_and_the_covariance_of_the_losss_hessian():
 
 
 def digits_slopes(outputs):
-    return TensorAdapter(digits.perceptron()).sampled_slopes(outputs, torch.Generator().manual_seed(0))
+    return TensorAdapter(digits.perceptron()).sampled_output_gradients(outputs, torch.Generator().manual_seed(0))
 
 
 def test_padding_is_in_no_factor(always_the_likeliest, model, tokenizer, candidates, monkeypatch):

@@ -2,17 +2,17 @@ import pytest
 import torch
 
 from hf_forward_inf.curvature import outer_products as factors
-from hf_forward_inf.curvature.outer_products import Factors, Laid, squared_norms
+from hf_forward_inf.curvature.outer_products import OuterProducts, QueryGradients, squared_norms
 
 HEIGHT, WIDTH = 7, 5
 
 
 def layer(examples, positions, height=HEIGHT):
-    return Factors(torch.randn(examples, positions, height), torch.randn(examples, positions, WIDTH), height)
+    return OuterProducts(torch.randn(examples, positions, height), torch.randn(examples, positions, WIDTH), height)
 
 
 def table(examples, positions):
-    return Factors(torch.randint(HEIGHT, (examples, positions)), torch.randn(examples, positions, WIDTH), HEIGHT)
+    return OuterProducts(torch.randint(HEIGHT, (examples, positions)), torch.randn(examples, positions, WIDTH), HEIGHT)
 
 
 KINDS = {
@@ -39,7 +39,7 @@ def by_hand(parts):
 
 def test_written_gradients_are_sums_of_outer_products(parts_of):
     parts = parts_of(3, 4)
-    torch.testing.assert_close(sum(part.written() for part in parts), by_hand(parts))
+    torch.testing.assert_close(sum(part.dense() for part in parts), by_hand(parts))
 
 
 @pytest.mark.parametrize("positions", [2, 40])
@@ -55,25 +55,25 @@ def test_products_and_norms_need_no_written_gradients(parts_of, positions, chunk
 def test_a_wide_matrix_too():
     torch.manual_seed(0)
     wide, directions = layer(3, 2, height=2), torch.randn(4, 2 * WIDTH)
-    torch.testing.assert_close(wide.products(directions), wide.written() @ directions.T)
+    torch.testing.assert_close(wide.products(directions), wide.dense() @ directions.T)
 
 
 def test_queries_of_any_length_lie_in_a_row(parts_of):
     queries = {0: parts_of(1, 3), 1: parts_of(1, 5), 3: parts_of(1, 1)}  # the third has no gradient
-    laid, candidates = Laid.of(queries, 4), parts_of(6, 4)
+    laid, candidates = QueryGradients.of(queries, 4), parts_of(6, 4)
     dense = torch.zeros(4, HEIGHT * WIDTH)
     for i, parts in queries.items():
         dense[i] = by_hand(parts)
-    torch.testing.assert_close(laid.written(), dense)
+    torch.testing.assert_close(laid.dense(), dense)
     torch.testing.assert_close(laid.squares, dense.square().sum(1))
     torch.testing.assert_close(laid.products(candidates), by_hand(candidates) @ dense.T)
 
 
 def test_factors_of_few_positions_in_a_large_matrix_pay_and_of_many_do_not():
     def laid(queries, positions, height):
-        one = Factors(torch.zeros(1, positions, height), torch.zeros(1, positions, 64), height)
-        return Laid.of({i: [one] for i in range(queries)}, queries)
+        one = OuterProducts(torch.zeros(1, positions, height), torch.zeros(1, positions, 64), height)
+        return QueryGradients.of({i: [one] for i in range(queries)}, queries)
 
-    assert laid(10, 5, 4096).pays()
-    assert laid(100, 5, 4096).pays()
-    assert not laid(100, 60, 64).pays()
+    assert laid(10, 5, 4096).is_cheaper()
+    assert laid(100, 5, 4096).is_cheaper()
+    assert not laid(100, 60, 64).is_cheaper()

@@ -10,12 +10,12 @@ from experiments.counterfactual import (
     counterfactual_run,
     without_best,
 )
-from experiments.lds import TruthOptions, lds_run, retrain_halves
+from experiments.lds import LdsOptions, lds_run, retrain_halves
 from experiments.retrainable import digits
 from experiments.retrainable_facts import facts, losses_and_answers
 
 from hf_forward_inf import Attribution, ForwardInf
-from hf_forward_inf.cli import judge
+from hf_forward_inf.cli import run_command
 from hf_forward_inf.scores.metrics import lds
 
 SMALL = ["--candidates", "60", "--queries", "4", "--subsets", "4", "--seeds", "2", "--dampings", "0.1"]
@@ -27,8 +27,8 @@ def few_steps(monkeypatch):
 
 
 def run(command, folder, *options):
-    kind = {"lds": (lds_run, TruthOptions), "counterfactual": (counterfactual_run, CounterfactualOptions)}[command]
-    return judge(*kind, ["--output", str(folder), *SMALL, "--directions", "gradient", "kfac", *options])
+    kind = {"lds": (lds_run, LdsOptions), "counterfactual": (counterfactual_run, CounterfactualOptions)}[command]
+    return run_command(*kind, ["--output", str(folder), *SMALL, "--directions", "gradient", "kfac", *options])
 
 
 def test_lds_judges_every_attributor_beside_chance(tmp_path, capsys):
@@ -96,7 +96,7 @@ def test_other_queries_are_not_taken_for_those_that_were_kept():
 )
 def test_impossible_options_are_told(options, message):
     with pytest.raises(ValueError, match=message):
-        TruthOptions(**options)
+        LdsOptions(**options)
 
 
 def test_some_queries_are_explained_at_least():
@@ -134,7 +134,7 @@ def test_what_is_taken_away_is_compared_with_the_same_seeds_trained_on_everythin
 def test_a_language_model_is_taught_again_without_half_of_its_sentences(monkeypatch):
     monkeypatch.setattr("experiments.retrainable_facts.TRAINING", {"epochs": 1, "learning_rate": 1e-3})
     task = facts(candidates=40, queries=3)
-    judged, others = retrain_halves(task, TruthOptions(task="facts", subsets=3, seeds=1))
+    judged, others = retrain_halves(task, LdsOptions(task="facts", subsets=3, seeds=1))
     assert judged.losses.shape == others.losses.shape == (3, 3)
     scores = ForwardInf(adapter=task.adapter(0)).trace(judged.queries, task.candidates).scores
     assert -1 <= lds(scores, judged.subsets, judged.losses)["lds"] <= 1

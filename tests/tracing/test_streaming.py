@@ -29,10 +29,10 @@ def files(folder):
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
-@pytest.mark.parametrize("piece", [1, 7, 50, 1000])
-def test_the_best_of_a_stream_are_the_best_of_all_candidates(tracer, piece):
+@pytest.mark.parametrize("chunk_size", [1, 7, 50, 1000])
+def test_the_best_of_a_stream_are_the_best_of_all_candidates(tracer, chunk_size):
     candidates = line_points(50)
-    found = tracer.trace_stream(QUERIES, stream_of(candidates), top_k=5, piece=piece)
+    found = tracer.trace_stream(QUERIES, stream_of(candidates), top_k=5, chunk_size=chunk_size)
     expected = tracer.trace(QUERIES, candidates, top_k=5)
     np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-6)
     places = np.array(found.candidates["stream_row"][:])
@@ -44,7 +44,7 @@ def test_the_best_of_a_stream_are_the_best_of_all_candidates(tracer, piece):
 
 def test_scores_can_be_standardised_before_the_best_are_chosen(tracer):
     candidates = line_points(50)
-    found = tracer.trace_stream(QUERIES, stream_of(candidates), top_k=4, piece=20, standardise=True)
+    found = tracer.trace_stream(QUERIES, stream_of(candidates), top_k=4, chunk_size=20, standardise=True)
     expected = tracer.trace(QUERIES, candidates).standardised().keep(4)
     np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-5)
     places = np.array(found.candidates["stream_row"][:])
@@ -61,7 +61,7 @@ def test_nothing_of_a_stream_stays_on_disk(tracer, cache):
             seen.append(len(files(cache)))
             yield row
 
-    tracer.trace_stream(QUERIES, IterableDataset.from_generator(generate), top_k=2, piece=10)
+    tracer.trace_stream(QUERIES, IterableDataset.from_generator(generate), top_k=2, chunk_size=10)
     assert len(files(cache)) == len(files(cache / "encoded")) == 1  # the queries
     assert max(seen) == 1
 
@@ -70,8 +70,8 @@ class Interrupted(Exception):
     pass
 
 
-@pytest.mark.parametrize(("shards", "piece"), [(1, 8), (3, 8), (7, 3), (2, 9)])
-def test_a_run_goes_on_where_it_was_interrupted(tracer, tmp_path, monkeypatch, shards, piece):
+@pytest.mark.parametrize(("shards", "chunk_size"), [(1, 8), (3, 8), (7, 3), (2, 9)])
+def test_a_run_goes_on_where_it_was_interrupted(tracer, tmp_path, monkeypatch, shards, chunk_size):
     candidates, folder = line_points(50), tmp_path / "best"
     score, sizes, stop = ForwardInf.score, [], [0]
 
@@ -84,18 +84,18 @@ def test_a_run_goes_on_where_it_was_interrupted(tracer, tmp_path, monkeypatch, s
     def run(after):
         stop[0] = after
         stream = stream_of(candidates, shards)
-        return tracer.trace_stream(QUERIES, stream, top_k=5, piece=piece, folder=folder)
+        return tracer.trace_stream(QUERIES, stream, top_k=5, chunk_size=chunk_size, folder=folder)
 
     monkeypatch.setattr(ForwardInf, "score", fragile)
     for after in (1, 2):
         with pytest.raises(Interrupted):
             run(after)
     found = run(100)
-    assert sizes == [piece] * (50 // piece) + [50 % piece] * (50 % piece > 0)  # each row once
+    assert sizes == [chunk_size] * (50 // chunk_size) + [50 % chunk_size] * (50 % chunk_size > 0)  # each row once
     assert run(len(sizes)).config == found.config  # nothing is left to do
     assert len(list(folder.iterdir())) == 1
     with pytest.raises(ValueError, match="holds what another run has found"):
-        tracer.trace_stream(QUERIES, stream_of(candidates, shards), top_k=4, piece=piece, folder=folder)
+        tracer.trace_stream(QUERIES, stream_of(candidates, shards), top_k=4, chunk_size=chunk_size, folder=folder)
     monkeypatch.undo()
     expected = tracer.trace(QUERIES, candidates, top_k=5)
     np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-6)
@@ -106,7 +106,7 @@ def test_curvature_comes_from_the_first_piece():
     ascent = AscentConfig(direction="cg", sample=3, radius=0.05, iterations=2)
     tracer = ForwardInf(adapter=DiffusionAdapter(stable_diffusion(), timesteps=1), ascent=ascent)
     candidates = rows(10)
-    found = tracer.trace_stream(rows(2, 5), stream_of(candidates), top_k=3, piece=4)
+    found = tracer.trace_stream(rows(2, 5), stream_of(candidates), top_k=3, chunk_size=4)
     expected = tracer.with_options(training=candidates.select(range(4))).trace(rows(2, 5), candidates, top_k=3)
     np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-3)
 
@@ -114,14 +114,14 @@ def test_curvature_comes_from_the_first_piece():
 def test_rows_without_a_loss_are_named_by_their_place_and_left_out(tracer):
     candidates = Dataset.from_list([*line_points(14), {"x": [float("nan"), 0.0], "y": 0.0}, *line_points(3)])
     with pytest.warns(UserWarning, match="loss of candidates row 14 is NaN"):
-        found = tracer.trace_stream(QUERIES, stream_of(candidates, 1), top_k=50, piece=10)
+        found = tracer.trace_stream(QUERIES, stream_of(candidates, 1), top_k=50, chunk_size=10)
     assert found.config["unscored"] == 1 and len(found.candidates) == 17
     assert 14 not in found.candidates["stream_row"][:]
     assert np.isfinite(found.scores).all()
 
 
 def test_a_saved_attribution_of_a_stream_is_whole(tracer, tmp_path):
-    found = tracer.trace_stream(QUERIES, stream_of(line_points(20)), top_k=3, piece=6)
+    found = tracer.trace_stream(QUERIES, stream_of(line_points(20)), top_k=3, chunk_size=6)
     found.save_to_disk(tmp_path / "saved")
     loaded = type(found).load_from_disk(tmp_path / "saved")
     assert loaded.top(1, 3)[:] == found.top(1, 3)[:]
@@ -139,6 +139,6 @@ def test_what_cannot_be_traced_as_a_stream_is_told(tracer):
         tracer.trace_stream(QUERIES, IterableDataset.from_generator(lambda: iter(())))
     broken = IterableDataset.from_generator(lambda: (1 / (4 - i) and row for i, row in enumerate(candidates)))
     with pytest.raises(ValueError, match=r"can't be read beyond row 3, .* of 2 rows: division by zero \(ZeroDivision"):
-        tracer.trace_stream(QUERIES, broken, piece=2, top_k=1)
+        tracer.trace_stream(QUERIES, broken, chunk_size=2, top_k=1)
     with pytest.raises(ValueError, match="Rows 0 to 3 of the stream: The candidates have no column `y`"):
-        tracer.trace_stream(QUERIES, stream_of(candidates.remove_columns("y")), piece=4)
+        tracer.trace_stream(QUERIES, stream_of(candidates.remove_columns("y")), chunk_size=4)
