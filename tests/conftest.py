@@ -12,7 +12,7 @@ from transformers import MT5Config, MT5ForConditionalGeneration
 
 from hf_forward_inf.data import builtin_facts
 from hf_forward_inf.toys.tiny_models import train_tokenizer
-from tests.line import Line, LineAdapter
+from tests.helpers.line import Line, LineAdapter
 
 SHARED = Path(os.environ.get("HF_FORWARD_INF_SHARED", Path(__file__).parents[2] / "shared"))
 

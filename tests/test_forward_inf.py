@@ -8,7 +8,7 @@ from transformers import BertConfig, BertModel, pipeline
 
 from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf.adapters import Seq2SeqAdapter
-from tests.line import assert_same_state, points, state
+from tests.helpers.line import assert_same_state, points, state
 
 
 def by_hand(model, tokenizer, query, candidates, radius):

@@ -12,8 +12,8 @@ from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf.adapters import CausalLMAdapter, adapter_for
 from hf_forward_inf.ascent.parameters import perturbed_names
 from hf_forward_inf.baselines import InfluenceFunctions, RepresentationSimilarity, TracIn, TrackStar
-from tests.causal import LAYOUTS, questions, train_tokens, untrained
-from tests.line import assert_same_state, state
+from tests.helpers.causal import LAYOUTS, questions, train_tokens, untrained
+from tests.helpers.line import assert_same_state, state
 
 
 @pytest.fixture(scope="module")

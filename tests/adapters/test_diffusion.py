@@ -16,8 +16,8 @@ from hf_forward_inf.ascent.parameters import names_for
 from hf_forward_inf.ascent.steps import Perturbation
 from hf_forward_inf.passes.candidate_pass import encode
 from hf_forward_inf.passes.loss_pass import LossPass
-from tests.drawing import counted, rows, square, stable_diffusion, stable_diffusion_3, unconditional
-from tests.line import assert_same_state, state
+from tests.helpers.drawing import counted, rows, square, stable_diffusion, stable_diffusion_3, unconditional
+from tests.helpers.line import assert_same_state, state
 
 
 def losses(adapter, dataset):

@@ -13,8 +13,8 @@ from hf_forward_inf.adapters import DiffusionAdapter
 from hf_forward_inf.adapters.diffusion_inputs import values_of
 from hf_forward_inf.baselines.pixels import PixelDistance
 from hf_forward_inf.passes.loss_pass import LossPass
-from tests.drawing import rows, square, stable_diffusion
-from tests.shards import encoded
+from tests.helpers.drawing import rows, square, stable_diffusion
+from tests.helpers.shards import encoded
 
 STORED = Features({"image": Image(decode=False), "caption": Value("string")})
 

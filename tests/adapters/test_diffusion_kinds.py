@@ -10,8 +10,15 @@ from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf.adapters import DiffusionAdapter
 from hf_forward_inf.passes.candidate_pass import encode
 from hf_forward_inf.passes.loss_pass import LossPass
-from tests.drawing import classes, rows, stable_diffusion, stable_diffusion_3, stable_diffusion_xl, unconditional
-from tests.line import assert_same_state, state
+from tests.helpers.drawing import (
+    classes,
+    rows,
+    stable_diffusion,
+    stable_diffusion_3,
+    stable_diffusion_xl,
+    unconditional,
+)
+from tests.helpers.line import assert_same_state, state
 
 
 @pytest.mark.parametrize("make", [stable_diffusion_xl, stable_diffusion_3])

@@ -10,8 +10,8 @@ from peft.utils import get_peft_model_state_dict
 from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf.ascent.parameters import names_for
 from hf_forward_inf.passes.loss_pass import LossPass
-from tests.drawing import rows, stable_diffusion
-from tests.line import assert_same_state, state
+from tests.helpers.drawing import rows, stable_diffusion
+from tests.helpers.line import assert_same_state, state
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 

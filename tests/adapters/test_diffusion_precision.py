@@ -7,7 +7,7 @@ from scipy.stats import spearmanr
 
 from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf.adapters import DiffusionAdapter
-from tests.drawing import rows, stable_diffusion
+from tests.helpers.drawing import rows, stable_diffusion
 
 
 def test_what_overflows_in_float16_is_named_and_ranked_last():

@@ -8,7 +8,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf.adapters.diffusion_inputs import denoiser_of
-from tests.drawing import (
+from tests.helpers.drawing import (
     classes,
     counted,
     rows,
@@ -18,7 +18,7 @@ from tests.drawing import (
     stable_diffusion_xl,
     unconditional,
 )
-from tests.line import assert_same_state, state
+from tests.helpers.line import assert_same_state, state
 
 WITHOUT_T5 = {"text_encoder_3": None, "tokenizer_3": None}
 

@@ -7,8 +7,8 @@ from torch import nn
 from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf.adapters import TensorAdapter
 from hf_forward_inf.baselines import RepresentationSimilarity
-from tests import digits
-from tests.line import assert_same_state, state
+from tests.helpers import digits
+from tests.helpers.line import assert_same_state, state
 
 
 def test_scores_are_those_of_the_algorithm_written_out_by_hand():

@@ -10,8 +10,8 @@ from hf_forward_inf.ascent.lora import LowRank, added, slopes
 from hf_forward_inf.ascent.parameters import names_for
 from hf_forward_inf.ascent.steps import ascend
 from hf_forward_inf.utils.models import linear_layers
-from tests.causal import questions, train_tokens, untrained
-from tests.line import assert_same_state, state
+from tests.helpers.causal import questions, train_tokens, untrained
+from tests.helpers.line import assert_same_state, state
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import torch
 
 from hf_forward_inf.adapters import DiffusionAdapter
 from hf_forward_inf.baselines.denoiser_features import DenoiserFeatures
-from tests.drawing import rows, stable_diffusion, stable_diffusion_3
+from tests.helpers.drawing import rows, stable_diffusion, stable_diffusion_3
 
 
 def test_a_denoiser_sees_a_picture_as_most_like_itself():

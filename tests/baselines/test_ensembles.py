@@ -5,7 +5,7 @@ import pytest
 
 from hf_forward_inf import BM25, Attribution, ForwardInf
 from hf_forward_inf.baselines import Cascade, Ensemble, Fusion
-from tests.line import points
+from tests.helpers.line import points
 
 
 @dataclass

@@ -12,8 +12,8 @@ from torch import nn
 from hf_forward_inf.adapters import Adapter, Seq2SeqAdapter
 from hf_forward_inf.baselines import InfluenceFunctions, RepresentationSimilarity, TracIn, TrackStar
 from hf_forward_inf.baselines.checkpoints import find_checkpoints
-from tests.curvature.test_example_gradients import by_autograd
-from tests.line import assert_same_state, state
+from tests.helpers.gradients import by_autograd
+from tests.helpers.line import assert_same_state, state
 
 
 class LogisticAdapter(Adapter):

@@ -15,8 +15,8 @@ from hf_forward_inf.cli import main
 from hf_forward_inf.commands import laion
 from hf_forward_inf.commands.laion import LaionOptions, laion_run
 from hf_forward_inf.data.digits import captioned_digits
-from tests.drawing import counted, rows, square, stable_diffusion
-from tests.shards import encoded, write_shard, write_shards
+from tests.helpers.drawing import counted, rows, square, stable_diffusion
+from tests.helpers.shards import encoded, write_shard, write_shards
 
 RECIPE = str(Path(__file__).parents[2] / "recipes" / "laion.py")
 ASCENT = AscentConfig(direction="cg", sample=4, iterations=2)

@@ -8,7 +8,7 @@ from hf_forward_inf import Attribution
 from hf_forward_inf.commands.leakage import LeakageOptions, draw_tasks, lead, leakage_run
 from hf_forward_inf.data.image_changes import CHANGES, changed
 from hf_forward_inf.data.images import load_images
-from tests.adapters.test_image_classification import picture
+from tests.helpers.images import picture
 
 
 @pytest.fixture(scope="module")

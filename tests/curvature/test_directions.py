@@ -13,8 +13,8 @@ from hf_forward_inf.curvature import gauss_newton as curvature
 from hf_forward_inf.curvature.directions import direction_for
 from hf_forward_inf.curvature.solvers import conjugate_gradients
 from hf_forward_inf.evaluation.cost import measure
-from tests import digits
-from tests.line import assert_same_state, state
+from tests.helpers import digits
+from tests.helpers.line import assert_same_state, state
 
 CORRECTED = ("adam", "kfac", "ekfac", "cg")
 CANDIDATES = digits.rows(0, 100)
@@ -257,7 +257,7 @@ def test_the_cost_of_a_direction_is_told(line):
 
 
 def test_an_adapter_without_predictions_is_told(line):
-    from tests.line import points
+    from tests.helpers.line import points
 
     tracer = ForwardInf(adapter=line, ascent=AscentConfig(direction="cg"))
     with pytest.raises(NotImplementedError, match="LineAdapter does not say what its model predicts"):

@@ -8,8 +8,9 @@ from hf_forward_inf.baselines.gradients import query_factors
 from hf_forward_inf.curvature.example_gradients import ExampleGradients
 from hf_forward_inf.curvature.outer_products import QueryGradients
 from hf_forward_inf.utils.models import evaluating
-from tests import digits, drawing
-from tests.line import assert_same_state, state
+from tests.helpers import digits, drawing
+from tests.helpers.gradients import by_autograd
+from tests.helpers.line import assert_same_state, state
 
 
 @pytest.fixture(scope="module")
@@ -23,17 +24,6 @@ def bart(tokenizer):
             scale_embedding=True,
         )
     )  # fmt: skip
-
-
-def by_autograd(adapter, features, names):
-    """One backward pass an example."""
-    parameters = [adapter.model.get_parameter(name) for name in names]
-    found = []
-    for i in range(len(features["terms"])):
-        batch = adapter.collate({key: values[i : i + 1] for key, values in features.items()})
-        loss = adapter.loss(adapter.model, batch).sum()
-        found.append(torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True))
-    return {name: torch.stack([row[j] for row in found]).flatten(1) for j, name in enumerate(names)}
 
 
 @pytest.mark.parametrize("kind", ["mt5", "bart"])

@@ -9,8 +9,8 @@ from hf_forward_inf.adapters import Seq2SeqAdapter, TensorAdapter
 from hf_forward_inf.curvature.kronecker import Kronecker, KroneckerFit
 from hf_forward_inf.curvature.sample import Sample
 from hf_forward_inf.utils.models import evaluating
-from tests import digits
-from tests.line import assert_same_state, state
+from tests.helpers import digits
+from tests.helpers.line import assert_same_state, state
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ from datasets import Dataset, Image, IterableDataset, load_dataset
 
 from hf_forward_inf.data import captions, load_captioned
 from hf_forward_inf.utils.images import read_image
-from tests.drawing import rows, square
-from tests.shards import encoded, write_shard, write_shards
+from tests.helpers.drawing import rows, square
+from tests.helpers.shards import encoded, write_shard, write_shards
 
 SHARDS = {"id": "000000002", "caption": "a blue square", "url": None}
 

@@ -7,7 +7,7 @@ from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf.adapters import Seq2SeqAdapter
 from hf_forward_inf.passes.candidate_pass import batches
 from hf_forward_inf.passes.loss_pass import LossPass
-from tests.line import points
+from tests.helpers.line import points
 
 
 @pytest.mark.parametrize("max_batch_length", [1, 60, 100_000])

@@ -4,7 +4,7 @@ import torch
 from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf.adapters import Seq2SeqAdapter
 from hf_forward_inf.passes.loss_pass import LossPass
-from tests.line import points
+from tests.helpers.line import points
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import torch
 from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf.adapters import TensorAdapter
 from hf_forward_inf.scores.corrections import standardised
-from tests import digits
-from tests.line import assert_same_state, state
+from tests.helpers import digits
+from tests.helpers.line import assert_same_state, state
 
 
 def tracer_of(network, **ascent):

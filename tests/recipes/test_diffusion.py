@@ -16,7 +16,7 @@ from hf_forward_inf.evaluation.task import Task
 from hf_forward_inf.scores.corrections import standardised
 from hf_forward_inf.toys.drawings import Drawing, as_queries, choose_exemplars, drawings
 from hf_forward_inf.toys.pixel_pipeline import tiny_pipeline
-from tests.drawing import rows, stable_diffusion
+from tests.helpers.drawing import rows, stable_diffusion
 
 
 def test_a_run_on_pictures_writes_what_it_found(tmp_path):

@@ -9,7 +9,7 @@ from torch import nn
 from hf_forward_inf import AscentConfig
 from hf_forward_inf.scores.retraining import BatchedTraining
 from hf_forward_inf.toys.networks import ConvNet
-from tests import digits
+from tests.helpers import digits
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from torch import nn
 
 from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf.adapters import ImageClassificationAdapter
-from tests.adapters.test_image_classification import network, rows, tensors
+from tests.helpers.images import network, rows, tensors
 
 
 def test_a_run_pairs_test_images_with_training_images(tmp_path):

@@ -3,7 +3,7 @@ import torch
 from experiments.point_to_point import LogisticRegression, point_to_point
 from sklearn.linear_model import LogisticRegression as Oracle
 
-from tests import digits
+from tests.helpers import digits
 
 COUNT = 80
 

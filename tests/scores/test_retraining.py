@@ -6,7 +6,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from hf_forward_inf.scores.retraining import BatchedTraining, Retrained, random_halves, retrained_outcomes
-from tests import digits as small
+from tests.helpers import digits as small
 
 SUBSETS = random_halves(30, 4)
 

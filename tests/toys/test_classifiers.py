@@ -17,7 +17,7 @@ from hf_forward_inf.toys.classifiers import (
     untrained,
 )
 from hf_forward_inf.toys.networks import ResNet
-from tests.adapters.test_image_classification import picture, processor, vision_transformer
+from tests.helpers.images import picture, processor, vision_transformer
 
 
 @pytest.fixture(scope="module")

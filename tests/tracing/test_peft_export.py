@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf.passes.loss_pass import LossPass
 from hf_forward_inf.utils.models import linear_layers
-from tests.causal import questions, train_tokens, untrained
-from tests.line import assert_same_state, state
+from tests.helpers.causal import questions, train_tokens, untrained
+from tests.helpers.line import assert_same_state, state
 
 FRESH = """
 import json, sys, torch

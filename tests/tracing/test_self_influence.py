@@ -7,10 +7,10 @@ from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf.adapters import ImageClassificationAdapter, TensorAdapter
 from hf_forward_inf.baselines import FirstOrder, TracIn
 from hf_forward_inf.toys.networks import ResNet
-from tests import digits
-from tests.adapters.test_image_classification import processor, vision_transformer
-from tests.adapters.test_image_classification import rows as pictures
-from tests.line import assert_same_state, state
+from tests.helpers import digits
+from tests.helpers.images import processor, vision_transformer
+from tests.helpers.images import rows as pictures
+from tests.helpers.line import assert_same_state, state
 
 
 @pytest.mark.parametrize("mode", ["ascent", "descent", "symmetric"])

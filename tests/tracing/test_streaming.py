@@ -4,8 +4,8 @@ from datasets import Dataset, IterableDataset
 
 from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf.adapters import DiffusionAdapter
-from tests.drawing import rows, stable_diffusion
-from tests.line import points
+from tests.helpers.drawing import rows, stable_diffusion
+from tests.helpers.line import points
 
 
 def line_points(count):

@@ -5,8 +5,8 @@ from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf.adapters import TensorAdapter
 from hf_forward_inf.scores.retraining import Retrained, random_halves
 from hf_forward_inf.tracing.tuning import _choose
-from tests import digits
-from tests.line import points
+from tests.helpers import digits
+from tests.helpers.line import points
 
 
 def trial(radius, mrr, steps=1, hubs=False, distinct=1.0):

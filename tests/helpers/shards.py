@@ -4,7 +4,7 @@ import io
 import json
 import tarfile
 
-from tests.drawing import rows, square
+from tests.helpers.drawing import rows, square
 
 
 def encoded(i, format="JPEG"):
