@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch import nn
 from typing_extensions import Self
 
-from hf_forward_inf.adapters import Adapter, adapter_for
+from hf_forward_inf.adapters import Adapter, choose_adapter
 from hf_forward_inf.ascent.config import AscentConfig
 from hf_forward_inf.ascent.parameters import has_length, names_for
 from hf_forward_inf.ascent.steps import Mirrored, Perturbation
@@ -45,13 +45,9 @@ class Scorer:
         cache_dir: str | Path | None = None,
         max_batch_length: int = MAX_BATCH_LENGTH,
     ):
-        if adapter is None:
-            if model is None:
-                raise TypeError("ForwardInf needs a model, or an adapter that holds one.")
-            adapter = adapter_for(model, processor)
         if reduction not in ("sum", "mean"):
             raise ValueError(f"reduction={reduction!r} must be 'sum' or 'mean'.")
-        self.adapter = adapter
+        self.adapter = choose_adapter(model, processor, adapter, "ForwardInf")
         self.ascent = ascent or AscentConfig()
         if measure not in PASSES:
             raise ValueError(f"measure={measure!r} must be 'rise' or 'shift'.")

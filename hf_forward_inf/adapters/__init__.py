@@ -19,8 +19,28 @@ __all__ = [
     "Seq2SeqAdapter",
     "TensorAdapter",
     "adapter_for",
+    "choose_adapter",
     "is_diffusion",
 ]
+
+
+def choose_adapter(model: nn.Module | None, processor: Any, adapter: Adapter | None, attributor: str) -> Adapter:
+    """Return the given adapter, or the one for the given model: what every attributor does with its arguments.
+
+    Args:
+        model (`torch.nn.Module`, *optional*): The trained model.
+        processor (*optional*): Its tokenizer or image processor.
+        adapter (`Adapter`, *optional*): Takes precedence over model and processor.
+        attributor (`str`): Its class name, for the message.
+
+    Raises:
+        TypeError: If there is neither an adapter nor a model, or no adapter for this kind of model.
+    """
+    if adapter is not None:
+        return adapter
+    if model is None:
+        raise TypeError(f"{attributor} needs a model, or an adapter that holds one.")
+    return adapter_for(model, processor)
 
 
 def adapter_for(model: nn.Module, processor: Any = None) -> Adapter:

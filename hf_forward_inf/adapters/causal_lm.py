@@ -26,7 +26,7 @@ from hf_forward_inf.adapters.language import (
 )
 from hf_forward_inf.adapters.split_model import Blocks
 from hf_forward_inf.utils.fingerprints import fingerprint
-from hf_forward_inf.utils.models import peft_parameters
+from hf_forward_inf.utils.models import device_of, peft_parameters
 
 SPAN = "span"
 """Column that names a part of the completion."""
@@ -245,7 +245,7 @@ class CausalLMAdapter(Adapter):
 
     def shared_parameters(self) -> Set[str]:
         """What the first half of the blocks and the embeddings read: perturb none of it, and they are run once."""
-        device = next(self.model.parameters()).device
+        device = device_of(self.model)
         self.blocks.look_before_middle(
             lambda: self.model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
         )
@@ -278,7 +278,7 @@ class CausalLMAdapter(Adapter):
         if not self.end:  # this tokenizer ends every text: an answer begins before that
             prompts = [ids[:-1] if ids[-1:] == [self.tokenizer.eos_token_id] else ids for ids in prompts]
         prompts = [ids[1 - self.max_length :] for ids in prompts]
-        device = next(self.model.parameters()).device
+        device = device_of(self.model)
         answers: list[str] = []
         for start in range(0, len(prompts), batch_size):
             chunk = [ids[::-1] for ids in prompts[start : start + batch_size]]  # turned round: padded on the left

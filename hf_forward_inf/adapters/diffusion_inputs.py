@@ -14,7 +14,7 @@ from hf_forward_inf.adapters.base import Batch
 from hf_forward_inf.adapters.language import tokenizer_state
 from hf_forward_inf.utils.fingerprints import fingerprint, fingerprint_of_model
 from hf_forward_inf.utils.images import UnreadableImage, pixels, read_image
-from hf_forward_inf.utils.models import evaluating
+from hf_forward_inf.utils.models import device_of, evaluating
 
 DENOISERS = ("unet", "transformer")
 """A pipeline's component that removes noise: the first that it has."""
@@ -80,11 +80,6 @@ def as_arguments(conditions: Batch) -> Batch:
     nested = {name.removeprefix(NESTED): value for name, value in conditions.items() if name.startswith(NESTED)}
     plain = {name: value for name, value in conditions.items() if not name.startswith(NESTED)}
     return {**plain, NESTED[:-1]: nested} if nested else plain
-
-
-def device_of(module: nn.Module) -> torch.device:
-    """Where a module's weights are."""
-    return next(module.parameters()).device
 
 
 def state_of_encoders(pipe: Any) -> str:

@@ -23,7 +23,7 @@ from hf_forward_inf.adapters.language import (
     tokenizer_state,
 )
 from hf_forward_inf.utils.fingerprints import fingerprint
-from hf_forward_inf.utils.models import peft_parameters
+from hf_forward_inf.utils.models import device_of, peft_parameters
 
 
 class Seq2SeqAdapter(Adapter):
@@ -175,7 +175,7 @@ class Seq2SeqAdapter(Adapter):
         """
         encoded = [self._cut(ids) for ids in self._tokenize(rows[self.columns[0]], self.columns[0])]
         special = {self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, self.tokenizer.bos_token_id}
-        device = next(self.model.parameters()).device
+        device = device_of(self.model)
         answers: list[str] = []
         for start in range(0, len(encoded), batch_size):
             chunk = encoded[start : start + batch_size]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hf_forward_inf.adapters.base import Adapter, Batch, Forward, Rows
 from hf_forward_inf.utils.fingerprints import fingerprint
-from hf_forward_inf.utils.models import evaluating
+from hf_forward_inf.utils.models import device_of, evaluating
 from hf_forward_inf.utils.validation import listed
 
 
@@ -211,7 +211,7 @@ class TensorAdapter(Adapter):
         """Let the model classify: the class of the highest logit, one a row."""
         values = rows[self.columns[0]]
         features = self.encode({self.columns[0]: values, self.columns[1]: [0] * len(values)})
-        device = next(self.model.parameters()).device
+        device = device_of(self.model)
         batch = self.collate(features)
         batch["input"], batch["label"] = (batch[name].to(device) for name in ("input", "label"))
         with evaluating(self.model):

@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
-from hf_forward_inf.adapters import Adapter, adapter_for
+from hf_forward_inf.adapters import Adapter, choose_adapter
 from hf_forward_inf.adapters.base import Batch, Rows
 from hf_forward_inf.ascent.parameters import perturbed_names
 from hf_forward_inf.ascent.steps import Correction
@@ -21,7 +21,7 @@ from hf_forward_inf.curvature.example_gradients import ExampleGradients
 from hf_forward_inf.curvature.outer_products import Parts, QueryGradients
 from hf_forward_inf.passes.candidate_pass import MAX_BATCH_LENGTH, CandidatePass, encode
 from hf_forward_inf.utils.fingerprints import fingerprint
-from hf_forward_inf.utils.models import evaluating, to_device
+from hf_forward_inf.utils.models import batch_size, device_of, evaluating, to_device
 
 Directions: TypeAlias = dict[str, Tensor]
 """A direction in parameter space for each query, by parameter: `[queries, numel]`."""
@@ -56,11 +56,7 @@ class GradientBaseline:
         cache_dir: str | Path | None = None,
         max_batch_length: int = MAX_BATCH_LENGTH,
     ):
-        if adapter is None:
-            if model is None:
-                raise TypeError(f"{type(self).__name__} needs a model, or an adapter that holds one.")
-            adapter = adapter_for(model, processor)
-        self.adapter = adapter
+        self.adapter = choose_adapter(model, processor, adapter, type(self).__name__)
         self.modules = modules
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self.max_batch_length = max_batch_length
@@ -148,7 +144,7 @@ class GradientBaseline:
 
     def _blocks(self, queries: int, gradients: ExampleGradients) -> Iterator[slice]:
         size = 4 * sum(gradients.model.get_parameter(name).numel() for name in gradients.names)
-        on_cpu = next(gradients.model.parameters()).device.type == "cpu"
+        on_cpu = device_of(gradients.model).type == "cpu"
         free = psutil.virtual_memory().available
         if on_cpu and size > free:
             raise MemoryError(
@@ -198,7 +194,7 @@ class _Block:
             found, squares = self.gradients.products(batch, self.directions, self.squares)
             column = np.zeros(len(found), dtype=np.float32) if squares is None else squares.cpu().numpy()
             return np.column_stack([found.cpu().numpy(), column])
-        count = len(next(value for value in batch.values() if isinstance(value, Tensor)))
+        count = batch_size(batch)
         figures = np.zeros((count, self.size + 1), dtype=np.float32)
         for name, rows, values in self.gradients.of(batch):
             values = self.transform(name, values)

@@ -7,7 +7,7 @@ import numpy as np
 from datasets import Dataset
 from torch import nn
 
-from hf_forward_inf.adapters import Adapter, adapter_for
+from hf_forward_inf.adapters import Adapter, choose_adapter
 from hf_forward_inf.adapters.base import Batch
 from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.passes.candidate_pass import MAX_BATCH_LENGTH, CandidatePass
@@ -36,11 +36,7 @@ class RepresentationSimilarity:
         cache_dir: str | Path | None = None,
         max_batch_length: int = MAX_BATCH_LENGTH,
     ):
-        if adapter is None:
-            if model is None:
-                raise TypeError("RepresentationSimilarity needs a model, or an adapter that holds one.")
-            adapter = adapter_for(model, processor)
-        self.adapter = adapter
+        self.adapter = choose_adapter(model, processor, adapter, type(self).__name__)
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self.max_batch_length = max_batch_length
 

@@ -21,6 +21,7 @@ from hf_forward_inf.curvature.sample import Sample
 from hf_forward_inf.curvature.second_moments import estimated_second_moments, optimizer_file, read_second_moments
 from hf_forward_inf.curvature.solvers import conjugate_gradients, warn_of_residual
 from hf_forward_inf.utils.fingerprints import fingerprint, fingerprint_of_model
+from hf_forward_inf.utils.models import device_of
 from hf_forward_inf.utils.processes import process_state
 from hf_forward_inf.utils.storage import Tensors, default_cache_dir, kept
 
@@ -118,7 +119,7 @@ class SecondMoments:
             moments = read_second_moments(optimizer_file(config.second_moments), adapter.model)
         else:
             moments = cache.get("moments", lambda: estimated_second_moments(cache.sample, names))
-        device = next(adapter.model.parameters()).device
+        device = device_of(adapter.model)
         known = {name: moments[name].to(device) for name in names if name in moments}
         mean = sum(m.sum().item() for m in known.values()) / max(1, sum(m.numel() for m in known.values()))
         assert config.damping is not None
@@ -149,7 +150,7 @@ class Fitted:
 
     def get(self, kind: str, fit: Callable[[], Tensors]) -> Tensors:
         """Read it, or fit and keep it."""
-        device = next(self.adapter.model.parameters()).device
+        device = device_of(self.adapter.model)
         if not is_caching_enabled():
             return fit()
         key = fingerprint(fingerprint_of_model(self.adapter.model), self.adapter.cache_key, self.fingerprint)

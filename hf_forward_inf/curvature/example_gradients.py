@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_forward_inf.adapters.base import Adapter, Batch, Forward, Rows
 from hf_forward_inf.ascent.parameters import call
 from hf_forward_inf.curvature.outer_products import CHUNK_BYTES, OuterProducts, Parts, QueryGradients, squared_norms
-from hf_forward_inf.utils.models import to_device
+from hf_forward_inf.utils.models import batch_size, to_device
 
 AFFINE = (nn.Linear, Conv1D, nn.Conv2d)
 """Layers that multiply what they are given, at every position, by one matrix."""
@@ -186,7 +186,7 @@ class ExampleGradients:
         used = [use for use in uses if use.output.requires_grad]
         gradients = torch.autograd.grad(value, [use.output for use in used], allow_unused=True)
         for use, gradient in zip(used, gradients, strict=True):
-            use.gradient, use.copies = gradient, len(use.output) // _rows(batch)
+            use.gradient, use.copies = gradient, len(use.output) // batch_size(batch)
         return [use for use in used if use.gradient is not None]
 
     def products(
@@ -222,7 +222,7 @@ class ExampleGradients:
         serving = self._serving(batch)
         for name in (name for name in self.names if serving[name]):
             parts = _parts(serving[name])
-            written = (values for _, values in self._written(name, serving[name], _rows(batch)))
+            written = (values for _, values in self._written(name, serving[name], batch_size(batch)))
             yield name, torch.cat(list(written)) if parts is None else parts
 
     def _serving(self, batch: Batch, objective: Objective | None = None) -> dict[str, list[tuple[Use, str]]]:
@@ -249,7 +249,7 @@ class ExampleGradients:
         serving = self._serving(batch, objective)
         with torch.no_grad():
             for name in (name for name in self.names if serving[name]):
-                for rows, values in self._written(name, serving[name], _rows(batch)):
+                for rows, values in self._written(name, serving[name], batch_size(batch)):
                     yield name, rows, values
 
 
@@ -263,10 +263,6 @@ def _parts(uses: list[tuple[Use, str]]) -> Parts | None:
     found = [use.matrix() for use, _ in uses]
     kinds = ([one for one in found if one.is_embedding == kind] for kind in (True, False))
     return [OuterProducts.joined(kind) for kind in kinds if kind]
-
-
-def _rows(batch: Batch) -> int:
-    return len(next(value for value in batch.values() if isinstance(value, Tensor)))
 
 
 def is_supported(module: nn.Module) -> bool:

@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hf_forward_inf.adapters.base import Adapter, Batch
 from hf_forward_inf.ascent.parameters import call
 from hf_forward_inf.curvature.solvers import Vector
+from hf_forward_inf.utils.models import batch_size
 
 KEPT_BYTES = 2**30
 """What graphs for products may hold in memory."""
@@ -39,7 +40,7 @@ class GaussNewton:
         own = dict(adapter.model.named_parameters())
         self.theta = {name: own[name].detach().requires_grad_() for name in names}
         self.batches = list(batches)
-        self.rows = sum(len(next(v for v in batch.values() if isinstance(v, Tensor))) for batch in self.batches)
+        self.rows = sum(map(batch_size, self.batches))
         self.kept: list[Graph | None] = []
         room = KEPT_BYTES
         for batch in self.batches:

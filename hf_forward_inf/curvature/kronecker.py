@@ -17,6 +17,7 @@ from hf_forward_inf.ascent.parameters import call
 from hf_forward_inf.curvature.example_gradients import AFFINE, Use, is_supported, recorded
 from hf_forward_inf.curvature.outer_products import CHUNK_BYTES
 from hf_forward_inf.curvature.sample import Sample
+from hf_forward_inf.utils.models import batch_size
 from hf_forward_inf.utils.storage import Tensors
 
 LARGEST_SIDE = 8192
@@ -191,7 +192,7 @@ def factored_layers(adapter: Adapter, names: list[str], batch: Batch) -> list[La
         if weight is None or holders[id(module.weight)] > 1 or max(module.weight.flatten(1).shape) > LARGEST_SIDE:
             continue
         layers.append(Layer(module, weight, bias if holders[id(module.bias)] == 1 else None))
-    rows = len(next(value for value in batch.values() if isinstance(value, Tensor)))
+    rows = batch_size(batch)
     with recorded([layer.module for layer in layers]) as uses, torch.no_grad():
         adapter.outputs_and_loss(partial(call, adapter.model, {}), batch)
     used = {use.module for use in uses}

@@ -19,7 +19,7 @@ from hf_forward_inf.passes.candidate_pass import encode
 from hf_forward_inf.toys.networks import ConvNet, ResNet
 from hf_forward_inf.utils.fingerprints import fingerprint, fingerprint_of_model
 from hf_forward_inf.utils.images import in_channels, planes, read_image
-from hf_forward_inf.utils.models import to_device
+from hf_forward_inf.utils.models import device_of, to_device
 from hf_forward_inf.utils.processes import process_state
 from hf_forward_inf.utils.storage import Tensors, default_cache_dir, kept
 from hf_forward_inf.utils.validation import looks_like_path
@@ -143,7 +143,7 @@ def train(
 
 
 def _train(model: nn.Module, inputs: Tensor, labels: Tensor, training: Training) -> Tensors:
-    device = next(model.parameters()).device
+    device = device_of(model)
     draw = torch.Generator().manual_seed(training.seed)
     steps = training.epochs * -(-len(inputs) // training.batch_size)
     optimizer: torch.optim.Optimizer

@@ -12,6 +12,7 @@ from hf_forward_inf.adapters import DiffusionAdapter
 from hf_forward_inf.adapters.diffusion_inputs import as_arguments, state_of_encoders
 from hf_forward_inf.passes.candidate_pass import encode
 from hf_forward_inf.utils.fingerprints import fingerprint, fingerprint_of_model
+from hf_forward_inf.utils.models import device_of
 from hf_forward_inf.utils.processes import process_state
 from hf_forward_inf.utils.storage import Tensors, default_cache_dir, kept
 
@@ -59,7 +60,7 @@ def _train(
     seed: int,
 ) -> Tensors:
     model, noising = adapter.model, adapter.noising
-    device = next(model.parameters()).device
+    device = device_of(model)
     data, untold = _stacked(encoded["tensors"][:], device), _without_caption(adapter, device)
     draw = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)

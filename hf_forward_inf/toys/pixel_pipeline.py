@@ -15,6 +15,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from hf_forward_inf.toys.tiny_models import train_tokenizer
+from hf_forward_inf.utils.models import device_of
 
 TOKENS = 16
 """Tokens read of a caption."""
@@ -98,7 +99,7 @@ class PixelPipeline(DiffusionPipeline):
         generator: torch.Generator | None = None,
     ) -> Pictures:
         """Draw pictures, `num_images_per_prompt` of each prompt; guidance 1 is none."""
-        device = next(self.unet.parameters()).device
+        device = device_of(self.unet)
         prompts = [prompt] if isinstance(prompt, str) else prompt
         told, untold = self.encode_prompt(prompts, device, num_images_per_prompt, guidance_scale != 1)
         size, channels = self.unet.config.sample_size, self.unet.config.in_channels

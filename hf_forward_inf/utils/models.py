@@ -4,8 +4,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of the model's first parameter."""
+    return next(model.parameters()).device
+
+
+def batch_size(batch: dict[str, Any]) -> int:
+    """Return the number of rows of a batch: the length of its first tensor."""
+    return len(next(value for value in batch.values() if isinstance(value, Tensor)))
 
 
 def to_device(batch: dict[str, Any], model: nn.Module) -> dict[str, Any]:
@@ -14,7 +25,7 @@ def to_device(batch: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     Raises:
         ValueError: If the model's weights are on the meta device, that is, not loaded.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     if device.type == "meta":
         raise ValueError("The model's weights are not loaded (they are on the meta device).")
     return {key: v.to(device) if isinstance(v, Tensor) else v for key, v in batch.items()}
