@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset
-from datasets.fingerprint import Hasher
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from hf_forward_inf.adapters.base import Adapter, Batch, Forward, Rows
+from hf_forward_inf.utils.callables import fingerprint_of_callable
 from hf_forward_inf.utils.fingerprints import fingerprint
 from hf_forward_inf.utils.models import device_of, evaluating
 from hf_forward_inf.utils.validation import listed
@@ -70,8 +70,8 @@ class TensorAdapter(Adapter):
 
     @property
     def cache_key(self) -> str:
-        """Columns, the objective and the transform's code."""
-        transform = None if self.transform is None else Hasher.hash(self.transform)
+        """Columns, the objective and the transform's code and values."""
+        transform = None if self.transform is None else fingerprint_of_callable(self.transform)
         return fingerprint(self.columns, self.objective, transform)
 
     def prepare(self, rows: Dataset) -> Dataset:

@@ -34,7 +34,7 @@ def fingerprint_of_model(model: nn.Module) -> str:
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, tensor in tensors.items():
         parts.append(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        parts += [_bytes(plain) for plain in _plain(tensor.detach())]
+        parts += [bytes_of(plain) for plain in _plain(tensor.detach())]
     return Hasher.hash_bytes([*parts, *_adapters(model)])
 
 
@@ -60,7 +60,8 @@ def _plain(tensor: Tensor) -> list[Tensor]:
     return [part for name in names for part in _plain(getattr(tensor, name))]
 
 
-def _bytes(tensor: Tensor) -> bytes:
+def bytes_of(tensor: Tensor) -> bytes:
+    """Return a tensor's values as bytes."""
     return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
