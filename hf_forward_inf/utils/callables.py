@@ -1,5 +1,6 @@
 """Cache keys of functions and callable objects: by what they do, not by the module that they are in."""
 
+import copyreg
 import dis
 import importlib
 import inspect
@@ -133,7 +134,8 @@ class _Reader:
 
     def instance(self, value: Any) -> Iterator[Any]:
         """Describe an object by what pickle would take it apart into; pickle it where that is only a name."""
-        taken_apart = value.__reduce_ex__(4)
+        reduce = copyreg.dispatch_table.get(type(value))
+        taken_apart = reduce(value) if reduce else value.__reduce_ex__(4)
         if isinstance(taken_apart, str):
             module = getattr(value, "__module__", None) or type(value).__module__
             yield from (taken_apart, *(_version_of(module) if _is_installed(module) else (Hasher.hash(value),)))

@@ -1,4 +1,5 @@
 import importlib
+import re
 import subprocess
 import sys
 from functools import cache, partial
@@ -111,6 +112,7 @@ def test_values_count_wherever_a_callable_holds_them(module):
         (outer(torch.tensor(array)), outer(torch.tensor(other))),
         (partial(np.add, 1), partial(np.add, 2)),
         (np.tanh, np.sin),
+        (outer(re.compile("a")), outer(re.compile("b"))),
         (Normalised((0.5,), (1.0,)), Normalised((0.5,), (2.0,))),
     ]
     for one, another in pairs:
