@@ -33,6 +33,8 @@ class Adapter(ABC):
     """The columns that queries and candidates must have."""
     skips_unreadable: bool = False
     """Whether rows that can't be read go without a score, or are refused."""
+    contrast_columns: tuple[str, ...] = ()
+    """Columns in which queries may hold what should have been said instead ([`contrast.Contrast`])."""
     default_units: Literal["loss", "sensitivity"] = "loss"
     """Units of scores that are best for this kind of model ([`ForwardInf`])."""
 
@@ -123,6 +125,12 @@ class Adapter(ABC):
     def answer(self, rows: Rows) -> list[Any]:
         """Let the model answer rows that have no target yet: one value a row, for the last of `columns`."""
         raise NotImplementedError(f"{type(self).__name__} does not generate: give queries a `{self.columns[-1]}`.")
+
+    def with_outputs(self, rows: Rows, outputs: list[Any]) -> Rows:
+        """Return the rows with other outputs, by default in the last of `columns`; `None` leaves a row's as it is."""
+        column = self.columns[-1]
+        pairs = zip(rows[column], outputs, strict=True)
+        return {**rows, column: [own if other is None else other for own, other in pairs]}
 
     def with_model(self, model: nn.Module) -> Self:
         """Give the same adapter for another model of the same architecture, such as a checkpoint."""

@@ -15,6 +15,7 @@ from typing_extensions import Self
 
 from hf_forward_inf.adapters.base import Adapter, Batch, Forward, Rows
 from hf_forward_inf.adapters.language import (
+    CONTRASTS,
     IGNORED,
     check_language_model,
     input_of,
@@ -43,6 +44,9 @@ class CausalLMAdapter(Adapter):
     A row with a `span` (a part of its completion's text, in a column of that name) has the loss of that span's tokens
     alone: why did it say *Canberra*?
 
+    A query with a `contrast` (or `rejected`: another completion, or another last answer) has the loss of its own minus
+    that of the contrast ([`contrast.Contrast`]): why did it say *Sydney*, and not *Canberra*?
+
     A row beyond `max_length` loses the beginning of its prompt; without a prompt, its end. Tokens are always padded on
     the right, whatever side the tokenizer pads for generation.
 
@@ -59,6 +63,8 @@ class CausalLMAdapter(Adapter):
     Raises:
         TypeError: If the model is no causal language model.
     """
+
+    contrast_columns = CONTRASTS
 
     def __init__(
         self,
@@ -139,6 +145,20 @@ class CausalLMAdapter(Adapter):
             found["terms"].append(max(0, stop - start) if text[len(prompt) :].strip() else 0)
             found["truncated"].append(len(whole["input_ids"][i]) > self.max_length)
         return found
+
+    def with_outputs(self, rows: Rows, outputs: list[Any]) -> Rows:
+        """Return the rows with other completions: of messages another last turn of the assistant's, or another text.
+
+        Raises:
+            ValueError: If a row with another completion has a span.
+        """
+        *_, column = [name for name in self.columns_in(rows) if name != SPAN]
+        if any(span and output is not None for span, output in zip(rows.get(SPAN) or [], outputs, strict=False)):
+            raise ValueError(f"A query has either a `{SPAN}` or a contrast: take the `{SPAN}` out, or make it None.")
+        pairs = zip(rows[column], outputs, strict=True)
+        whole = (column,) not in self.formats
+        return {**rows, column: [own if other is None else other if whole else _answered(own, other)
+                                 for own, other in pairs]}  # fmt: skip
 
     def _parts(self, *values: Any) -> tuple[str, str, bool]:
         """A row as its prompt's text, its whole text, and whether a chat template wrote them."""
@@ -314,6 +334,15 @@ def _tokens_of(span: str, text: str, begin: int, offsets: list[tuple[int, int]],
         raise ValueError(f"The span {span!r} does not stand in the completion {text[begin:]!r}.")
     inside = [i for i, (a, b) in enumerate(offsets) if i >= start and a < at + len(span) and b > at]
     return inside[0], inside[-1] + 1
+
+
+def _answered(before: Any, output: Any) -> Any:
+    """Return messages with another last answer; of a text, the other text."""
+    if not isinstance(before, list):
+        return output
+    turns = [{"role": "assistant", "content": output}] if isinstance(output, str) else output
+    asked = before[:-1] if before and before[-1].get("role") == "assistant" else before
+    return [*asked, *turns]
 
 
 def _common(one: list[int], other: list[int]) -> int:

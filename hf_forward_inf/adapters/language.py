@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_forward_inf.utils.models import is_quantised
 
+CONTRASTS = ("contrast", "rejected")
+"""Columns in which a query may hold what should have been said."""
 IGNORED = -100
 """The label that transformers' losses skip."""
 DEFAULT_MAX_LENGTH = 1024

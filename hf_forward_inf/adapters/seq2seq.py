@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_forward_inf.adapters.base import Adapter, Batch, Forward, Rows
 from hf_forward_inf.adapters.language import (
+    CONTRASTS,
     IGNORED,
     check_language_model,
     input_of,
@@ -33,6 +34,9 @@ class Seq2SeqAdapter(Adapter):
     out of what the encoder offers, and the encoder's output, which then depends on no query, is computed
     once for many queries.
 
+    A query with a `contrast` (or `rejected`: another target) has the loss of its own minus that of the contrast
+    ([`contrast.Contrast`]).
+
     Args:
         model (`transformers.PreTrainedModel`): A model with an encoder, a decoder and `labels`.
         tokenizer (`transformers.PreTrainedTokenizerBase`): Its tokenizer.
@@ -44,6 +48,8 @@ class Seq2SeqAdapter(Adapter):
     Raises:
         TypeError: If the model has no decoder that predicts labels.
     """
+
+    contrast_columns = CONTRASTS
 
     def __init__(
         self,

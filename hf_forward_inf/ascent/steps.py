@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_forward_inf.adapters.base import Adapter, Rows
+from hf_forward_inf.adapters.contrast import encoded_adapter
 from hf_forward_inf.ascent.config import OPTIMIZERS, AscentConfig
 from hf_forward_inf.ascent.lora import LowRank, slopes
 from hf_forward_inf.ascent.parameters import Parameters, call, norm, radius_of, rank_of_ascent
@@ -110,19 +111,20 @@ def ascend(
         `dict[str, Tensor | LowRank]`: theta_K of the named parameters, or `None` where a gradient is zero or not
         finite: such a query cannot move the model.
     """
-    model = adapter.model
+    adapter, model = encoded_adapter(adapter, query), adapter.model
     batch = to_device(adapter.collate(query), model)
     if not adapter.shared_parameters() & set(names):
         with torch.no_grad():
             batch = adapter.run_shared(batch)
 
     def loss(theta: Parameters) -> Tensor:
-        mean = adapter.loss(partial(call, model, theta), batch).sum() / sum(query["terms"])
-        if config.radius is None or mean.item() == 0:
-            return mean
+        terms = adapter.term_losses(partial(call, model, theta), batch)
+        size = terms.detach().abs().sum()
+        if config.radius is None or size == 0:
+            return terms.sum() / sum(query["terms"])
         # Only the direction counts: in units of the loss itself, the gradient of a memorised query has an ordinary
-        # length, where its own would vanish in float32.
-        return mean / mean.detach().abs()
+        # length, where its own would vanish in float32. Of the terms: a contrast's cancel.
+        return terms.sum() / size
 
     rank = rank_of_ascent(adapter, config)
     with torch.enable_grad(), torch.random.fork_rng():

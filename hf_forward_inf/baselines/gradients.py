@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hf_forward_inf.adapters import Adapter, choose_adapter
 from hf_forward_inf.adapters.base import Batch, Rows
+from hf_forward_inf.adapters.contrast import encoded_adapter
 from hf_forward_inf.ascent.parameters import perturbed_names
 from hf_forward_inf.ascent.steps import Correction
 from hf_forward_inf.attribution import Attribution
@@ -207,7 +208,8 @@ def query_gradients(gradients: ExampleGradients, queries: Rows) -> Directions:
     """Give the gradient of each query's loss, by parameter, `[queries, numel]`."""
     count = len(queries["terms"])
     found: Directions = {}
-    for i, batch in enumerate(_single(gradients, queries)):
+    gradients, batches = _single(gradients, queries)
+    for i, batch in enumerate(batches):
         for name, _, values in gradients.of(batch):
             found.setdefault(name, values.new_zeros(count, values.shape[1]))[i] = values[0]
     return found
@@ -218,7 +220,8 @@ def query_factors(gradients: ExampleGradients, queries: Rows) -> dict[str, Tenso
     count = len(queries["terms"])
     written: Directions = {}
     factors: dict[str, dict[int, Parts]] = {}
-    for i, batch in enumerate(_single(gradients, queries)):
+    gradients, batches = _single(gradients, queries)
+    for i, batch in enumerate(batches):
         for name, values in gradients.factored(batch):
             if isinstance(values, Tensor):
                 written.setdefault(name, values.new_zeros(count, values.shape[1]))[i] = values[0]
@@ -228,12 +231,11 @@ def query_factors(gradients: ExampleGradients, queries: Rows) -> dict[str, Tenso
     return {**written, **{name: one if one.is_cheaper() else one.dense() for name, one in laid.items()}}
 
 
-def _single(gradients: ExampleGradients, queries: Rows) -> Iterator[Batch]:
-    """Give queries one by one: what a query's gradient is depends on no other query's length."""
-    adapter = gradients.adapter
-    for i in range(len(queries["terms"])):
-        one = {key: values[i : i + 1] for key, values in queries.items()}
-        yield to_device(adapter.collate(one), adapter.model)
+def _single(gradients: ExampleGradients, queries: Rows) -> tuple[ExampleGradients, Iterator[Batch]]:
+    """Return what gives queries' gradients, and the queries one by one: none depends on another query's length."""
+    adapter = encoded_adapter(gradients.adapter, queries)
+    rows = ({key: values[i : i + 1] for key, values in queries.items()} for i in range(len(queries["terms"])))
+    return gradients.with_adapter(adapter), (to_device(adapter.collate(one), adapter.model) for one in rows)
 
 
 def corrected(raw: Directions, gradients: ExampleGradients, correct: Correction) -> Directions:

@@ -5,6 +5,7 @@ over positions), so one forward pass and one backward pass over activations serv
 parameter's gradients are used and dropped.
 """
 
+import copy
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -169,6 +170,12 @@ class ExampleGradients:
         for module, share in shares.items():
             if share != {usual} or usual % 1:
                 del self.layers[module]
+
+    def with_adapter(self, adapter: Adapter) -> "ExampleGradients":
+        """Return the same for batches and losses of another adapter of the same model."""
+        other = copy.copy(self)
+        other.adapter = adapter
+        return other
 
     def uses(self, batch: Batch, objective: Objective | None = None) -> list[Use]:
         """Run a batch forwards and backwards: every use of a layer that the objective depends on, in order.

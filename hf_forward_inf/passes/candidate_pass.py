@@ -12,6 +12,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from datasets import Dataset, Features, List, Value, is_caching_enabled
 
 from hf_forward_inf.adapters.base import Adapter, Batch, Rows
+from hf_forward_inf.adapters.contrast import query_adapter
 from hf_forward_inf.utils.fingerprints import fingerprint, fingerprint_of_model
 from hf_forward_inf.utils.models import to_device
 from hf_forward_inf.utils.processes import process_state, progress_bars
@@ -159,6 +160,8 @@ def encode(
         ValueError: If there are no rows, a column is missing, or a row has nothing to predict.
     """
     check_dataset(rows, role)
+    if role == "queries":
+        adapter = query_adapter(adapter, rows.column_names)
     columns = adapter.columns_in(rows.column_names)
     check_rows(rows, columns, role)
     state = process_state()

@@ -150,7 +150,7 @@ def _settings(
 
 def _self_retrieval(columns: Sequence[str], candidates: Dataset, pool: np.ndarray, own: np.ndarray) -> _Judge:
     rows = np.sort(pool)
-    among = candidates.select(rows)
+    among = candidates.select(rows).select_columns(list(columns))  # a row asks for itself, against nothing
     drawn = np.sort(np.searchsorted(rows, own))
     texts = list(zip(*(among[column] for column in columns), strict=True))
     selves = [[j for j, text in enumerate(texts) if text == texts[row]] for row in drawn]
