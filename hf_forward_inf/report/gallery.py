@@ -1,4 +1,4 @@
-"""Pictures in the report, held by the page itself."""
+"""Pictures in the report, embedded in the page."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,11 +8,11 @@ import numpy as np
 from hf_forward_inf.utils.images import UnreadableImage, data_uri, images_of, png_uri
 
 DARKEST = 200
-"""Opacity, of 255, of the place whose loss rises most."""
+"""Opacity (of 255) of the place with the highest score."""
 
 
 def pictures_of(row: Mapping[str, Any], column: str = "image") -> list[str]:
-    """Give a row's pictures as `data:` URIs, without those that can't be read; none if it has no such column."""
+    """Return a row's pictures as `data:` URIs, without unreadable ones; an empty list if it has no such column."""
     found = []
     for image in images_of(row[column]) if column in row else []:
         try:
@@ -23,7 +23,7 @@ def pictures_of(row: Mapping[str, Any], column: str = "image") -> list[str]:
 
 
 def heatmap(detail: Mapping[str, Any] | None) -> str:
-    """Draw where a picture's loss rises, to be laid over it, as a `data:` URI; nothing without details.
+    """Return a heatmap of a picture's score to lay over it, as a `data:` URI; an empty string without details.
 
     Args:
         detail (`dict`): A row of `Attribution.details` whose terms are places, `row,column`.

@@ -10,16 +10,16 @@ from hf_forward_inf.report.plots import as_svg, figure_class
 from hf_forward_inf.utils.images import in_channels, read_image
 
 KINDS = {"others": ("0.75", 8), "proponents": ("C0", 22), "query": ("C3", 60)}
-"""What a point stands for: its colour and size."""
+"""Colour and size of each kind of point."""
 
 
 def pair_grid(path: Path, pairs: Sequence[dict[str, Any]], columns: int = 8) -> None:
-    """Draw test images, each above the training image of most influence on it, as a PNG.
+    """Write a PNG of test images, each above the training image with the most influence on it.
 
     Args:
         path (`Path`): The file to write.
         pairs (`list[dict]`): `query` and `candidate` (images), `query_label`, `candidate_label`, `score`.
-        columns (`int`, defaults to 8): Pairs in a line.
+        columns (`int`, defaults to 8): Pairs in a row.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -41,12 +41,12 @@ def pair_grid(path: Path, pairs: Sequence[dict[str, Any]], columns: int = 8) -> 
 
 
 def dynamics_plot(points: np.ndarray, kinds: Sequence[str], radii: Sequence[float]) -> str:
-    """Draw where examples are as the model is moved up the loss of a query, one panel a radius, as SVG text.
+    """Plot the features of examples under ascent on a query, one panel a radius, as SVG text.
 
     Args:
         points (`np.ndarray`): `[radii, examples, 2]`.
         kinds (`list[str]`): What each example is: `"query"`, `"proponents"` or `"others"`.
-        radii (`list[float]`): From 0.
+        radii (`list[float]`): Radius of each panel; 0 is the trained model.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -66,10 +66,10 @@ def dynamics_plot(points: np.ndarray, kinds: Sequence[str], radii: Sequence[floa
 
 
 def scatter_plot(panels: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> str:
-    """Draw pairs of influences against each other, one panel a comparison, as SVG text.
+    """Plot pairs of influences against each other, one panel a comparison, as SVG text.
 
     Args:
-        panels (`dict`): By title: values across and up, `[points]` each.
+        panels (`dict`): By title, the values on both axes, `[points]` each.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -87,7 +87,7 @@ def scatter_plot(panels: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> str:
 
 
 def detection_plot(curves: Mapping[str, np.ndarray]) -> str:
-    """Draw the share of all wrong labels found against the share of examples examined, as SVG text.
+    """Plot the share of wrong labels found against the share of examples examined, as SVG text.
 
     Args:
         curves (`dict`): By method, float `[examples]`: the share found after each example.

@@ -1,4 +1,4 @@
-"""Plots for reports, as SVG text that goes into the page."""
+"""Plots for reports, as SVG text."""
 
 import io
 from collections.abc import Mapping
@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-PANELS = {"alone": "A query asked alone", "together": "All queries together"}
+PANELS = {"alone": "A single query", "together": "All queries together"}
 
 
 def budget_plot(curves: Mapping[str, Mapping[str, Any]]) -> str:
-    """Draw what each attributor has found after a time: MRR against plain forward passes over the candidates.
+    """Plot the MRR of each attributor after a given time, in plain forward passes over the candidates, as SVG text.
 
     Args:
         curves (`dict`): As in [`comparison.Comparison`].
@@ -36,16 +36,16 @@ def budget_plot(curves: Mapping[str, Mapping[str, Any]]) -> str:
             axis.set_ylim(0, 1.02)
             axis.spines[["top", "right"]].set_visible(False)
             axis.grid(alpha=0.25)
-        axes[0].set_ylabel("MRR of what was found by then")
+        axes[0].set_ylabel("MRR after this time")
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9)
         return as_svg(figure)
 
 
 def interval_plot(figure: str, table: Mapping[str, Mapping[str, float]]) -> str:
-    """Draw a figure of every attributor with its interval, best first, as SVG text.
+    """Plot one figure of every attributor with its interval, best first, as SVG text.
 
     Args:
-        figure (`str`): Its name; the interval's ends are `{figure}_low` and `{figure}_high`.
+        figure (`str`): Name of the figure; the ends of its interval are `{figure}_low` and `{figure}_high`.
         table (`dict`): Figures by attributor.
 
     Raises:
@@ -68,14 +68,14 @@ def interval_plot(figure: str, table: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def as_svg(figure: Any) -> str:
-    """Give a figure as SVG text, without what stands before it in a file of its own."""
+    """Return a figure as SVG text, without the XML header of a separate file."""
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue()[text.getvalue().index("<svg") :]
 
 
 def figure_class() -> Any:
-    """Give matplotlib's figure, which needs no display.
+    """Return matplotlib's figure class, which needs no display.
 
     Raises:
         ImportError: If matplotlib is not installed.
