@@ -3,13 +3,13 @@
 import copy
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, Value
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from hf_forward_inf.adapters import CausalLMAdapter
@@ -58,6 +58,10 @@ class FinetuneOptions:
     )
     queries: str | None = field(default=None, metadata={"help": "Prompts to trace the answers of, as --dataset."})
     lora: bool = field(default=False, metadata={"help": "Fine-tune by LoRA; ascent is on its weights."})
+    contrast: bool = field(
+        default=False,
+        metadata={"help": "Trace wrong answers against the right ones (column right): why this rather than that?"},
+    )
     epochs: int = field(default=20, metadata={"help": "Epochs of fine-tuning."})
     training_rate: float | None = field(
         default=None, metadata={"help": "Peak of its learning rate (default: by what is trained)."}
@@ -179,6 +183,8 @@ def finetune_run(options: FinetuneOptions, ascent: AscentConfig) -> dict[str, An
     finetuning = Finetuning(options, train, ascent.seed)
     adapter = finetuning(train)
     task, figures = _task(adapter, train, queries)
+    if options.contrast:
+        task = replace(task, queries=against_right(task.queries))
     tracer = ForwardInf(adapter=adapter, ascent=ascent)
     if options.tune:
         tracer = tracer.tune(train)
@@ -230,6 +236,20 @@ def _task(adapter: CausalLMAdapter, train: Dataset, queries: Dataset) -> tuple[T
     if len(right):
         groups["right"] = list(range(len(wrong), len(asked)))
     return Task(asked, train, proponents(asked, train), groups), figures
+
+
+def against_right(queries: Dataset) -> Dataset:
+    """Return the queries with a column `contrast`: the right answer (`right`) where they give another, else `None`.
+
+    Raises:
+        ValueError: If it is not known which answers are right.
+    """
+    if "right" not in queries.column_names:
+        raise ValueError("--contrast needs queries with a column `right`: what should have been answered.")
+    pairs = zip(queries["completion"], queries["right"], strict=True)
+    contrasts = [None if right is None or said.strip() == right.strip() else right for said, right in pairs]
+    others = queries.remove_columns([name for name in ("contrast",) if name in queries.column_names])
+    return others.add_column("contrast", contrasts, feature=Value("string"))
 
 
 def _without(finetuning: Finetuning, train: Dataset, task: Task, ranking: Any, count: int) -> dict[str, float]:

@@ -2,10 +2,11 @@ import json
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 
-from hf_forward_inf import AscentConfig
+from hf_forward_inf import AscentConfig, Attribution
 from hf_forward_inf.cli import main
-from hf_forward_inf.commands.finetune import SIZES, FinetuneOptions, finetune_run
+from hf_forward_inf.commands.finetune import SIZES, FinetuneOptions, against_right, finetune_run
 from hf_forward_inf.data import proponents, questions
 from hf_forward_inf.data.questions import builtin_questions
 
@@ -44,6 +45,21 @@ def test_a_run_traces_wrong_answers_and_takes_what_it_found_away(small, tmp_path
     assert 'class="terms"' in page
     with pytest.raises(FileExistsError, match="already holds a run"):
         finetune_run(options, AscentConfig())
+
+
+def test_wrong_answers_are_traced_against_the_right_ones(small, tmp_path):
+    options = FinetuneOptions(output=str(tmp_path / "out"), epochs=40, removed=0, contrast=True)
+    metrics = finetune_run(options, AscentConfig())
+    assert metrics["mrr"] > 3 * metrics["random/mrr"]
+    queries = Attribution.load_from_disk(tmp_path / "out" / "attribution").queries
+    for query in queries:
+        assert query["contrast"] == (query["right"] if query["planted"] else None)
+    assert any(queries["planted"]) and not all(queries["planted"])
+
+
+def test_without_right_answers_there_is_nothing_to_contrast():
+    with pytest.raises(ValueError, match="needs queries with a column `right`"):
+        against_right(Dataset.from_dict({"prompt": ["Capital of Peru?"], "completion": [" Lima"]}))
 
 
 def test_lora_weights_are_trained_perturbed_and_loaded_again(small, tmp_path):
