@@ -1,6 +1,5 @@
 """Algorithm 1 of "The Mirrored Influence Hypothesis" (Ko et al., CVPR 2024): scores of candidates for queries."""
 
-import copy
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -14,19 +13,20 @@ from typing_extensions import Self
 from hf_forward_inf.adapters import Adapter, choose_adapter
 from hf_forward_inf.ascent.config import AscentConfig
 from hf_forward_inf.ascent.parameters import has_length, names_for
-from hf_forward_inf.ascent.steps import Mirrored, Perturbation
-from hf_forward_inf.curvature.directions import direction_for
+from hf_forward_inf.ascent.steps import Mirrored
+from hf_forward_inf.curvature.perturber import Perturber
 from hf_forward_inf.passes.candidate_pass import MAX_BATCH_LENGTH, encode
 from hf_forward_inf.passes.loss_pass import LossPass, ShiftPass
 from hf_forward_inf.passes.sensitivity import DRAWS, sensitivity
 from hf_forward_inf.utils.models import evaluating
 
 PASSES = {"rise": LossPass, "shift": ShiftPass}
-"""What is measured of the candidates."""
+"""What a score measures of a candidate, and the pass that computes it."""
+CHOICES = {"reduction": ("sum", "mean"), "measure": tuple(PASSES), "units": (None, "loss", "sensitivity")}
 
 
 class Scorer:
-    """The algorithm and its settings, without what [`ForwardInf`] puts around it: its arguments are those."""
+    """Algorithm 1 and its options; [`ForwardInf`] documents them, and adds what users call."""
 
     name = "forward_inf"
 
@@ -45,93 +45,88 @@ class Scorer:
         cache_dir: str | Path | None = None,
         max_batch_length: int = MAX_BATCH_LENGTH,
     ):
-        if reduction not in ("sum", "mean"):
-            raise ValueError(f"reduction={reduction!r} must be 'sum' or 'mean'.")
-        self.adapter = choose_adapter(model, processor, adapter, "ForwardInf")
-        self.ascent = ascent or AscentConfig()
-        if measure not in PASSES:
-            raise ValueError(f"measure={measure!r} must be 'rise' or 'shift'.")
-        if units not in (None, "loss", "sensitivity"):
-            raise ValueError(f"units={units!r} must be 'loss' or 'sensitivity'.")
-        self.reduction = reduction
-        self.units = units
-        self.measure = measure
-        self.references = references
-        self.training = training
+        adapter = choose_adapter(model, processor, adapter, "ForwardInf")
+        for option, value in {"reduction": reduction, "measure": measure, "units": units}.items():
+            if value not in CHOICES[option]:
+                raise ValueError(f"{option}={value!r} must be one of {CHOICES[option]}.")
+        if isinstance(max_batch_length, bool) or not isinstance(max_batch_length, int) or max_batch_length < 1:
+            raise ValueError(f"max_batch_length={max_batch_length!r} must be a whole number of at least 1.")
+        self._options = {
+            "adapter": adapter, "ascent": ascent, "reduction": reduction, "measure": measure, "units": units,
+            "references": references, "training": training, "cache_dir": cache_dir,
+            "max_batch_length": max_batch_length,
+        }  # fmt: skip
+        self.adapter = adapter
+        self.ascent = (ascent or AscentConfig()).completed(adapter.default_ascent)
+        if measure == "shift" and self.ascent.mode == "symmetric":
+            raise ValueError("measure='shift' has no sign, so mode='symmetric' would cancel it: take mode='ascent'.")
+        self.reduction, self.measure = reduction, measure
+        self.units = units or self._default_units(references)
+        self.references, self.training = references, training
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self.max_batch_length = max_batch_length
 
-    @property
-    def ascent(self) -> AscentConfig:
-        """How the model is perturbed; what was left open when it was set is filled in by the adapter."""
-        return self._ascent
-
-    @ascent.setter
-    def ascent(self, ascent: AscentConfig) -> None:
-        self._ascent = ascent.completed(self.adapter.default_ascent())
-
-    @property
-    def units(self) -> str:
-        """What scores are told in; what was left open is the adapter's choice where it can be had."""
-        if self._units is None and self.adapter.default_units == "sensitivity":
-            return "sensitivity" if self.references is None and has_length(self.adapter, self.ascent) else "loss"
-        return self._units or "loss"
-
-    @units.setter
-    def units(self, units: str | None) -> None:
-        self._units = units
+    def _default_units(self, references: Dataset | None) -> str:
+        """Return the adapter's units, if the options allow them."""
+        allowed = references is None and has_length(self.adapter, self.ascent)
+        return self.adapter.default_units if allowed else "loss"
 
     @property
     def config(self) -> dict[str, Any]:
-        """What scores depend on beside the model and the data."""
+        """Everything that scores depend on besides the model and the data."""
         own = {"reduction": self.reduction, "measure": self.measure, "hubs": self.references is not None}
         return {**asdict(self.ascent), **own, "units": self.units}
 
     def with_options(self, **options: Any) -> Self:
-        """Give the same attributor with other options (`ascent`, `reduction`, `references`, ...)."""
-        other = copy.copy(self)
-        for option, value in options.items():
-            if not hasattr(self, option):
-                raise AttributeError(f"ForwardInf has no option {option!r}.")
-            setattr(other, option, value)
-        return other
+        """Return the same attributor with other options of its constructor (`ascent`, `reduction`, ...).
+
+        Raises:
+            TypeError: If there is no such option.
+            ValueError: As the constructor.
+        """
+        unknown = options.keys() - self._options.keys()
+        if unknown:
+            known = ", ".join(self._options)
+            raise TypeError(f"ForwardInf has no option {', '.join(map(repr, sorted(unknown)))}; it has {known}.")
+        return type(self)(**{**self._options, **options})
 
     def score(
         self, queries: Dataset, candidates: Dataset, scratch: Path | None = None, first_row: int = 0
     ) -> np.ndarray:
-        """Algorithm 1: float32 scores, `[queries, candidates]`, without what [`trace`] puts around them.
+        """Algorithm 1: float32 scores, `[queries, candidates]`, NaN where a score is not finite.
 
-        What is computed of the candidates is cached in `scratch`, by default where everything is; in messages they are
-        numbered from `first_row`.
+        Args:
+            queries (`datasets.Dataset`): D_tst, one a row.
+            candidates (`datasets.Dataset`): The training examples D_i.
+            scratch (`Path`, *optional*): Where what is computed of the candidates is cached. Defaults to `cache_dir`.
+            first_row (`int`, defaults to 0): The number that messages give the first candidate.
         """
-        if self.measure == "shift" and self.ascent.mode == "symmetric":
-            raise ValueError("measure='shift' has no sign, so mode='symmetric' would cancel it: take mode='ascent'.")
         d_tst = encode(self.adapter, queries, "queries", self.cache_dir)
-        names = names_for(self.adapter, self.ascent)
         scores = np.empty((len(queries), len(candidates)), dtype=np.float32)
         with evaluating(self.adapter.model), np.errstate(invalid="ignore"):
             loss = self.candidate_pass(candidates, scratch, first_row)
-            training = candidates if self.training is None else self.training
-            direction = direction_for(self.ascent, self.adapter, training, names, self.cache_dir)
+            perturber = self.perturber(candidates)
             base = loss.base()  # L(theta, D_i)
-            block = loss.block_size(names)
-            for start in range(0, len(queries), block):
-                rows = slice(start, min(start + block, len(queries)))
-                # K steps of gradient ascent on the loss of each D_tst: theta -> theta_K.
-                theta_k = Perturbation(self.adapter, d_tst[rows], names, self.ascent, direction)
-                title = f"queries {start + 1}-{rows.stop} of {len(queries)}"
+            # K steps of gradient ascent on the loss of each D_tst: theta -> theta_K.
+            for rows, theta_k in perturber.blocks(d_tst):
+                title = f"queries {rows.start + 1}-{rows.stop} of {len(queries)}"
                 scores[rows] = loss(theta_k, title) - base  # L(theta_K, D_i) - L(theta, D_i)
-                if self.ascent.mode == "symmetric":  # as far to the other side, so that what is even in it cancels
+                if self.ascent.mode == "symmetric":  # as far to the other side, which cancels even terms
                     scores[rows] = (scores[rows] - (loss(Mirrored(theta_k), title) - base)) / 2
         if self.ascent.mode == "descent" and self.measure == "rise":
-            scores = -scores  # unlearning raises a proponent's loss, learning lowers it
+            scores = -scores  # descent lowers a proponent's loss
         if self.reduction == "mean":
             scores /= loss.terms
         scores[~np.isfinite(scores)] = np.nan
         return scores
 
+    def perturber(self, candidates: Dataset) -> Perturber:
+        """Return what perturbs the model; `candidates` are the training data where no other was given."""
+        training = candidates if self.training is None else self.training
+        return Perturber(self.adapter, self.ascent, training, self.cache_dir)
+
     def candidate_pass(self, candidates: Dataset, scratch: Path | None = None, first_row: int = 0) -> LossPass:
-        """Give what measures the candidates under one model after another; as in [`score`]."""
+        """Return the pass that measures the candidates under one model after another; arguments as in [`score`]."""
         return PASSES[self.measure](
             self.adapter, candidates, cache_dir=scratch or self.cache_dir,
             max_batch_length=self.max_batch_length, first_row=first_row,
@@ -140,17 +135,19 @@ class Scorer:
     def in_units(
         self, scores: np.ndarray, candidates: Dataset, scratch: Path | None = None, first_row: int = 0
     ) -> np.ndarray:
-        """Tell what [`score`] gives in the attributor's units."""
+        """Convert the scores that [`score`] returns to the attributor's units."""
         if self.units == "loss":
             return scores
-        with warnings.catch_warnings():  # rows that can't be read were told of as they were scored
+        with warnings.catch_warnings():  # score has warned about unreadable rows
             warnings.simplefilter("ignore", UserWarning)
-            shaken = self.shaken(candidates, DRAWS, scratch, first_row)
+            own = self.row_sensitivity(candidates, DRAWS, scratch, first_row)
         with np.errstate(invalid="ignore", divide="ignore"):
-            return np.where(shaken > 0, scores / shaken, np.nan).astype(np.float32)
+            return np.where(own > 0, scores / own, np.nan).astype(np.float32)
 
-    def shaken(self, rows: Dataset, draws: int, scratch: Path | None = None, first_row: int = 0) -> np.ndarray:
-        """Give each row's sensitivity ([`passes.sensitivity.sensitivity`]); as in [`score`]."""
+    def row_sensitivity(
+        self, rows: Dataset, draws: int, scratch: Path | None = None, first_row: int = 0
+    ) -> np.ndarray:
+        """Return each row's sensitivity ([`passes.sensitivity.sensitivity`]); arguments as in [`score`]."""
         names = names_for(self.adapter, self.ascent)
         with evaluating(self.adapter.model):
             return sensitivity(self.candidate_pass(rows, scratch, first_row), names, self.ascent, draws)

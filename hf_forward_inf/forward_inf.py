@@ -85,7 +85,9 @@ class ForwardInf(Scorer):
     def tune(self, candidates: Dataset, **options: Any) -> "ForwardInf":
         """Give the same attributor with the settings that self-retrieval finds best; see [`tuning.tune`]."""
         tuning = tune(self, candidates, **options)
-        return self.with_options(ascent=tuning.best, references=tuning.references, tuning=tuning)
+        tuned = self.with_options(ascent=tuning.best, references=tuning.references)
+        tuned.tuning = tuning
+        return tuned
 
     def trace(
         self,
@@ -197,7 +199,7 @@ class ForwardInf(Scorer):
         Raises:
             ValueError: If steps have no radius, or go through a LoRA.
         """
-        return self.shaken(rows, draws)
+        return self.row_sensitivity(rows, draws)
 
     def rerank(self, found: Attribution, k: int = 100) -> Attribution:
         """Order the best candidates of each query anew: by the share of what their own step does to them.

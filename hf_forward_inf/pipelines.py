@@ -1,5 +1,6 @@
 """The transformers task "data-attribution": `pipeline("data-attribution", model=..., candidates=...)`."""
 
+import inspect
 from typing import Any, cast
 
 from datasets import Dataset
@@ -8,6 +9,9 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from hf_forward_inf.forward_inf import ForwardInf
 
+OPTIONS = inspect.signature(ForwardInf).parameters.keys() - {"model", "processor"}
+"""Options of [`ForwardInf`] that the pipeline hands on."""
+
 
 class DataAttributionPipeline(Pipeline):
     """Gives the training examples behind an output.
@@ -15,7 +19,7 @@ class DataAttributionPipeline(Pipeline):
     Args:
         candidates (`datasets.Dataset`): Training examples, at the pipeline's making or at a call.
         top_k (`int`, defaults to 10): How many are given for each query.
-        **options: `ascent`, `reduction`, `references`, ... of [`ForwardInf`], at the pipeline's making.
+        **options: All options of [`ForwardInf`] (`ascent`, `reduction`, `units`, ...), when the pipeline is made.
 
     Example:
         >>> pipe = pipeline("data-attribution", model=model, tokenizer=tokenizer, candidates=candidates)
@@ -30,8 +34,7 @@ class DataAttributionPipeline(Pipeline):
     _pipeline_calls_generate = False
 
     def __init__(self, *args: Any, candidates: Dataset | None = None, **kwargs: Any):
-        names = ("adapter", "ascent", "reduction", "references", "training", "cache_dir", "max_batch_length")
-        options = {name: kwargs.pop(name) for name in names if name in kwargs}
+        options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
         super().__init__(*args, **kwargs)
         self.candidates = candidates
         self.tracer = ForwardInf(self.model, self.tokenizer, **options)

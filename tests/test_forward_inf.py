@@ -203,9 +203,35 @@ def test_from_pipe_takes_the_pipelines_model(model, tokenizer, queries, candidat
 
 
 def test_unknown_options_are_refused(tracer):
-    with pytest.raises(ValueError, match="must be 'sum' or 'mean'"):
-        ForwardInf(tracer.adapter.model, tracer.adapter.tokenizer, reduction="median")
-    with pytest.raises(AttributeError, match="no option 'radius'"):
+    with pytest.raises(TypeError, match="no option 'score'"):
+        tracer.with_options(score=None)
+    with pytest.raises(TypeError, match="no option 'radius'; it has adapter, ascent"):
         tracer.with_options(radius=1.0)
     with pytest.raises(TypeError, match="needs a model"):
         ForwardInf()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("reduction", "median", r"reduction='median' must be one of \('sum', 'mean'\)"),
+        ("units", "nats", "units='nats' must be one of"),
+        ("measure", "sideways", "measure='sideways' must be one of"),
+        ("max_batch_length", -1, "max_batch_length=-1 must be a whole number of at least 1"),
+        ("max_batch_length", 2.5, "max_batch_length=2.5 must be a whole number"),
+    ],
+)
+def test_other_options_are_checked_as_the_constructors(tracer, option, value, message):
+    with pytest.raises(ValueError, match=message):
+        ForwardInf(adapter=tracer.adapter, **{option: value})
+    with pytest.raises(ValueError, match=message):
+        tracer.with_options(**{option: value})
+
+
+def test_other_options_leave_the_rest_as_it_was(tracer, tmp_path):
+    ascent = AscentConfig(direction="gradient", radius=0.5)
+    first = tracer.with_options(ascent=ascent, reduction="mean", cache_dir=tmp_path, max_batch_length=7)
+    other = first.with_options(reduction="sum")
+    assert other.config == first.config | {"reduction": "sum"}
+    assert (other.cache_dir, other.max_batch_length, other.adapter) == (tmp_path, 7, tracer.adapter)
+    assert first.reduction == "mean" and other.with_options(ascent=None).ascent == tracer.ascent

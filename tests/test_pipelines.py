@@ -40,9 +40,11 @@ def test_a_list_gives_a_list_for_each_and_all_in_one_trace(pipe, queries, monkey
 def test_options_of_the_tracer_are_taken(model, tokenizer, candidates):
     ascent = AscentConfig(direction="gradient", radius=0.3)
     pipe = pipeline(
-        "data-attribution", model=model, tokenizer=tokenizer, candidates=candidates, ascent=ascent, top_k=4, device=-1
-    )
-    assert pipe.tracer.ascent == ascent
+        "data-attribution", model=model, tokenizer=tokenizer, candidates=candidates, ascent=ascent, top_k=4, device=-1,
+        reduction="mean", units="sensitivity", max_batch_length=99,
+    )  # fmt: skip
+    tracer = ForwardInf(model, tokenizer, ascent=ascent, reduction="mean", units="sensitivity", max_batch_length=99)
+    assert pipe.tracer.config == tracer.config and pipe.tracer.max_batch_length == 99
     assert len(pipe("a <extra_id_0>")) == 4
 
 

@@ -142,8 +142,13 @@ class Adapter(ABC):
         """Name the modules that are perturbed if the user names none: those that carry the answer."""
         return ["all"]
 
-    def default_ascent(self) -> dict[str, Any]:
-        """Give the options of [`AscentConfig`] that are taken if the user gives none: what evidence favours."""
+    def default_ascent(self, direction: str | None = None) -> dict[str, Any]:
+        """Return the options of [`AscentConfig`] used for this kind of model where the user sets none.
+
+        Args:
+            direction (`str`, *optional*): The direction that the user named. By default the preferred direction,
+                which is then among the options returned.
+        """
         return {}
 
     def shared_parameters(self) -> Set[str]:

@@ -259,9 +259,9 @@ class CausalLMAdapter(Adapter):
         """Of a PEFT model what it has trained, else everything."""
         return peft_parameters(self.model) or ["all"]
 
-    def default_ascent(self) -> dict[str, Any]:
-        """Corrected by curvature, if the model is of a size that allows it ([`language.preferred_ascent`])."""
-        return preferred_ascent(self.model)
+    def default_ascent(self, direction: str | None = None) -> dict[str, Any]:
+        """Corrected by curvature, if the model's size allows it ([`language.preferred_ascent`])."""
+        return preferred_ascent(self.model, direction)
 
     def shared_parameters(self) -> Set[str]:
         """What the first half of the blocks and the embeddings read: perturb none of it, and they are run once."""

@@ -284,7 +284,7 @@ class DiffusionAdapter(Adapter):
         """Of a denoiser with LoRA what it has trained, else everything."""
         return peft_parameters(self.model) or ["all"]
 
-    def default_ascent(self) -> dict[str, Any]:
+    def default_ascent(self, direction: str | None = None) -> dict[str, Any]:
         """Conjugate gradients, by a small step: along the plain gradient all pictures point the same way.
 
         20 digits taught together and 200 candidates (`recipes/diffusion.py`): the exemplar comes first for all 20
@@ -299,7 +299,8 @@ class DiffusionAdapter(Adapter):
         if is_quantised(self.model):
             return {}
         radius = 1e-3 if next(self.model.parameters()).dtype == torch.float32 else 1e-2
-        return {"direction": "cg", "damping": 0.01, "sample": 32, "radius": radius, "relative": True}
+        length = {"radius": radius, "relative": True}
+        return length | ({"direction": "cg", "damping": 0.01, "sample": 32} if direction in (None, "cg") else {})
 
 
 def is_diffusion(pipe: Any) -> bool:

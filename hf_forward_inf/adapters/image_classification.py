@@ -172,8 +172,10 @@ class ImageClassificationAdapter(TensorAdapter):
             return [name for name in late if any(True for _ in self.model.get_submodule(name).parameters())]
         return peft_parameters(self.model) or ["all"]
 
-    def default_ascent(self) -> dict[str, Any]:
+    def default_ascent(self, direction: str | None = None) -> dict[str, Any]:
         """One normalised step along the gradient; margins tell copies apart at small radii (`recipes/leakage.py`)."""
+        if direction not in (None, "gradient"):
+            return super().default_ascent(direction)
         return {"radius": 0.01 if self.objective == "margin" else 0.3}
 
 

@@ -65,7 +65,7 @@ def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> str:
     return f"{vocabulary}\n{tokenizer.chat_template or ''}"
 
 
-def preferred_ascent(model: nn.Module) -> dict[str, Any]:
+def preferred_ascent(model: nn.Module, direction: str | None = None) -> dict[str, Any]:
     """K-FAC, fitted once on a small sample: no query costs more than along the gradient, and more of it is true.
 
     Retraining a tiny mT5 (60 halves of 400 sentences, 40 queries, decoder perturbed) gives it an LDS of .51
@@ -75,9 +75,10 @@ def preferred_ascent(model: nn.Module) -> dict[str, Any]:
     Factors take the squares of the layers' sides, and eigenvectors of them: for models of more than [`LARGE`]
     parameters, and for quantised weights, whose gradients nobody knows, the gradient is preferred.
     """
-    if is_quantised(model) or sum(p.numel() for p in model.parameters()) > LARGE:
-        return {}
-    return {"direction": "kfac", "radius": 2.0, "sample": 128}
+    if direction is None:
+        large = sum(p.numel() for p in model.parameters()) > LARGE
+        direction = "gradient" if large or is_quantised(model) else "kfac"
+    return {"direction": direction} | ({"radius": 2.0, "sample": 128} if direction == "kfac" else {})
 
 
 def input_of(module: nn.Module, run: Callable[[], object]) -> Tensor:

@@ -151,9 +151,9 @@ class Seq2SeqAdapter(Adapter):
     def _shared_ids(self) -> set[int]:
         return {id(parameter) for parameter in self.model.get_encoder().parameters()}
 
-    def default_ascent(self) -> dict[str, Any]:
-        """Corrected by curvature, if the model is of a size that allows it ([`language.preferred_ascent`])."""
-        return preferred_ascent(self.model)
+    def default_ascent(self, direction: str | None = None) -> dict[str, Any]:
+        """Corrected by curvature, if the model's size allows it ([`language.preferred_ascent`])."""
+        return preferred_ascent(self.model, direction)
 
     def shared_parameters(self) -> Set[str]:
         """Everything that the encoder reads, a tied embedding included."""

@@ -186,8 +186,10 @@ class TensorAdapter(Adapter):
         """Logits, `[rows, classes]`, and their cross-entropy."""
         return self.logits(forward, batch).float(), partial(F.cross_entropy, target=batch["label"], reduction="sum")
 
-    def default_ascent(self) -> dict[str, Any]:
-        """Conjugate gradients: they foretell retraining far better than the gradient (`recipes/lds.py`)."""
+    def default_ascent(self, direction: str | None = None) -> dict[str, Any]:
+        """Conjugate gradients: they predict retraining far better than the gradient (`recipes/lds.py`)."""
+        if direction not in (None, "cg"):
+            return {}
         return {"direction": "cg", "damping": 0.03, "radius": 0.3, "sample": 1024}
 
     @torch.no_grad()

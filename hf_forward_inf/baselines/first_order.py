@@ -43,7 +43,7 @@ class FirstOrder(GradientBaseline):
         **options: Any,
     ):
         super().__init__(model, processor, **options)
-        self.ascent = (ascent or AscentConfig()).completed(self.adapter.default_ascent())
+        self.ascent = (ascent or AscentConfig()).completed(self.adapter.default_ascent)
         self.training = training
 
     @property

@@ -62,10 +62,6 @@ class LaionOptions:
     image_column: str | None = field(default=None, metadata={"help": "Column of pictures (default: found by name)."})
     caption_column: str | None = field(default=None, metadata={"help": "Column of captions (default: found by name)."})
     timesteps: int = field(default=8, metadata={"help": "Times at which a picture's loss is taken."})
-    relative_radius: float | None = field(
-        default=None,
-        metadata={"help": "Length of the step, relative to the norm of what it moves (default: the adapter's)."},
-    )
     chunk_size: int = field(default=2000, metadata={"help": "Candidates read and traced at once."})
     top_k: int = field(default=100, metadata={"help": "Candidates of each query that are kept."})
     heatmaps: bool = field(default=False, metadata={"help": "Show where in a picture the score comes from."})
@@ -77,8 +73,8 @@ class LaionOptions:
             raise ValueError("Give --prompt, which is drawn, or --images that were drawn.")
         if self.images and len(self.prompt) > 1:
             raise ValueError(f"--images are of one prompt, not of {len(self.prompt)}: trace them in several runs.")
-        for name in ("num_images", "timesteps", "chunk_size", "top_k", "relative_radius"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
+        for name in ("num_images", "timesteps", "chunk_size", "top_k"):
+            if not getattr(self, name) > 0:
                 raise ValueError(f"--{name} must be above 0, not {getattr(self, name)}.")
         if self.references < 0:
             raise ValueError(f"--references must be 0 or more, not {self.references}.")
@@ -106,7 +102,7 @@ def laion_run(options: LaionOptions, ascent: AscentConfig) -> dict[str, Any]:
     first = first_chunk(stream, options.chunk_size)
     asked = options.prompt or ([""] if options.images else list(DIGITS))
     queries = _queries(adapter, asked, _others(first, asked, options.references, ascent.seed), options, ascent.seed)
-    tracer = ForwardInf(adapter=adapter, ascent=_ascent(options, ascent, adapter))
+    tracer = ForwardInf(adapter=adapter, ascent=ascent)
     if tracer.ascent.sample is not None:
         tracer.training = sample_rows(first, tracer.ascent.sample, ascent.seed)
     say(f"Tracing {len(asked)} drawings, and {len(queries) - len(asked)} of other captions beside ...")
@@ -130,12 +126,6 @@ def laion_run(options: LaionOptions, ascent: AscentConfig) -> dict[str, Any]:
         shutil.rmtree(folder / UNFINISHED)
     say(f"Written: {folder}")
     return metrics
-
-
-def _ascent(options: LaionOptions, ascent: AscentConfig, adapter: DiffusionAdapter) -> AscentConfig:
-    """Leave the radius to the adapter if nobody tells it; a direction that is named takes the adapter's too."""
-    preferred = adapter.default_ascent().get("radius") if ascent.direction is not None else None
-    return drawing_ascent(ascent, options.relative_radius or preferred)
 
 
 def _first(found: Attribution, count: int) -> Attribution:
@@ -196,10 +186,3 @@ def _drawn(
     say(f"Drawing {len(captions)} captions, {num_images} times each ...")
     pictures = adapter.answer({CAPTION: captions}, num_images=num_images, seed=seed)
     return as_queries([*asked, *others], [given, *pictures] if given else pictures)
-
-
-def drawing_ascent(ascent: AscentConfig, relative_radius: float | None) -> AscentConfig:
-    """Tell the radius relative to the norm of the parameters that move, unless none is given or a learning rate is."""
-    if relative_radius is None or ascent.learning_rate is not None:
-        return ascent
-    return replace(ascent, radius=relative_radius, relative=True)

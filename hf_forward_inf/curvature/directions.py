@@ -27,28 +27,32 @@ from hf_forward_inf.utils.storage import Tensors, default_cache_dir, kept
 
 
 def direction_for(
-    config: AscentConfig, adapter: Adapter, candidates: Dataset, names: list[str], cache_dir: Path | None = None
+    config: AscentConfig, adapter: Adapter, training: Dataset | None, names: list[str], cache_dir: Path | None = None
 ) -> Direction | None:
-    """Make what corrects gradients, fitted where it is fitted once for all queries; `None` for the gradient itself.
+    """Return what corrects gradients, fitted if it is fitted once for all queries; `None` for the gradient itself.
 
     Args:
-        config (`AscentConfig`): Direction, damping, sample; with a direction ([`AscentConfig.completed`]).
+        config (`AscentConfig`): Direction, damping, sample; completed ([`AscentConfig.completed`]).
         adapter (`Adapter`): Knows the model.
-        candidates (`datasets.Dataset`): The training data, or a part of it.
+        training (`datasets.Dataset`, *optional*): The training data, or a part of it.
         names (`list[str]`): Parameters to perturb.
-        cache_dir (`Path`, *optional*): Factors are kept in its folder `curvature`. Defaults to
+        cache_dir (`Path`, *optional*): Factors are cached in its folder `curvature`. Defaults to
             [`storage.default_cache_dir`].
 
     Raises:
         FileNotFoundError: If there is no such optimizer state.
-        ValueError: If an optimizer state is of another model.
+        ValueError: If an optimizer state is of another model, or the direction needs training data and there is none.
     """
     if config.direction == "gradient":
         return None
     if config.second_moments is not None:
         return SecondMoments(config, adapter, names, None)
+    if training is None:
+        raise ValueError(
+            f"direction={config.direction!r} needs the training data: give ForwardInf(..., training=...)."
+        )
     assert config.sample is not None
-    sample = Sample(adapter, candidates, config.sample, config.seed, cache_dir)
+    sample = Sample(adapter, training, config.sample, config.seed, cache_dir)
     fitted = Fitted(cache_dir, adapter, sample, names, config.seed)
     if config.direction == "cg":
         return ConjugateGradients(config, sample, names)

@@ -12,10 +12,8 @@ import torch
 from datasets import Dataset
 
 from hf_forward_inf.algorithm import Scorer
-from hf_forward_inf.ascent.parameters import names_for
 from hf_forward_inf.ascent.steps import Mirrored, Perturbation
 from hf_forward_inf.attribution import Attribution
-from hf_forward_inf.curvature.directions import direction_for
 from hf_forward_inf.passes.candidate_pass import encode
 from hf_forward_inf.passes.loss_pass import LossPass
 from hf_forward_inf.utils.fingerprints import uncached
@@ -43,23 +41,22 @@ def measure(tracer: Scorer, queries: Dataset, candidates: Dataset) -> dict[str, 
         pass / peak of the plain pass, each with all that the process holds.
     """
     adapter = tracer.adapter
-    names = names_for(adapter, tracer.ascent)
     with uncached(), evaluating(adapter.model), progress_bars(False):
         loss = LossPass(adapter, candidates, cache_dir=tracer.cache_dir, max_batch_length=tracer.max_batch_length)
-        few = min(QUERIES, len(queries), loss.block_size(names))
-        rows = encode(adapter, queries.select(range(few)), "queries", tracer.cache_dir)[:]
         start = time.perf_counter()
-        direction = direction_for(tracer.ascent, adapter, candidates, names, tracer.cache_dir)
+        perturber = tracer.perturber(candidates)
         fit = time.perf_counter() - start
+        few = min(QUERIES, len(queries), perturber.block_size)
+        rows = encode(adapter, queries.select(range(few)), "queries", tracer.cache_dir)[:]
         plain, perturbed = [], []
         for _ in range(REPEATS):
             plain.append(timed(loss.base))
             # A new perturbation each time: it keeps the models that it computes.
-            again = Perturbation(adapter, rows, names, tracer.ascent, direction)
+            again = perturber.perturbation(rows)
             perturbed.append(timed(partial(_passes, loss, again, tracer.ascent.mode)))
     seconds = [statistics.median(run[0] for run in runs) for runs in (plain, perturbed)]
     figures = {"forward_passes_per_query": seconds[1] / few / seconds[0]}
-    if direction is not None:
+    if perturber.direction is not None:
         figures["forward_passes_to_fit"] = fit / seconds[0]
     peaks = [statistics.median(run[1] for run in runs) for runs in (plain, perturbed)]
     if all(peaks):

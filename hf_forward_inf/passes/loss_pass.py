@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_forward_inf.adapters.base import Batch
-from hf_forward_inf.ascent.parameters import Parameters, call, copies_in_memory
+from hf_forward_inf.ascent.parameters import Parameters, call
 from hf_forward_inf.ascent.steps import Perturbation
 from hf_forward_inf.passes.candidate_pass import CandidatePass
 
@@ -38,10 +38,6 @@ class LossPass(CandidatePass):
             return self._losses(batch, perturbation.thetas)
 
         return self.run(work, len(perturbation), self.kind + perturbation.fingerprint, title)
-
-    def block_size(self, names: list[str]) -> int:
-        """How many perturbed models are held at once."""
-        return copies_in_memory(self.adapter.model, names)
 
     @torch.no_grad()
     def _losses(self, batch: Batch, thetas: Sequence[Parameters | None]) -> np.ndarray:

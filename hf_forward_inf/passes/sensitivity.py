@@ -3,7 +3,7 @@
 import numpy as np
 
 from hf_forward_inf.ascent.config import AscentConfig
-from hf_forward_inf.ascent.parameters import has_length
+from hf_forward_inf.ascent.parameters import copies_in_memory, has_length
 from hf_forward_inf.ascent.steps import RandomSteps
 from hf_forward_inf.passes.loss_pass import LossPass
 
@@ -20,7 +20,7 @@ def sensitivity(loss: LossPass, names: list[str], config: AscentConfig, draws: i
             "Random steps are as long as the ascent's, in the weights: sensitivity needs a radius, and no LoRA."
         )
     rises = np.empty((draws, len(loss.order)), dtype=np.float32)
-    base, block = loss.base(), loss.block_size(names)
+    base, block = loss.base(), copies_in_memory(loss.adapter.model, names)
     with np.errstate(invalid="ignore"):
         for start in range(0, draws, block):
             some = range(start, min(start + block, draws))

@@ -18,8 +18,7 @@ from hf_forward_inf.adapters import CausalLMAdapter, Seq2SeqAdapter
 from hf_forward_inf.algorithm import Scorer
 from hf_forward_inf.ascent.lora import LowRank
 from hf_forward_inf.ascent.parameters import Parameters, names_for
-from hf_forward_inf.ascent.steps import Perturbation
-from hf_forward_inf.curvature.directions import direction_for
+from hf_forward_inf.curvature.perturber import Perturber
 from hf_forward_inf.passes.candidate_pass import encode
 from hf_forward_inf.utils.models import evaluating, linear_layers, peft_parameters
 from hf_forward_inf.utils.processes import process_state
@@ -62,10 +61,9 @@ def save_perturbation(tracer: Scorer, query: Mapping[str, Any], folder: Path, ra
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty: name another folder.")
     model: Any = tracer.adapter.model
-    names = names_for(tracer.adapter, tracer.ascent)
     trained = bool(peft_parameters(model))
-    _check(tracer, names, trained)
-    theta = _theta(tracer, query, names)
+    _check(tracer, names_for(tracer.adapter, tracer.ascent), trained)
+    theta = _theta(tracer, query, Perturber(tracer.adapter, tracer.ascent, tracer.training, tracer.cache_dir))
     changes, lost = ({}, 0.0) if trained else _as_lora(model, theta, rank)
     kept = max((len(change.down) for change in changes.values()), default=0)
 
@@ -105,20 +103,13 @@ def _check(tracer: Scorer, names: list[str], trained: bool) -> None:
     if foreign:
         more = ", ..." if len(foreign) > 3 else ""
         raise ValueError(f"LoRA can't hold the change of {', '.join(foreign[:3])}{more}. {hint}")
-    if tracer.ascent.direction != "gradient" and tracer.training is None:
-        raise ValueError(
-            f"direction={tracer.ascent.direction!r} needs the training data: give ForwardInf(..., training=...)."
-        )
 
 
-def _theta(tracer: Scorer, query: Mapping[str, Any], names: list[str]) -> Parameters:
+def _theta(tracer: Scorer, query: Mapping[str, Any], perturber: Perturber) -> Parameters:
     adapter = tracer.adapter
     encoded = encode(adapter, Dataset.from_list([dict(query)]), "queries", tracer.cache_dir)
     with evaluating(adapter.model):
-        direction = None
-        if tracer.training is not None:
-            direction = direction_for(tracer.ascent, adapter, tracer.training, names, tracer.cache_dir)
-        (theta,) = Perturbation(adapter, encoded[:], names, tracer.ascent, direction).thetas
+        (theta,) = perturber.perturbation(encoded[:]).thetas
     if theta is None:
         raise ValueError("The query's gradient is zero or not finite: it moves the model nowhere.")
     return theta

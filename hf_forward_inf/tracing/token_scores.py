@@ -11,10 +11,9 @@ from datasets import Dataset
 from torch import Tensor
 
 from hf_forward_inf.algorithm import Scorer
-from hf_forward_inf.ascent.parameters import Parameters, call, copies_in_memory, names_for
-from hf_forward_inf.ascent.steps import Mirrored, Perturbation
+from hf_forward_inf.ascent.parameters import Parameters, call
+from hf_forward_inf.ascent.steps import Mirrored
 from hf_forward_inf.attribution import Attribution
-from hf_forward_inf.curvature.directions import direction_for
 from hf_forward_inf.passes.candidate_pass import encode
 from hf_forward_inf.utils.models import evaluating, to_device
 
@@ -68,17 +67,11 @@ def perturbed(
         `tuple`: The query's row, theta_K, and its mirror image where scores are symmetric. Queries that cannot move
         the model are left out.
     """
-    adapter = tracer.adapter
-    names = names_for(adapter, tracer.ascent)
-    training = candidates if tracer.training is None else tracer.training
-    direction = direction_for(tracer.ascent, adapter, training, names, tracer.cache_dir)
-    block = copies_in_memory(adapter.model, names)
-    for start in range(0, len(queries), block):
-        perturbation = Perturbation(adapter, queries[start : start + block], names, tracer.ascent, direction)
+    for rows, perturbation in tracer.perturber(candidates).blocks(queries):
         mirrored = Mirrored(perturbation).thetas if tracer.ascent.mode == "symmetric" else None
         for i, theta_k in enumerate(perturbation.thetas):
             if theta_k is not None:
-                yield start + i, theta_k, mirrored[i] if mirrored else None
+                yield rows.start + i, theta_k, mirrored[i] if mirrored else None
 
 
 def rises(tracer: Scorer, theta_k: Parameters, mirrored: Parameters | None, features: dict[str, list[Any]]) -> Tensor:

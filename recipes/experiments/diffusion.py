@@ -19,7 +19,6 @@ from hf_forward_inf.ascent.config import AscentConfig
 from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.baselines import Random
 from hf_forward_inf.baselines.pixels import PixelDistance
-from hf_forward_inf.commands.laion import drawing_ascent
 from hf_forward_inf.commands.outputs import about, check_output, write_outputs
 from hf_forward_inf.data import load_captioned
 from hf_forward_inf.data.digits import captioned_digits
@@ -77,9 +76,6 @@ class DiffusionOptions(Teaching):
         metadata={"help": f"What is done to drawings before they are traced: {', '.join(CHANGES)}."},
     )
     timesteps: int = field(default=8, metadata={"help": "Times at which a picture's loss is taken."})
-    relative_radius: float = field(
-        default=1e-3, metadata={"help": "Length of the step, relative to the norm of the parameters that it moves."}
-    )
     baselines: bool = field(
         default=False, metadata={"help": "Trace with what is dearer too: TracIn, fixed rates, the exemplar itself."}
     )
@@ -98,7 +94,7 @@ class DiffusionOptions(Teaching):
     def __post_init__(self) -> None:
         if self.model and not self.candidates:
             raise ValueError("--model is given: give --candidates with it.")
-        for name in ("exemplars", "num_images", "timesteps", "top_k", "size", "relative_radius"):
+        for name in ("exemplars", "num_images", "timesteps", "top_k", "size"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{name} must be above 0, not {getattr(self, name)}.")
         if self.removed and (self.model or self.alone):
@@ -141,14 +137,14 @@ def diffusion_run(options: DiffusionOptions, ascent: AscentConfig) -> dict[str, 
     methods = partial(_methods, before, options, ascent)
     *fewer, most = sorted({min(count, len(rows)) for count in options.num_candidates})
     if options.alone:
-        tracer = _tracer(before, options, ascent)
+        tracer = ForwardInf(adapter=before, ascent=ascent)
         task, found = one_by_one(
             before, rows, chosen, methods, options, options.drawing, num_candidates=most, seed=ascent.seed
         )
     else:
         say(f"Teaching it {len(chosen)} exemplars, together ...")
         adapter = taught(before, rows.select(chosen), options, ascent.seed)
-        tracer = _tracer(adapter, options, ascent)
+        tracer = ForwardInf(adapter=adapter, ascent=ascent)
         task = together(adapter, rows, chosen, most, options.drawing, ascent.seed)
         say(
             f"Tracing {len(task.queries)} x {options.num_images} pictures over {len(task.candidates):,} candidates ..."
@@ -207,7 +203,7 @@ def _without_best(options: DiffusionOptions, ascent: AscentConfig, folder: Path,
         return tiny_drawer(rows, some, options, size, options.timesteps, seed)
 
     adapter = train(rows, ascent.seed)
-    tracer = _tracer(adapter, options, ascent)
+    tracer = ForwardInf(adapter=adapter, ascent=ascent)
     queries = drawings(adapter, rows.select(chosen)[CAPTION][:], options.drawing)
     say(f"Tracing {len(queries)} x {options.num_images} pictures over {len(rows):,} candidates ...")
     found = {
@@ -226,15 +222,11 @@ def _without_best(options: DiffusionOptions, ascent: AscentConfig, folder: Path,
     return metrics
 
 
-def _tracer(adapter: DiffusionAdapter, options: DiffusionOptions, ascent: AscentConfig) -> ForwardInf:
-    return ForwardInf(adapter=adapter, ascent=drawing_ascent(ascent, options.relative_radius))
-
-
 def _methods(
     before: DiffusionAdapter, options: DiffusionOptions, ascent: AscentConfig, adapter: DiffusionAdapter, task: Task
 ) -> dict[str, Attribution]:
     """Trace a task with everything that is asked for."""
-    tracer = _tracer(adapter, options, ascent)
+    tracer = ForwardInf(adapter=adapter, ascent=ascent)
     found = traced(tracer, task.queries, task.candidates)
     found |= controls(before, adapter, task.queries, task.candidates)
     if options.baselines:

@@ -12,10 +12,7 @@ from datasets import Dataset
 from experiments.diffusion_methods import along_the_gradient
 from hf_forward_inf.adapters import DiffusionAdapter
 from hf_forward_inf.adapters.diffusion_inputs import ENCODERS
-from hf_forward_inf.ascent.parameters import names_for
-from hf_forward_inf.ascent.steps import Perturbation
 from hf_forward_inf.baselines import TracIn
-from hf_forward_inf.curvature.directions import direction_for
 from hf_forward_inf.evaluation import cost
 from hf_forward_inf.forward_inf import ForwardInf
 from hf_forward_inf.passes.candidate_pass import encode
@@ -104,10 +101,7 @@ def noise(tracer: ForwardInf, queries: Dataset, candidates: Dataset) -> dict[str
     """
     adapter = tracer.adapter
     assert isinstance(adapter, DiffusionAdapter)
-    names = names_for(adapter, tracer.ascent)
-    rows = encode(adapter, queries, "queries", tracer.cache_dir)[:]
-    direction = direction_for(tracer.ascent, adapter, candidates, names, tracer.cache_dir)
-    moved = Perturbation(adapter, rows, names, tracer.ascent, direction)
+    moved = tracer.perturber(candidates).perturbation(encode(adapter, queries, "queries", tracer.cache_dir)[:])
     base, perturbed = [], []
     with evaluating(adapter.model), progress_bars(False):
         for seed in range(SEEDS):
@@ -135,13 +129,12 @@ def second_query(tracer: ForwardInf, queries: Dataset, candidates: Dataset) -> d
     """
     adapter = tracer.adapter
     assert isinstance(adapter, DiffusionAdapter)
-    names = names_for(adapter, tracer.ascent)
     with uncached(), evaluating(adapter.model), progress_bars(False):
         loss = LossPass(adapter, candidates, max_batch_length=tracer.max_batch_length)
         rows = encode(adapter, queries.select([1]), "queries")[:]
-        direction = direction_for(tracer.ascent, adapter, candidates, names)
+        perturber = tracer.perturber(candidates)
         with counted(adapter) as calls:
-            loss(Perturbation(adapter, rows, names, tracer.ascent, direction), "second query")
+            loss(perturber.perturbation(rows), "second query")
     return {
         "second_query/encoder_calls": calls["encoders"],
         "second_query/denoiser_passes": calls["denoiser"] / (len(candidates) * adapter.timesteps),

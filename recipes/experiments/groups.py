@@ -1,6 +1,6 @@
 """The hypothesis where training is noisy: groups of rising mislabel ratio against clean queries (section 2.1)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -13,7 +13,7 @@ from hf_forward_inf.adapters import TensorAdapter
 from hf_forward_inf.ascent.config import AscentConfig
 from hf_forward_inf.ascent.parameters import call
 from hf_forward_inf.ascent.steps import ascend
-from hf_forward_inf.curvature.directions import direction_for
+from hf_forward_inf.curvature.perturber import Perturber
 from hf_forward_inf.scores.retraining import BatchedTraining, retrained_outcomes
 from hf_forward_inf.utils.fingerprints import fingerprint
 
@@ -89,11 +89,12 @@ class GroupTask:
         inputs, labels = self.training.data
         count = len(self.of)
         adapter = TensorAdapter(model)
-        names = [name for name, _ in model.named_parameters()]
+        ascent = replace(ascent, modules=["all"]).completed(adapter.default_ascent)
         examples = _rows(inputs[:count], labels[:count])
-        direction = direction_for(ascent, adapter, examples, names)
+        perturber = Perturber(adapter, ascent, examples)
         queries = adapter.encode(_rows(inputs[self.rows], labels[self.rows])[:])
-        theta = ascend(adapter, queries, names, ascent, None if direction is None else direction.correction())
+        correct = None if perturber.direction is None else perturber.direction.correction()
+        theta = ascend(adapter, queries, perturber.names, ascent, correct)
         if theta is None:
             raise ValueError("The queries' gradient is zero or not finite: it moves the model nowhere.")
         batch = adapter.collate(adapter.encode(examples[:]))

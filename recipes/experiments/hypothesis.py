@@ -181,7 +181,7 @@ def _grouped(
     models = [task.model(seed) for seed in range(options.seeds)]
     ascents = {
         "forward_inf": AscentConfig(radius=options.radius, direction="gradient"),
-        "forward_inf_cg": AscentConfig(radius=options.radius, direction="cg", sample=1024),
+        "forward_inf_cg": AscentConfig(radius=options.radius, direction="cg", damping=0.1, sample=1024),
     }
     scores = {
         name: np.mean([task.forward_inf(one, ascent) for one in models], axis=0) for name, ascent in ascents.items()

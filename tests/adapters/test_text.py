@@ -12,6 +12,6 @@ def test_a_tokenizers_state_is_the_same_after_its_use():
 
 
 def test_a_model_too_large_for_copies_is_stepped_along_the_gradient(model, tokenizer, monkeypatch):
-    assert ForwardInf(model, tokenizer).ascent == AscentConfig(direction="kfac", radius=2.0, sample=128)
+    assert ForwardInf(model, tokenizer).ascent == AscentConfig(direction="kfac", radius=2.0, sample=128).completed()
     monkeypatch.setattr(text, "LARGE", 1000)
-    assert ForwardInf(model, tokenizer).ascent == AscentConfig(direction="gradient")
+    assert ForwardInf(model, tokenizer).ascent == AscentConfig(direction="gradient").completed()

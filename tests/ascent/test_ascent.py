@@ -12,9 +12,11 @@ from hf_forward_inf.utils.models import evaluating
 # At w = (1, -2) the query x = (3, 1), y = 0 has residual 1, loss 1 and gradient 2 * 1 * x = (6, 2), norm sqrt(40).
 QUERY = {"x": [[3.0, 1.0]], "y": [0.0], "terms": [1]}
 
+GRADIENT = AscentConfig(direction="gradient").completed()
+
 
 def moved(line, **options):
-    return (ascend(line, QUERY, ["w"], AscentConfig(**options).completed({}))["w"] - line.model.w).tolist()
+    return (ascend(line, QUERY, ["w"], AscentConfig(**options).completed())["w"] - line.model.w).tolist()
 
 
 def test_a_step_goes_along_the_gradient_for_the_length_of_the_radius(line):
@@ -46,20 +48,16 @@ def test_steps_share_the_radius(line):
 def test_a_relative_radius_is_a_share_of_the_norm_of_what_is_perturbed(line):
     assert math.hypot(*moved(line, radius=0.1, relative=True)) == pytest.approx(0.1 * math.hypot(1, 2), rel=1e-5)
     for other in ({"learning_rate": 1.0}, {"lora_rank": 2}):
-        with pytest.raises(ValueError, match="relative=True tells a radius of the weights: leave out"):
+        with pytest.raises(ValueError, match="relative=True is for a radius in weight space: leave it out"):
             AscentConfig(relative=True, **other)
 
 
 def test_a_zero_gradient_moves_nothing(line):
-    assert (
-        ascend(line, {"x": [[0.0, 0.0]], "y": [1.0], "terms": [1]}, ["w"], AscentConfig(direction="gradient")) is None
-    )
+    assert ascend(line, {"x": [[0.0, 0.0]], "y": [1.0], "terms": [1]}, ["w"], GRADIENT) is None
 
 
 def test_an_infinite_gradient_moves_nothing(line):
-    assert (
-        ascend(line, {"x": [[1e30, 0.0]], "y": [0.0], "terms": [1]}, ["w"], AscentConfig(direction="gradient")) is None
-    )
+    assert ascend(line, {"x": [[1e30, 0.0]], "y": [0.0], "terms": [1]}, ["w"], GRADIENT) is None
 
 
 def test_only_named_modules_move(model, tokenizer, queries):
@@ -68,7 +66,7 @@ def test_only_named_modules_move(model, tokenizer, queries):
     assert names
     assert all(".layer.1.EncDecAttention" in name or ".layer.1.layer_norm" in name for name in names)
     row = adapter.encode(queries[:1])
-    theta = ascend(adapter, row, names, AscentConfig(radius=2.0, direction="gradient"))
+    theta = ascend(adapter, row, names, AscentConfig(radius=2.0, direction="gradient").completed())
     own = dict(model.named_parameters())
     norm = torch.stack([(theta[name] - own[name]).norm() for name in names]).norm()
     assert theta.keys() == set(names)
@@ -98,7 +96,7 @@ def test_a_tied_parameter_is_told_by_its_owners_name(model, tokenizer):
 
 def test_a_perturbation_is_known_by_query_modules_and_settings(line):
     def name(query=QUERY, names=("w",), **options):
-        return Perturbation(line, query, list(names), AscentConfig(**options).completed({})).fingerprint
+        return Perturbation(line, query, list(names), AscentConfig(**options).completed()).fingerprint
 
     assert name() == name()
     others = [name(radius=2.0), name(names=["v"]), name({**QUERY, "y": [1.0]}), name(steps=2)]
@@ -124,7 +122,7 @@ def test_a_perturbation_is_known_by_query_modules_and_settings(line):
         ({"direction": "kfac", "damping": -1.0}, "damping=-1.0 must be above 0"),
         ({"direction": "kfac", "sample": 0}, "sample=0 must be above 0"),
         ({"lora_rank": 0}, "lora_rank=0 must be above 0"),
-        ({"lora_rank": 8, "direction": "cg"}, "lora_rank goes along the gradient alone"),
+        ({"lora_rank": 8, "direction": "cg"}, "lora_rank works along the gradient only"),
     ],
 )
 def test_impossible_settings_are_refused(options, message):

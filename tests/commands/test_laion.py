@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from hf_forward_inf import AscentConfig, Attribution, ForwardInf
-from hf_forward_inf.adapters import DiffusionAdapter
 from hf_forward_inf.cli import main
 from hf_forward_inf.commands import laion
 from hf_forward_inf.commands.laion import LaionOptions, laion_run
@@ -98,7 +97,7 @@ def test_an_interrupted_run_neither_draws_nor_traces_again(options, monkeypatch)
 def test_two_processes_stream_and_explain_as_one_does(options, tmp_path):
     arguments = [
         "--model", options.model, "--candidates", options.candidates, "--prompt", "a red square", "--num_images", "1",
-        "--references", "2", "--timesteps", "1", "--piece", "7", "--top_k", "3", "--heatmaps", "--sample", "4",
+        "--references", "2", "--timesteps", "1", "--chunk_size", "7", "--top_k", "3", "--heatmaps", "--sample", "4",
         "--iterations", "2", "--direction", "cg",
     ]  # fmt: skip
     launches = {
@@ -126,7 +125,7 @@ def test_the_command_traces_the_built_in_digits(tmp_path, monkeypatch, capsys):
     pytest.importorskip("sklearn")
     monkeypatch.setattr(laion, "Teaching", partial(laion.Teaching, training_steps=2))
     monkeypatch.setattr(laion, "captioned_digits", lambda: captioned_digits().select(range(60)))
-    arguments = ["--timesteps", "1", "--piece", "40", "--num_images", "1", "--references", "0", "--top_k", "5"]
+    arguments = ["--timesteps", "1", "--chunk_size", "40", "--num_images", "1", "--references", "0", "--top_k", "5"]
     assert main(["laion", "--output", str(tmp_path / "run"), *arguments]) == 0
     assert "60 candidates traced, 0 of them without a score" in capsys.readouterr().out
     assert len(Attribution.load_from_disk(tmp_path / "run" / "attribution")) == 3
@@ -142,22 +141,10 @@ def test_the_command_traces_the_built_in_digits(tmp_path, monkeypatch, capsys):
         ({"candidates": "x"}, "--model and --candidates together"),
         ({"model": "x", "candidates": "y"}, "Give --prompt, which is drawn, or --images"),
         ({"images": ["a.png"], "prompt": ["a", "b"]}, "of one prompt, not of 2"),
-        ({"chunk_size": 0}, "--piece must be above 0"),
+        ({"chunk_size": 0}, "--chunk_size must be above 0"),
         ({"references": -1}, "--references must be 0 or more"),
     ],
 )
 def test_impossible_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         LaionOptions(**options)
-
-
-def test_a_radius_that_nobody_tells_is_the_adapters(options, monkeypatch):
-    adapter = DiffusionAdapter(stable_diffusion())
-    assert laion._ascent(options, AscentConfig(), adapter) == AscentConfig()
-    named = laion._ascent(options, AscentConfig(direction="gradient"), adapter)
-    assert (named.radius, named.relative) == (1e-3, True)
-    # A quantised denoiser has no weights that a radius could be relative to.
-    monkeypatch.setattr("hf_forward_inf.adapters.diffusion.is_quantised", lambda model: True)
-    assert not laion._ascent(options, AscentConfig(direction="gradient"), adapter).relative
-    options.relative_radius = 0.01
-    assert laion._ascent(options, AscentConfig(), adapter).radius == 0.01

@@ -23,7 +23,7 @@ QUERIES = digits.rows(100, 103)
 
 def perturbation(network, **options):
     adapter = TensorAdapter(network)
-    config = AscentConfig(**{"sample": 100, "radius": 0.3, "direction": "gradient", **options})
+    config = AscentConfig(**{"sample": 100, "radius": 0.3, "direction": "gradient", **options}).completed()
     names = [name for name, _ in network.named_parameters()]
     direction = direction_for(config, adapter, CANDIDATES, names)
     return Perturbation(adapter, adapter.encode(QUERIES[:]), names, config, direction)

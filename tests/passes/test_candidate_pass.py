@@ -5,6 +5,7 @@ from datasets import disable_caching, enable_caching
 
 from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf.adapters import Seq2SeqAdapter
+from hf_forward_inf.curvature.perturber import Perturber
 from hf_forward_inf.passes.candidate_pass import batches
 from hf_forward_inf.passes.loss_pass import LossPass
 from tests.helpers.line import points
@@ -67,7 +68,7 @@ def test_batches_are_halved_when_memory_runs_out(model, tokenizer, queries, cand
 
 def test_an_interrupted_run_goes_on_where_it_stopped(line, monkeypatch, tmp_path):
     queries, rows = points(((3, 1), 0), ((1, 2), 0), ((2, 2), 1)), points(((1, 0), 0), ((0, 1), 0))
-    monkeypatch.setattr(LossPass, "block_size", lambda self, names: 1)
+    monkeypatch.setattr(Perturber, "block_size", 1)
     tracer = ForwardInf(adapter=line)
     losses = type(line).term_losses
 

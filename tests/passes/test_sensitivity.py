@@ -32,7 +32,7 @@ def test_each_draw_is_the_same_whatever_the_blocks(monkeypatch):
     network, rows = digits.perceptron(), digits.rows(90, 100)
     tracer = tracer_of(network, radius=0.1)
     whole = tracer.sensitivity(rows, draws=5)
-    monkeypatch.setattr("hf_forward_inf.passes.loss_pass.copies_in_memory", lambda *_: 2)
+    monkeypatch.setattr("hf_forward_inf.passes.sensitivity.copies_in_memory", lambda *_: 2)
     np.testing.assert_array_equal(tracer.with_options(cache_dir=None).sensitivity(rows, draws=5), whole)
     assert (tracer_of(network, radius=0.1, seed=1).sensitivity(rows, draws=5) != whole).all()
 

@@ -1,0 +1,52 @@
+"""From queries to perturbed models: which parameters move, in which direction, a block of queries at a time."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from datasets import Dataset
+
+from hf_forward_inf.adapters.base import Adapter, Rows
+from hf_forward_inf.ascent.config import AscentConfig
+from hf_forward_inf.ascent.parameters import copies_in_memory, names_for
+from hf_forward_inf.ascent.steps import Direction, Perturbation
+from hf_forward_inf.curvature.directions import direction_for
+
+
+class Perturber:
+    """Perturbs a model for one query after another.
+
+    The direction is prepared here, so that what is fitted once for all queries is fitted once.
+
+    Args:
+        adapter (`Adapter`): Knows the model.
+        ascent (`AscentConfig`): Parameters, direction and length; completed ([`AscentConfig.completed`]).
+        training (`datasets.Dataset`, *optional*): What the model was trained on: only directions that are corrected by
+            curvature read it.
+        cache_dir (`Path`, *optional*): As in [`ForwardInf`].
+
+    Raises:
+        ValueError: If `ascent.modules` names nothing, the direction needs training data and there is none, or a saved
+            optimizer state is of another model.
+    """
+
+    def __init__(
+        self, adapter: Adapter, ascent: AscentConfig, training: Dataset | None = None, cache_dir: Path | None = None
+    ):
+        self.adapter, self.ascent = adapter, ascent
+        self.names = names_for(adapter, ascent)
+        self.direction: Direction | None = direction_for(ascent, adapter, training, self.names, cache_dir)
+
+    @property
+    def block_size(self) -> int:
+        """How many perturbed models are held in memory at once."""
+        return copies_in_memory(self.adapter.model, self.names)
+
+    def perturbation(self, queries: Rows) -> Perturbation:
+        """Return the models theta_K of some encoded queries, computed when first used."""
+        return Perturbation(self.adapter, queries, self.names, self.ascent, self.direction)
+
+    def blocks(self, queries: Dataset) -> Iterator[tuple[slice, Perturbation]]:
+        """Perturb the model for all encoded queries: yield the rows of each block and their models."""
+        for start in range(0, len(queries), self.block_size):
+            rows = slice(start, min(start + self.block_size, len(queries)))
+            yield rows, self.perturbation(queries[rows])
