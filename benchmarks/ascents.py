@@ -10,7 +10,8 @@ tuning picks.
 import argparse
 
 from hf_forward_inf import AscentConfig, ForwardInf
-from hf_forward_inf.commands.trace_source import BUILTIN_CANDIDATES, TraceOptions, load_source
+from hf_forward_inf.commands.options import TraceOptions
+from hf_forward_inf.commands.trace_source import BUILTIN_CANDIDATES, load_source
 from hf_forward_inf.evaluation.cost import measure
 
 RADII = (0.1, 0.3, 1.0, 3.0, 10.0)

@@ -9,7 +9,8 @@ from datasets import Dataset
 from peer_runs.task import IGNORED, Task, logits_of, losses
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from hf_forward_inf.commands.trace_source import BUILTIN_CANDIDATES, TraceOptions, answered
+from hf_forward_inf.commands.options import TraceOptions
+from hf_forward_inf.commands.trace_source import BUILTIN_CANDIDATES, answered
 from hf_forward_inf.data import builtin_facts, load_rows, proponents
 from hf_forward_inf.evaluation.candidate_sets import candidate_pool
 from hf_forward_inf.toys.tiny_models import tiny_mt5, train_tokenizer

@@ -17,8 +17,8 @@ import numpy as np
 from datasets import Dataset
 
 from hf_forward_inf import AscentConfig, ForwardInf
+from hf_forward_inf.commands.options import TraceOptions
 from hf_forward_inf.commands.trace import trace_run
-from hf_forward_inf.commands.trace_source import TraceOptions
 from hf_forward_inf.data import load_rows
 from hf_forward_inf.toys.tiny_models import tiny_mt5
 from hf_forward_inf.utils.processes import say

@@ -1,113 +1,121 @@
-"""The console command: `hf-forward-inf trace --model ... --candidates ... --queries ... --output DIR`, `compare`."""
+"""The console command: `hf-forward-inf trace --model ... --candidates ... --queries ... --output DIR` and others.
+
+Only the options of the command that is asked for are imported before they are parsed, and the command itself after:
+help and wrong options need neither torch nor a model.
+"""
 
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
-from typing import Any, cast
+from typing import Any, NamedTuple
 
-from datasets.utils import disable_progress_bars
-from transformers import HfArgumentParser
-from transformers.utils.logging import disable_progress_bar
 
-from hf_forward_inf.ascent.config import AscentConfig
-from hf_forward_inf.commands.finetune import FinetuneOptions, finetune_run
-from hf_forward_inf.commands.leakage import LeakageOptions, leakage_run
-from hf_forward_inf.commands.mislabel import MislabelOptions, mislabel_run
-from hf_forward_inf.commands.trace import trace_run
-from hf_forward_inf.commands.trace_source import TraceOptions
-from hf_forward_inf.utils.processes import start_the_other_processes
+class Command(NamedTuple):
+    """A command, by the names of what it imports.
 
-USAGE = """usage: hf-forward-inf <command> [options]
+    Args:
+        options (`str`): Its dataclasses: names in [`commands.options`].
+        run (`str`): `module.function` in [`commands`], which takes them.
+        extra (`str`, *optional*): The extra of the package that it needs.
+        summary (`str`): Its line in the list of commands.
+    """
 
-commands:
-  trace           which training examples made a language model give its answers (--help for its options)
-  compare         the same, with every attributor beside (trace --compare)
-  finetune        fine-tune a causal model, trace its answers, fine-tune it again without what was found
-  laion           trace what a diffusion model drew over captioned pictures that are too many for the disk
-  leakage         put training images into the test set: does each find its training copy?
-  mislabel        which labels are wrong? Training examples that nothing but themselves supports
-"""
+    options: tuple[str, ...]
+    run: str
+    extra: str | None
+    summary: str
+
+
+COMMANDS = {
+    "trace": Command(
+        ("TraceOptions", "AscentConfig"), "trace.trace_run", None,
+        "which training examples made a language model give its answers",
+    ),
+    "compare": Command(
+        ("CompareOptions", "AscentConfig"), "trace.trace_run", None,
+        "the same by every attributor, side by side (trace --compare)",
+    ),
+    "finetune": Command(
+        ("FinetuneOptions", "AscentConfig"), "finetune.finetune_run", None,
+        "fine-tune a causal model, trace its answers, fine-tune it again without what was found",
+    ),
+    "laion": Command(
+        ("LaionOptions", "AscentConfig"), "laion.laion_run", "diffusion",
+        "trace what a diffusion model drew over captioned pictures that don't fit on the disk",
+    ),
+    "leakage": Command(
+        ("LeakageOptions",), "leakage.leakage_run", "truth",
+        "put training images into the test set: is the training copy of each found?",
+    ),
+    "mislabel": Command(
+        ("MislabelOptions",), "mislabel.mislabel_run", "truth",
+        "which labels are wrong? Training examples supported by nothing but themselves",
+    ),
+}  # fmt: skip
+USAGE = "usage: hf-forward-inf <command> [options]\n\ncommands (--help after one lists its options):\n" + "".join(
+    f"  {name:10}{command.summary}\n" for name, command in COMMANDS.items()
+)
+EXPECTED = (ValueError, TypeError, OSError, NotImplementedError, FloatingPointError, MemoryError)
+"""Errors that tell users what to change: their message is printed without a traceback."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; give its exit status."""
+    """Run a command and return its exit status: 0, 1 for a run that failed, 2 for wrong options."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    commands: dict[str, Callable[[list[str], str], int]] = {
-        "trace": trace,
-        "compare": lambda words, program: trace([*words, "--compare"], program),
-        "finetune": finetune,
-        "laion": laion,
-        "leakage": partial(run_command, leakage_run, LeakageOptions),
-        "mislabel": partial(run_command, mislabel_run, MislabelOptions),
-    }
-    if given and given[0] in commands:
-        return commands[given[0]](given[1:], f"hf-forward-inf {given[0]}")
-    print(USAGE, file=sys.stdout if given[:1] in (["-h"], ["--help"]) else sys.stderr, end="")
-    return 0 if given[:1] in (["-h"], ["--help"]) else 2
+    if not given or given[0] not in COMMANDS:
+        asked = given[:1] in (["-h"], ["--help"])
+        print(USAGE, file=sys.stdout if asked else sys.stderr, end="")
+        return 0 if asked else 2
+    command = COMMANDS[given[0]]
+    options = import_module("hf_forward_inf.commands.options")
+    kinds = [getattr(options, name) for name in command.options]
+    program = f"hf-forward-inf {given[0]}"
+    return run_command(partial(_run, command), *kinds, arguments=given[1:], program=program, extra=command.extra)
 
 
-def trace(arguments: Sequence[str] | None = None, program: str | None = None) -> int:
-    """Parse the options of `trace` and run it; a wrong input is told in one line, with exit status 1."""
-    return with_ascent(trace_run, TraceOptions, arguments, program)
-
-
-def finetune(arguments: Sequence[str] | None = None, program: str | None = None) -> int:
-    """Parse the options of `finetune` and run it; a wrong input is told in one line, with exit status 1."""
-    return with_ascent(finetune_run, FinetuneOptions, arguments, program)
-
-
-def laion(arguments: Sequence[str] | None = None, program: str | None = None) -> int:
-    """Parse the options of `laion` and run it; a wrong input is told in one line, with exit status 1."""
-    return _with_pictures("laion", "laion_run", "LaionOptions", arguments, program)
-
-
-def _with_pictures(
-    module: str, run: str, kind: str, arguments: Sequence[str] | None = None, program: str | None = None
-) -> int:
-    try:
-        experiment = import_module(f"hf_forward_inf.commands.{module}")
-    except ImportError as error:
-        print(f"error: {error}. Pictures need the extra: pip install 'hf-forward-inf[diffusion]'.", file=sys.stderr)
-        return 1
-    return with_ascent(getattr(experiment, run), getattr(experiment, kind), arguments, program)
+def _run(command: Command, *options: Any) -> object:
+    module, _, name = command.run.partition(".")
+    return getattr(import_module(f"hf_forward_inf.commands.{module}"), name)(*options)
 
 
 def run_command(
-    run: Callable[[Any], object], kind: type, arguments: Sequence[str] | None = None, program: str | None = None
-) -> int:
-    """Parse the options of a run that retrains, and run it; a wrong input is told in one line, with exit status 1."""
-    disable_progress_bars()  # datasets' bars: a pass over a few hundred candidates is over in no time
-    return _run(run, (kind,), run.__doc__, arguments, program)
-
-
-def with_ascent(
-    run: Callable[[Any, AscentConfig], object],
-    kind: type,
+    run: Callable[..., object],
+    *kinds: type,
     arguments: Sequence[str] | None = None,
     program: str | None = None,
+    extra: str | None = None,
 ) -> int:
-    """Parse the options of a run and of its ascent, and run it."""
-    start_the_other_processes()
-    disable_progress_bar()  # transformers' bars for loading weights
-    return _run(run, (kind, AscentConfig), kind.__doc__, arguments, program)
+    """Parse options, call `run` with them, and return the exit status; an error is reported in one line.
 
+    Args:
+        run (`Callable`): Takes an instance of each of `kinds`.
+        *kinds (`type`): Dataclasses of options ([`OptionParser`]).
+        arguments (`Sequence[str]`, *optional*): Defaults to the words after the program's name.
+        program (`str`, *optional*): Its name, for the help.
+        extra (`str`, *optional*): The extra of the package to suggest where an import fails.
+    """
+    from hf_forward_inf.utils.options import OptionParser, description
 
-def _run(
-    run: Callable[..., object],
-    kinds: tuple[type, ...],
-    description: str | None,
-    arguments: Sequence[str] | None,
-    program: str | None,
-) -> int:
-    parser = HfArgumentParser(cast(Any, kinds), prog=program, description=description)
+    options = OptionParser(*kinds, prog=program, description=description(kinds[0])).parse(arguments)
     try:
-        options = parser.parse_args_into_dataclasses(args=arguments)
-    except ValueError as error:
-        parser.error(str(error))
-    try:
+        _prepare()
         run(*options)
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except EXPECTED as error:
+        print(f"error: {error or type(error).__name__}", file=sys.stderr)
+        return 1
+    except ImportError as error:
+        hint = f" It may need: pip install 'hf-forward-inf[{extra}]'." if extra else ""
+        print(f"error: {error}.{hint}".replace("..", "."), file=sys.stderr)
         return 1
     return 0
+
+
+def _prepare() -> None:
+    """Start the other processes of `accelerate launch --cpu`, and hide the bars of loading weights."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from hf_forward_inf.utils.processes import start_the_other_processes
+
+    start_the_other_processes()
+    disable_progress_bar()

@@ -15,7 +15,8 @@ import sys
 
 from experiments.diffusion import DiffusionOptions, diffusion_run
 
-from hf_forward_inf.cli import with_ascent
+from hf_forward_inf import AscentConfig
+from hf_forward_inf.cli import run_command
 
 if __name__ == "__main__":
-    sys.exit(with_ascent(diffusion_run, DiffusionOptions))
+    sys.exit(run_command(diffusion_run, DiffusionOptions, AscentConfig))

@@ -8,7 +8,10 @@ With no option a tiny Llama is trained on built-in facts. `--help` lists all opt
 
 import sys
 
-from hf_forward_inf.cli import finetune
+from hf_forward_inf import AscentConfig
+from hf_forward_inf.cli import run_command
+from hf_forward_inf.commands.finetune import finetune_run
+from hf_forward_inf.commands.options import FinetuneOptions
 
 if __name__ == "__main__":
-    sys.exit(finetune())
+    sys.exit(run_command(finetune_run, FinetuneOptions, AscentConfig))

@@ -10,7 +10,10 @@ those of `hf-forward-inf trace`.
 
 import sys
 
-from hf_forward_inf.cli import trace
+from hf_forward_inf import AscentConfig
+from hf_forward_inf.cli import run_command
+from hf_forward_inf.commands.options import TraceOptions
+from hf_forward_inf.commands.trace import trace_run
 
 if __name__ == "__main__":
-    sys.exit(trace())
+    sys.exit(run_command(trace_run, TraceOptions, AscentConfig))

@@ -11,7 +11,10 @@ again. `--help` lists all options; they are those of `hf-forward-inf laion`.
 
 import sys
 
-from hf_forward_inf.cli import laion
+from hf_forward_inf import AscentConfig
+from hf_forward_inf.cli import run_command
+from hf_forward_inf.commands.laion import laion_run
+from hf_forward_inf.commands.options import LaionOptions
 
 if __name__ == "__main__":
-    sys.exit(laion())
+    sys.exit(run_command(laion_run, LaionOptions, AscentConfig))

@@ -12,7 +12,8 @@ judged, beside TracIn, influence functions and representations. `--help` lists a
 import sys
 
 from hf_forward_inf.cli import run_command
-from hf_forward_inf.commands.leakage import LeakageOptions, leakage_run
+from hf_forward_inf.commands.leakage import leakage_run
+from hf_forward_inf.commands.options import LeakageOptions
 
 if __name__ == "__main__":
     sys.exit(run_command(leakage_run, LeakageOptions))

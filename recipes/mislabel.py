@@ -13,7 +13,8 @@ those of the training among them: what is found depends on it more than on the m
 import sys
 
 from hf_forward_inf.cli import run_command
-from hf_forward_inf.commands.mislabel import MislabelOptions, mislabel_run
+from hf_forward_inf.commands.mislabel import mislabel_run
+from hf_forward_inf.commands.options import MislabelOptions
 
 if __name__ == "__main__":
     sys.exit(run_command(mislabel_run, MislabelOptions))

@@ -4,8 +4,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-import torch
-
 CORRECTIONS = ("adam", "kfac", "ekfac", "cg")
 """Directions that correct the gradient by curvature."""
 OF_DIRECTION: dict[str, dict[str, Any]] = {
@@ -18,7 +16,7 @@ OF_DIRECTION: dict[str, dict[str, Any]] = {
 """Options that only some directions have, with their defaults; `cg` uses every row of its sample at every query."""
 RADIUS = {False: 1.0, True: 1e-3}
 """Default radius: absolute, and relative to the norm of the perturbed parameters."""
-OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
+OPTIMIZERS = ("sgd", "adam")
 
 
 def no_defaults(direction: str | None) -> Mapping[str, Any]:
@@ -124,7 +122,7 @@ class AscentConfig:
         if isinstance(self.modules, str):
             object.__setattr__(self, "modules", [self.modules])
         choices = {
-            "optimizer": tuple(OPTIMIZERS),
+            "optimizer": OPTIMIZERS,
             "mode": ("ascent", "descent", "symmetric"),
             "direction": (None, *OF_DIRECTION),
         }

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from hf_forward_inf.adapters.base import Adapter, Rows
 from hf_forward_inf.adapters.contrast import encoded_adapter
-from hf_forward_inf.ascent.config import OPTIMIZERS, AscentConfig
+from hf_forward_inf.ascent.config import AscentConfig
 from hf_forward_inf.ascent.lora import LowRank, slopes
 from hf_forward_inf.ascent.parameters import Parameters, call, norm, radius_of, rank_of_ascent
 from hf_forward_inf.utils.fingerprints import fingerprint
 from hf_forward_inf.utils.models import to_device
+
+OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
 
 Correction: TypeAlias = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 """Makes the direction of a step of a gradient, both one tensor a perturbed parameter."""

@@ -3,7 +3,7 @@
 import copy
 import tempfile
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 from hf_forward_inf.adapters import CausalLMAdapter
 from hf_forward_inf.ascent.config import AscentConfig
+from hf_forward_inf.commands.options import FinetuneOptions
 from hf_forward_inf.commands.outputs import about, check_output, write_outputs
 from hf_forward_inf.commands.trace_source import load_model
 from hf_forward_inf.data import load_rows, proponents
@@ -39,49 +40,6 @@ RATES = {"whole": 2e-3, "model": 5e-5, "lora": 1e-2}
 """Learning rates: of a tiny model from the start, of a model that is given, and of LoRA weights."""
 BESIDE = ("tracin_cosine", "trackstar", "bm25", "bm25_without_answer")
 """Attributors shown beside."""
-
-
-@dataclass
-class FinetuneOptions:
-    """What to fine-tune and trace, and where the results go.
-
-    With none of `model`, `dataset` and `queries`, a tiny Llama is trained on questions about built-in facts, some of
-    them answered wrongly on purpose.
-    """
-
-    output: str = field(default="outputs/finetune", metadata={"help": "Folder for metrics, attribution and report."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace a finished run in the output folder."})
-    model: str | None = field(default=None, metadata={"help": "Causal model to fine-tune: hub name or local folder."})
-    dataset: str | None = field(
-        default=None,
-        metadata={"help": "Training examples as TRL takes them: hub name[:config], folder, parquet, JSON or CSV."},
-    )
-    queries: str | None = field(default=None, metadata={"help": "Prompts to trace the answers of, as --dataset."})
-    lora: bool = field(default=False, metadata={"help": "Fine-tune by LoRA; ascent is on its weights."})
-    contrast: bool = field(
-        default=False,
-        metadata={"help": "Trace wrong answers against the right ones (column right): why this rather than that?"},
-    )
-    epochs: int = field(default=20, metadata={"help": "Epochs of fine-tuning."})
-    training_rate: float | None = field(
-        default=None, metadata={"help": "Peak of its learning rate (default: by what is trained)."}
-    )
-    batch_size: int = field(default=16, metadata={"help": "Rows in a training step."})
-    removed: int = field(
-        default=5, metadata={"help": "Best candidates of each wrong answer taken away before training again; 0: none."}
-    )
-    tune: bool = field(
-        default=False, metadata={"help": "Choose the radius by self-retrieval, without labels, instead of --radius."}
-    )
-    top_k: int = field(default=100, metadata={"help": "Candidates of each query kept in the attribution."})
-
-    def __post_init__(self) -> None:
-        given = [name for name in ("model", "dataset", "queries") if getattr(self, name)]
-        if given and len(given) < 3:
-            raise ValueError(f"--{given[0]} is given: give --model, --dataset and --queries together.")
-        for name, least in {"epochs": 1, "batch_size": 1, "top_k": 1, "removed": 0}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"--{name} must be at least {least}, not {getattr(self, name)}.")
 
 
 class Finetuning:
@@ -180,7 +138,7 @@ def finetune_run(options: FinetuneOptions, ascent: AscentConfig) -> dict[str, An
     started = time.perf_counter()
     folder = check_output(options.output, options.overwrite)
     train, queries = _data(options)
-    finetuning = Finetuning(options, train, ascent.seed)
+    finetuning = Finetuning(options, train, options.seed)
     adapter = finetuning(train)
     task, figures = _task(adapter, train, queries)
     if options.contrast:
@@ -210,9 +168,9 @@ def finetune_run(options: FinetuneOptions, ascent: AscentConfig) -> dict[str, An
 
 def _data(options: FinetuneOptions) -> tuple[Dataset, Dataset]:
     if options.model:
-        say(f"Fine-tuning {options.model} on {options.dataset}, tracing its answers to {options.queries}.")
-        return load_rows(str(options.dataset), "abstracts"), load_rows(str(options.queries), "queries")
-    say("A tiny Llama learns built-in facts, some of them wrong; --model, --dataset, --queries for yours.")
+        say(f"Fine-tuning {options.model} on {options.candidates}, tracing its answers to {options.queries}.")
+        return load_rows(str(options.candidates), "abstracts"), load_rows(str(options.queries), "queries")
+    say("A tiny Llama learns built-in facts, some of them wrong; --model, --candidates, --queries for yours.")
     corpus = builtin_questions()
     return corpus["train"], corpus["queries"]
 

@@ -1,13 +1,14 @@
 """What experiments on images trace: training images, and a classifier that was trained on them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Literal
 
 from datasets import Dataset, Value
 
 from hf_forward_inf.adapters import ImageClassificationAdapter
 from hf_forward_inf.attribution import Attribution
+from hf_forward_inf.commands.options import ImageOptions
 from hf_forward_inf.data.images import class_names, count_classes, load_images
 from hf_forward_inf.toys.classifiers import Training, accuracy, load_classifier, train, untrained
 from hf_forward_inf.toys.networks import ResNet
@@ -15,74 +16,16 @@ from hf_forward_inf.utils.processes import say
 from hf_forward_inf.utils.rows import sample_rows
 
 
-@dataclass
-class ImageTask:
-    """Images, and the classifier that was trained on them.
-
-    With no `model`, a small network is trained on the candidates once; with no `candidates` either, on handwritten
-    digits.
-    """
-
-    output: str = field(default="outputs/images", metadata={"help": "Folder for metrics, attribution and report."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace a finished run in the output folder."})
-    model: str | None = field(
-        default=None,
-        metadata={"help": "Image classifier: hub name or folder, or a folder with weights of a small ResNet."},
-    )
-    candidates: str | None = field(
-        default=None, metadata={"help": "Its training images: hub name, folder of folders, parquet (default: digits)."}
-    )
-    label_column: str = field(default="label", metadata={"help": "Column of labels."})
-    image_column: str | None = field(default=None, metadata={"help": "Column of images (default: found)."})
-    num_candidates: int | None = field(default=None, metadata={"help": "Candidates drawn at random (default: all)."})
-    network: Literal["resnet", "conv"] = field(
-        default="conv", metadata={"help": "Network that is trained: two convolutions (conv), or a ResNet."}
-    )
-    blocks: int = field(
-        default=3, metadata={"help": "Blocks in each stage of the ResNet: 1 a ResNet-8, 3 a ResNet-20."}
-    )
-    width: int = field(default=16, metadata={"help": "Channels at the network's first layer."})
-    fine_tune: bool = field(default=False, metadata={"help": "Train the given --model on, on the candidates."})
-    epochs: int = field(default=30, metadata={"help": "Epochs of the training."})
-    optimizer: Literal["adam", "sgd"] = field(
-        default="adam", metadata={"help": "Of the training: adam, or sgd with momentum .9."}
-    )
-    rate: float = field(
-        default=1e-2, metadata={"help": "Its learning rate at its highest; rises and falls as one cycle."}
-    )
-    weight_decay: float = field(default=0.0, metadata={"help": "The optimizer's weight decay."})
-    batch_size: int = field(default=64, metadata={"help": "Images in a step of the training."})
-    augment: bool = field(default=False, metadata={"help": "Mirror and shift images at random in training."})
-    first: str | None = field(
-        default=None, metadata={"help": "Child of the model with which perturbation begins (layer3 of a ResNet)."}
-    )
-    top_k: int = field(default=100, metadata={"help": "Candidates of each query kept in the attribution."})
-    seed: int = field(default=0, metadata={"help": "Draws whatever is drawn, and the weights of a new network."})
-
-    def __post_init__(self) -> None:
-        if self.model and not self.candidates:
-            raise ValueError("--model is given: give its training images as --candidates with it.")
-        if self.fine_tune and not self.model:
-            raise ValueError("--fine_tune trains a given network on: give --model with it.")
-        for name in ("epochs", "batch_size", "blocks", "width", "top_k", "num_candidates"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} must be at least 1, not {value}.")
-        if not self.rate > 0 or not self.weight_decay >= 0:
-            raise ValueError(
-                f"--rate must be above 0 and --weight_decay not below, not {self.rate} and {self.weight_decay}."
-            )
-
-    def training(self, checkpoints: int = 1) -> Training:
-        """How the network is trained."""
-        return Training(
-            self.epochs, self.rate, self.optimizer, self.weight_decay, self.batch_size, self.augment, self.seed,
-            checkpoints,
-        )  # fmt: skip
+def training_of(options: ImageOptions, checkpoints: int = 1) -> Training:
+    """Return how the network is trained."""
+    return Training(
+        options.epochs, options.training_rate, options.training_optimizer, options.weight_decay, options.batch_size,
+        options.augment, options.seed, checkpoints,
+    )  # fmt: skip
 
 
 def load_image_task(
-    options: ImageTask, candidates: Dataset | None = None
+    options: ImageOptions, candidates: Dataset | None = None
 ) -> tuple[Dataset, ImageClassificationAdapter]:
     """Load candidates, unless they are given, and the classifier that knows them, or train one."""
     if candidates is None:
@@ -94,12 +37,12 @@ def load_image_task(
     return candidates, classifier(options, candidates)
 
 
-def classifier(options: ImageTask, candidates: Dataset) -> ImageClassificationAdapter:
+def classifier(options: ImageOptions, candidates: Dataset) -> ImageClassificationAdapter:
     """Load the classifier of some candidates, or train it."""
     return list(checkpoints(options, candidates, 1).values())[-1]
 
 
-def checkpoints(options: ImageTask, candidates: Dataset, count: int) -> dict[int, ImageClassificationAdapter]:
+def checkpoints(options: ImageOptions, candidates: Dataset, count: int) -> dict[int, ImageClassificationAdapter]:
     """Load the classifier, or train it: the network after so many epochs, at equal distances; the trained one last.
 
     A network that is not trained here has one, after 0 epochs.
@@ -120,7 +63,7 @@ def checkpoints(options: ImageTask, candidates: Dataset, count: int) -> dict[int
             options.network, candidates, count_classes(candidates), options.seed, blocks=options.blocks,
             width=options.width,
         )  # fmt: skip
-    found = train(adapter, candidates, options.training(count))
+    found = train(adapter, candidates, training_of(options, count))
     say(f"Trained on them, it knows {accuracy(adapter, candidates):.1%} of their labels.")
     return found
 

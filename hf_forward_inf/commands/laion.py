@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from datasets import Dataset, IterableDataset, load_from_disk
 from hf_forward_inf.adapters import DiffusionAdapter
 from hf_forward_inf.ascent.config import AscentConfig
 from hf_forward_inf.attribution import Attribution
+from hf_forward_inf.commands.options import LaionOptions
 from hf_forward_inf.commands.outputs import about, check_output, write_outputs
 from hf_forward_inf.data import load_captioned
 from hf_forward_inf.data.digits import captioned_digits
@@ -34,52 +35,6 @@ DIGITS = ("a bold handwritten three", "a thin handwritten zero, leaning right", 
 """What the tiny model draws if nobody says."""
 
 
-@dataclass
-class LaionOptions:
-    """What drew, what it drew, and the pictures that are streamed.
-
-    With neither `model` nor `candidates`, a tiny model is trained on handwritten digits and traced over them.
-    """
-
-    output: str = field(default="outputs/laion", metadata={"help": "Folder for metrics, attribution and report."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace a finished run in the output folder."})
-    model: str | None = field(
-        default=None, metadata={"help": "Text-to-image pipeline: hub name or local folder (default: a tiny one)."}
-    )
-    candidates: str | None = field(
-        default=None,
-        metadata={"help": "Captioned pictures: webdataset shards or parquet, a folder or pattern, or a hub name."},
-    )
-    prompt: list[str] = field(default_factory=list, metadata={"help": "Captions; each is drawn, and traced."})
-    images: list[str] = field(
-        default_factory=list, metadata={"help": "Pictures that were drawn already, of the one --prompt."}
-    )
-    num_images: int = field(default=4, metadata={"help": "Pictures drawn of a caption."})
-    references: int = field(
-        default=3,
-        metadata={"help": "Other captions of candidates, drawn too, by which scores are measured; 0 for none."},
-    )
-    image_column: str | None = field(default=None, metadata={"help": "Column of pictures (default: found by name)."})
-    caption_column: str | None = field(default=None, metadata={"help": "Column of captions (default: found by name)."})
-    timesteps: int = field(default=8, metadata={"help": "Times at which a picture's loss is taken."})
-    chunk_size: int = field(default=2000, metadata={"help": "Candidates read and traced at once."})
-    top_k: int = field(default=100, metadata={"help": "Candidates of each query that are kept."})
-    heatmaps: bool = field(default=False, metadata={"help": "Show where in a picture the score comes from."})
-
-    def __post_init__(self) -> None:
-        if (self.model is None) != (self.candidates is None):
-            raise ValueError("Give --model and --candidates together: what drew, and what it was trained on.")
-        if self.model and not (self.prompt or self.images):
-            raise ValueError("Give --prompt, which is drawn, or --images that were drawn.")
-        if self.images and len(self.prompt) > 1:
-            raise ValueError(f"--images are of one prompt, not of {len(self.prompt)}: trace them in several runs.")
-        for name in ("num_images", "timesteps", "chunk_size", "top_k"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"--{name} must be above 0, not {getattr(self, name)}.")
-        if self.references < 0:
-            raise ValueError(f"--references must be 0 or more, not {self.references}.")
-
-
 def laion_run(options: LaionOptions, ascent: AscentConfig) -> dict[str, Any]:
     """Trace drawings over a stream, and write `metrics.json`, `attribution/` and `report.html` into the output folder.
 
@@ -96,15 +51,17 @@ def laion_run(options: LaionOptions, ascent: AscentConfig) -> dict[str, Any]:
     """
     started = time.perf_counter()
     folder = check_output(options.output, options.overwrite)
-    adapter, stream = _source(options, ascent.seed)
+    adapter, stream = _source(options, options.seed)
     if CAPTION not in adapter.columns:
         raise ValueError(f"{type(adapter.pipe).__name__} draws without captions, and candidates are told by theirs.")
     first = first_chunk(stream, options.chunk_size)
     asked = options.prompt or ([""] if options.images else list(DIGITS))
-    queries = _queries(adapter, asked, _others(first, asked, options.references, ascent.seed), options, ascent.seed)
+    queries = _queries(
+        adapter, asked, _others(first, asked, options.num_references, options.seed), options, options.seed
+    )
     tracer = ForwardInf(adapter=adapter, ascent=ascent)
     if tracer.ascent.sample is not None:
-        tracer.training = sample_rows(first, tracer.ascent.sample, ascent.seed)
+        tracer.training = sample_rows(first, tracer.ascent.sample, options.seed)
     say(f"Tracing {len(asked)} drawings, and {len(queries) - len(asked)} of other captions beside ...")
     found = tracer.trace_stream(
         queries, stream, top_k=options.top_k, chunk_size=options.chunk_size, standardise=len(queries) >= 3,

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
@@ -13,9 +13,10 @@ from hf_forward_inf.adapters import ImageClassificationAdapter
 from hf_forward_inf.ascent.config import AscentConfig
 from hf_forward_inf.attribution import Attribution, Attributor
 from hf_forward_inf.baselines import InfluenceFunctions, RepresentationSimilarity, TracIn
-from hf_forward_inf.commands.image_task import ImageTask, captioned, load_image_task, with_objective
+from hf_forward_inf.commands.image_task import captioned, load_image_task, with_objective
+from hf_forward_inf.commands.options import LeakageOptions
 from hf_forward_inf.commands.outputs import about, check_output, write_outputs
-from hf_forward_inf.data.image_changes import CHANGES, changed
+from hf_forward_inf.data.image_changes import changed
 from hf_forward_inf.evaluation import cost
 from hf_forward_inf.evaluation.tables import as_text, compare, detected, flat
 from hf_forward_inf.evaluation.task import Task
@@ -29,10 +30,6 @@ Measure: TypeAlias = Literal["rise", "shift"]
 
 POOL = 1024
 """Candidates among which settings are chosen, at most."""
-RADII = (0.003, 0.01, 0.03, 0.1, 0.3)
-"""Lengths of the step that are tried, unless the user names some."""
-LEAST_TUNING = 3
-"""Queries by which settings are chosen at least: scores are standardised over them."""
 MEASURES: dict[str, tuple[Objective, Measure]] = {
     "shift": ("cross_entropy", "shift"),
     "cross_entropy": ("cross_entropy", "rise"),
@@ -43,43 +40,6 @@ paper's) or of minus its margin."""
 CORRECTIONS = ("reranked", "", "standardised")
 """What is done to scores, the first preferred: shares of the own step's ([`ForwardInf.rerank`]), nothing, or
 [`corrections.standardised`]."""
-
-
-@dataclass
-class LeakageOptions(ImageTask):
-    """What leaks, how it is changed, and where the results go."""
-
-    output: str = field(default="outputs/leakage", metadata={"help": "Folder for metrics, attribution and report."})
-    queries: int = field(default=64, metadata={"help": "Training images that are put into the test set."})
-    tuning_share: float = field(
-        default=0.2, metadata={"help": "Share of them by which settings are chosen; the others are judged."}
-    )
-    change: list[str] = field(
-        default_factory=lambda: ["none"],
-        metadata={"help": f"What is done to them, the first reported bare: {', '.join(CHANGES)}."},
-    )
-    radii: list[float] = field(default_factory=lambda: list(RADII), metadata={"help": "Lengths of the step to try."})
-    baselines: bool = field(default=True, metadata={"help": "Trace with the baselines too."})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for change in self.change:
-            if change not in CHANGES:
-                raise ValueError(f"--change {change} is not known: {', '.join(CHANGES)}.")
-        if not self.change or not self.radii or not all(radius > 0 for radius in self.radii):
-            raise ValueError("--change and --radii need a value each, and radii are above 0.")
-        if not 0 < self.tuning_share < 1:
-            raise ValueError(f"--tuning_share must be between 0 and 1, not {self.tuning_share}.")
-        if not LEAST_TUNING <= self.tuning <= self.queries - LEAST_TUNING:
-            raise ValueError(
-                f"{self.queries} queries and --tuning_share {self.tuning_share} leave {self.tuning} to choose "
-                f"settings by and {self.queries - self.tuning} to judge: each takes {LEAST_TUNING} or more."
-            )
-
-    @property
-    def tuning(self) -> int:
-        """Leaked images by which settings are chosen."""
-        return round(self.tuning_share * self.queries)
 
 
 @dataclass(frozen=True)
@@ -133,11 +93,13 @@ def draw_tasks(candidates: Dataset, options: LeakageOptions) -> tuple[Task, Task
     Raises:
         ValueError: If there are fewer candidates than queries.
     """
-    if len(candidates) <= options.queries:
-        raise ValueError(f"{options.queries} queries need more than {len(candidates)} candidates to be drawn from.")
+    if len(candidates) <= options.num_queries:
+        raise ValueError(
+            f"{options.num_queries} queries need more than {len(candidates)} candidates to be drawn from."
+        )
     order = np.random.default_rng(options.seed).permutation(len(candidates))
-    tuning, judged = np.split(order[: options.queries], [options.tuning])
-    pool = np.concatenate([tuning, order[options.queries :]])[:POOL]
+    tuning, judged = np.split(order[: options.num_queries], [options.tuning])
+    pool = np.concatenate([tuning, order[options.num_queries :]])[:POOL]
     tasks = []
     for rows, among in ((tuning, pool), (judged, np.arange(len(candidates)))):
         queries, groups = leaked(candidates, rows, options.change)

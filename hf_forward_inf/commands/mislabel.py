@@ -1,7 +1,6 @@
 """Wrong labels, and whether self-influence finds them: the paper's section on mislabelled data."""
 
 import time
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,8 @@ from datasets import Dataset
 from hf_forward_inf.adapters import ImageClassificationAdapter
 from hf_forward_inf.ascent.config import AscentConfig
 from hf_forward_inf.baselines import FirstOrder, TracIn
-from hf_forward_inf.commands.image_task import ImageTask, captioned, checkpoints, with_objective
+from hf_forward_inf.commands.image_task import captioned, checkpoints, with_objective
+from hf_forward_inf.commands.options import MislabelOptions
 from hf_forward_inf.commands.outputs import about, check_output, plotted, write_outputs
 from hf_forward_inf.data.images import class_names, count_classes, load_images
 from hf_forward_inf.evaluation.tables import flat
@@ -25,40 +25,6 @@ from hf_forward_inf.utils.rows import sample_rows
 SHOWN = 20
 """Images that the report shows, those of highest self-influence."""
 CAPTION = "The share of all wrong labels among the examples examined, those of highest self-influence (or loss) first."
-
-
-@dataclass
-class MislabelOptions(ImageTask):
-    """Where wrong labels come from, and where the results go."""
-
-    output: str = field(default="outputs/mislabel", metadata={"help": "Folder for metrics, attribution and report."})
-    flipped: float = field(default=0.2, metadata={"help": "Share of the images that get a random label."})
-    noisy_column: str | None = field(
-        default=None, metadata={"help": "Column of labels as people gave them, instead of random ones."}
-    )
-    radius: float = field(default=0.01, metadata={"help": "Length of the step; longer ones find less."})
-    other_radii: list[float] = field(default_factory=list, metadata={"help": "Lengths whose figures stand beside."})
-    checkpoints: int = field(
-        default=1, metadata={"help": "Networks, at equal distances in the training, over which scores are summed."}
-    )
-    influence_functions: bool = field(
-        default=True, metadata={"help": "Score by influence functions (EK-FAC) too: the dearest of all."}
-    )
-    influence_modules: list[str] | None = field(
-        default=None,
-        metadata={"help": "Modules that influence functions look at, such as layer3 linear (default: all)."},
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.noisy_column is None and not 0 < self.flipped < 1:
-            raise ValueError(f"--flipped must be between 0 and 1, not {self.flipped}: some labels wrong, and not all.")
-        if not all(radius > 0 for radius in (self.radius, *self.other_radii)):
-            raise ValueError(f"--radius must be above 0, not {self.radius}, and so must --other_radii.")
-        if not 1 <= self.checkpoints <= self.epochs:
-            raise ValueError(f"--checkpoints must be from 1 to the {self.epochs} --epochs, not {self.checkpoints}.")
-        if self.checkpoints > 1 and self.model and not self.fine_tune:
-            raise ValueError("--checkpoints are of a training: add --fine_tune, or leave --model out.")
 
 
 def flip(labels: np.ndarray, share: float, classes: int, seed: int = 0) -> np.ndarray:

@@ -4,8 +4,9 @@ import time
 from typing import Any
 
 from hf_forward_inf.ascent.config import AscentConfig
+from hf_forward_inf.commands.options import TraceOptions
 from hf_forward_inf.commands.outputs import OUTPUTS, about, check_output, plotted, write_outputs
-from hf_forward_inf.commands.trace_source import TraceOptions, load_source
+from hf_forward_inf.commands.trace_source import load_source
 from hf_forward_inf.evaluation import cost
 from hf_forward_inf.evaluation.comparison import attributors, run_baselines, run_comparison
 from hf_forward_inf.evaluation.tables import as_text, average, compare, flat
@@ -28,15 +29,15 @@ def trace_run(options: TraceOptions, ascent: AscentConfig) -> dict[str, Any]:
     """
     started = time.perf_counter()
     folder = check_output(options.output, options.overwrite)
-    source = load_source(options, ascent.seed)
-    first = source.draw(options, ascent.seed)
+    source = load_source(options, options.seed)
+    first = source.draw(options, options.seed)
     tracer = ForwardInf(source.model, source.tokenizer, ascent=ascent, reduction=options.reduction)
     if options.tune:
         tracer = tracer.tune(first.candidates)
         say(f"Self-retrieval among the candidates (* is used):\n{tracer.tuning}")
     tables, costs, plot = [], {}, ""
     for repeat in range(options.repeats):
-        task = source.draw(options, ascent.seed + repeat) if repeat else first
+        task = source.draw(options, options.seed + repeat) if repeat else first
         say(f"Tracing {len(task.queries)} queries over {len(task.candidates):,} candidates ...")
         found = {"forward_inf": tracer.trace(task.queries, task.candidates, time_budget=options.time_budget)}
         if options.baselines:

@@ -1,12 +1,13 @@
 """What a run traces: a model, queries that it answers, candidates, and the truth where it is known."""
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from datasets import Dataset, concatenate_datasets
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
+from hf_forward_inf.commands.options import TraceOptions
 from hf_forward_inf.data import builtin_facts, load_rows, proponents
 from hf_forward_inf.evaluation.candidate_sets import candidate_pool, own_candidates
 from hf_forward_inf.evaluation.task import Task, has_facts
@@ -21,85 +22,6 @@ BUILTIN_CANDIDATES = 1200
 
 TRAINED_QUERIES = 4
 """Queries asked of a model that is yet to be trained, for each one wanted: it will not answer them all."""
-
-
-@dataclass
-class TraceOptions:
-    """What to trace, and where the results go.
-
-    With none of `model`, `candidates` and `queries`, the built-in facts are traced with a tiny mT5 trained on them.
-    """
-
-    output: str = field(default="outputs/ftrace", metadata={"help": "Folder for metrics, attribution and report."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace a finished run in the output folder."})
-    model: str | None = field(
-        default=None, metadata={"help": "Seq2seq or causal language model: hub name or local folder."}
-    )
-    candidates: str | None = field(
-        default=None, metadata={"help": "Training examples: hub name[:config], local folder, parquet, JSON or CSV."}
-    )
-    queries: str | None = field(default=None, metadata={"help": "Outputs to explain, as --candidates."})
-    train: bool = field(default=False, metadata={"help": "Train a tiny mT5 on the candidates instead of --model."})
-    epochs: int = field(default=25, metadata={"help": "Epochs of that training."})
-    num_candidates: int | None = field(
-        default=None,
-        metadata={"help": "Candidates: the queries' proponents, filled up with distractors. All if unset."},
-    )
-    own_candidates: bool = field(
-        default=False,
-        metadata={"help": "Rank each query's own set of candidates, as FTRACE does, instead of one set for all."},
-    )
-    num_queries: int = field(default=60, metadata={"help": "Queries traced at most, drawn at random."})
-    unanswered: bool = field(
-        default=False,
-        metadata={"help": "Trace as many queries that the model answers otherwise, and report both kinds apart."},
-    )
-    paraphrased: bool = field(
-        default=False, metadata={"help": "Trace each query in other words too (column paraphrases), reported apart."}
-    )
-    repeats: int = field(
-        default=1,
-        metadata={"help": "Samples of queries and candidates; figures are means, with standard errors over samples."},
-    )
-    strict: bool = field(
-        default=False, metadata={"help": "Proponents are only those in which the queried object is masked."}
-    )
-    tune: bool = field(
-        default=False, metadata={"help": "Choose the radius by self-retrieval, without labels, instead of --radius."}
-    )
-    reduction: Literal["sum", "mean"] = field(
-        default="sum", metadata={"help": "A candidate's loss: sum or mean over its target tokens."}
-    )
-    time_budget: float | None = field(
-        default=None,
-        metadata={"help": "Seconds for scoring; candidates not reached by then, in a random order, get no score."},
-    )
-    top_k: int = field(default=100, metadata={"help": "Candidates of each query kept in the attribution."})
-    tokens: bool = field(
-        default=False,
-        metadata={"help": "Colour in the report which tokens of the best candidates the scores come from."},
-    )
-    baselines: bool = field(
-        default=True, metadata={"help": "Also run BM25 and the paper's fixed learning rates, if proponents are known."}
-    )
-    compare: bool = field(
-        default=False,
-        metadata={"help": "Run every attributor beside: gradients, curvature, hidden states, fusion and cascade."},
-    )
-
-    def __post_init__(self) -> None:
-        given = [name for name in ("model", "candidates", "queries") if getattr(self, name)]
-        if given and not (self.candidates and self.queries):
-            raise ValueError(f"--{given[0]} is given: give --candidates and --queries with it.")
-        if given and not self.model and not self.train:
-            raise ValueError("Which model? Give --model, or --train for a tiny one trained on the candidates.")
-        if self.model and self.train:
-            raise ValueError("Give either --model or --train: a model that was trained before, or a new one.")
-        if self.own_candidates and self.num_candidates is not None:
-            raise ValueError("Give either --own_candidates, sets whose sizes FTRACE fixed, or --num_candidates.")
-        for name in ("num_queries", "top_k", "epochs", "repeats"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}.")
 
 
 @dataclass

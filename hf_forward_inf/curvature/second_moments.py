@@ -5,7 +5,6 @@ from pickle import UnpicklingError
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
 
 from hf_forward_inf.curvature.example_gradients import ExampleGradients
 from hf_forward_inf.curvature.sample import Sample
@@ -69,6 +68,8 @@ def read_second_moments(file: Path, model: nn.Module) -> dict[str, Tensor]:
 
 def _trainer_order(model: nn.Module) -> list[str]:
     """Names as a Trainer hands parameters to its optimizer: those with weight decay first."""
+    from transformers import Trainer  # slow to import, and needed for few runs
+
     decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     return [n for n in names if n in decayed] + [n for n in names if n not in decayed]

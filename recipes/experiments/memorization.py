@@ -11,7 +11,8 @@ from experiments.features_under_ascent import features_under_ascent, moved, on_a
 from hf_forward_inf.adapters import ImageClassificationAdapter
 from hf_forward_inf.ascent.config import AscentConfig
 from hf_forward_inf.attribution import Attribution
-from hf_forward_inf.commands.image_task import ImageTask, captioned, load_image_task, with_objective
+from hf_forward_inf.commands.image_task import captioned, load_image_task, with_objective
+from hf_forward_inf.commands.options import ImageOptions
 from hf_forward_inf.commands.outputs import about, check_output, write_outputs
 from hf_forward_inf.data.images import load_images
 from hf_forward_inf.evaluation import cost
@@ -32,7 +33,7 @@ CAPTION = (
 
 
 @dataclass
-class MemorizationOptions(ImageTask):
+class MemorizationOptions(ImageOptions):
     """Whose memories are looked for, and where the results go."""
 
     output: str = field(

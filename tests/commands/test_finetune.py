@@ -6,7 +6,8 @@ from datasets import Dataset
 
 from hf_forward_inf import AscentConfig, Attribution
 from hf_forward_inf.cli import main
-from hf_forward_inf.commands.finetune import SIZES, FinetuneOptions, against_right, finetune_run
+from hf_forward_inf.commands.finetune import SIZES, against_right, finetune_run
+from hf_forward_inf.commands.options import FinetuneOptions
 from hf_forward_inf.data import proponents, questions
 from hf_forward_inf.data.questions import builtin_questions
 
@@ -77,7 +78,7 @@ def test_any_model_and_rows_are_traced_without_figures_where_the_truth_is_unknow
     corpus["queries"].select_columns(["prompt"]).select(range(3)).to_parquet(tmp_path / "asks.parquet")
     finetune_run(FinetuneOptions(output=str(tmp_path / "tiny"), epochs=40, removed=0), AscentConfig())
     (folder,) = {path.parent for path in Path(tmp_path, "cache", "models").rglob("config.json")}
-    arguments = ["finetune", "--model", str(folder), "--dataset", str(tmp_path / "train.parquet"), "--queries"]
+    arguments = ["finetune", "--model", str(folder), "--candidates", str(tmp_path / "train.parquet"), "--queries"]
     arguments += [
         str(tmp_path / "asks.parquet"),
         "--output",
@@ -96,7 +97,7 @@ def test_any_model_and_rows_are_traced_without_figures_where_the_truth_is_unknow
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--model", "x"], "give --model, --dataset and --queries together"),
+        (["--model", "x"], "give --model, --candidates and --queries together"),
         (["--epochs", "0"], "--epochs must be at least 1"),
     ],
 )

@@ -12,7 +12,8 @@ import pytest
 from hf_forward_inf import AscentConfig, Attribution, ForwardInf
 from hf_forward_inf.cli import main
 from hf_forward_inf.commands import laion
-from hf_forward_inf.commands.laion import LaionOptions, laion_run
+from hf_forward_inf.commands.laion import laion_run
+from hf_forward_inf.commands.options import LaionOptions
 from hf_forward_inf.data.digits import captioned_digits
 from tests.helpers.drawing import counted, rows, square, stable_diffusion
 from tests.helpers.shards import encoded, write_shard, write_shards
@@ -35,7 +36,7 @@ def options(pipeline, tmp_path):
     write_shard(shards / "00003.tar", [("bad", {"jpg": encoded(0)[:300], "json": {"caption": "a red square"}})])
     return LaionOptions(
         output=str(tmp_path / "run"), model=str(pipeline), candidates=str(shards), prompt=["a red square"],
-        num_images=2, references=2, timesteps=1, chunk_size=4, top_k=3,
+        num_images=2, num_references=2, timesteps=1, chunk_size=4, top_k=3,
     )  # fmt: skip
 
 
@@ -61,7 +62,7 @@ def test_a_prompt_is_drawn_and_traced_over_shards(options):
 def test_pictures_that_were_drawn_already_are_traced(options, tmp_path):
     for i in (1, 4):
         square(i).save(tmp_path / f"{i}.png")
-    options.images, options.prompt, options.references = [str(tmp_path / f"{i}.png") for i in (1, 4)], [], 0
+    options.images, options.prompt, options.num_references = [str(tmp_path / f"{i}.png") for i in (1, 4)], [], 0
     with pytest.warns(UserWarning):
         laion_run(options, ASCENT)
     found = Attribution.load_from_disk(Path(options.output) / "attribution")
@@ -97,8 +98,8 @@ def test_an_interrupted_run_neither_draws_nor_traces_again(options, monkeypatch)
 def test_two_processes_stream_and_explain_as_one_does(options, tmp_path):
     arguments = [
         "--model", options.model, "--candidates", options.candidates, "--prompt", "a red square", "--num_images", "1",
-        "--references", "2", "--timesteps", "1", "--chunk_size", "7", "--top_k", "3", "--heatmaps", "--sample", "4",
-        "--iterations", "2", "--direction", "cg",
+        "--num_references", "2", "--timesteps", "1", "--chunk_size", "7", "--top_k", "3", "--heatmaps",
+        "--sample", "4", "--iterations", "2", "--direction", "cg",
     ]  # fmt: skip
     launches = {
         "one": [sys.executable, RECIPE],
@@ -125,7 +126,18 @@ def test_the_command_traces_the_built_in_digits(tmp_path, monkeypatch, capsys):
     pytest.importorskip("sklearn")
     monkeypatch.setattr(laion, "Teaching", partial(laion.Teaching, training_steps=2))
     monkeypatch.setattr(laion, "captioned_digits", lambda: captioned_digits().select(range(60)))
-    arguments = ["--timesteps", "1", "--chunk_size", "40", "--num_images", "1", "--references", "0", "--top_k", "5"]
+    arguments = [
+        "--timesteps",
+        "1",
+        "--chunk_size",
+        "40",
+        "--num_images",
+        "1",
+        "--num_references",
+        "0",
+        "--top_k",
+        "5",
+    ]
     assert main(["laion", "--output", str(tmp_path / "run"), *arguments]) == 0
     assert "60 candidates traced, 0 of them without a score" in capsys.readouterr().out
     assert len(Attribution.load_from_disk(tmp_path / "run" / "attribution")) == 3
@@ -141,8 +153,8 @@ def test_the_command_traces_the_built_in_digits(tmp_path, monkeypatch, capsys):
         ({"candidates": "x"}, "--model and --candidates together"),
         ({"model": "x", "candidates": "y"}, "Give --prompt, which is drawn, or --images"),
         ({"images": ["a.png"], "prompt": ["a", "b"]}, "of one prompt, not of 2"),
-        ({"chunk_size": 0}, "--chunk_size must be above 0"),
-        ({"references": -1}, "--references must be 0 or more"),
+        ({"chunk_size": 0}, "--chunk_size must be at least 1"),
+        ({"num_references": -1}, "--num_references must be at least 0"),
     ],
 )
 def test_impossible_options_are_refused(options, message):

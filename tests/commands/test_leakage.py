@@ -5,7 +5,8 @@ import pytest
 from PIL import Image as Pillow
 
 from hf_forward_inf import Attribution
-from hf_forward_inf.commands.leakage import LeakageOptions, draw_tasks, lead, leakage_run
+from hf_forward_inf.commands.leakage import draw_tasks, lead, leakage_run
+from hf_forward_inf.commands.options import IMAGE_CHANGES, LeakageOptions
 from hf_forward_inf.data.image_changes import CHANGES, changed
 from hf_forward_inf.data.images import load_images
 from tests.helpers.images import picture
@@ -19,7 +20,7 @@ def digits():
 
 def test_a_run_finds_the_copies_and_writes_what_it_found(digits, tmp_path):
     options = LeakageOptions(
-        output=str(tmp_path), num_candidates=120, queries=12, tuning_share=0.5, epochs=4, top_k=5, radii=[0.01],
+        output=str(tmp_path), num_candidates=120, num_queries=12, tuning_share=0.5, epochs=4, top_k=5, radii=[0.01],
         change=["none", "shifted"], network="conv",
     )  # fmt: skip
     metrics = leakage_run(options)
@@ -39,7 +40,9 @@ def test_a_run_finds_the_copies_and_writes_what_it_found(digits, tmp_path):
 
 
 def test_settings_are_chosen_by_images_that_are_not_judged(digits):
-    tuning, judged = draw_tasks(digits, LeakageOptions(queries=20, tuning_share=0.25, change=["recoloured", "none"]))
+    tuning, judged = draw_tasks(
+        digits, LeakageOptions(num_queries=20, tuning_share=0.25, change=["recoloured", "none"])
+    )
     assert len(tuning.queries) == 10 and len(judged.queries) == 30 and len(tuning.candidates) == 1024
     assert judged.groups == {"": list(range(15)), "none": list(range(15, 30))}
     copies = {}
@@ -52,6 +55,10 @@ def test_settings_are_chosen_by_images_that_are_not_judged(digits):
             assert query["label"] == task.candidates[task.proponents[i][0]]["label"]
     tuned, others = ({np.asarray(image).tobytes() for image in images} for images in copies.values())
     assert not tuned & others
+
+
+def test_the_options_name_the_changes_that_there_are():
+    assert tuple(CHANGES) == IMAGE_CHANGES
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
@@ -72,10 +79,10 @@ def test_changes_leave_size_and_mode_and_all_but_a_negative_is_near(mode):
     ("options", "message"),
     [
         ({"model": "x"}, "give its training images as --candidates"),
-        ({"change": ["mirrored"]}, "--change mirrored is not known: none, shifted"),
-        ({"queries": 10}, "each takes 3 or more"),
-        ({"tuning_share": 1.0}, "--tuning_share must be between 0 and 1"),
-        ({"radii": [0.0]}, "radii are above 0"),
+        ({"change": ["mirrored"]}, "--change must be one of none, shifted"),
+        ({"num_queries": 10}, "3 or more are needed for each"),
+        ({"tuning_share": 1.0}, "--tuning_share must be below 1"),
+        ({"radii": [0.0]}, "--radii must be above 0"),
         ({"epochs": 0}, "--epochs must be at least 1"),
     ],
 )
@@ -86,7 +93,7 @@ def test_impossible_options_are_refused(options, message):
 
 def test_more_queries_than_candidates_are_refused(digits):
     with pytest.raises(ValueError, match="20 queries need more than 20 candidates"):
-        draw_tasks(digits.select(range(20)), LeakageOptions(queries=20))
+        draw_tasks(digits.select(range(20)), LeakageOptions(num_queries=20))
 
 
 def test_a_lead_is_counted_in_deviations_of_the_querys_scores():

@@ -5,7 +5,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hf_forward_inf.commands.mislabel import MislabelOptions, flip, mislabel_run
+from hf_forward_inf.commands.mislabel import flip, mislabel_run
+from hf_forward_inf.commands.options import MislabelOptions
 from hf_forward_inf.data.digits import labelled_digits
 from hf_forward_inf.toys.networks import ResNet
 
@@ -34,7 +35,7 @@ def test_a_run_writes_figures_scores_and_a_report_that_tells_what_is_wrong(tmp_p
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"flipped": 0.0}, {"flipped": 1.0}, {"radius": 0.0}, {"checkpoints": 31}, {"rate": 0.0}, {"blocks": 0}],
+    [{"flipped": 0.0}, {"flipped": 1.0}, {"radius": 0.0}, {"checkpoints": 31}, {"training_rate": 0.0}, {"blocks": 0}],
 )
 def test_options_that_make_no_run_are_named(wrong):
     (name,) = wrong
@@ -53,7 +54,7 @@ def test_labels_that_are_all_right_leave_nothing_to_find(tmp_path):
         ({"fine_tune": True}, "give --model"),
         ({"model": "m", "candidates": "c", "checkpoints": 2}, "add --fine_tune"),
         ({"weight_decay": -1.0}, "--weight_decay not below"),
-        ({"other_radii": [-1.0]}, "so must --other_radii"),
+        ({"other_radii": [-1.0]}, "--other_radii must be above 0"),
     ],
 )
 def test_options_that_don_t_fit_together_are_told(options, message):
@@ -73,8 +74,8 @@ def test_a_given_network_is_trained_on_by_the_labels_that_it_is_to_judge(tmp_pat
     metrics = mislabel_run(
         MislabelOptions(
             output=str(tmp_path / "out"), model=str(tmp_path / "model.safetensors"), fine_tune=True, epochs=2,
-            candidates=str(tmp_path / "digits.parquet"), optimizer="sgd", augment=True, first="layer3", checkpoints=2,
-            influence_modules=["linear"],
+            candidates=str(tmp_path / "digits.parquet"), training_optimizer="sgd", augment=True, first="layer3",
+            checkpoints=2, influence_modules=["linear"],
         )
     )  # fmt: skip
     assert metrics["epoch_1/loss/auc"] != metrics["epoch_2/loss/auc"] and metrics["influence_functions/auc"] > 0

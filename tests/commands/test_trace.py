@@ -11,9 +11,9 @@ import pytest
 
 from hf_forward_inf import AscentConfig, Attribution
 from hf_forward_inf.cli import main
+from hf_forward_inf.commands.options import TraceOptions
 from hf_forward_inf.commands.outputs import OUTPUTS
 from hf_forward_inf.commands.trace import trace_run
-from hf_forward_inf.commands.trace_source import TraceOptions
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "ftrace.py"
 
@@ -104,8 +104,10 @@ def test_kinds_of_queries_are_reported_apart(options, corpus, tmp_path, monkeypa
 def test_repeats_give_means_and_their_standard_errors(options, tmp_path):
     runs = []
     for name, seed, repeats in (("one", 0, 1), ("two", 1, 1), ("both", 0, 2)):
-        given = TraceOptions(**{**options, "output": str(tmp_path / name)}, repeats=repeats, baselines=False)
-        runs.append(trace_run(given, AscentConfig(direction="gradient", seed=seed)))
+        given = TraceOptions(
+            **{**options, "output": str(tmp_path / name)}, repeats=repeats, baselines=False, seed=seed
+        )
+        runs.append(trace_run(given, AscentConfig(direction="gradient")))
     values = [run["mrr"] for run in runs]
     assert values[0] != values[1]
     assert values[2] == pytest.approx(np.mean(values[:2]))
@@ -234,9 +236,3 @@ def test_impossible_options_are_told_in_a_line(given, message, capsys):
         main(["trace", *as_arguments(given)])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
-
-
-def test_the_command_without_a_command_shows_how_to_use_it(capsys):
-    assert main([]) == 2
-    assert main(["--help"]) == 0
-    assert capsys.readouterr().out.startswith("usage: hf-forward-inf <command>")

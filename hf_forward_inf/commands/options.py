@@ -1,0 +1,312 @@
+"""Options of the commands. Nothing here needs torch, so that `--help` is quick."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from hf_forward_inf.ascent.config import AscentConfig
+from hf_forward_inf.utils.options import RunOptions
+
+__all__ = [
+    "AscentConfig", "CompareOptions", "FinetuneOptions", "ImageOptions", "LaionOptions", "LeakageOptions",
+    "MislabelOptions", "TraceOptions",
+]  # fmt: skip
+RADII = (0.003, 0.01, 0.03, 0.1, 0.3)
+"""Lengths of the step that `leakage` tries with defaults."""
+IMAGE_CHANGES = ("none", "shifted", "recoloured", "recompressed", "inverted")
+"""What may be done to an image: the names of [`image_changes.CHANGES`]."""
+LEAST_TUNING = 3
+"""Least number of queries by which `leakage` chooses settings: scores are standardised over them."""
+
+
+@dataclass
+class TraceOptions(RunOptions):
+    """What to trace, and where the results go.
+
+    With none of `model`, `candidates` and `queries`, the built-in facts are traced with a tiny mT5 trained on them.
+
+    Args:
+        model (`str`, *optional*): Seq2seq or causal language model: hub name or local folder.
+        candidates (`str`, *optional*): Training examples: hub name[:config], local folder, parquet, JSON or CSV.
+        queries (`str`, *optional*): Outputs to explain, in the same forms as `candidates`.
+        train (`bool`, defaults to `False`): Train a tiny mT5 on the candidates instead of loading a model.
+        epochs (`int`, defaults to 25): Epochs of the training.
+        num_candidates (`int`, *optional*): Number of candidates: the queries' proponents, filled up with distractors.
+            All if unset.
+        own_candidates (`bool`, defaults to `False`): Rank each query among its own set of candidates, as FTRACE does.
+        num_queries (`int`, defaults to 60): Number of queries traced at most, drawn at random.
+        unanswered (`bool`, defaults to `False`): Also trace as many queries that the model answers wrongly; report
+            both groups separately.
+        paraphrased (`bool`, defaults to `False`): Also trace each query in other words (column paraphrases); report
+            them separately.
+        repeats (`int`, defaults to 1): Samples of queries and candidates; figures are means, with standard errors over
+            samples.
+        strict (`bool`, defaults to `False`): Proponents are only candidates in which the queried object is masked.
+        tune (`bool`, defaults to `False`): Choose the radius by self-retrieval, without labels.
+        reduction (`str`, defaults to `"sum"`): Loss of a candidate: sum or mean over its target tokens.
+        time_budget (`float`, *optional*): Seconds for scoring; candidates not reached by then, in a random order, get
+            no score.
+        tokens (`bool`, defaults to `False`): Colour in the report the tokens of the best candidates by their part of
+            the score.
+        baselines (`bool`, defaults to `True`): Also run BM25 and fixed learning rates, if proponents are known.
+        compare (`bool`, defaults to `False`): Also run every attributor: gradients, curvature, hidden states, fusion
+            and cascade.
+    """
+
+    output: str = "outputs/ftrace"
+    model: str | None = None
+    candidates: str | None = None
+    queries: str | None = None
+    train: bool = False
+    epochs: int = field(default=25, metadata={"min": 1})
+    num_candidates: int | None = field(default=None, metadata={"min": 1})
+    own_candidates: bool = False
+    num_queries: int = field(default=60, metadata={"min": 1})
+    unanswered: bool = False
+    paraphrased: bool = False
+    repeats: int = field(default=1, metadata={"min": 1})
+    strict: bool = False
+    tune: bool = False
+    reduction: Literal["sum", "mean"] = "sum"
+    time_budget: float | None = field(default=None, metadata={"above": 0})
+    tokens: bool = False
+    baselines: bool = True
+    compare: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = [name for name in ("model", "candidates", "queries") if getattr(self, name) is not None]
+        if given and (self.candidates is None or self.queries is None):
+            raise ValueError(f"--{given[0]} is given: give --candidates and --queries with it.")
+        if given and self.model is None and not self.train:
+            raise ValueError("Which model? Give --model, or --train for a tiny one trained on the candidates.")
+        if self.model is not None and self.train:
+            raise ValueError("Give either --model or --train: a model that was trained before, or a new one.")
+        if self.own_candidates and self.num_candidates is not None:
+            raise ValueError("Give either --own_candidates, sets whose sizes FTRACE fixed, or --num_candidates.")
+
+
+@dataclass
+class CompareOptions(TraceOptions):
+    """What to trace with every attributor, and where the results go."""
+
+    compare: bool = True
+
+
+@dataclass
+class FinetuneOptions(RunOptions):
+    """What to fine-tune and trace, and where the results go.
+
+    With none of `model`, `candidates` and `queries`, a tiny Llama is trained on questions about built-in facts, some
+    of them answered wrongly on purpose.
+
+    Args:
+        model (`str`, *optional*): Causal model to fine-tune: hub name or local folder.
+        candidates (`str`, *optional*): Training examples in TRL's formats: hub name[:config], folder, parquet, JSON or
+            CSV.
+        queries (`str`, *optional*): Prompts whose answers are traced, in the same forms as `candidates`.
+        lora (`bool`, defaults to `False`): Fine-tune by LoRA; its weights are perturbed.
+        contrast (`bool`, defaults to `False`): Trace wrong answers against the right ones (column right): why this
+            rather than that?
+        epochs (`int`, defaults to 20): Epochs of the training.
+        training_rate (`float`, *optional*): Peak learning rate of the training. Defaults to 2e-3 for a tiny model,
+            5e-5 for `model`, 1e-2 for LoRA.
+        batch_size (`int`, defaults to 16): Rows in a training step.
+        removed (`int`, defaults to 5): Best candidates of each wrong answer that are removed before training again; 0
+            to skip this.
+        tune (`bool`, defaults to `False`): Choose the radius by self-retrieval, without labels.
+    """
+
+    output: str = "outputs/finetune"
+    model: str | None = None
+    candidates: str | None = None
+    queries: str | None = None
+    lora: bool = False
+    contrast: bool = False
+    epochs: int = field(default=20, metadata={"min": 1})
+    training_rate: float | None = field(default=None, metadata={"above": 0})
+    batch_size: int = field(default=16, metadata={"min": 1})
+    removed: int = field(default=5, metadata={"min": 0})
+    tune: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = [name for name in ("model", "candidates", "queries") if getattr(self, name) is not None]
+        if given and len(given) < 3:
+            raise ValueError(f"--{given[0]} is given: give --model, --candidates and --queries together.")
+
+
+@dataclass
+class LaionOptions(RunOptions):
+    """What drew, what it drew, and the pictures that are streamed.
+
+    With neither `model` nor `candidates`, a tiny model is trained on handwritten digits and traced over them.
+
+    Args:
+        model (`str`, *optional*): Text-to-image pipeline: hub name or local folder.
+        candidates (`str`, *optional*): Captioned pictures: webdataset shards or parquet, a folder or pattern, or a hub
+            name.
+        prompt (`list[str]`, *optional*): Captions; each is drawn, and traced.
+        images (`list[str]`, *optional*): Files of pictures already drawn, of the one `prompt`.
+        num_images (`int`, defaults to 4): Pictures drawn for each caption.
+        num_references (`int`, defaults to 3): Captions of candidates that are drawn too, to standardise scores by; 0
+            for none.
+        image_column (`str`, *optional*): Column of pictures. Found by name if unset.
+        caption_column (`str`, *optional*): Column of captions. Found by name if unset.
+        timesteps (`int`, defaults to 8): Timesteps at which the loss of a picture is taken.
+        chunk_size (`int`, defaults to 2000): Candidates read and traced at once.
+        heatmaps (`bool`, defaults to `False`): Show where in a picture the score comes from.
+    """
+
+    output: str = "outputs/laion"
+    model: str | None = None
+    candidates: str | None = None
+    prompt: list[str] = field(default_factory=list)
+    images: list[str] = field(default_factory=list)
+    num_images: int = field(default=4, metadata={"min": 1})
+    num_references: int = field(default=3, metadata={"min": 0})
+    image_column: str | None = None
+    caption_column: str | None = None
+    timesteps: int = field(default=8, metadata={"min": 1})
+    chunk_size: int = field(default=2000, metadata={"min": 1})
+    heatmaps: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.model is None) != (self.candidates is None):
+            raise ValueError("Give --model and --candidates together: what drew, and what it was trained on.")
+        if self.model is not None and not (self.prompt or self.images):
+            raise ValueError("Give --prompt, which is drawn, or --images that were drawn.")
+        if self.images and len(self.prompt) > 1:
+            raise ValueError(f"--images are of one prompt, not of {len(self.prompt)}: trace them in several runs.")
+
+
+@dataclass
+class ImageOptions(RunOptions):
+    """Images, and the classifier that was trained on them.
+
+    With no `model`, a small network is trained on the candidates once; with no `candidates` either, on handwritten
+    digits.
+
+    Args:
+        model (`str`, *optional*): Image classifier: hub name or folder, or a folder with weights of a small ResNet.
+        candidates (`str`, *optional*): Its training images: hub name, folder of folders, parquet. Handwritten digits
+            if unset.
+        label_column (`str`, defaults to `"label"`): Column of labels.
+        image_column (`str`, *optional*): Column of images. Found by type if unset.
+        num_candidates (`int`, *optional*): Number of candidates, drawn at random. All if unset.
+        network (`str`, defaults to `"conv"`): Network that is trained: two convolutions (conv), or a ResNet.
+        blocks (`int`, defaults to 3): Blocks in each stage of the ResNet: 1 for a ResNet-8, 3 for a ResNet-20.
+        width (`int`, defaults to 16): Channels of the network's first layer.
+        fine_tune (`bool`, defaults to `False`): Fine-tune the given model on the candidates.
+        epochs (`int`, defaults to 30): Epochs of the training.
+        training_optimizer (`str`, defaults to `"adam"`): Optimizer of the training: adam, or sgd with momentum 0.9.
+        training_rate (`float`, defaults to 0.01): Peak learning rate of the training, of a one-cycle schedule.
+        weight_decay (`float`, defaults to 0.0): Weight decay of the training.
+        batch_size (`int`, defaults to 64): Images in a training step.
+        augment (`bool`, defaults to `False`): Mirror and shift images at random in training.
+        first (`str`, *optional*): First child module of the model to be perturbed (layer3 of a ResNet).
+    """
+
+    output: str = "outputs/images"
+    model: str | None = None
+    candidates: str | None = None
+    label_column: str = "label"
+    image_column: str | None = None
+    num_candidates: int | None = field(default=None, metadata={"min": 1})
+    network: Literal["resnet", "conv"] = "conv"
+    blocks: int = field(default=3, metadata={"min": 1})
+    width: int = field(default=16, metadata={"min": 1})
+    fine_tune: bool = False
+    epochs: int = field(default=30, metadata={"min": 1})
+    training_optimizer: Literal["adam", "sgd"] = "adam"
+    training_rate: float = field(default=1e-2, metadata={"above": 0})
+    weight_decay: float = field(default=0.0, metadata={"min": 0})
+    batch_size: int = field(default=64, metadata={"min": 1})
+    augment: bool = False
+    first: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.model is not None and self.candidates is None:
+            raise ValueError("--model is given: give its training images as --candidates with it.")
+        if self.fine_tune and self.model is None:
+            raise ValueError("--fine_tune needs a network that is trained already: give --model with it.")
+
+
+@dataclass
+class LeakageOptions(ImageOptions):
+    """Which training images are put into the test set, how they are changed, and where the results go.
+
+    With no `model`, a small network is trained on the candidates once; with no `candidates` either, on handwritten
+    digits.
+
+    Args:
+        num_queries (`int`, defaults to 64): Number of training images that are put into the test set.
+        tuning_share (`float`, defaults to 0.2): Share of them that settings are chosen by; the others are evaluated.
+        change (`list[str]`, defaults to `["none"]`): What is done to them, the first one reported under bare names:
+            none, shifted, recoloured, recompressed, inverted.
+        radii (`list[float]`): Radii to try.
+        baselines (`bool`, defaults to `True`): Also run the baselines.
+    """
+
+    output: str = "outputs/leakage"
+    num_queries: int = 64
+    tuning_share: float = field(default=0.2, metadata={"above": 0, "below": 1})
+    change: list[str] = field(default_factory=lambda: ["none"], metadata={"choices": IMAGE_CHANGES})
+    radii: list[float] = field(default_factory=lambda: list(RADII), metadata={"above": 0})
+    baselines: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.change or not self.radii:
+            raise ValueError("--change and --radii need at least one value each.")
+        if not LEAST_TUNING <= self.tuning <= self.num_queries - LEAST_TUNING:
+            raise ValueError(
+                f"--num_queries {self.num_queries} and --tuning_share {self.tuning_share} leave {self.tuning} to "
+                f"choose settings by and {self.num_queries - self.tuning} to evaluate: {LEAST_TUNING} or more are "
+                "needed for each."
+            )
+
+    @property
+    def tuning(self) -> int:
+        """Number of leaked images by which settings are chosen."""
+        return round(self.tuning_share * self.num_queries)
+
+
+@dataclass
+class MislabelOptions(ImageOptions):
+    """Where wrong labels come from, and where the results go.
+
+    With no `model`, a small network is trained on the candidates once; with no `candidates` either, on handwritten
+    digits.
+
+    Args:
+        flipped (`float`, defaults to 0.2): Share of the images that get a random label.
+        noisy_column (`str`, *optional*): Column of labels with people's own mistakes, instead of random ones.
+        radius (`float`, defaults to 0.01): Length of the step; longer ones find less.
+        other_radii (`list[float]`, *optional*): Other radii to report figures of.
+        checkpoints (`int`, defaults to 1): Number of checkpoints, evenly spaced over the training, over which scores
+            are summed.
+        influence_functions (`bool`, defaults to `True`): Also score by influence functions (EK-FAC), the slowest of
+            all.
+        influence_modules (`list[str]`, *optional*): Modules that influence functions use, such as layer3 linear. All
+            if unset.
+    """
+
+    output: str = "outputs/mislabel"
+    flipped: float = 0.2
+    noisy_column: str | None = None
+    radius: float = field(default=0.01, metadata={"above": 0})
+    other_radii: list[float] = field(default_factory=list, metadata={"above": 0})
+    checkpoints: int = field(default=1, metadata={"min": 1})
+    influence_functions: bool = True
+    influence_modules: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.noisy_column is None and not 0 < self.flipped < 1:
+            raise ValueError(f"--flipped must be above 0 and below 1, not {self.flipped}.")
+        if self.checkpoints > self.epochs:
+            raise ValueError(f"--checkpoints {self.checkpoints} are more than the {self.epochs} --epochs.")
+        if self.checkpoints > 1 and self.model is not None and not self.fine_tune:
+            raise ValueError("--checkpoints are of a training: add --fine_tune, or leave --model out.")

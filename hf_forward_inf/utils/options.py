@@ -1,0 +1,147 @@
+"""Dataclasses as options: help from their docstrings, checks from their fields, one parser for several of them."""
+
+import dataclasses
+import inspect
+import re
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import MISSING, dataclass, field
+from types import MappingProxyType
+from typing import Any, cast
+
+from transformers.hf_argparser import HfArgumentParser
+
+ARGUMENT = re.compile(r"    (\w+)(?: \(.*?\))?: (.*)")
+"""The first line of an argument in the `Args` section of a docstring: its name and the beginning of its text."""
+MARKUP = re.compile(r"\[?`([^`]*)`\]?")
+CHECKS = ("min", "above", "below", "choices")
+"""Keys of a field's metadata that limit its values."""
+
+
+@dataclass
+class RunOptions:
+    """Options of every run.
+
+    Each field has its help in the `Args` section of its class, and its limits in its metadata ([`check_fields`]).
+
+    Args:
+        output (`str`): Folder for metrics, attribution and report.
+        overwrite (`bool`, defaults to `False`): Replace a finished run in the output folder.
+        top_k (`int`, defaults to 100): Candidates of each query kept in the attribution.
+        seed (`int`, defaults to 0): Seeds whatever is drawn at random.
+    """
+
+    output: str = "outputs"
+    overwrite: bool = False
+    top_k: int = field(default=100, metadata={"min": 1})
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self, "--")
+
+
+def check_fields(options: Any, prefix: str = "") -> None:
+    """Refuse values outside the limits in the metadata of their fields.
+
+    `{"min": 1}` asks for at least 1, `{"above": 0}` and `{"below": 1}` for more and less, `{"choices": (...)}` for one
+    of several; of a list, each element is checked. `None` means unset and passes.
+
+    Args:
+        options: A dataclass instance.
+        prefix (`str`, defaults to `""`): Precedes the names of fields in messages.
+
+    Raises:
+        ValueError: Names the field, the limit and the value.
+    """
+    for one in dataclasses.fields(options):
+        given = getattr(options, one.name)
+        for value in given if isinstance(given, list | tuple) else [given]:
+            limit = None if value is None else _broken(value, one.metadata)
+            if limit:
+                raise ValueError(f"{prefix}{one.name} must be {limit}, not {value}.")
+
+
+def _broken(value: Any, limits: Any) -> str | None:
+    """Return the limit that a value breaks, in words."""
+    if "choices" in limits and value not in limits["choices"]:
+        return f"one of {', '.join(map(str, limits['choices']))}"
+    if "min" in limits and not value >= limits["min"]:
+        return f"at least {limits['min']}"
+    if "above" in limits and not value > limits["above"]:
+        return f"above {limits['above']}"
+    if "below" in limits and not value < limits["below"]:
+        return f"below {limits['below']}"
+    return None
+
+
+def argument_texts(kind: type) -> dict[str, str]:
+    """Return the text of each argument in the `Args` sections of a class and its bases, without markup."""
+    texts: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        _, _, section = inspect.cleandoc(base.__dict__.get("__doc__") or "").partition("\nArgs:\n")
+        name = ""
+        for line in section.splitlines():
+            if line and not line.startswith("    "):
+                break
+            if first := ARGUMENT.fullmatch(line):
+                name, texts[first[1]] = first[1], first[2]
+            elif name:
+                texts[name] = f"{texts[name]} {line.strip()}".strip()
+    return {name: MARKUP.sub(r"\1", text) for name, text in texts.items()}
+
+
+def description(kind: Any) -> str:
+    """Return the docstring of a class or function up to its `Args`, or other, section."""
+    return MARKUP.sub(r"\1", re.split(r"\n\w+:\n", inspect.cleandoc(kind.__doc__ or ""), maxsplit=1)[0]).strip()
+
+
+class _HelpFormatter(ArgumentDefaultsHelpFormatter):
+    """Appends defaults, except those that say nothing."""
+
+    def _get_help_string(self, action: Any) -> str | None:
+        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
+
+
+class OptionParser(HfArgumentParser):
+    """Parses the options of one or more dataclasses.
+
+    The help of a field is its text in the docstring's `Args`, unless its metadata has a `help`. `--num_queries` and
+    `--num-queries` are the same option. A field that several dataclasses have is one option, given to all of them.
+
+    Args:
+        *kinds (`type`): Dataclasses.
+        **kwargs: `prog`, `description`, ... of `argparse.ArgumentParser`.
+    """
+
+    def __init__(self, *kinds: type, **kwargs: Any):
+        self._texts: dict[str, str] = {}
+        self._names: set[str] = set()
+        super().__init__(cast(Any, kinds), **{"formatter_class": _HelpFormatter, "allow_abbrev": False, **kwargs})
+
+    def _add_dataclass_arguments(self, dtype: Any) -> None:
+        self._texts = argument_texts(dtype)
+        super()._add_dataclass_arguments(dtype)
+
+    def _parse_dataclass_field(self, parser: ArgumentParser, field: dataclasses.Field) -> None:  # type: ignore[override]
+        if field.name in self._names:
+            return
+        self._names.add(field.name)
+        metadata = {name: value for name, value in field.metadata.items() if name not in CHECKS}
+        metadata.setdefault("help", self._texts.get(field.name, "").replace("%", "%%"))
+        if field.type == bool | None and field.default in (None, MISSING):
+            metadata |= {"nargs": "?", "const": True}
+        plain = copy(field)
+        plain.metadata = MappingProxyType(metadata)
+        HfArgumentParser._parse_dataclass_field(parser, plain)
+
+    def parse(self, arguments: Sequence[str] | None = None) -> tuple[Any, ...]:
+        """Return an instance of each dataclass; exit with status 2 and a line where values are wrong."""
+        given = vars(self.parse_args(arguments))
+        try:
+            return tuple(
+                kind(**{one.name: given[one.name] for one in dataclasses.fields(cast(Any, kind)) if one.init})
+                for kind in self.dataclass_types
+            )
+        except (ValueError, TypeError) as error:
+            self.error(str(error))
