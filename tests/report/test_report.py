@@ -50,11 +50,11 @@ def test_a_query_without_scores_says_why(tmp_path):
 
 
 def test_it_tells_what_a_score_is(tmp_path):
-    assert "increase of an example's loss (in nats) when" in page(tmp_path)
+    assert "loss (in nats) when" in page(tmp_path)
     rows = Dataset.from_dict({"inputs_pretokenized": ["Q"], "targets_pretokenized": ["A"]})
     found = Attribution(np.ones((1, 1), np.float32), rows, rows, config={"measure": "shift"})
     found.to_html(tmp_path / "shift.html")
-    assert "change in the model's prediction for an example when" in (tmp_path / "shift.html").read_text()
+    assert "prediction for an example when" in (tmp_path / "shift.html").read_text()
 
 
 def test_only_the_best_are_shown(tmp_path):
