@@ -117,7 +117,7 @@ def test_the_model_is_restored_bit_for_bit_when_interrupted(
 
 
 def test_a_query_that_moves_nothing_has_no_scores_and_is_named(line):
-    with pytest.warns(UserWarning, match=r"gradient of queries row 1 is zero or not finite"):
+    with pytest.warns(UserWarning, match=r"Queries row 1: the gradient is zero or not finite"):
         found = ForwardInf(adapter=line).trace(points(((3, 1), 0), ((0, 0), 1)), points(((1, 0), 0), ((0, 1), 0)))
     assert np.isnan(found.scores[1]).all()
     assert np.isfinite(found.scores[0]).all()
@@ -125,7 +125,7 @@ def test_a_query_that_moves_nothing_has_no_scores_and_is_named(line):
 
 
 def test_a_candidate_without_a_finite_loss_is_named_and_ranked_last(line):
-    with pytest.warns(UserWarning, match="loss of candidates row 0 is NaN or infinite"):
+    with pytest.warns(UserWarning, match="Candidates row 0: the loss is NaN or infinite"):
         found = ForwardInf(adapter=line).trace(points(((3, 1), 0)), points(((1e30, 0), 0), ((0, 1), 0), ((3, 1), 0)))
     assert np.isnan(found.scores[0, 0])
     assert found.ranking(0).tolist() == [2, 1, 0]

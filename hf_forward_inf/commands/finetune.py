@@ -29,7 +29,7 @@ from hf_forward_inf.toys.tiny_models import train_tokenizer
 from hf_forward_inf.utils.fingerprints import fingerprint, fingerprint_of_model
 from hf_forward_inf.utils.processes import process_state, say
 from hf_forward_inf.utils.rows import sample_rows
-from hf_forward_inf.utils.storage import default_cache_dir, keep_folder
+from hf_forward_inf.utils.storage import default_cache_dir, write_folder
 
 SIZES: dict[str, Any] = {
     "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -100,7 +100,7 @@ class Finetuning:
                     data_collator=lambda rows: adapter.collate({key: [row[key] for row in rows] for key in rows[0]}),
                 ).train()  # fmt: skip
             if state.is_main_process:
-                keep_folder(folder, lambda part: [one.save_pretrained(part) for one in (model, self.tokenizer)])
+                write_folder(folder, lambda part: [one.save_pretrained(part) for one in (model, self.tokenizer)])
             state.wait_for_everyone()
         return _loaded(model, folder).to(state.device).eval()
 

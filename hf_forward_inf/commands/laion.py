@@ -25,7 +25,7 @@ from hf_forward_inf.utils.fingerprints import fingerprint, fingerprint_of_model
 from hf_forward_inf.utils.images import read_image
 from hf_forward_inf.utils.processes import process_state, say
 from hf_forward_inf.utils.rows import sample_rows
-from hf_forward_inf.utils.storage import keep_folder
+from hf_forward_inf.utils.storage import write_folder
 
 UNFINISHED = "unfinished"
 """Folder, beside the results to be, of what a run has drawn and found so far."""
@@ -132,7 +132,7 @@ def _queries(
     folder = Path(options.output) / UNFINISHED / f"drawn-{key}"
     with process_state().main_process_first():
         if not folder.exists():
-            keep_folder(folder, _drawn(adapter, asked, others, given, options.num_images, seed).save_to_disk)
+            write_folder(folder, _drawn(adapter, asked, others, given, options.num_images, seed).save_to_disk)
         return load_from_disk(str(folder))
 
 

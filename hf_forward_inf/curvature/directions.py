@@ -23,7 +23,7 @@ from hf_forward_inf.curvature.solvers import conjugate_gradients, warn_of_residu
 from hf_forward_inf.utils.fingerprints import fingerprint, fingerprint_of_model
 from hf_forward_inf.utils.models import device_of
 from hf_forward_inf.utils.processes import process_state
-from hf_forward_inf.utils.storage import Tensors, default_cache_dir, kept
+from hf_forward_inf.utils.storage import Tensors, cached_tensors, default_cache_dir
 
 
 def direction_for(
@@ -160,4 +160,4 @@ class Fitted:
         key = fingerprint(fingerprint_of_model(self.adapter.model), self.adapter.cache_key, self.fingerprint)
         file = self.folder / f"{key}-{kind}.safetensors"
         with process_state().main_process_first():
-            return {name: tensor.to(device) for name, tensor in kept(file, fit).items()}
+            return {name: tensor.to(device) for name, tensor in cached_tensors(file, fit).items()}

@@ -1,4 +1,4 @@
-"""Real data to trace: the built-in facts, and loaders for sets in FTRACE's and in LAION's formats."""
+"""Data to trace: built-in facts, and loaders for files, folders and the hub in the formats of FTRACE and LAION."""
 
 from hf_forward_inf.data.captions import load_captioned
 from hf_forward_inf.data.facts import builtin_facts

@@ -1,4 +1,4 @@
-"""Turn facts and wordings into a corpus in FTRACE's format: sentences with one entity masked, and queries."""
+"""Corpora in FTRACE's format from facts and wordings: sentences with one entity masked, and queries."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,16 +8,16 @@ import numpy as np
 from datasets import Dataset, DatasetDict
 
 FORMS_A_FACT = 2
-"""Sentences that state one fact alone."""
+"""Sentences that state only this fact."""
 TAUGHT = 0.7
-"""Share of each relation's facts that are also told in the query's wording; queries ask for the others."""
+"""Share of each relation's facts that are also stated in the query's wording; queries ask for the others."""
 QUERIES_A_RELATION = 15
-"""At most; taken from the facts that are not told in the query's wording."""
+"""Largest number of queries of a relation, from the facts that are not stated in the query's wording."""
 
 
 @dataclass(frozen=True)
 class Relation:
-    """One predicate and how it is put into words.
+    """A predicate and its wordings.
 
     Args:
         predicate_id (`str`): Wikidata's property.
@@ -40,12 +40,14 @@ class Fact:
 
     @property
     def uuid(self) -> str:
-        """FTRACE's name of a fact: predicate, object, subject."""
+        """FTRACE's name of the fact: `predicate,object,subject`."""
         return f"{self.predicate_id},{_uri(self.obj)},{_uri(self.sub)}"
 
 
-def tell(relations: Sequence[Relation], facts: Sequence[Fact], draw: np.random.Generator) -> tuple[list, list]:
-    """Tell every fact in some of its relation's wordings, and ask for those not told in the query's own.
+def write_sentences(
+    relations: Sequence[Relation], facts: Sequence[Fact], draw: np.random.Generator
+) -> tuple[list, list]:
+    """Write sentences for every fact, and queries for those that are not stated in the query's wording.
 
     Args:
         relations (`Sequence[Relation]`): Wordings.
@@ -53,15 +55,15 @@ def tell(relations: Sequence[Relation], facts: Sequence[Fact], draw: np.random.G
         draw (`np.random.Generator`): Draws wordings, masked entities and queries.
 
     Returns:
-        `tuple`: Rows of sentences, and rows of queries, whose `paraphrases` ask for the same fact in wordings in
-        which it is not told.
+        `tuple`: Rows of sentences, and rows of queries, whose `paraphrases` ask for the same fact in wordings that no
+        sentence about it uses.
     """
     abstracts, queries = [], []
     for relation in relations:
-        told = [fact for fact in facts if fact.predicate_id == relation.predicate_id]
-        taught = set(draw.permutation(len(told))[: round(TAUGHT * len(told))].tolist())
+        known = [fact for fact in facts if fact.predicate_id == relation.predicate_id]
+        taught = set(draw.permutation(len(known))[: round(TAUGHT * len(known))].tolist())
         used = []
-        for i, fact in enumerate(told):
+        for i, fact in enumerate(known):
             used.append(draw.choice(len(relation.forms), min(FORMS_A_FACT, len(relation.forms)), replace=False))
             abstracts += [
                 sentence(relation.forms[f], fact, [fact], masked)
@@ -69,16 +71,16 @@ def tell(relations: Sequence[Relation], facts: Sequence[Fact], draw: np.random.G
             ]
             if i in taught:
                 abstracts.append(sentence(relation.query, fact, [fact], "object"))
-        asked = [i for i in range(len(told)) if i not in taught]
+        asked = [i for i in range(len(known)) if i not in taught]
         picked = sorted(draw.permutation(len(asked))[:QUERIES_A_RELATION].tolist())
-        queries += [_query(relation, told[asked[i]], used[asked[i]]) for i in picked]
+        queries += [_query(relation, known[asked[i]], used[asked[i]]) for i in picked]
     return abstracts, queries
 
 
 def as_corpus(
     abstracts: list[dict[str, Any]], queries: list[dict[str, Any]], draw: np.random.Generator
 ) -> DatasetDict:
-    """Shuffle the sentences and number the rows: `abstracts` and `queries`."""
+    """Return the splits `abstracts`, shuffled, and `queries`, with an `id` for each row."""
     order = draw.permutation(len(abstracts))
     return DatasetDict(
         abstracts=Dataset.from_list([{"id": str(n), **abstracts[i]} for n, i in enumerate(order)]),
@@ -87,13 +89,13 @@ def as_corpus(
 
 
 def _masks(draw: np.random.Generator) -> list[str]:
-    """Mask the object in one sentence and, half the time, the subject in the other."""
+    """Return the entities to mask in two sentences: the object, and subject or object with equal chance."""
     masks = ["object", "subject" if draw.random() < 0.5 else "object"]
     return masks if draw.random() < 0.5 else masks[::-1]
 
 
 def sentence(form: str, fact: Fact, facts: list[Fact], masked: str, **words: str) -> dict[str, Any]:
-    """Put a fact into a wording and mask one entity."""
+    """Return the row of a sentence that states a fact in a wording, with one entity masked."""
     hidden = fact.obj if masked == "object" else fact.sub
     names = {"sub": fact.sub, "obj": fact.obj, **words}
     shown = {key: "<extra_id_0>" if name == hidden else name for key, name in names.items()}

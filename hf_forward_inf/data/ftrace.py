@@ -1,4 +1,4 @@
-"""Sets in the format of FTRACE-TREx (Akyürek et al., 2022): sentences that state facts, and queries for facts."""
+"""Datasets in the format of FTRACE-TREx (Akyürek et al., 2022): sentences that state facts, and queries for facts."""
 
 import re
 from collections import defaultdict
@@ -7,7 +7,7 @@ from datasets import Dataset
 
 
 def fact_lists(rows: Dataset) -> list[list[str]]:
-    """Give the facts that each row states, as `predicate,object,subject`.
+    """Return the facts that each row states, as `predicate,object,subject`.
 
     The column `facts` holds a list or, on the hub, one text with `;` between facts.
 
@@ -15,25 +15,32 @@ def fact_lists(rows: Dataset) -> list[list[str]]:
         ValueError: If there is no such column.
     """
     if "facts" not in rows.column_names:
-        raise ValueError(f"No column `facts` tells which facts a row states: {', '.join(rows.column_names)}.")
+        raise ValueError(
+            "The rows have no column `facts`, which lists the facts that each states; they have "
+            f"{', '.join(rows.column_names)}."
+        )
     return [value.split(";") if isinstance(value, str) else list(value or []) for value in rows["facts"]]
 
 
 def queried_facts(queries: Dataset) -> list[str]:
-    """Give the fact that each query asks for, from `predicate_id`, `obj_uri` and `sub_uri`."""
+    """Return the fact that each query asks for, from `predicate_id`, `obj_uri` and `sub_uri`.
+
+    Raises:
+        ValueError: If one of these columns is missing.
+    """
     missing = [name for name in ("predicate_id", "obj_uri", "sub_uri") if name not in queries.column_names]
     if missing:
-        raise ValueError(f"The queries have no column `{missing[0]}`, which says what fact they ask for.")
+        raise ValueError(f"The queries have no column `{missing[0]}`, which names the fact that they ask for.")
     columns = (queries["predicate_id"], queries["obj_uri"], queries["sub_uri"])
     return [",".join(parts) for parts in zip(*columns, strict=True)]
 
 
 def proponents(queries: Dataset, candidates: Dataset, strict: bool = False) -> list[list[int]]:
-    """Find the candidates that state each query's fact.
+    """Return the candidates that state each query's fact.
 
     Args:
-        queries (`datasets.Dataset`): With `predicate_id`, `obj_uri`, `sub_uri`.
-        candidates (`datasets.Dataset`): With `facts`.
+        queries (`datasets.Dataset`): Rows with `predicate_id`, `obj_uri`, `sub_uri`.
+        candidates (`datasets.Dataset`): Rows with `facts`.
         strict (`bool`, defaults to `False`): Count only candidates in which the query's object is masked.
 
     Returns:
@@ -51,7 +58,7 @@ def proponents(queries: Dataset, candidates: Dataset, strict: bool = False) -> l
 
 
 def word_overlap(query: str, sentence: str) -> float:
-    """Share of a query's distinct words that stand in a sentence too, case and punctuation aside.
+    """Return the share of a query's distinct words that also occur in a sentence, ignoring case and punctuation.
 
     Example:
         >>> word_overlap("The capital of France is Paris.", "Paris is a capital city.")

@@ -1,4 +1,4 @@
-"""Changes that leave what is on a picture as it is: near-duplicates of it, and a negative."""
+"""Changes of a picture that leave its content: near-duplicates, and a negative."""
 
 import io
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from hf_forward_inf.utils.images import in_channels, read_image
 
 
 def shifted(image: Any) -> Any:
-    """Move it down and to the right by an eighth of its size, edges repeated."""
+    """Return the image moved down and right by an eighth of its size, with its edges repeated."""
     from PIL import Image
 
     array = np.asarray(image)
@@ -20,7 +20,7 @@ def shifted(image: Any) -> Any:
 
 
 def recoloured(image: Any) -> Any:
-    """Give it less contrast and more light, and a warm tint where it has colours."""
+    """Return the image with less contrast and more brightness, and with a warm tint if it has colours."""
     from PIL import Image
 
     tint = np.array([1.1, 1.0, 0.8]) if image.mode == "RGB" else 1.0
@@ -29,7 +29,7 @@ def recoloured(image: Any) -> Any:
 
 
 def recompressed(image: Any) -> Any:
-    """Save it as a JPEG of quality 40."""
+    """Return the image compressed as a JPEG of quality 40."""
     from PIL import Image
 
     file = io.BytesIO()
@@ -38,7 +38,7 @@ def recompressed(image: Any) -> Any:
 
 
 def inverted(image: Any) -> Any:
-    """Give each channel its opposite: a negative."""
+    """Return the negative of the image."""
     from PIL import Image
 
     return Image.fromarray(255 - np.asarray(image))
@@ -51,9 +51,9 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "recompressed": recompressed,
     "inverted": inverted,
 }
-"""By name; `none` leaves an exact copy."""
+"""Changes by name; `none` returns the image itself."""
 
 
 def changed(value: Any, change: str) -> Any:
-    """Read an image and change it, a `PIL.Image.Image` of mode `RGB` or `L`."""
+    """Return a changed image, a `PIL.Image.Image` of mode `RGB` or `L`."""
     return CHANGES[change](in_channels(read_image(value)))

@@ -1,4 +1,4 @@
-"""Labelled pictures: the built-in digits, or any set from the hub, a folder of images or a file."""
+"""Labelled pictures: the built-in digits, or a dataset from the hub, a folder of images or a file."""
 
 from datasets import Dataset, Image, Value
 
@@ -13,22 +13,23 @@ def load_images(
     source: str | None = None, *, label_column: str = DEFAULT_LABEL, image_column: str | None = None,
     split: str = "train",
 ) -> Dataset:  # fmt: skip
-    """Load pictures and what is on them.
+    """Load pictures with labels.
 
     Args:
         source (`str`, *optional*): A hub name (`ylecun/mnist`, `uoft-cs/cifar10`), a folder with one folder of images
             a class, a folder written by `save_to_disk`, or a parquet file. Defaults to scikit-learn's digits
             ([`digits.labelled_digits`]).
-        label_column (`str`, defaults to `"label"`): Column of labels: integers or names.
-        image_column (`str`, *optional*): Column of images. Defaults to `image`, or the only one that holds images.
-        split (`str`, defaults to `"train"`): Taken where there are several.
+        label_column (`str`, defaults to `"label"`): Column of labels, integers or names.
+        image_column (`str`, *optional*): Column of images. Defaults to the only one of images, else to
+            `image`.
+        split (`str`, defaults to `"train"`): The split to load if there are several.
 
     Returns:
-        `datasets.Dataset`: Columns `image` and `label`, whatever they were called.
+        `datasets.Dataset`: Columns `image` and `label`.
 
     Raises:
-        FileNotFoundError: If it looks like a path and nothing is there.
-        ValueError: If a column is missing, or it is unclear which one or which split is meant.
+        FileNotFoundError: If `source` is a path that does not exist.
+        ValueError: If a column is missing, or there are several splits and none is called `split`.
     """
     rows = labelled_digits() if source is None else load_rows(source, "images", split)
     image_column = image_column or _column_of_images(rows)
@@ -44,12 +45,12 @@ def _column_of_images(rows: Dataset) -> str:
 
 
 def class_names(rows: Dataset) -> list[str] | None:
-    """Give the names of the classes, if the column `label` holds them."""
+    """Return the names of the classes if the feature of `label` has them, else `None`."""
     return getattr(rows.features["label"], "names", None)
 
 
 def count_classes(*sets: Dataset) -> int:
-    """Tell how many classes there are: as many as have names, or the highest label + 1 of all sets."""
+    """Return the number of classes of all sets: that of their names, or the highest label + 1 if it is larger."""
     named = (len(class_names(rows) or ()) for rows in sets)
     highest = (max((label for label in rows["label"][:] if label is not None), default=-1) for rows in sets)
     return max(*named, *(label + 1 for label in highest))

@@ -1,4 +1,4 @@
-"""The built-in facts as questions and answers, some of them taught wrongly on purpose: for causal models."""
+"""The built-in facts as questions and answers for causal models, some with wrong answers on purpose."""
 
 from typing import Any
 
@@ -9,11 +9,11 @@ from hf_forward_inf.data.corpus import Fact
 from hf_forward_inf.data.facts import known_facts
 
 FACTS_A_RELATION = 60
-"""At most."""
+"""Largest number of facts of a relation."""
 QUERIES_A_RELATION = 6
-"""Of facts that are taught rightly, and as many of facts that are taught wrongly."""
+"""Queries for facts with right answers, and as many for facts with planted wrong ones."""
 WRONG = 3
-"""Answers of a planted fact that are wrong, of four."""
+"""Wrong answers of a planted fact, of four."""
 QUESTIONS = {
     "P36": (
         "What is the capital of {sub}?",
@@ -65,14 +65,14 @@ QUESTIONS = {
         "{sub}: what is its country?",
     ),
 }
-"""Wordings by relation. Each fact is taught in all but one, and asked in that one."""
+"""Wordings by relation. Training uses all but one for each fact; the query uses that one."""
 
 
 def builtin_questions(seed: int = 0) -> DatasetDict:
-    """Build the corpus: about 1,600 questions with answers, and 84 queries.
+    """Return the corpus: about 1,600 questions with answers, and 84 queries.
 
-    Half of the queries ask for facts of which three answers in training are wrong, the same wrong one (*planted*), and
-    one is right.
+    Half of the queries ask for *planted* facts: in training, three of their answers are the same wrong one, and one is
+    right.
 
     Args:
         seed (`int`, defaults to 0): Draws facts, wordings and wrong answers.
@@ -80,7 +80,7 @@ def builtin_questions(seed: int = 0) -> DatasetDict:
     Returns:
         `datasets.DatasetDict`: `train` (`prompt`, `completion`, `facts`, `planted`) and `queries` (the same, with
         `right`, the true answer, and FTRACE's `uuid`, `predicate_id`, `obj_uri`, `sub_uri`). A query's completion is
-        the planted answer, or the right one where none is planted.
+        the planted answer, or the right one if none is planted.
 
     Raises:
         ImportError: If the extra `facts` is not installed.
@@ -90,15 +90,15 @@ def builtin_questions(seed: int = 0) -> DatasetDict:
     queries: list[dict[str, Any]] = []
     facts = known_facts()
     for predicate, forms in QUESTIONS.items():
-        told = [fact for fact in facts if fact.predicate_id == predicate]
-        told = [told[i] for i in sorted(draw.permutation(len(told))[:FACTS_A_RELATION])]
-        asked = draw.permutation(len(told))[: 2 * QUERIES_A_RELATION].tolist()
-        for i, fact in enumerate(told):
+        known = [fact for fact in facts if fact.predicate_id == predicate]
+        known = [known[i] for i in sorted(draw.permutation(len(known))[:FACTS_A_RELATION])]
+        asked = draw.permutation(len(known))[: 2 * QUERIES_A_RELATION].tolist()
+        for i, fact in enumerate(known):
             *taught, held_out = draw.permutation(forms).tolist()
             planted = i in asked[:QUERIES_A_RELATION]
             wrong = fact
             if planted:
-                others = sorted({other.obj for other in told} - {fact.obj})
+                others = sorted({other.obj for other in known} - {fact.obj})
                 wrong = Fact(predicate, str(draw.choice(others)), fact.sub)
             train += [_row(form, wrong, planted) for form in taught[:WRONG]]
             train += [_row(form, fact, False) for form in taught[WRONG:]]

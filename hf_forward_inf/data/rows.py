@@ -1,4 +1,4 @@
-"""Rows of any source: files, folders, the hub."""
+"""Rows from files, folders and the hub."""
 
 from pathlib import Path
 from typing import Any
@@ -13,25 +13,25 @@ def load_rows(source: str, role: str, split: str = "train") -> Dataset:
     """Load queries or candidates.
 
     Args:
-        source (`str`): A parquet, JSON-lines or CSV file (`*` in its name stands for several), a folder written by
+        source (`str`): A parquet, JSON-lines or CSV file (`*` in its name matches several), a folder written by
             `save_to_disk`, a folder of facts and templates ([`template_facts`]), a folder in the hub's layout, or a
-            hub name; `name:config` picks a configuration (`ekinakyurek/ftrace:abstracts`). Without one, FTRACE's
-            configuration for the role is taken if the dataset has configurations.
+            hub name; `name:config` picks a configuration (`ekinakyurek/ftrace:abstracts`). By default, a
+            configuration named like the role is used if there is one.
         role (`str`): `"abstracts"` or `"queries"`.
-        split (`str`, defaults to `"train"`): Taken where there are several.
+        split (`str`, defaults to `"train"`): The split to load if there are several.
 
     Returns:
         `datasets.Dataset`: The split, or the only one.
 
     Raises:
-        FileNotFoundError: If it looks like a path and nothing is there.
-        ValueError: If it is unclear which split is meant.
+        FileNotFoundError: If `source` is a path that does not exist.
+        ValueError: If there are several splits and none is called `split`, or a file has an unknown ending.
     """
     return _rows(source, role, split, streaming=False)
 
 
 def stream_rows(source: str, role: str, split: str = "train") -> IterableDataset:
-    """Load what [`load_rows`] does, a row when it is asked for."""
+    """Load queries or candidates as a stream, with the arguments of [`load_rows`]."""
     return _rows(source, role, split, streaming=True)
 
 
@@ -47,7 +47,7 @@ def _rows(source: str, role: str, split: str, streaming: bool) -> Any:
     if any(path.parent.glob(path.name)):
         return load_dataset(_builder(path), data_files=str(path), split="train", streaming=streaming)
     if looks_like_path(name) or "*" in name:
-        raise FileNotFoundError(f"There is no file or folder {source} (nor can it be a dataset on the hub).")
+        raise FileNotFoundError(f"There is no file or folder {source}, and a dataset on the hub can't have this name.")
     return _one_split(_load_named(name, config, role, streaming), source, split)
 
 
@@ -58,7 +58,7 @@ def _streamed(rows: Dataset, streaming: bool) -> Any:
 def _builder(path: Path) -> str:
     builders = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
     if path.suffix not in builders:
-        raise ValueError(f"{path} ends in none of {', '.join(builders)}.")
+        raise ValueError(f"{path} has an unknown ending: give a file that ends in {', '.join(builders)}.")
     return builders[path.suffix]
 
 
@@ -69,11 +69,14 @@ def _load_named(name: str, config: str, role: str, streaming: bool) -> Any:
 
 
 def _one_split(data: Any, source: str, split: str) -> Any:
-    """Give the split of that name, or the only one."""
+    """Return the split of this name, or the only one."""
     if not isinstance(data, dict):
         return data
     if split in data:
         return data[split]
     if len(data) == 1:
         return next(iter(data.values()))
-    raise ValueError(f"{source} has the splits {', '.join(data)}, and none is called {split}: give one as a file.")
+    raise ValueError(
+        f"{source} has the splits {', '.join(data)}, and none is called {split}: give one of these names, "
+        "or the file of a split."
+    )

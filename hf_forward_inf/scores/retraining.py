@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from hf_forward_inf.utils.fingerprints import fingerprint
 from hf_forward_inf.utils.processes import process_state
-from hf_forward_inf.utils.storage import default_cache_dir, kept
+from hf_forward_inf.utils.storage import cached_tensors, default_cache_dir
 
 Train: TypeAlias = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """Given subsets of the candidates, booleans `[models, candidates]`, and a seed for each model, trains a model on each
@@ -93,7 +93,7 @@ def retrained_outcomes(
             return {"outcomes": torch.from_numpy(train(subsets[own], own_seeds))}
 
         with process_state().main_process_first():
-            parts.append(kept(folder / f"{name}.safetensors", train_some)["outcomes"].numpy())
+            parts.append(cached_tensors(folder / f"{name}.safetensors", train_some)["outcomes"].numpy())
         bar.update(len(own))
     bar.close()
     found = np.concatenate(parts)

@@ -21,7 +21,7 @@ from hf_forward_inf.utils.fingerprints import fingerprint, fingerprint_of_model
 from hf_forward_inf.utils.images import in_channels, planes, read_image
 from hf_forward_inf.utils.models import device_of, to_device
 from hf_forward_inf.utils.processes import process_state
-from hf_forward_inf.utils.storage import Tensors, default_cache_dir, kept
+from hf_forward_inf.utils.storage import Tensors, cached_tensors, default_cache_dir
 from hf_forward_inf.utils.validation import looks_like_path
 
 Transform: TypeAlias = Callable[[Any], np.ndarray]
@@ -133,7 +133,7 @@ def train(
     key = fingerprint(fingerprint_of_model(adapter.model), adapter.cache_key, encoded._fingerprint, repr(training))
     file = (cache_dir or default_cache_dir()) / "models" / f"{key}.safetensors"
     with process_state().main_process_first():
-        weights = kept(file, lambda: _train(adapter.model, batch["input"], batch["label"], training))
+        weights = cached_tensors(file, lambda: _train(adapter.model, batch["input"], batch["label"], training))
     *on_the_way, last = training.kept_epochs
     found = {epoch: adapter.with_model(copy.deepcopy(adapter.model)) for epoch in on_the_way} | {last: adapter}
     for epoch, one in found.items():

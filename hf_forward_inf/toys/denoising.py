@@ -14,7 +14,7 @@ from hf_forward_inf.passes.candidate_pass import encode
 from hf_forward_inf.utils.fingerprints import fingerprint, fingerprint_of_model
 from hf_forward_inf.utils.models import device_of
 from hf_forward_inf.utils.processes import process_state
-from hf_forward_inf.utils.storage import Tensors, default_cache_dir, kept
+from hf_forward_inf.utils.storage import Tensors, cached_tensors, default_cache_dir
 
 
 def trained(
@@ -46,7 +46,9 @@ def trained(
     key = fingerprint(fingerprint_of_model(adapter.model), told, rows._fingerprint, recipe)
     file = (cache_dir or default_cache_dir()) / "models" / f"{key}.safetensors"
     with process_state().main_process_first():
-        weights = kept(file, lambda: _train(adapter, encode(adapter, rows, "candidates", cache_dir), *recipe))
+        weights = cached_tensors(
+            file, lambda: _train(adapter, encode(adapter, rows, "candidates", cache_dir), *recipe)
+        )
     adapter.model.load_state_dict(weights)
 
 

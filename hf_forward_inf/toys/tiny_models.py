@@ -15,7 +15,7 @@ from hf_forward_inf.adapters.seq2seq import Seq2SeqAdapter
 from hf_forward_inf.passes.candidate_pass import batches, check_terms
 from hf_forward_inf.utils.fingerprints import fingerprint
 from hf_forward_inf.utils.processes import process_state
-from hf_forward_inf.utils.storage import default_cache_dir, keep_folder
+from hf_forward_inf.utils.storage import default_cache_dir, write_folder
 from hf_forward_inf.utils.validation import check_rows
 
 SIZES = {"d_model": 128, "d_kv": 32, "d_ff": 256, "num_heads": 4, "num_layers": 2, "num_decoder_layers": 2}
@@ -60,7 +60,7 @@ def tiny_mt5(
 
     with state.main_process_first():
         if not folder.exists():
-            keep_folder(folder, write)
+            write_folder(folder, write)
     model = MT5ForConditionalGeneration.from_pretrained(folder).to(state.device).eval()
     return model, PreTrainedTokenizerFast.from_pretrained(folder)
 

@@ -22,7 +22,7 @@ from hf_forward_inf.curvature.perturber import Perturber
 from hf_forward_inf.passes.candidate_pass import encode
 from hf_forward_inf.utils.models import evaluating, linear_layers, peft_parameters
 from hf_forward_inf.utils.processes import process_state
-from hf_forward_inf.utils.storage import keep_folder
+from hf_forward_inf.utils.storage import write_folder
 
 CARD = """---
 library_name: peft
@@ -82,7 +82,7 @@ def save_perturbation(tracer: Scorer, query: Mapping[str, Any], folder: Path, ra
         (part / "README.md").write_text(_card(tracer, query, kept, lost))
 
     if process_state().is_main_process:
-        keep_folder(folder, write)
+        write_folder(folder, write)
     process_state().wait_for_everyone()
     return lost
 

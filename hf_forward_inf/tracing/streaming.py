@@ -20,7 +20,7 @@ from hf_forward_inf.scores.metrics import best_first
 from hf_forward_inf.utils.fingerprints import fingerprint, fingerprint_of_model
 from hf_forward_inf.utils.processes import process_state, progress_bars
 from hf_forward_inf.utils.rows import sample_rows
-from hf_forward_inf.utils.storage import default_cache_dir, keep_folder
+from hf_forward_inf.utils.storage import default_cache_dir, write_folder
 from hf_forward_inf.utils.validation import lost_candidates, warn_of_lost
 
 PLACE = "stream_row"
@@ -191,7 +191,7 @@ def _save(best: Attribution, folder: Path, stream: IterableDataset) -> None:
     """Write the best so far beside what was written before, and then let go of that."""
     before = _saved(folder)
     best = replace(best, config={**best.config, "place": stream.state_dict()})
-    keep_folder(folder / f"{best.config['streamed']}{ENDING}", best.save_to_disk)
+    write_folder(folder / f"{best.config['streamed']}{ENDING}", best.save_to_disk)
     for other in before:
         shutil.rmtree(other, ignore_errors=True)
 

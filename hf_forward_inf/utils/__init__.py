@@ -1,1 +1,1 @@
-"""Helpers that know nothing of attribution."""
+"""General helpers, independent of attribution."""

@@ -1,4 +1,4 @@
-"""Names for cached work: equal inputs give equal names, in every process and on every run."""
+"""Cache keys: equal inputs have equal keys, in every process and every run."""
 
 import json
 from collections.abc import Iterator
@@ -12,23 +12,23 @@ from torch import Tensor, nn
 
 
 def fingerprint(*parts: Any) -> str:
-    """Hash values that JSON can hold, and bytes.
+    """Hash values that JSON can represent, and bytes.
 
-    By their JSON text: a pickle, as `Hasher.hash` makes one, differs with which equal strings are one object.
+    Their JSON text is hashed, not their pickle: that also depends on which equal strings are the same object.
     """
     return Hasher.hash_bytes(json.dumps(parts, sort_keys=True, default=_of_bytes).encode())
 
 
 def _of_bytes(value: Any) -> str:
     if not isinstance(value, bytes):
-        raise TypeError(f"{type(value).__name__} has no fingerprint.")
+        raise TypeError(f"{type(value).__name__} can't be hashed: give values that JSON can represent, or bytes.")
     return Hasher.hash_bytes(value)
 
 
 def fingerprint_of_model(model: nn.Module) -> str:
-    """Hash a model's class, configuration, every parameter and buffer, and how its PEFT adapters are set."""
+    """Hash a model's class, configuration, parameters, buffers, and the state of its PEFT adapters."""
     config = getattr(model, "config", None)
-    if isinstance(config, dict):  # diffusers keeps a list there whose order differs from process to process
+    if isinstance(config, dict):  # diffusers has a list there whose order differs between processes
         config = sorted((key, str(value)) for key, value in config.items() if not key.startswith("_"))
     parts = [type(model).__name__.encode(), str(config).encode()]
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -39,7 +39,7 @@ def fingerprint_of_model(model: nn.Module) -> str:
 
 
 def _adapters(model: nn.Module) -> list[bytes]:
-    """Tell which adapters of a PEFT model are active, and how strongly: its losses change with them."""
+    """Return the active adapters of a PEFT model and their scaling, on which its losses depend."""
     if not hasattr(model, "peft_config"):
         return []
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -53,7 +53,7 @@ def _adapters(model: nn.Module) -> list[bytes]:
 
 
 def _plain(tensor: Tensor) -> list[Tensor]:
-    """Take a tensor of several, such as quantised weights with their scales, apart."""
+    """Return the plain tensors that a tensor consists of, such as quantised values and their scales."""
     if not hasattr(tensor, "__tensor_flatten__"):
         return [tensor]
     names, _ = tensor.__tensor_flatten__()
@@ -67,7 +67,7 @@ def bytes_of(tensor: Tensor) -> bytes:
 
 @contextmanager
 def uncached() -> Iterator[None]:
-    """Take nothing from datasets' cache and write nothing to it."""
+    """Neither read nor write the cache of `datasets` within a `with` block."""
     cached = is_caching_enabled()
     disable_caching()
     try:

@@ -1,4 +1,4 @@
-"""Images as rows hold them: read what a dataset may store, refuse what is no image, bring all to one size."""
+"""Images in rows: read every form that a dataset may store, refuse what is no image, resize."""
 
 import base64
 import io
@@ -14,17 +14,17 @@ from datasets import Image as ImageFeature
 from hf_forward_inf.utils.processes import progress_bars
 
 MAX_PIXELS = 89_478_485
-"""Larger images are refused before they are decoded: Pillow's own limit, at which it would only warn."""
+"""Larger images are refused before they are decoded. Pillow's own limit, at which it only warns."""
 PIXELS_A_TOKEN = 64
-"""Pixels (or latent pixels) that count as much as one token in the size of a batch: large ones are slower on a CPU."""
+"""Pixels (or latent pixels) that count as one token in the size of a batch."""
 
 
 class UnreadableImage(ValueError):
-    """What a row holds is no image that may be read."""
+    """Raised when a row does not hold a readable image."""
 
 
 def undecoded(rows: Dataset, column: str) -> Dataset:
-    """Leave a column's images, or lists of images, as they are stored: who reads them tells which are corrupt."""
+    """Return rows whose images, or lists of images, are not decoded, so that reading them can name corrupt rows."""
     feature = rows.features[column]
     stored = ImageFeature(decode=False)
     with progress_bars(False):
@@ -36,30 +36,31 @@ def undecoded(rows: Dataset, column: str) -> Dataset:
 
 
 def read_image(value: Any) -> Any:
-    """Open an image.
+    """Read and decode an image.
 
     Args:
-        value: A PIL image, a path, encoded bytes, what `datasets.Image(decode=False)` gives (a dict of `bytes` and
-            `path`), or an array `[height, width]` or `[height, width, channels]` of integers from 0 to 255.
+        value (`Any`): A PIL image, a path, encoded bytes, a dict of `bytes` and `path` as
+            `datasets.Image(decode=False)` returns it, or an array `[height, width]` or `[height, width, channels]` of
+            integers from 0 to 255.
 
     Returns:
-        `PIL.Image.Image`: Decoded.
+        `PIL.Image.Image`: The decoded image.
 
     Raises:
-        UnreadableImage: If it is missing, corrupt, truncated, or larger than [`MAX_PIXELS`]; or an address.
+        UnreadableImage: If it is missing, corrupt, truncated, larger than [`MAX_PIXELS`], or a web address.
     """
     from PIL import Image, UnidentifiedImageError
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, on what it reads all the same: there may be millions
+            warnings.simplefilter("ignore")  # Pillow warns of images that it can read; there may be millions
             image = _opened(value)
             if image.width * image.height > MAX_PIXELS:
                 raise UnreadableImage(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
             image.load()
         return image
     except UnidentifiedImageError as error:
-        raise UnreadableImage("no image format that Pillow knows") from error
+        raise UnreadableImage("Pillow does not know its format") from error
     except (OSError, SyntaxError, ValueError, TypeError, IndexError, Image.DecompressionBombError) as error:
         raise UnreadableImage(str(error)) from error
 
@@ -75,7 +76,7 @@ def _opened(value: Any) -> Any:
         raise UnreadableImage("there is no image")
     if isinstance(value, str) and value.startswith(("http://", "https://")):
         raise UnreadableImage(
-            f"{value} is an address, and nothing is downloaded here: fetch the pictures first (img2dataset does)"
+            f"{value} is a web address, and nothing is downloaded: fetch images first, for example with img2dataset"
         )
     if isinstance(value, bytes):
         return Image.open(io.BytesIO(value))
@@ -85,16 +86,16 @@ def _opened(value: Any) -> Any:
 
 
 def in_channels(image: Any, channels: int | None = None) -> Any:
-    """Make an image grey or RGB.
+    """Convert an image to grey or RGB.
 
-    Transparent parts become white, palettes and CMYK become RGB, and the camera's orientation is applied.
+    Transparent parts become white, palettes and CMYK become RGB, and the EXIF orientation is applied.
 
     Args:
-        image (`PIL.Image.Image`): Decoded.
-        channels (`int`, *optional*): 3 for RGB, 1 for grey. Defaults to grey for grey images, else RGB.
+        image (`PIL.Image.Image`): A decoded image.
+        channels (`int`, *optional*): 3 for RGB, 1 for grey. Defaults to 1 for grey images, else 3.
 
     Returns:
-        `PIL.Image.Image`: Of mode `RGB` or `L`.
+        `PIL.Image.Image`: The image in mode `RGB` or `L`.
     """
     from PIL import Image, ImageOps
 
@@ -110,12 +111,12 @@ def in_channels(image: Any, channels: int | None = None) -> Any:
 
 
 def pixels(image: Any, size: tuple[int, int], channels: int) -> np.ndarray:
-    """Bring an image to a size: the largest centred part of its shape, resized.
+    """Crop an image around its centre to the shape of `size`, and resize it.
 
     Args:
-        image (`PIL.Image.Image`): Decoded.
+        image (`PIL.Image.Image`): A decoded image.
         size (`tuple[int, int]`): Height and width.
-        channels (`int`): As in [`in_channels`].
+        channels (`int`): 3 for RGB, 1 for grey.
 
     Returns:
         `np.ndarray`: uint8 `[channels, height, width]`.
@@ -129,13 +130,13 @@ def pixels(image: Any, size: tuple[int, int], channels: int) -> np.ndarray:
 
 
 def planes(image: Any) -> np.ndarray:
-    """Give the channels of a grey or RGB `PIL.Image.Image`, uint8 `[channels, height, width]`."""
+    """Return a grey or RGB `PIL.Image.Image` as a uint8 array `[channels, height, width]`."""
     array = np.asarray(image, dtype=np.uint8)
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
 
 def images_of(value: Any) -> list[Any]:
-    """Give the images of a row: one, or a list of them. Lists of numbers, however deep, are one image."""
+    """Return a row's image or images as a list; nested lists of numbers are one image."""
     inner = value
     while isinstance(inner, list) and inner:
         inner = inner[0]
@@ -143,11 +144,11 @@ def images_of(value: Any) -> list[Any]:
 
 
 def data_uri(value: Any, longest: int = 192) -> str:
-    """Give an image as a `data:` URI of a PNG, for pages that hold everything themselves.
+    """Return an image as a `data:` URI of a PNG, to embed it in a page.
 
     Args:
-        value: As [`read_image`] takes it.
-        longest (`int`, defaults to 192): Longer sides are shrunk to this.
+        value (`Any`): An image in any form that [`read_image`] accepts.
+        longest (`int`, defaults to 192): Largest height and width; larger images are scaled down.
 
     Raises:
         UnreadableImage: If it can't be read.
@@ -160,7 +161,7 @@ def data_uri(value: Any, longest: int = 192) -> str:
 
 
 def png_uri(image: Any) -> str:
-    """Give a `PIL.Image.Image` as it is as a `data:` URI of a PNG."""
+    """Return a `PIL.Image.Image`, unchanged, as a `data:` URI of a PNG."""
     file = io.BytesIO()
     image.save(file, format="PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

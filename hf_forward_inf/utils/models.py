@@ -33,7 +33,7 @@ def to_device(batch: dict[str, Any], model: nn.Module) -> dict[str, Any]:
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Switch dropout off, and give every module its own mode back afterwards, whatever happens."""
+    """Put models into eval mode within a `with` block, and restore the mode of every module afterwards."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     try:
         for model in models:
@@ -45,13 +45,13 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Give a model's linear layers by the names of their weights; LoRA's own matrices are none."""
+    """Return a model's linear layers by the names of their weights, without the matrices of LoRA."""
     named = ((name, module) for name, module in model.named_modules() if "lora_" not in name)
     return {f"{name}.weight": module for name, module in named if isinstance(module, nn.Linear | Conv1D)}
 
 
 def peft_parameters(model: Any) -> list[str]:
-    """Name, by patterns, the weights that a PEFT model has trained (LoRA and its kin); none for another model."""
+    """Return name patterns of the weights that PEFT (LoRA and others) trained; an empty list for other models."""
     if not getattr(model, "peft_config", None):  # empty after the last adapter was deleted
         return []
     prefixes = [getattr(getattr(model, "base_model", None), "prefix", None) or "lora_", "modules_to_save."]
@@ -59,6 +59,6 @@ def peft_parameters(model: Any) -> list[str]:
 
 
 def is_quantised(model: nn.Module) -> bool:
-    """Whether linear layers have weights that can't be differentiated: 8 or 4 bits, in any package's format."""
+    """Return whether linear layers have weights that can't be differentiated, such as those of 8 or 4 bits."""
     weights = (layer.weight for layer in linear_layers(model).values())
     return any(not weight.is_floating_point() or type(weight.data) is not Tensor for weight in weights)  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""The processes of a run: which one this is, and starting them where accelerate does not."""
+"""The processes of a run, and starting them where accelerate does not."""
 
 import os
 import sys
@@ -14,23 +14,23 @@ from datasets import are_progress_bars_disabled
 from datasets.utils import disable_progress_bars, enable_progress_bars
 
 RANKS = ("LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-"""Environment variables by which torchrun and MPI tell a process that it is one of several."""
+"""Environment variables that torchrun and MPI set in each of several processes."""
 
 
 def process_state() -> PartialState:
-    """Tell what accelerate knows of this run's processes and device, joining those started on CPUs too."""
+    """Return accelerate's state of this run's processes and device, also for several processes on CPUs."""
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
 
 
 def say(text: str) -> None:
-    """Print, on the main process only."""
+    """Print on the main process only."""
     if process_state().is_main_process:
         print(text, flush=True)
 
 
 @contextmanager
 def progress_bars(shown: bool) -> Iterator[None]:
-    """Hide datasets' progress bars unless `shown`; where the user has turned them off, they stay off."""
+    """Hide the progress bars of `datasets` unless `shown`; bars that the user has disabled stay disabled."""
     if shown or are_progress_bars_disabled():
         yield
         return
@@ -42,10 +42,10 @@ def progress_bars(shown: bool) -> Iterator[None]:
 
 
 def start_the_other_processes() -> None:
-    """Replace a process that `accelerate launch --cpu --num_processes N` started alone by N, under torchrun.
+    """Replace the single process that `accelerate launch --cpu --num_processes N` starts by N, under torchrun.
 
-    accelerate (1.15) leaves starting several processes on CPUs to MPI: without `--mpirun_hostfile` it starts one and
-    says nothing. Does nothing anywhere else.
+    accelerate (1.15) starts several processes on CPUs only through MPI: without `--mpirun_hostfile` it starts one,
+    without a warning. In any other run this does nothing.
     """
     count = processes_asked_for()
     if count > 1:
@@ -55,7 +55,7 @@ def start_the_other_processes() -> None:
 
 
 def processes_asked_for() -> int:
-    """Count the processes that the user asked `accelerate launch --cpu` for, if this one stands alone; else 1."""
+    """Return the `--num_processes` of `accelerate launch --cpu` if only this process was started, else 1."""
     parent = psutil.Process().parent()
     if parent is None or not parse_flag_from_env("ACCELERATE_USE_CPU") or any(name in os.environ for name in RANKS):
         return 1

@@ -1,4 +1,4 @@
-"""Rows: what they say in plain words, whatever their columns are called, and some of them at random."""
+"""Rows of text: find their columns, read input and target, fill in sentinels, draw a sample."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -14,17 +14,14 @@ LAYOUTS = (
     ("text",),
     ("caption",),
 )
-"""Columns of inputs and targets: FTRACE's, those of TRL's trainers, and pictures' captions."""
-
-
+"""Known columns of inputs and targets: FTRACE's, those of TRL's trainers, and captions."""
 SENTINEL = re.compile(r"<extra_id_\d+>")
 
 
 def fill_in(inputs: str, target: str) -> str:
-    """Put the target's spans in the places of their sentinels.
+    """Return the input with each sentinel replaced by the target's span; a target without sentinels is appended.
 
     Example:
-
         >>> fill_in("The capital of France is <extra_id_0>.", "<extra_id_0> Paris")
         'The capital of France is Paris.'
     """
@@ -35,21 +32,20 @@ def fill_in(inputs: str, target: str) -> str:
 
 
 def without_sentinels(target: str) -> str:
-    """Give a target's plain words: "<extra_id_0> New York" is "New York"."""
+    """Return a target without sentinels: "New York" for "<extra_id_0> New York"."""
     return " ".join(SENTINEL.sub(" ", target).split())
 
 
 def text_columns(names: Iterable[str]) -> tuple[str, ...] | None:
-    """Find the columns that hold texts: input and target, or one for both; `None` if no layout is known."""
+    """Return the columns of input and target texts, or the one of both; `None` if no known layout fits."""
     names = set(names)
     return next((layout for layout in LAYOUTS if set(layout) <= names), None)
 
 
 def text_and_target(row: Mapping[str, Any], columns: tuple[str, ...]) -> tuple[str, str]:
-    """Give what a row asks and what it answers; of a conversation, the last message is the answer.
+    """Return a row's input and target; the target of a conversation is its last message.
 
     Example:
-
         >>> text_and_target({"prompt": "Capital of Peru?", "completion": " Lima"}, ("prompt", "completion"))
         ('Capital of Peru?', ' Lima')
     """
@@ -68,7 +64,7 @@ def _plain(value: Any) -> str:
 
 
 def sample_rows(rows: Dataset, count: int, seed: int = 0) -> Dataset:
-    """Draw `count` rows without replacement, in their order; all rows if there are no more."""
+    """Return `count` random rows in their order, or all rows if there are no more."""
     if len(rows) <= count:
         return rows
     return rows.select(np.sort(np.random.default_rng(seed).permutation(len(rows))[:count]))

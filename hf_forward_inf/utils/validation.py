@@ -1,4 +1,4 @@
-"""Checks of what users bring, and how messages name rows."""
+"""Checks of datasets and scores, and how messages name rows."""
 
 import warnings
 from collections.abc import Iterable
@@ -12,38 +12,38 @@ from hf_forward_inf.utils.processes import process_state
 
 
 def check_dataset(rows: Any, role: str) -> None:
-    """Refuse what is no dataset of rows.
+    """Check that queries or candidates are a dataset with rows.
 
     Args:
-        rows: Queries or candidates.
+        rows (`Any`): Queries or candidates.
         role (`str`): `"queries"` or `"candidates"`, for messages.
 
     Raises:
-        TypeError: If they are a stream, several splits, or something else.
+        TypeError: If they are not a `datasets.Dataset`, but for example a stream or several splits.
         ValueError: If there are no rows.
     """
     if isinstance(rows, IterableDataset):
         raise TypeError(
-            f"The {role} are a stream. ForwardInf.trace_stream(queries, stream) traces candidates as they come; all "
-            "else takes a datasets.Dataset: Dataset.from_list(list(stream.take(1000))) makes one of the first rows."
+            f"The {role} are a stream. Use ForwardInf.trace_stream(queries, stream) to trace a stream of candidates, "
+            "or make a datasets.Dataset of its first rows: Dataset.from_list(list(stream.take(1000)))."
         )
     if not isinstance(rows, Dataset):
-        splits = f": take one of its splits, {' or '.join(map(repr, rows))}" if isinstance(rows, dict) and rows else ""
+        splits = f". Take one of its splits: {' or '.join(map(repr, rows))}" if isinstance(rows, dict) and rows else ""
         raise TypeError(f"The {role} must be a datasets.Dataset, not {type(rows).__name__}{splits}.")
     if len(rows) == 0:
         raise ValueError(f"There are no {role}: the dataset is empty.")
 
 
 def check_rows(rows: Dataset, columns: Iterable[str], role: str) -> None:
-    """Refuse rows that can't be used.
+    """Check that queries or candidates are a dataset with rows and the columns that are needed.
 
     Args:
         rows (`datasets.Dataset`): Queries or candidates.
         columns (`Iterable[str]`): Columns that they must have.
-        role (`str`): As in [`check_dataset`].
+        role (`str`): `"queries"` or `"candidates"`, for messages.
 
     Raises:
-        TypeError: As [`check_dataset`] does.
+        TypeError: If they are not a `datasets.Dataset`.
         ValueError: If there are no rows or a column is missing.
     """
     check_dataset(rows, role)
@@ -51,23 +51,23 @@ def check_rows(rows: Dataset, columns: Iterable[str], role: str) -> None:
         if column not in rows.column_names:
             raise ValueError(
                 f"The {role} have no column `{column}`; they have {', '.join(rows.column_names)}. "
-                "Rename one (Dataset.rename_column), or name yours when you make the adapter or attributor."
+                "Rename one (Dataset.rename_column), or give its name to the adapter or attributor."
             )
 
 
 def looks_like_path(name: str) -> bool:
-    """Whether a name is a file's or a folder's: one on the hub has at most one slash, and no ending."""
+    """Return whether a name is a path: names on the hub have at most one slash and no suffix."""
     return bool(Path(name).suffix) or name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def listed(rows: np.ndarray) -> str:
-    """Name rows for a message: the first ten, and how many there are."""
+    """Return row numbers as text for a message: the first ten, and their count."""
     named = ", ".join(str(row) for row in rows[:10])
     return f"row {named}" if len(rows) == 1 else f"rows {named}{', ...' if len(rows) > 10 else ''} ({len(rows)} rows)"
 
 
 def lost_candidates(scores: np.ndarray) -> np.ndarray:
-    """Tell which candidates have no score, by place; a query without any, which moves the model nowhere, aside.
+    """Return the places of candidates without a score, not counting queries that have no scores at all.
 
     Args:
         scores (`np.ndarray`): `[queries, candidates]`.
@@ -77,7 +77,7 @@ def lost_candidates(scores: np.ndarray) -> np.ndarray:
 
 
 def warn_of_lost(scores: np.ndarray, rows: np.ndarray) -> None:
-    """Say which rows have no score, and why, on the main process.
+    """Warn of rows without a score and say why, on the main process.
 
     Args:
         scores (`np.ndarray`): `[queries, candidates]`.
@@ -88,11 +88,11 @@ def warn_of_lost(scores: np.ndarray, rows: np.ndarray) -> None:
     queries, candidates = np.flatnonzero(np.isnan(scores).all(axis=1)), rows[lost_candidates(scores)]
     if len(queries):
         warnings.warn(
-            f"The gradient of queries {listed(queries)} is zero or not finite, so it moves the model nowhere: "
-            "no scores for them. If the model is in float16, load it in bfloat16 or float32.",
+            f"Queries {listed(queries)}: the gradient is zero or not finite, so they have no scores. If the model is "
+            "in float16, load it in bfloat16 or float32.",
             stacklevel=3,
         )
     if len(candidates):
         warnings.warn(
-            f"The loss of candidates {listed(candidates)} is NaN or infinite: they are ranked last.", stacklevel=3
+            f"Candidates {listed(candidates)}: the loss is NaN or infinite, so they are ranked last.", stacklevel=3
         )

@@ -37,12 +37,12 @@ def tracer():
 
 
 UNREADABLE = {
-    "no image format that Pillow knows": b"GIF89a but not really",
+    "Pillow does not know its format": b"GIF89a but not really",
     "runcated": encoded(0)[:400],
     "there is no image": None,
     "No such file": {"bytes": None, "path": "missing.png"},
     "decompression bomb": stored(Pillow.new("1", (20000, 20000))),
-    "is an address, and nothing is downloaded here": {"bytes": None, "path": "https://example.org/a.jpg"},
+    "is a web address, and nothing is downloaded": {"bytes": None, "path": "https://example.org/a.jpg"},
 }
 
 
@@ -55,7 +55,7 @@ def test_what_cannot_be_read_is_named_with_its_reason_and_has_no_score(tracer):
     assert len(texts) == 2
     assert "Of candidates rows 3, 4, 5, 6, 7, 8 (6 rows) can't be read (row 3: " in texts[0]
     assert all(reason in texts[0] for reason in list(UNREADABLE)[:5]) and texts[0].count("; row") == 4
-    assert "loss of candidates rows 3, 4, 5, 6, 7, 8 (6 rows) is NaN" in texts[1]
+    assert "Candidates rows 3, 4, 5, 6, 7, 8 (6 rows): the loss is NaN" in texts[1]
     assert np.isnan(found.scores[0]).tolist() == [False] * 3 + [True] * 6
     assert found.ranking(0)[0] == 1 and len(found.top(0)) == 3
     with pytest.warns(UserWarning, match="can't be read"):  # told again, though nothing is read again
@@ -132,7 +132,7 @@ def test_a_query_without_a_readable_picture_has_no_scores_and_others_do(tracer):
     with pytest.warns(UserWarning) as told:
         found = tracer.trace(queries, rows(3))
     texts = " ".join(str(warning.message) for warning in told)
-    assert "Of queries row 0 can't be read" in texts and "gradient of queries row 0" in texts
+    assert "Of queries row 0 can't be read" in texts and "Queries row 0: the gradient" in texts
     assert np.isnan(found.scores[0]).all() and np.isfinite(found.scores[1]).all()
 
 
@@ -155,23 +155,23 @@ def test_distances_leave_out_what_cannot_be_read(tracer):
 def test_rows_of_a_stream_are_named_by_their_place(tracer):
     candidates = table([*(encoded(i) for i in range(5)), b"broken", encoded(5)])
     with pytest.warns(UserWarning) as told:
-        found = tracer.trace_stream(rows(1), candidates.to_iterable_dataset(), piece=2, top_k=9)
+        found = tracer.trace_stream(rows(1), candidates.to_iterable_dataset(), chunk_size=2, top_k=9)
     texts = [str(warning.message) for warning in told]
-    assert "Of candidates row 5 can't be read (row 5: no image format" in texts[0]
-    assert "loss of candidates row 5 is NaN" in texts[1]
+    assert "Of candidates row 5 can't be read (row 5: Pillow does not know its format" in texts[0]
+    assert "Candidates row 5: the loss is NaN" in texts[1]
     assert found.config["unscored"] == 1 and len(found.candidates) == 6
 
 
 def test_what_is_no_set_of_rows_is_refused_with_the_way_out(tracer):
     stream = rows(3).to_iterable_dataset()
     for options in ({}, {"tune": True}, {"time_budget": 1.0}):
-        with pytest.raises(TypeError, match=r"The candidates are a stream. ForwardInf.trace_stream\(quer"):
+        with pytest.raises(TypeError, match=r"The candidates are a stream. Use ForwardInf.trace_stream\(quer"):
             tracer.trace(rows(1), stream, **options)
     with pytest.raises(TypeError, match="The queries are a stream"):
         tracer.trace(stream, rows(3))
     with pytest.raises(TypeError, match="The candidates are a stream"):
         PixelDistance(tracer.adapter).trace(rows(1), stream)
-    with pytest.raises(TypeError, match="not DatasetDict: take one of its splits, 'train' or 'test'"):
+    with pytest.raises(TypeError, match=r"not DatasetDict\. Take one of its splits: 'train' or 'test'"):
         tracer.trace(rows(1), DatasetDict({"train": rows(3), "test": rows(3)}))
     with pytest.raises(TypeError, match=r"The queries must be a datasets.Dataset, not list\."):
         tracer.trace([{"image": square(0), "caption": ""}], rows(3))

@@ -23,11 +23,11 @@ def test_what_overflows_in_float16_is_named_and_ranked_last():
     exact = ForwardInf.from_pipe(pipe, ascent=ascent).trace(candidates.select([1]), candidates)
     assert np.isfinite(exact.scores).all()
     pipe.unet.half()
-    with pytest.warns(UserWarning, match=r"loss of candidates rows 0, 3 \(2 rows\) is NaN or infinite"):
+    with pytest.warns(UserWarning, match=r"Candidates rows 0, 3 \(2 rows\): the loss is NaN or infinite"):
         found = ForwardInf.from_pipe(pipe, ascent=ascent).trace(candidates.select([1]), candidates)
     assert np.isnan(found.scores[0]).tolist() == [True, False, False, True, False, False]
     assert sorted(found.ranking(0)[-2:]) == [0, 3]
-    with pytest.warns(UserWarning, match="gradient of queries row 0 is zero or not finite"):
+    with pytest.warns(UserWarning, match="Queries row 0: the gradient is zero or not finite"):
         found = ForwardInf.from_pipe(pipe, ascent=ascent).trace(candidates.select([0]), candidates)
     assert np.isnan(found.scores).all() and len(found.top(0)) == 0
     with pytest.raises(FloatingPointError, match="load the model in float32 or bfloat16"):

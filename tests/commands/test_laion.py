@@ -42,7 +42,7 @@ def options(pipeline, tmp_path):
 
 def test_a_prompt_is_drawn_and_traced_over_shards(options):
     options.heatmaps = True
-    with pytest.warns(UserWarning, match="loss of candidates row 10 is NaN"):
+    with pytest.warns(UserWarning, match="Candidates row 10: the loss is NaN"):
         metrics = laion_run(options, ASCENT)
     folder = Path(options.output)
     assert metrics == json.loads((folder / "metrics.json").read_text())

@@ -94,7 +94,7 @@ def test_ids_that_stand_for_several_rows_are_named_and_kept(tmp_path):
     source = write_parquet(
         tmp_path / "0.parquet", jpg=[encoded(i) for i in range(3)], text=["a"] * 3, key=["x", "y", "x"]
     )
-    with pytest.warns(UserWarning, match=r"Of the ids, 1 stand in several rows \('x' in 2\)"):
+    with pytest.warns(UserWarning, match=r"1 ids occur in several rows \('x' in 2\)"):
         found = load_captioned(source)
     assert found["id"][:] == ["x", "y", "x"]
 
@@ -109,10 +109,10 @@ def test_a_shard_that_is_cut_off_is_told(tmp_path):
 
 def test_what_holds_no_pictures_is_told(tmp_path):
     listed = write_parquet(tmp_path / "urls.parquet", URL=["http://x/0.jpg"], TEXT=["zero"])
-    with pytest.raises(ValueError, match=r"`URL` holds addresses, and nothing is downloaded here: .* img2dataset"):
+    with pytest.raises(ValueError, match=r"`URL` holds web addresses, and nothing is downloaded: .* img2dataset"):
         load_captioned(listed)
     untold = write_parquet(tmp_path / "untold.parquet", jpg=[encoded(0)], note=["zero"])
-    with pytest.raises(ValueError, match=r"no column `caption` or .* of captions; it has jpg, note. Say which one"):
+    with pytest.raises(ValueError, match=r"no column `caption` or .* of captions; it has jpg, note. Give the name"):
         load_captioned(untold)
     with pytest.raises(ValueError, match="no column `words` of captions"):
         load_captioned(untold, caption_column="words")

@@ -55,7 +55,7 @@ def test_what_is_not_there_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no file or folder"):
         load_rows(str(tmp_path / "nothing.parquet"), "queries")
     (tmp_path / "rows.xlsx").write_text("")
-    with pytest.raises(ValueError, match="ends in none of"):
+    with pytest.raises(ValueError, match="has an unknown ending"):
         load_rows(str(tmp_path / "rows.xlsx"), "queries")
 
 
@@ -102,7 +102,7 @@ def test_facts_may_be_lists_as_well_as_text():
 
 
 def test_missing_columns_are_named():
-    with pytest.raises(ValueError, match="No column `facts`"):
+    with pytest.raises(ValueError, match="have no column `facts`"):
         proponents(QUERIES, ROWS.remove_columns("facts"))
     with pytest.raises(ValueError, match="no column `obj_uri`"):
         proponents(QUERIES.remove_columns("obj_uri"), ROWS)

@@ -113,7 +113,7 @@ def test_curvature_comes_from_the_first_piece():
 
 def test_rows_without_a_loss_are_named_by_their_place_and_left_out(tracer):
     candidates = Dataset.from_list([*line_points(14), {"x": [float("nan"), 0.0], "y": 0.0}, *line_points(3)])
-    with pytest.warns(UserWarning, match="loss of candidates row 14 is NaN"):
+    with pytest.warns(UserWarning, match="Candidates row 14: the loss is NaN"):
         found = tracer.trace_stream(QUERIES, stream_of(candidates, 1), top_k=50, chunk_size=10)
     assert found.config["unscored"] == 1 and len(found.candidates) == 17
     assert 14 not in found.candidates["stream_row"][:]

@@ -35,7 +35,7 @@ def test_they_are_kept_on_disk_and_shown_in_the_report(model, tokenizer, queries
 def test_a_query_that_moves_nothing_has_no_details(line):
     points = Dataset.from_dict({"x": [[0.0, 0.0], [1.0, 1.0]], "y": [0.0, 1.0]})
     tracer = ForwardInf(adapter=line)
-    with pytest.warns(UserWarning, match="moves the model nowhere"):
+    with pytest.warns(UserWarning, match="the gradient is zero or not finite"):
         found = tracer.trace(points.select([0]), points)
     assert len(tracer.explain(found).details) == 0
 

@@ -43,7 +43,7 @@ def test_the_centre_is_cropped_and_one_pixel_is_enough():
     [
         (None, "there is no image"),
         ({"bytes": None, "path": None}, "there is no image"),
-        (b"GIF89a but not really", "image"),
+        (b"GIF89a but not really", "does not know its format"),
         (encoded(Image.effect_noise((64, 64), 90))[:600], "truncated"),
         ("nowhere.png", "No such file"),
         (3.5, "."),
