@@ -12,7 +12,7 @@ import argparse
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from hf_forward_inf import AscentConfig, ForwardInf
-from hf_forward_inf.baselines import InfluenceFunctions, TracIn, TrackStar
+from hf_forward_inf.baselines import TracIn, attributors_for
 from hf_forward_inf.data import builtin_facts, load_rows
 from hf_forward_inf.evaluation.cost import plain_pass, timed
 from hf_forward_inf.toys.tiny_models import tiny_mt5
@@ -43,14 +43,15 @@ def main() -> None:
     tracer = ForwardInf(model, tokenizer)
     plain = tracer.with_options(ascent=AscentConfig(direction="gradient"))
     everything = tracer.with_options(ascent=AscentConfig(direction="gradient", modules=["all"]))
+    baselines = attributors_for(tracer, ("tracin", "trackstar", "influence_functions"))
     methods = {
         "Forward-INF": tracer,
         "Forward-INF (decoder, gradient)": plain,
         "Forward-INF (all parameters, gradient)": everything,
-        "TracIn": TracIn(model, tokenizer),
+        "TracIn": baselines["tracin"],
         "TracIn (decoder)": TracIn(model, tokenizer, modules=["decoder"]),
-        "TrackStar": TrackStar(model, tokenizer),
-        "influence functions (cg)": InfluenceFunctions(model, tokenizer),
+        "TrackStar": baselines["trackstar"],
+        "influence functions (cg)": baselines["influence_functions"],
     }
     seconds_plain, _ = plain_pass(tracer, candidates)
     counts = [count for count in QUERIES if count <= len(queries)]

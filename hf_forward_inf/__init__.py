@@ -7,20 +7,21 @@ from hf_forward_inf.utils.imports import import_after
 
 if TYPE_CHECKING:
     from hf_forward_inf.ascent.config import AscentConfig
-    from hf_forward_inf.attribution import Attribution
-    from hf_forward_inf.baselines import BM25
+    from hf_forward_inf.attribution import Attribution, Attributor
     from hf_forward_inf.forward_inf import ForwardInf
     from hf_forward_inf.pipelines import DataAttributionPipeline
+    from hf_forward_inf.tracing.tuning import Tuning
 
-__all__ = ["BM25", "AscentConfig", "Attribution", "DataAttributionPipeline", "ForwardInf"]
+__all__ = ["AscentConfig", "Attribution", "Attributor", "DataAttributionPipeline", "ForwardInf", "Tuning"]
 __version__ = "0.1.0"
 
 _MODULES = {
-    "BM25": "baselines",
     "AscentConfig": "ascent.config",
     "Attribution": "attribution",
+    "Attributor": "attribution",
     "DataAttributionPipeline": "pipelines",
     "ForwardInf": "forward_inf",
+    "Tuning": "tracing.tuning",
 }
 
 

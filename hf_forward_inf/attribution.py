@@ -1,4 +1,4 @@
-"""The result of a trace: scores of queries by candidates, with the way back to the rows."""
+"""The result of a trace: scores of candidates for queries, with their rows; and the protocol of what traces."""
 
 import json
 from collections.abc import Sequence
@@ -14,25 +14,25 @@ from hf_forward_inf.scores.corrections import standardised
 from hf_forward_inf.utils.processes import progress_bars
 
 FORMAT = 1
-"""Version of the folder that `save_to_disk` writes."""
+"""Version of the folder format of `save_to_disk`."""
 
 
 @dataclass(frozen=True)
 class Attribution:
-    """Scores that tie each query to the candidates that may have caused it.
+    """Scores of candidates for queries.
 
     Args:
         scores (`np.ndarray`): float32, `[queries, candidates]`, or `[queries, top_k]` with `indices`.
-            Higher means a stronger proponent; NaN, ranked last, where there is no score.
-        queries (`datasets.Dataset`): The queries, row for row.
-        candidates (`datasets.Dataset`): The candidates, row for row.
-        indices (`np.ndarray`, *optional*): int64 `[queries, top_k]`: the candidates' row numbers, best first.
-        method (`str`): The attributor's name.
-        config (`dict`): The options that made the scores.
-        details (`datasets.Dataset`, *optional*): Token by token, for some pairs ([`token_scores.explain`]).
+            Higher means a stronger proponent; NaN, ranked last, means no score.
+        queries (`datasets.Dataset`): The queries, one per row of scores.
+        candidates (`datasets.Dataset`): All candidates.
+        indices (`np.ndarray`, *optional*): int64 `[queries, top_k]`: row numbers of the best candidates, best first.
+        method (`str`, defaults to `"forward_inf"`): The attributor's name.
+        config (`dict`, *optional*): The options that the scores depend on.
+        details (`datasets.Dataset`, *optional*): Scores by token for some pairs ([`token_scores.explain`]).
 
     Raises:
-        ValueError: If the shapes don't fit together.
+        ValueError: If the shapes of scores and rows don't match.
     """
 
     scores: np.ndarray
@@ -46,26 +46,26 @@ class Attribution:
     def __post_init__(self) -> None:
         wanted = (len(self.queries), len(self.candidates)) if self.indices is None else self.indices.shape
         if self.scores.shape != wanted:
-            raise ValueError(f"scores have shape {self.scores.shape}; {wanted} is what the rows ask for.")
+            raise ValueError(f"scores have shape {self.scores.shape}, but the rows need {wanted}.")
 
     def __len__(self) -> int:
         return len(self.queries)
 
     def __repr__(self) -> str:
-        kept = "all" if self.indices is None else f"top {self.scores.shape[1]}"
-        return f"Attribution({self.method}: {len(self)} queries x {len(self.candidates)} candidates, {kept} kept)"
+        kept = "all scores" if self.indices is None else f"top {self.scores.shape[1]}"
+        return f"Attribution({self.method}: {len(self)} queries x {len(self.candidates)} candidates, {kept})"
 
     def ranking(self, query: int) -> np.ndarray:
-        """Give candidate row numbers, best first; equal scores go by row number, rows without a score last."""
+        """Return candidate row numbers, best first: equal scores in row order, rows without a score last."""
         if self.indices is not None:
             return self.indices[query]
         return metrics.best_first(self.scores[query])
 
     def standardised(self) -> "Attribution":
-        """Measure each candidate's score by how it fares with all queries; see [`corrections.standardised`].
+        """Return scores relative to each candidate's scores for all queries; see [`corrections.standardised`].
 
-        Scores in units of the candidates' sensitivity (`ForwardInf(units="sensitivity")`) keep these, and lose their
-        mean.
+        Scores in units of the candidates' sensitivity (`ForwardInf(units="sensitivity")`) stay in these units: only
+        their mean is subtracted.
 
         Raises:
             ValueError: If there are fewer than 3 queries; in units of sensitivity, fewer than 2.
@@ -75,7 +75,7 @@ class Attribution:
         return replace(self, scores=standardised(self.scores, known), config=config)
 
     def select(self, queries: Sequence[int]) -> "Attribution":
-        """Keep some of the queries, in this order: those traced only to standardise over them can go."""
+        """Return the attribution of some queries, in this order, such as those not traced only to standardise over."""
         kept = list(queries)
         details = self.details
         if details is not None:
@@ -86,10 +86,10 @@ class Attribution:
         return replace(self, scores=self.scores[kept], queries=chosen, indices=indices, details=details)
 
     def keep(self, top_k: int | None) -> "Attribution":
-        """Keep only the best candidates of each query; all of them if `top_k` exceeds their number.
+        """Return the attribution of each query's best candidates; all of them if `top_k` exceeds their number.
 
         Raises:
-            ValueError: If `top_k` is below 1, or above what was kept before.
+            ValueError: If `top_k` is below 1, or above the number of candidates that have been kept.
         """
         if top_k is None:
             return self
@@ -97,7 +97,7 @@ class Attribution:
             raise ValueError(f"top_k={top_k} must be at least 1.")
         if self.indices is not None and top_k > self.indices.shape[1]:
             raise ValueError(
-                f"Only the best {self.indices.shape[1]} candidates were kept; top_k={top_k} asks for more."
+                f"Only the best {self.indices.shape[1]} candidates were kept: top_k={top_k} needs another trace."
             )
         indices = np.stack([self.ranking(i)[:top_k] for i in range(len(self))])
         scores = np.stack([self._scores_of(i, rows) for i, rows in enumerate(indices)])
@@ -107,18 +107,21 @@ class Attribution:
         return self.scores[query][: len(rows)] if self.indices is not None else self.scores[query][rows]
 
     def top(self, query: int, k: int = 10) -> Dataset:
-        """Give the best candidates of one query.
+        """Return the best candidates of one query.
 
         Args:
             query (`int`): Row number of the query.
-            k (`int`, defaults to 10): How many; fewer where fewer have a score.
+            k (`int`, defaults to 10): Number of candidates; fewer are returned if fewer have a score.
 
         Returns:
             `datasets.Dataset`: The candidates' rows, best first, with `rank` (from 1), `score` and `candidate`
             (row number).
+
+        Raises:
+            IndexError: If there is no such query.
         """
         if not 0 <= query < len(self):
-            raise IndexError(f"There is no query {query}: they go from 0 to {len(self) - 1}.")
+            raise IndexError(f"There is no query {query}: rows are numbered from 0 to {len(self) - 1}.")
         rows = self.ranking(query)[:k]
         scores = self._scores_of(query, rows)
         rows, scores = rows[~np.isnan(scores)], scores[~np.isnan(scores)]
@@ -131,7 +134,7 @@ class Attribution:
         return found.add_column("candidate", rows.tolist())
 
     def to_dataset(self, k: int = 10) -> Dataset:
-        """Give all rankings as one table: `query`, `rank`, `candidate` (row numbers), `score`."""
+        """Return the best k candidates of every query in one table: `query`, `rank`, `candidate`, `score`."""
         ranked = [(i, self.ranking(i)[:k]) for i in range(len(self))]
         return Dataset.from_dict(
             {
@@ -151,21 +154,23 @@ class Attribution:
         )
 
     def evaluate(self, proponents: Sequence[Sequence[int]], **options: Any) -> dict[str, float]:
-        """Compare with the truth: MRR, precision@k and recall@k as FTRACE has them; see [`metrics.evaluate`].
+        """Return MRR, precision@k and recall@k as FTRACE defines them; see [`metrics.evaluate`].
 
         Args:
             proponents (`list[list[int]]`): For each query, the row numbers of its proponents.
             **options: `ks`, `groups`, `resamples`, `seed` of [`metrics.evaluate`].
 
         Raises:
-            ValueError: If `proponents` has another length than the queries.
+            ValueError: If the lengths of `proponents` and queries differ.
         """
         if len(proponents) != len(self):
-            raise ValueError(f"proponents has {len(proponents)} entries for {len(self)} queries.")
+            raise ValueError(
+                f"proponents has {len(proponents)} entries for {len(self)} queries: give one list per query."
+            )
         return metrics.evaluate(self.dense(), proponents, **options)
 
     def dense(self) -> np.ndarray:
-        """Give scores as float32 `[queries, candidates]`, NaN where a score was not kept."""
+        """Return scores as float32 `[queries, candidates]`, NaN where a score was not kept."""
         if self.indices is None:
             return self.scores
         scores = np.full((len(self), len(self.candidates)), np.nan, dtype=np.float32)
@@ -173,7 +178,7 @@ class Attribution:
         return scores
 
     def save_to_disk(self, folder: str | Path) -> None:
-        """Write queries, candidates and scores as Arrow, and the rest as JSON; nothing is pickled.
+        """Save queries, candidates and scores as Arrow, and the rest as JSON; nothing is pickled.
 
         Raises:
             OSError: If the folder can't be written.
@@ -195,16 +200,16 @@ class Attribution:
 
     @classmethod
     def load_from_disk(cls, folder: str | Path) -> "Attribution":
-        """Read what [`save_to_disk`] wrote.
+        """Load what [`save_to_disk`] has saved.
 
         Raises:
-            FileNotFoundError: If the folder holds no attribution.
-            ValueError: If a newer version of the library wrote it.
+            FileNotFoundError: If the folder contains no attribution.
+            ValueError: If a newer version of the library saved it.
         """
         folder = Path(folder)
         about = json.loads((folder / "attribution.json").read_text())
         if about["format"] > FORMAT:
-            raise ValueError(f"{folder} was written by a newer hf_forward_inf (format {about['format']}): update it.")
+            raise ValueError(f"{folder} was saved by a newer hf_forward_inf (format {about['format']}): update it.")
         saved = load_from_disk(folder / "scores").with_format("numpy")
         indices = np.stack(list(saved["indices"])) if "indices" in saved.column_names else None
         return cls(
@@ -218,17 +223,31 @@ class Attribution:
         )
 
     def to_html(self, path: str | Path, **options: Any) -> None:
-        """Write the report, one self-contained page; see [`report.write_report`]."""
+        """Write the report, one self-contained HTML file; see [`report.write_report`]."""
         from hf_forward_inf.report import write_report
 
         write_report(path, self, **options)
 
 
 class Attributor(Protocol):
-    """Whatever can trace: Forward-INF and every baseline."""
+    """Anything that traces: Forward-INF, every baseline, and methods of your own."""
 
     name: str
+    """The name in tables and metrics."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The options that scores depend on, as JSON can hold them."""
+        ...
 
     def trace(self, queries: Dataset, candidates: Dataset, top_k: int | None = None) -> Attribution:
-        """Score every candidate for every query."""
+        """Score every candidate for every query; only the best `top_k` are kept, by default all."""
+        ...
+
+
+class SelfAttributor(Attributor, Protocol):
+    """An attributor that also scores training examples for themselves, as needed to find mislabelled ones."""
+
+    def self_influence(self, rows: Dataset) -> np.ndarray:
+        """Return each training example's influence on itself, float32 `[rows]`."""
         ...

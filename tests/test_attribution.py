@@ -34,7 +34,7 @@ def test_top_leaves_out_rows_without_a_score(found):
 
 
 def test_a_query_that_is_not_there_is_refused(found):
-    with pytest.raises(IndexError, match="no query 2: they go from 0 to 1"):
+    with pytest.raises(IndexError, match="no query 2: rows are numbered from 0 to 1"):
         found.top(2)
 
 
@@ -92,4 +92,4 @@ def test_wrong_numbers_are_refused(found):
 
 
 def test_it_tells_what_it_is(found):
-    assert repr(found.keep(3)) == "Attribution(forward_inf: 2 queries x 4 candidates, top 3 kept)"
+    assert repr(found.keep(3)) == "Attribution(forward_inf: 2 queries x 4 candidates, top 3)"

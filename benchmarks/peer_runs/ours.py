@@ -8,11 +8,13 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from hf_forward_inf import AscentConfig, ForwardInf
-from hf_forward_inf.baselines import BM25, InfluenceFunctions, TracIn, TrackStar
+from hf_forward_inf.baselines import attributors_for
 from hf_forward_inf.utils.processes import progress_bars
 from hf_forward_inf.utils.rows import SENTINEL, fill_in, without_sentinels
 from peer_runs.measure import main
 from peer_runs.task import Rows, Task
+
+BASELINES = ("tracin_cosine", "trackstar", "influence_functions", "bm25")
 
 
 def forward_inf(task: Task, **options: Any) -> np.ndarray:
@@ -32,12 +34,8 @@ def tuned(task: Task) -> np.ndarray:
     return _trace(tracer, task.queries, task)
 
 
-def gradients(kind: Any, task: Task, **options: Any) -> np.ndarray:
-    return _trace(kind(*_model(task), **options), task.queries, task)
-
-
-def bm25(task: Task) -> np.ndarray:
-    return _trace(BM25(), task.queries, task)
+def baseline(name: str, task: Task) -> np.ndarray:
+    return _trace(attributors_for(ForwardInf(*_model(task)), [name])[name], task.queries, task)
 
 
 def _model(task: Task) -> tuple[Any, Any]:
@@ -72,9 +70,6 @@ if __name__ == "__main__":
             "forward_inf_one": forward_inf_one,
             "tuned": tuned,
             "gradient": partial(forward_inf, ascent=AscentConfig(direction="gradient")),
-            "tracin_cosine": partial(gradients, TracIn, similarity="cosine"),
-            "trackstar": partial(gradients, TrackStar),
-            "influence_functions": partial(gradients, InfluenceFunctions),
-            "bm25": bm25,
+            **{name: partial(baseline, name) for name in BASELINES},
         }
     )

@@ -1,57 +1,105 @@
-"""BM25: word overlap, no model at all. The baseline that fact tracing must be read beside."""
+"""BM25: word overlap without a model, the baseline that fact tracing is reported with."""
 
-from dataclasses import asdict, dataclass
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from rank_bm25 import BM25Plus
+from torch import nn
 
-from hf_forward_inf.attribution import Attribution
-from hf_forward_inf.utils.rows import LAYOUTS, fill_in, text_and_target, text_columns
+from hf_forward_inf.adapters import Adapter, DiffusionAdapter, adapter_for
+from hf_forward_inf.adapters.causal_lm import SPAN
+from hf_forward_inf.adapters.diffusion_inputs import reads_captions
+from hf_forward_inf.baselines.base import Baseline
+from hf_forward_inf.utils.rows import LAYOUTS, fill_in, holds_texts, text_and_target, text_columns
 from hf_forward_inf.utils.validation import check_rows
 
 
-@dataclass
-class BM25:
-    """Ranks candidates by word overlap, as FTRACE does: BM25Plus over whitespace tokens, case-sensitive.
+class BM25(Baseline):
+    """Scores a candidate by its word overlap with the query: BM25Plus over whitespace tokens, case-sensitive.
+
+    This is FTRACE's baseline. Texts are read from the columns that the adapter reads; without a model or an adapter,
+    from those of the first known layout that queries and candidates share (FTRACE's, `messages`, `prompt` and
+    `completion`, `text`, `caption`).
 
     Args:
-        input_column (`str`, *optional*): Column of input texts. Defaults to those of the layout that queries and
-            candidates share (FTRACE's, or `messages`, `prompt` and `completion`, `text`).
-        target_column (`str`, *optional*): Column of target texts.
-        with_answer (`bool`, defaults to `True`): Fill the target into its place, in queries and candidates.
+        model (`torch.nn.Module`, *optional*): The trained model; only decides which columns are read.
+        processor (*optional*): Its tokenizer.
+        adapter (`Adapter`, *optional*): Defaults to the adapter for the model, if there is one.
+        cache_dir (*optional*): Accepted as by every baseline, and ignored: nothing is cached.
+        input_column (`str`, *optional*): Column of input texts. Defaults to the first column of texts.
+        target_column (`str`, *optional*): Column of target texts. Defaults to the second column of texts, if any.
+        with_answer (`bool`, defaults to `True`): Whether the target is filled into its place, in queries and
+            candidates.
         k1 (`float`, defaults to 1.5): Saturation of repeated words.
         b (`float`, defaults to 0.75): Weight of a text's length.
     """
 
-    input_column: str | None = None
-    target_column: str | None = None
-    with_answer: bool = True
-    k1: float = 1.5
-    b: float = 0.75
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        processor: Any = None,
+        *,
+        adapter: Adapter | None = None,
+        cache_dir: str | Path | None = None,
+        input_column: str | None = None,
+        target_column: str | None = None,
+        with_answer: bool = True,
+        k1: float = 1.5,
+        b: float = 0.75,
+    ):
+        self.adapter = adapter_for(model, processor) if adapter is None and model is not None else adapter
+        self.input_column, self.target_column, self.with_answer = input_column, target_column, with_answer
+        self.k1, self.b = k1, b
+        self.name = "bm25" if with_answer else "bm25_without_answer"
 
-    name = "bm25"
+    @classmethod
+    def misfit(cls, adapter: Adapter) -> str | None:
+        """Return why an adapter's rows have no words to compare; `None` if they have."""
+        captioned = isinstance(adapter, DiffusionAdapter) and reads_captions(adapter.pipe)
+        if captioned or hasattr(adapter, "tokenizer"):
+            return None
+        return f"BM25 compares words, and the rows of {type(adapter).__name__} have no texts."
 
-    def trace(self, queries: Dataset, candidates: Dataset, top_k: int | None = None) -> Attribution:
-        """Score every candidate for every query: BM25Plus, no unit, `[queries, candidates]`.
+    @property
+    def config(self) -> dict[str, Any]:
+        """Columns, where they were named, and the options of the formula."""
+        columns = {"input_column": self.input_column, "target_column": self.target_column}
+        return {**columns, "with_answer": self.with_answer, "k1": self.k1, "b": self.b}
+
+    def score(self, queries: Dataset, candidates: Dataset) -> np.ndarray:
+        """Return BM25Plus scores, `[queries, candidates]`, without a unit.
 
         Raises:
-            ValueError: If there are no rows or a column is missing.
+            ValueError: If a column is missing, or the adapter reads no texts.
         """
+        from rank_bm25 import BM25Plus
+
         columns = self._columns(queries, candidates)
         check_rows(queries, columns if self.with_answer else columns[:1], "queries")
         check_rows(candidates, columns if self.with_answer else columns[:1], "candidates")
         documents = [self._words(row, columns) for row in candidates]
         index = BM25Plus(documents, k1=self.k1, b=self.b)
-        scores = np.stack([index.get_scores(self._words(row, columns)) for row in queries]).astype(np.float32)
-        return Attribution(scores, queries, candidates, method=self.name, config=asdict(self)).keep(top_k)
+        return np.stack([index.get_scores(self._words(row, columns)) for row in queries]).astype(np.float32)
 
     def _columns(self, queries: Dataset, candidates: Dataset) -> tuple[str, ...]:
-        shared = text_columns(set(queries.column_names) & set(candidates.column_names)) or LAYOUTS[0]
-        given = (self.input_column, self.target_column)
-        return tuple(name or default for name, default in zip_longest(given, shared) if name or default)
+        shared = [name for name in candidates.column_names if name in queries.column_names]
+        found = (text_columns(shared) or LAYOUTS[0]) if self.adapter is None else self._read(shared, candidates)
+        named = (self.input_column, self.target_column)
+        columns = tuple(name or default for name, default in zip_longest(named, found) if name or default)
+        if not columns:
+            raise ValueError(
+                f"{type(self.adapter).__name__} reads no column of texts: name one with BM25(input_column=...)."
+            )
+        return columns
+
+    def _read(self, names: list[str], rows: Dataset) -> tuple[str, ...]:
+        """Return the columns of texts that the adapter reads; a span is part of the target, images may be paths."""
+        assert self.adapter is not None
+        read = self.adapter.columns_in(names)
+        read = read[:-1] if isinstance(self.adapter, DiffusionAdapter) else read
+        return tuple(name for name in read if name != SPAN and (name not in names or holds_texts(rows, name)))
 
     def _words(self, row: dict[str, Any], columns: tuple[str, ...]) -> list[str]:
         text, target = text_and_target(row, columns)

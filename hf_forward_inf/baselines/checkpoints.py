@@ -1,4 +1,4 @@
-"""Checkpoints that a transformers Trainer left: their folders, learning rates and weights."""
+"""Checkpoints of a transformers `Trainer`: their folders, learning rates and weights."""
 
 import json
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder with a model's weights, and the learning rate of the training at that step (NaN where unknown)."""
+    """A folder with a model's weights, and the learning rate at that training step (NaN if unknown)."""
 
     folder: Path
     learning_rate: float
@@ -21,16 +21,16 @@ class Checkpoint:
 def find_checkpoints(
     where: str | Path | Sequence[str | Path], learning_rates: Sequence[float] | None = None, needed: bool = True
 ) -> list[Checkpoint]:
-    """Find checkpoints, in the order of their steps.
+    """Return checkpoints in the order of their steps.
 
     Args:
         where (`str`, `Path` or a list): A Trainer's output folder with `checkpoint-*` in it, or checkpoint folders.
-        learning_rates (`list[float]`, *optional*): One a checkpoint. Defaults to what `trainer_state.json` logged.
-        needed (`bool`, defaults to `True`): Whether learning rates must be known.
+        learning_rates (`list[float]`, *optional*): One per checkpoint. Defaults to those in `trainer_state.json`.
+        needed (`bool`, defaults to `True`): Whether an unknown learning rate is an error.
 
     Raises:
-        FileNotFoundError: If there is none, or a folder holds no model.
-        ValueError: If a learning rate is needed and unknown.
+        FileNotFoundError: If there is no checkpoint, or a folder contains no model.
+        ValueError: If a learning rate is needed and unknown, or their number differs from that of checkpoints.
     """
     if isinstance(where, (str, Path)):
         inside = sorted(Path(where).glob("checkpoint-*"), key=_step)
@@ -42,7 +42,7 @@ def find_checkpoints(
     for folder in folders:
         if not (folder / "config.json").exists():
             raise FileNotFoundError(
-                f"{folder} holds no checkpoint (no checkpoint-* folders, no config.json): give a Trainer's output "
+                f"{folder} contains no checkpoint (no checkpoint-* folders, no config.json): give a Trainer's output "
                 "folder, or checkpoint folders."
             )
     if learning_rates is None:
@@ -63,27 +63,26 @@ def _logged_rate(folder: Path, needed: bool) -> float:
     rates = [entry["learning_rate"] for entry in state.get("log_history", []) if "learning_rate" in entry]
     if not rates and needed:
         raise ValueError(
-            f"{file} has logged no learning rate: give learning_rates=[...], one a checkpoint, or similarity='cosine'."
+            f"{file} logs no learning rate: give learning_rates=[...], one per checkpoint, or similarity='cosine'."
         )
     return rates[-1] if rates else float("nan")
 
 
 def load_checkpoint(model: Any, folder: Path) -> nn.Module:
-    """Load a checkpoint of the same architecture, to the model's device and precision.
+    """Return a checkpoint's model, of the same architecture, on the model's device and in its precision.
 
     Raises:
-        ValueError: If it is of another architecture.
+        ValueError: If the checkpoint has another architecture.
     """
     config = AutoConfig.from_pretrained(folder)
     if config.model_type != model.config.model_type:
-        raise ValueError(f"{folder} holds a {config.model_type}; the model is a {model.config.model_type}.")
+        raise ValueError(f"{folder} contains a {config.model_type}; the model is a {model.config.model_type}.")
     other = type(model).from_pretrained(folder, torch_dtype=model.dtype).to(model.device).eval()
     shapes, theirs = ({name: tuple(p.shape) for name, p in m.named_parameters()} for m in (model, other))
     differing = [name for name in shapes | theirs if shapes.get(name) != theirs.get(name)]
     if differing:
         name = differing[0]
         raise ValueError(
-            f"{folder} is of another architecture: {name} has shape {theirs.get(name)}, "
-            f"the model's {shapes.get(name)}."
+            f"{folder} has another architecture: {name} has shape {theirs.get(name)}, the model's {shapes.get(name)}."
         )
     return other

@@ -1,4 +1,4 @@
-"""What Forward-INF's step does to first order: gradients of the candidates along the same direction."""
+"""The first-order limit of Forward-INF: gradients of the candidates along the same direction."""
 
 from dataclasses import asdict
 from functools import partial
@@ -16,17 +16,17 @@ from hf_forward_inf.utils.fingerprints import fingerprint
 
 
 class FirstOrder(GradientBaseline):
-    """Scores a candidate by the product of its gradient with the direction in which Forward-INF steps for the query.
+    """Scores a candidate by the product of its gradient with the direction of Forward-INF's step for the query.
 
-    The limit of Forward-INF's scores for a radius near 0, up to their scale, at the price of a gradient for every
-    candidate: what finite steps add to it, or lose, is seen by comparison. With `direction="cg"` these are influence
+    Up to their scale, these are Forward-INF's scores in the limit of radius 0, computed with a gradient for every
+    candidate: comparing both shows what a finite step adds or loses. With `direction="cg"` they are influence
     functions.
 
     Args:
-        model (`torch.nn.Module`): The trained model.
-        processor (*optional*): Its tokenizer.
-        ascent (`AscentConfig`, *optional*): Direction, damping, sample; radius and mode count for nothing.
-            What it leaves open is the adapter's choice.
+        model (`torch.nn.Module`, *optional*): The trained model.
+        processor (*optional*): Its tokenizer or image processor.
+        ascent (`AscentConfig`, *optional*): Direction, damping, sample; radius, steps and mode are ignored. Unset
+            fields take the adapter's defaults.
         training (`datasets.Dataset`, *optional*): As in [`ForwardInf`].
         **options: `adapter`, `modules`, `cache_dir`, `max_batch_length` of [`baselines.gradients.GradientBaseline`].
     """
@@ -48,19 +48,19 @@ class FirstOrder(GradientBaseline):
 
     @property
     def config(self) -> dict[str, Any]:
-        """Those options of the ascent that make its direction."""
+        """The options of the ascent that its direction depends on, and modules."""
         names = ("direction", "damping", "iterations", "tolerance", "sample", "second_moments", "seed")
         options = asdict(self.ascent)
         return {**{name: options[name] for name in names}, "modules": self.modules}
 
     def score(self, queries: Dataset, candidates: Dataset) -> np.ndarray:
-        """Products with the directions, `[queries, candidates]`."""
+        """Return products with the directions, `[queries, candidates]`."""
         training = candidates if self.training is None else self.training
         key = fingerprint("first order", self.config, training._fingerprint)
         return self.products(queries, candidates, key, directions=partial(self._directions, training), norms=False)[0]
 
     def self_influence(self, rows: Dataset) -> np.ndarray:
-        """Tell each training example's product with its own direction, float32 `[rows]`: g . C^-1 g."""
+        """Return each training example's product with its own direction, float32 `[rows]`: g . C^-1 g."""
         return self.own_products(rows, partial(self._directions, rows if self.training is None else self.training))
 
     def _directions(self, training: Dataset, raw: Directions, gradients: ExampleGradients) -> Directions:

@@ -1,4 +1,4 @@
-"""What the gradient baselines share: products of directions, one a query, with every candidate's gradient."""
+"""What gradient baselines share: products of one direction per query with every candidate's gradient."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
@@ -11,13 +11,14 @@ import psutil
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from typing_extensions import Self
 
-from hf_forward_inf.adapters import Adapter, choose_adapter
+from hf_forward_inf.adapters import Adapter
 from hf_forward_inf.adapters.base import Batch, Rows
 from hf_forward_inf.adapters.contrast import encoded_adapter
 from hf_forward_inf.ascent.parameters import perturbed_names
 from hf_forward_inf.ascent.steps import Correction
-from hf_forward_inf.attribution import Attribution
+from hf_forward_inf.baselines.base import ModelBaseline
 from hf_forward_inf.curvature.example_gradients import ExampleGradients
 from hf_forward_inf.curvature.outer_products import Parts, QueryGradients
 from hf_forward_inf.passes.candidate_pass import MAX_BATCH_LENGTH, CandidatePass, encode
@@ -25,27 +26,30 @@ from hf_forward_inf.utils.fingerprints import fingerprint
 from hf_forward_inf.utils.models import batch_size, device_of, evaluating, to_device
 
 Directions: TypeAlias = dict[str, Tensor]
-"""A direction in parameter space for each query, by parameter: `[queries, numel]`."""
+"""One direction in parameter space per query, by parameter: `[queries, numel]`."""
 Transform: TypeAlias = Callable[[str, Tensor], Tensor]
-"""Given a parameter's name and gradients `[rows, numel]`, gives what is compared: `[rows, features]`."""
+"""Maps a parameter's name and gradients `[rows, numel]` to the features that are compared, `[rows, features]`."""
 
 QUERY_BYTES = 2**30
-"""Directions held at once; more queries are traced in blocks, at a pass over the candidates each."""
+"""Memory for directions; more queries are traced in blocks, each with a pass over the candidates."""
 
 
-class GradientBaseline:
-    """A baseline that takes a gradient for every candidate.
+class GradientBaseline(ModelBaseline):
+    """A baseline that computes a gradient for every candidate.
 
     Args:
-        model (`torch.nn.Module`): The trained model.
-        processor (*optional*): Its tokenizer.
-        adapter (`Adapter`, *optional*): Defaults to the one that knows this kind of model.
-        modules (`list[str]`, *optional*): Modules or parameters whose gradients count, `*` allowed. Defaults to all.
-        cache_dir (`Path`, *optional*): As in [`ForwardInf`].
+        model (`torch.nn.Module`, *optional*): The trained model.
+        processor (*optional*): Its tokenizer or image processor.
+        adapter (`Adapter`, *optional*): Defaults to the adapter for this kind of model.
+        modules (`list[str]`, *optional*): Modules or parameters whose gradients are compared, `*` allowed. Defaults to
+            all.
+        cache_dir (`str` or `Path`, *optional*): As in [`ForwardInf`].
         max_batch_length (`int`, defaults to 4096): As in [`ForwardInf`].
-    """
 
-    name: str
+    Raises:
+        MemoryError: By `trace`, if not even one query's gradient fits into memory.
+        ValueError: By `trace`, if `modules` matches nothing.
+    """
 
     def __init__(
         self,
@@ -57,32 +61,12 @@ class GradientBaseline:
         cache_dir: str | Path | None = None,
         max_batch_length: int = MAX_BATCH_LENGTH,
     ):
-        self.adapter = choose_adapter(model, processor, adapter, type(self).__name__)
+        super().__init__(model, processor, adapter=adapter, cache_dir=cache_dir)
         self.modules = modules
-        self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self.max_batch_length = max_batch_length
 
-    def trace(self, queries: Dataset, candidates: Dataset, top_k: int | None = None) -> Attribution:
-        """Score every candidate for every query, float32 `[queries, candidates]`, higher means a stronger proponent.
-
-        Raises:
-            ValueError: If there are no rows, a column is missing, a target is empty, or `modules` names nothing.
-            MemoryError: If not even one query's gradient fits into memory.
-        """
-        scores = self.score(queries, candidates)
-        return Attribution(scores, queries, candidates, method=self.name, config=self.config).keep(top_k)
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The options that the scores depend on."""
-        raise NotImplementedError
-
-    def score(self, queries: Dataset, candidates: Dataset) -> np.ndarray:
-        """Give the scores, `[queries, candidates]`."""
-        raise NotImplementedError
-
-    def with_model(self, model: nn.Module) -> Any:
-        """Give the same baseline for another model of the same architecture."""
+    def with_model(self, model: nn.Module) -> Self:
+        """Return the same baseline for another model of the same architecture."""
         other = copy.copy(self)
         other.adapter = self.adapter.with_model(model)
         return other
@@ -97,15 +81,15 @@ class GradientBaseline:
         transform: Transform | None = None,
         norms: bool = True,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Multiply each query's direction with every candidate's gradient, in one pass over the candidates.
+        """Return products of each query's direction with every candidate's gradient, in one pass over candidates.
 
         Args:
-            queries (`datasets.Dataset`): Their gradients are the directions, unless `directions` makes others of them.
+            queries (`datasets.Dataset`): Queries; their gradients are the directions, unless `directions` is given.
             candidates (`datasets.Dataset`): Candidates.
-            key (`str`): Names what `directions` and `transform` do, for the cache.
-            directions (`Callable`, *optional*): Makes directions of the queries' gradients.
-            transform (`Callable`, *optional*): Applied to both sides before they are multiplied.
-            norms (`bool`, defaults to `True`): Whether the norms of the candidates' gradients are wanted; else 0.
+            key (`str`): Identifies `directions` and `transform` in the cache.
+            directions (`Callable`, *optional*): Maps the queries' gradients to directions.
+            transform (`Callable`, *optional*): Applied to directions and gradients before they are multiplied.
+            norms (`bool`, defaults to `True`): Whether to compute the norms of the candidates' gradients; 0 otherwise.
 
         Returns:
             `tuple`: Products `[queries, candidates]`, norms of the directions `[queries]` and of the candidates'
@@ -130,7 +114,7 @@ class GradientBaseline:
     def own_products(
         self, rows: Dataset, directions: Callable[[Directions, ExampleGradients], Directions]
     ) -> np.ndarray:
-        """Multiply each row's direction with its own gradient alone, float32 `[rows]`; a gradient for every row."""
+        """Return the product of each row's direction with its own gradient, float32 `[rows]`."""
         adapter = self.adapter
         found = []
         with evaluating(adapter.model):
@@ -158,7 +142,7 @@ class GradientBaseline:
 
 
 class _Block:
-    """Directions of some queries, computed when first used: a pass that is in the cache needs none."""
+    """Directions of a block of queries, computed on first use: a cached pass needs none."""
 
     def __init__(
         self,
@@ -205,7 +189,7 @@ class _Block:
 
 
 def query_gradients(gradients: ExampleGradients, queries: Rows) -> Directions:
-    """Give the gradient of each query's loss, by parameter, `[queries, numel]`."""
+    """Return the gradient of each query's loss, by parameter, `[queries, numel]`."""
     count = len(queries["terms"])
     found: Directions = {}
     gradients, batches = _single(gradients, queries)
@@ -216,19 +200,19 @@ def query_gradients(gradients: ExampleGradients, queries: Rows) -> Directions:
 
 
 def query_factors(gradients: ExampleGradients, queries: Rows) -> dict[str, Tensor | QueryGradients]:
-    """Give the same in whatever form products with it are cheapest."""
+    """Return each query's gradient by parameter, dense or as outer products, whichever makes products cheaper."""
     count = len(queries["terms"])
-    written: Directions = {}
+    dense: Directions = {}
     factors: dict[str, dict[int, Parts]] = {}
     gradients, batches = _single(gradients, queries)
     for i, batch in enumerate(batches):
         for name, values in gradients.factored(batch):
             if isinstance(values, Tensor):
-                written.setdefault(name, values.new_zeros(count, values.shape[1]))[i] = values[0]
+                dense.setdefault(name, values.new_zeros(count, values.shape[1]))[i] = values[0]
             else:
                 factors.setdefault(name, {})[i] = values
-    laid = {name: QueryGradients.of(parts, count) for name, parts in factors.items()}
-    return {**written, **{name: one if one.is_cheaper() else one.dense() for name, one in laid.items()}}
+    products = {name: QueryGradients.of(parts, count) for name, parts in factors.items()}
+    return {**dense, **{name: one if one.is_cheaper() else one.dense() for name, one in products.items()}}
 
 
 def _single(gradients: ExampleGradients, queries: Rows) -> tuple[ExampleGradients, Iterator[Batch]]:
@@ -239,7 +223,7 @@ def _single(gradients: ExampleGradients, queries: Rows) -> tuple[ExampleGradient
 
 
 def corrected(raw: Directions, gradients: ExampleGradients, correct: Correction) -> Directions:
-    """Make a direction of each query's gradient, `[queries, numel]` by parameter."""
+    """Return each query's corrected gradient, `[queries, numel]` by parameter."""
     shapes = {name: gradients.model.get_parameter(name).shape for name in raw}
     made: Directions = {name: torch.empty_like(values) for name, values in raw.items()}
     for i in range(len(next(iter(raw.values())))):
@@ -250,6 +234,6 @@ def corrected(raw: Directions, gradients: ExampleGradients, correct: Correction)
 
 
 def cosines(products: np.ndarray, own: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-    """Divide what [`GradientBaseline.products`] gave by both norms; NaN where one is 0."""
+    """Return the products of [`GradientBaseline.products`] divided by both norms; NaN where a norm is 0."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return products / own[:, None] / theirs[None]

@@ -1,4 +1,4 @@
-"""Influence functions (Koh and Liang, 2017): gradients multiplied through inverse curvature."""
+"""Influence functions (Koh and Liang, 2017): products of gradients through the inverse curvature."""
 
 from functools import partial
 from typing import Any, Literal
@@ -18,31 +18,33 @@ from hf_forward_inf.utils.models import to_device
 
 
 class InfluenceFunctions(GradientBaseline):
-    """Scores a candidate by g(candidate) . H^-1 g(query): how much leaving it out would raise the query's loss.
+    """Scores a candidate by g(candidate) . H^-1 g(query): the rise of the query's loss if it is left out.
 
     The inverse is applied to each query's gradient, by conjugate gradients on Gauss-Newton products (`"cg"`) or by
     LiSSA on Hessians of random batches (`"lissa"`, the paper's baseline).
 
     Args:
-        model (`torch.nn.Module`): The trained model.
-        processor (*optional*): Its tokenizer.
+        model (`torch.nn.Module`, *optional*): The trained model.
+        processor (*optional*): Its tokenizer or image processor.
         solver (`str`, defaults to `"cg"`): `"cg"` or `"lissa"`.
         similarity (`str`, defaults to `"dot"`): `"cosine"` divides by the norms of both, so that candidates with large
-            gradients don't come first for every query: the better choice where a model has memorised most of them.
+            gradients don't rank first for every query: the better choice for a model that has memorised most of its
+            training data.
         damping (`float`, *optional*): `"cg"`: a multiple of the query gradient's Rayleigh quotient, 0.1 by default.
             `"lissa"`: damping x scale is added to the Hessian, 0.01 by default.
-        iterations (`int`, defaults to 10): Products of `"cg"`.
-        sample (`int`, defaults to 128): Candidates whose curvature counts.
-        scale (`float`, defaults to 100.0): LiSSA's scale, beyond the largest eigenvalue of any batch's Hessian.
-        depth (`int`, defaults to 100): LiSSA's steps.
-        repeats (`int`, defaults to 1): LiSSA's estimates averaged.
-        batch_size (`int`, defaults to 32): Rows of LiSSA's random batches.
-        seed (`int`, defaults to 0): Draws the sample and the batches.
+        iterations (`int`, defaults to 10): Number of products with the curvature matrix for `"cg"`.
+        sample (`int`, defaults to 128): Number of candidates that the curvature is computed on.
+        scale (`float`, defaults to 100.0): LiSSA's scale, above the largest eigenvalue of any batch's Hessian.
+        depth (`int`, defaults to 100): LiSSA's number of steps.
+        repeats (`int`, defaults to 1): Number of LiSSA's estimates that are averaged.
+        batch_size (`int`, defaults to 32): Rows in LiSSA's random batches.
+        seed (`int`, defaults to 0): Seed of the sample and the batches.
         **options: `adapter`, `modules`, `cache_dir`, `max_batch_length` of
             [`baselines.gradients.GradientBaseline`].
 
     Raises:
-        FloatingPointError: If LiSSA diverges.
+        FloatingPointError: By `trace`, if LiSSA diverges.
+        ValueError: If `solver` or `similarity` is unknown.
     """
 
     def __init__(
@@ -68,7 +70,8 @@ class InfluenceFunctions(GradientBaseline):
         if similarity not in ("dot", "cosine"):
             raise ValueError(f"similarity={similarity!r} must be 'dot' or 'cosine'.")
         self.solver, self.similarity = solver, similarity
-        self.name = f"influence_functions_{solver}"
+        suffixes = ["lissa"] * (solver == "lissa") + ["cosine"] * (similarity == "cosine")
+        self.name = "_".join(["influence_functions", *suffixes])
         self.damping = damping if damping is not None else {"cg": 0.1, "lissa": 0.01}[solver]
         self.iterations, self.sample, self.seed = iterations, sample, seed
         self.scale, self.depth, self.repeats, self.batch_size = scale, depth, repeats, batch_size
@@ -82,7 +85,7 @@ class InfluenceFunctions(GradientBaseline):
         return {"solver": self.solver, "similarity": self.similarity, **own, **shared}
 
     def score(self, queries: Dataset, candidates: Dataset) -> np.ndarray:
-        """Products with the inverse, or their cosines, `[queries, candidates]`."""
+        """Return products through the inverse, or their cosines, `[queries, candidates]`."""
         key = fingerprint("influence functions", self.config, candidates._fingerprint)
         sample = Sample(self.adapter, candidates, self.sample, self.seed, self.cache_dir)
         directions = partial(self._solved, sample)
@@ -93,7 +96,7 @@ class InfluenceFunctions(GradientBaseline):
         return cosines(products, own, theirs)
 
     def self_influence(self, rows: Dataset) -> np.ndarray:
-        """Tell each training example's influence on itself, g . H^-1 g, float32 `[rows]`; H as if they were all."""
+        """Return each training example's influence on itself, float32 `[rows]`: g . H^-1 g, with H of these rows."""
         sample = Sample(self.adapter, rows, self.sample, self.seed, self.cache_dir)
         return self.own_products(rows, partial(self._solved, sample))
 

@@ -1,4 +1,4 @@
-"""TracIn (Pruthi et al., 2020): products of gradients, summed over the checkpoints of a training."""
+"""TracIn (Pruthi et al., 2020): products of gradients, summed over training checkpoints."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,24 +16,24 @@ class TracIn(GradientBaseline):
     """Scores a candidate by the product of its gradient with the query's, at one or several checkpoints.
 
     With `similarity="dot"`: sum over checkpoints of learning rate x dot product. With `"cosine"`: mean over
-    checkpoints of the cosine, as FTRACE has it. Exact products, from one forward pass and one backward pass over
+    checkpoints of the cosine, as in FTRACE. Products are exact, and take one forward pass and one backward pass over
     activations for all queries of a block; no candidate's gradient is stored.
 
     Args:
-        model (`torch.nn.Module`): The trained model, traced as it is unless there are `checkpoints`.
-        processor (*optional*): Its tokenizer.
+        model (`torch.nn.Module`, *optional*): The trained model. Its weights are the only checkpoint if `checkpoints`
+            are not given.
+        processor (*optional*): Its tokenizer or image processor.
         checkpoints (`str`, `Path` or a list, *optional*): A Trainer's output folder, or checkpoint folders.
-        learning_rates (`list[float]`, *optional*): One a checkpoint. Defaults to what `trainer_state.json` logged.
+        learning_rates (`list[float]`, *optional*): One per checkpoint. Defaults to those logged in
+            `trainer_state.json`.
         similarity (`str`, defaults to `"dot"`): `"dot"` or `"cosine"`.
         **options: `adapter`, `modules` (`["decoder.block.1"]`: the paper's one-layer form), `cache_dir`,
             `max_batch_length` of [`baselines.gradients.GradientBaseline`].
 
     Raises:
         FileNotFoundError: If there is no checkpoint.
-        ValueError: If no learning rate is known, or a checkpoint is of another architecture.
+        ValueError: If `similarity` or a learning rate is unknown, or a checkpoint has another architecture.
     """
-
-    name = "tracin"
 
     def __init__(
         self,
@@ -49,6 +49,7 @@ class TracIn(GradientBaseline):
         if similarity not in ("dot", "cosine"):
             raise ValueError(f"similarity={similarity!r} must be 'dot' or 'cosine'.")
         self.similarity = similarity
+        self.name = "tracin" if similarity == "dot" else "tracin_cosine"
         needed = similarity == "dot"
         self.checkpoints: list[Checkpoint] | None = (
             None if checkpoints is None else find_checkpoints(checkpoints, learning_rates, needed)
@@ -61,7 +62,7 @@ class TracIn(GradientBaseline):
         return {"similarity": self.similarity, "modules": self.modules, "checkpoints": folders}
 
     def score(self, queries: Dataset, candidates: Dataset) -> np.ndarray:
-        """Sum over checkpoints, `[queries, candidates]`."""
+        """Return the sum, or mean, over checkpoints, `[queries, candidates]`."""
         if self.checkpoints is None:
             return self._at(queries, candidates)
         total = np.zeros((len(queries), len(candidates)), dtype=np.float32)
@@ -72,13 +73,13 @@ class TracIn(GradientBaseline):
         return total
 
     def self_influence(self, rows: Dataset) -> np.ndarray:
-        """Tell each training example's product with itself, its squared gradient norm, summed as scores are: `[rows]`.
+        """Return each training example's squared gradient norm, summed over checkpoints as scores are: `[rows]`.
 
         Raises:
             ValueError: If the similarity is a cosine, which is 1 for all.
         """
         if self.similarity == "cosine":
-            raise ValueError("The cosine of an example with itself is 1: similarity='dot' tells examples apart.")
+            raise ValueError("The cosine of an example with itself is 1: use TracIn(similarity='dot').")
         if self.checkpoints is None:
             return self._self_at(rows)
         total = np.zeros(len(rows), dtype=np.float32)

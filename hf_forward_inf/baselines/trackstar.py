@@ -1,4 +1,4 @@
-"""TrackStar-like (Chang et al., 2024): gradients corrected by second moments, at unit norm."""
+"""TrackStar (Chang et al., 2024), simplified: gradients corrected by second moments, at unit norm."""
 
 from pathlib import Path
 from typing import Any
@@ -17,26 +17,26 @@ from hf_forward_inf.utils.models import evaluating
 
 
 class TrackStar(GradientBaseline):
-    """Scores a candidate by the cosine of its gradient with the query's, both divided by root second moments.
+    """Scores a candidate by the cosine of its gradient with the query's, both divided by root mean squares.
 
     Args:
-        model (`torch.nn.Module`): The trained model.
-        processor (*optional*): Its tokenizer.
+        model (`torch.nn.Module`, *optional*): The trained model.
+        processor (*optional*): Its tokenizer or image processor.
         second_moments (`str` or `Path`, *optional*): A Trainer's `optimizer.pt` (or its folder), from Adam or AdamW.
-            By default they are estimated: the mean square of the gradients of some candidates.
-        sample (`int`, defaults to 1024): Candidates of that estimate.
-        damping (`float`, defaults to 1e-3): Part of the mean second moment that is added to every one: without it,
-            what the sample never touched would count most.
-        projection (`int`, *optional*): Gradients of a weight `[out, in]` are projected to `[projection, projection]`
-            by random normal matrices on both sides, vectors to `projection`: less memory, noisier scores. By default
-            products are exact.
-        seed (`int`, defaults to 0): Draws the sample and the projections.
+            Defaults to an estimate: the mean square of the gradients of some candidates.
+        sample (`int`, defaults to 1024): Number of candidates in that estimate.
+        damping (`float`, defaults to 1e-3): Share of the mean second moment that is added to all of them; without it,
+            parameters that the sample never touches would weigh most.
+        projection (`int`, *optional*): Side to which gradients are projected by random normal matrices: those of a
+            weight `[out, in]` to `[projection, projection]`, those of a vector to `[projection]`. Takes less memory,
+            and makes scores noisier. By default gradients are not projected.
+        seed (`int`, defaults to 0): Seed of the sample and the projections.
         **options: `adapter`, `modules`, `cache_dir`, `max_batch_length` of
             [`baselines.gradients.GradientBaseline`].
 
     Raises:
-        FileNotFoundError: If there is no such optimizer state.
-        ValueError: If the optimizer state does not match the model.
+        FileNotFoundError: If there is no optimizer state at `second_moments`.
+        ValueError: If the optimizer state does not match the model, or `projection` is below 1.
     """
 
     name = "trackstar"
@@ -61,13 +61,13 @@ class TrackStar(GradientBaseline):
 
     @property
     def config(self) -> dict[str, Any]:
-        """Where second moments come from, projection, modules and seed."""
+        """The source of second moments, damping, projection, seed and modules."""
         source = f"{self.sample} candidates" if self.second_moments is None else str(self.second_moments)
         own = {"damping": self.damping, "projection": self.projection, "seed": self.seed}
         return {"second_moments": source, **own, "modules": self.modules}
 
     def score(self, queries: Dataset, candidates: Dataset) -> np.ndarray:
-        """Cosines of corrected gradients, `[queries, candidates]`."""
+        """Return cosines of corrected gradients, `[queries, candidates]`."""
         if self.second_moments is None:
             sample = Sample(self.adapter, candidates, self.sample, self.seed, self.cache_dir)
             with evaluating(self.adapter.model):
@@ -92,7 +92,7 @@ class TrackStar(GradientBaseline):
             if name not in projections:
                 projections[name] = self._projections(name, shape, values.device)
             values = values.reshape(len(values), *shape)
-            for matrix in projections[name]:  # the first axis left is projected, and becomes the last
+            for matrix in projections[name]:  # projects the first remaining axis, which becomes the last
                 values = torch.tensordot(values, matrix, dims=([1], [1]))
             return values.flatten(1)
 

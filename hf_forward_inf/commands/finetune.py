@@ -14,13 +14,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 from hf_forward_inf.adapters import CausalLMAdapter
 from hf_forward_inf.ascent.config import AscentConfig
+from hf_forward_inf.baselines import attributors_for
 from hf_forward_inf.commands.options import FinetuneOptions
 from hf_forward_inf.commands.outputs import about, check_output, write_outputs
 from hf_forward_inf.commands.trace_source import load_model
 from hf_forward_inf.data import load_rows, proponents
 from hf_forward_inf.data.questions import builtin_questions
 from hf_forward_inf.evaluation import cost
-from hf_forward_inf.evaluation.comparison import attributors
 from hf_forward_inf.evaluation.tables import as_text, compare, flat
 from hf_forward_inf.evaluation.task import Task, has_facts
 from hf_forward_inf.forward_inf import ForwardInf
@@ -38,8 +38,8 @@ SIZES: dict[str, Any] = {
 """Sizes of the tiny Llama."""
 RATES = {"whole": 2e-3, "model": 5e-5, "lora": 1e-2}
 """Learning rates: of a tiny model from the start, of a model that is given, and of LoRA weights."""
-BESIDE = ("tracin_cosine", "trackstar", "bm25", "bm25_without_answer")
-"""Attributors shown beside."""
+COMPARED = ("tracin_cosine", "trackstar", "bm25", "bm25_without_answer")
+"""Attributors that are compared with."""
 
 
 class Finetuning:
@@ -148,9 +148,8 @@ def finetune_run(options: FinetuneOptions, ascent: AscentConfig) -> dict[str, An
         tracer = tracer.tune(train)
         say(f"Self-retrieval among the training examples (* is used):\n{tracer.tuning}")
     found = {"forward_inf": tracer.trace(task.queries, train)}
-    others = attributors(tracer, train)
     if task.proponents is not None:
-        found |= {name: others[name].trace(task.queries, train) for name in BESIDE}
+        found |= {name: one.trace(task.queries, train) for name, one in attributors_for(tracer, COMPARED).items()}
     table = compare(found, task)
     metrics: dict[str, Any] = {**figures, "queries": len(task.queries), "candidates": len(train)}
     metrics |= flat(table)

@@ -12,7 +12,7 @@ from datasets import Dataset, Features, Image
 from hf_forward_inf.adapters import ImageClassificationAdapter
 from hf_forward_inf.ascent.config import AscentConfig
 from hf_forward_inf.attribution import Attribution, Attributor
-from hf_forward_inf.baselines import InfluenceFunctions, RepresentationSimilarity, TracIn
+from hf_forward_inf.baselines import attributors_for
 from hf_forward_inf.commands.image_task import captioned, load_image_task, with_objective
 from hf_forward_inf.commands.options import LeakageOptions
 from hf_forward_inf.commands.outputs import about, check_output, write_outputs
@@ -37,6 +37,8 @@ MEASURES: dict[str, tuple[Objective, Measure]] = {
 }
 """What of a candidate is its score, the first preferred: the shift of its prediction, or the rise of its loss (the
 paper's) or of minus its margin."""
+BASELINES = ("tracin", "tracin_cosine", "influence_functions", "representation")
+"""Attributors that are compared with, over all parameters and with their defaults."""
 CORRECTIONS = ("reranked", "", "standardised")
 """What is done to scores, the first preferred: shares of the own step's ([`ForwardInf.rerank`]), nothing, or
 [`corrections.standardised`]."""
@@ -56,6 +58,11 @@ class Setting:
     measured: str
     correction: str
     name = "forward_inf"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The tracer's options, and the correction."""
+        return {**self.tracer.config, "correction": self.correction}
 
     def trace(self, queries: Dataset, candidates: Dataset, top_k: int | None = None) -> Attribution:
         """Score every candidate for every query."""
@@ -154,18 +161,6 @@ def _best(heights: Mapping[Setting, tuple[float, float]]) -> Setting:
     return max(alike, key=lambda one: heights[one][1])
 
 
-def others(adapter: ImageClassificationAdapter, options: LeakageOptions) -> dict[str, Attributor]:
-    """Make the baselines, over all parameters, with their defaults."""
-    if not options.baselines:
-        return {}
-    return {
-        "tracin": TracIn(adapter=adapter),
-        "tracin_cosine": TracIn(adapter=adapter, similarity="cosine"),
-        "influence_functions": InfluenceFunctions(adapter=adapter, seed=options.seed),
-        "representation": RepresentationSimilarity(adapter=adapter),
-    }
-
-
 def leakage_run(options: LeakageOptions) -> dict[str, Any]:
     """Run it all and write `metrics.json`, `attribution/` and `report.html` into the output folder.
 
@@ -187,7 +182,11 @@ def leakage_run(options: LeakageOptions) -> dict[str, Any]:
     found: dict[str, Attribution] = {}
     costs: dict[str, float] = {}
     plain, _ = cost.plain_pass(tracer, candidates)
-    attributors: dict[str, Attributor] = {**chosen, **others(adapter, options)}
+    everyone = ForwardInf(adapter=adapter, ascent=AscentConfig(seed=options.seed))
+    attributors: dict[str, Attributor] = {
+        **chosen,
+        **attributors_for(everyone, BASELINES if options.baselines else ()),
+    }
     for name, attributor in attributors.items():
         with uncached():
             seconds, _ = cost.timed(partial(_trace, found, name, attributor, task))

@@ -4,11 +4,12 @@ import time
 from typing import Any
 
 from hf_forward_inf.ascent.config import AscentConfig
+from hf_forward_inf.baselines import attributors_for
 from hf_forward_inf.commands.options import TraceOptions
 from hf_forward_inf.commands.outputs import OUTPUTS, about, check_output, plotted, write_outputs
 from hf_forward_inf.commands.trace_source import load_source
 from hf_forward_inf.evaluation import cost
-from hf_forward_inf.evaluation.comparison import attributors, run_baselines, run_comparison
+from hf_forward_inf.evaluation.comparison import run_baselines, run_comparison
 from hf_forward_inf.evaluation.tables import as_text, average, compare, flat
 from hf_forward_inf.forward_inf import ForwardInf
 from hf_forward_inf.report.plots import budget_plot
@@ -48,7 +49,7 @@ def trace_run(options: TraceOptions, ascent: AscentConfig) -> dict[str, Any]:
             costs = comparison.costs
             plot = plotted(budget_plot, comparison.curves) if comparison.curves else ""
         elif options.compare:
-            others = attributors(tracer, task.candidates).items()
+            others = attributors_for(tracer, training=task.candidates).items()
             found |= {name: other.trace(task.queries, task.candidates) for name, other in others}
         tables.append(compare(found, task))
         if repeat == 0:

@@ -8,17 +8,8 @@ import numpy as np
 from datasets import Dataset
 
 from hf_forward_inf.ascent.config import AscentConfig
-from hf_forward_inf.ascent.parameters import perturbed_names
 from hf_forward_inf.attribution import Attribution, Attributor
-from hf_forward_inf.baselines import (
-    BM25,
-    Cascade,
-    Fusion,
-    InfluenceFunctions,
-    RepresentationSimilarity,
-    TracIn,
-    TrackStar,
-)
+from hf_forward_inf.baselines import Cascade, attributors_for
 from hf_forward_inf.evaluation import cost
 from hf_forward_inf.evaluation.tables import mrr_after
 from hf_forward_inf.evaluation.task import Task
@@ -36,10 +27,8 @@ MOMENTS = 40
 
 def run_baselines(task: Task, tracer: ForwardInf) -> dict[str, Attribution]:
     """Trace with BM25, and, where the truth is known to choose by, the paper's fixed learning rates."""
-    found = {
-        "bm25": BM25().trace(task.queries, task.candidates),
-        "bm25_without_answer": BM25(with_answer=False).trace(task.queries, task.candidates),
-    }
+    cheap = attributors_for(tracer, ("bm25", "bm25_without_answer"))
+    found = {name: one.trace(task.queries, task.candidates) for name, one in cheap.items()}
     if task.proponents is None:
         return found
     say("The paper's fixed learning rate, all parameters ...")
@@ -72,29 +61,6 @@ def fixed_learning_rate(
     return max(mrr, key=lambda fixed: mrr[fixed]).trace(queries, candidates)
 
 
-def attributors(tracer: ForwardInf, training: Dataset) -> dict[str, Attributor]:
-    """Every attributor for the tracer's model, itself first."""
-    parts: dict[str, Any] = {"adapter": tracer.adapter, "cache_dir": tracer.cache_dir}
-    perturbed = perturbed_names(tracer.adapter, tracer.ascent.modules)
-    # Of its own length: what a correction does to a long step is not what the gradient does.
-    gradient = AscentConfig(direction="gradient", modules=tracer.ascent.modules, seed=tracer.ascent.seed)
-    return {
-        "forward_inf": tracer,
-        "forward_inf_gradient": tracer.with_options(ascent=gradient, references=None),
-        "tracin_dot": TracIn(**parts),
-        "tracin_cosine": TracIn(similarity="cosine", **parts),
-        "trackstar": TrackStar(**parts),
-        # Dot products rank candidates by their gradients' norms, as TracIn's do.
-        "influence_functions": InfluenceFunctions(similarity="cosine", modules=perturbed, **parts),
-        "representation": RepresentationSimilarity(**parts),
-        "bm25": BM25(),
-        "bm25_without_answer": BM25(with_answer=False),
-        "bm25+forward_inf": Fusion([BM25(), tracer]),
-        # References would have to tell the hubs anew among each query's few candidates: they stay out.
-        "bm25>forward_inf": Cascade(BM25(), tracer.with_options(references=None, training=training)),
-    }
-
-
 @dataclass(frozen=True)
 class Comparison:
     """What a comparison measured.
@@ -118,7 +84,7 @@ def run_comparison(task: Task, tracer: ForwardInf) -> Comparison:
     paces: dict[str, dict[str, cost.Pace]] = {"alone": {}, "together": {}}
     found, costs = {}, {}
     plain, plain_peak = cost.plain_pass(tracer, task.candidates)
-    everyone = attributors(tracer, task.candidates)
+    everyone = attributors_for(tracer, training=task.candidates)
     one = task.queries.select([0])
     for name, attributor in everyone.items():
         _, alone, _ = cost.pace(attributor.trace, one, task.candidates, _setup_of_cascade(attributor, one, task))

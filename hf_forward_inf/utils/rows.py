@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, Value
 
 LAYOUTS = (
     ("inputs_pretokenized", "targets_pretokenized"),
@@ -40,6 +40,15 @@ def text_columns(names: Iterable[str]) -> tuple[str, ...] | None:
     """Return the columns of input and target texts, or the one of both; `None` if no known layout fits."""
     names = set(names)
     return next((layout for layout in LAYOUTS if set(layout) <= names), None)
+
+
+def holds_texts(rows: Dataset, column: str) -> bool:
+    """Whether a column holds texts, or conversations (lists of messages)."""
+    feature = rows.features[column]
+    if isinstance(feature, Value):
+        return feature.dtype in ("string", "large_string")
+    messages = getattr(feature, "feature", None)
+    return isinstance(messages, dict) and "content" in messages
 
 
 def text_and_target(row: Mapping[str, Any], columns: tuple[str, ...]) -> tuple[str, str]:

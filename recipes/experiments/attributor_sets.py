@@ -9,16 +9,7 @@ from datasets import Dataset
 from hf_forward_inf.adapters import Adapter
 from hf_forward_inf.ascent.config import AscentConfig
 from hf_forward_inf.attribution import Attributor
-from hf_forward_inf.baselines import (
-    BM25,
-    Ensemble,
-    FirstOrder,
-    InfluenceFunctions,
-    Random,
-    RepresentationSimilarity,
-    TracIn,
-    TrackStar,
-)
+from hf_forward_inf.baselines import Ensemble, FirstOrder, attributors_for
 from hf_forward_inf.forward_inf import ForwardInf
 from hf_forward_inf.scores.retraining import Retrained
 from hf_forward_inf.utils.processes import say
@@ -33,6 +24,11 @@ DIRECTIONS: dict[str, dict[str, Any]] = {
     "cg_20": {"direction": "cg", "iterations": 20},
 }
 """Directions of Forward-INF's step that are tried."""
+BASELINES = (
+    "tracin", "tracin_cosine", "trackstar", "influence_functions", "influence_functions_lissa", "representation",
+    "random", "bm25", "bm25_without_answer",
+)  # fmt: skip
+"""Attributors that Forward-INF is compared with, each with its own defaults."""
 
 
 def chosen_directions(
@@ -96,20 +92,4 @@ def contenders(adapters: Sequence[Adapter], directions: dict[str, AscentConfig])
         found[f"{name}_first_order"] = FirstOrder(adapter=first, ascent=ascent)
         if len(adapters) > 1:
             found[f"{name}_seeds"] = Ensemble([ForwardInf(adapter=one, ascent=ascent) for one in adapters])
-    return {**found, **baselines(first)}
-
-
-def baselines(adapter: Adapter) -> dict[str, Attributor]:
-    """Make what Forward-INF is compared with, each with its own defaults."""
-    found: dict[str, Attributor] = {
-        "tracin": TracIn(adapter=adapter),
-        "tracin_cosine": TracIn(adapter=adapter, similarity="cosine"),
-        "trackstar": TrackStar(adapter=adapter),
-        "influence_functions_cg": InfluenceFunctions(adapter=adapter),
-        "influence_functions_lissa": InfluenceFunctions(adapter=adapter, solver="lissa"),
-        "representation": RepresentationSimilarity(adapter=adapter),
-        "random": Random(),
-    }
-    if hasattr(adapter, "tokenizer"):
-        found |= {"bm25": BM25(), "bm25_without_answer": BM25(with_answer=False)}
-    return found
+    return {**found, **attributors_for(ForwardInf(adapter=first), BASELINES)}

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from experiments.attributor_sets import baselines
+from experiments.attributor_sets import BASELINES
 from experiments.lds import LdsOptions, Trial, prepare, presented
 from experiments.retrainable import Retrainable
 from hf_forward_inf.adapters import Adapter
 from hf_forward_inf.attribution import Attribution, Attributor
-from hf_forward_inf.baselines import Ensemble, Random
+from hf_forward_inf.baselines import Ensemble, Random, attributors_for
 from hf_forward_inf.commands.outputs import about, check_output, plotted, write_outputs
 from hf_forward_inf.evaluation.tables import REFERENCE, Table, flat
 from hf_forward_inf.forward_inf import ForwardInf
@@ -26,7 +26,7 @@ FEWER: dict[str, dict[str, Any]] = {
     "digits": {"explained": None},
     "facts": {
         "seeds": 1, "explained": 24, "directions": ["gradient", "ekfac", "cg_5"],
-        "without": ["tuned_seeds", "trackstar", "influence_functions_cg", "influence_functions_lissa",
+        "without": ["tuned_seeds", "trackstar", "influence_functions", "influence_functions_lissa",
                     "representation", "bm25_without_answer"],
     },
 }  # fmt: skip
@@ -178,12 +178,13 @@ def counterfactual_run(options: CounterfactualOptions) -> dict[str, Any]:
 def _attributors(trial: Trial, options: CounterfactualOptions) -> dict[str, Attributor]:
     """The default, the best direction by the other queries, alone and over seeds, every direction and baseline."""
     first, tuned = trial.adapters[0], trial.directions[trial.best]
+    default = ForwardInf(adapter=first)
     found: dict[str, Attributor] = {
-        REFERENCE: ForwardInf(adapter=first),
+        REFERENCE: default,
         "tuned": ForwardInf(adapter=first, ascent=tuned),
         "tuned_seeds": Ensemble([ForwardInf(adapter=one, ascent=tuned) for one in trial.adapters]),
         **{name: ForwardInf(adapter=first, ascent=ascent) for name, ascent in trial.directions.items()},
-        **baselines(first),
+        **attributors_for(default, BASELINES),
     }
     return {name: attributor for name, attributor in found.items() if name not in (options.without or ())}
 

@@ -17,8 +17,7 @@ from experiments.diffusion_removal import as_figures, removal_rises
 from hf_forward_inf.adapters import DiffusionAdapter
 from hf_forward_inf.ascent.config import AscentConfig
 from hf_forward_inf.attribution import Attribution
-from hf_forward_inf.baselines import Random
-from hf_forward_inf.baselines.pixels import PixelDistance
+from hf_forward_inf.baselines import PixelDistance, Random
 from hf_forward_inf.commands.outputs import about, check_output, write_outputs
 from hf_forward_inf.data import load_captioned
 from hf_forward_inf.data.digits import captioned_digits
@@ -208,7 +207,7 @@ def _without_best(options: DiffusionOptions, ascent: AscentConfig, folder: Path,
     say(f"Tracing {len(queries)} x {options.num_images} pictures over {len(rows):,} candidates ...")
     found = {
         "forward_inf": tracer.trace(queries, rows).standardised(),
-        "pixel_distance": PixelDistance(adapter).trace(queries, rows),
+        "pixel_distance": PixelDistance(adapter=adapter).trace(queries, rows),
         "random": Random().trace(queries, rows),
     }
     judged = queries.select(range(min(options.retrained, len(queries))))

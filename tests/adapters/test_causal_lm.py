@@ -162,7 +162,7 @@ def test_it_is_traced_by_every_attributor(network, tokens, rows):
         found = attributor.trace(rows.select([1]), rows)
         assert np.isfinite(found.scores).all(), attributor.name
         assert found.scores[0, 1] > 0, attributor.name
-        if attributor.name in ("tracin", "trackstar", "representation_similarity"):  # cosines
+        if attributor.name in ("tracin_cosine", "trackstar", "representation"):  # cosines
             assert found.ranking(0)[0] == 1, attributor.name
     assert_same_state(before, state(network))
 

@@ -11,7 +11,7 @@ from PIL import Image as Pillow
 from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf.adapters import DiffusionAdapter
 from hf_forward_inf.adapters.diffusion_inputs import values_of
-from hf_forward_inf.baselines.pixels import PixelDistance
+from hf_forward_inf.baselines import PixelDistance
 from hf_forward_inf.passes.loss_pass import LossPass
 from tests.helpers.drawing import rows, square, stable_diffusion
 from tests.helpers.shards import encoded
@@ -148,7 +148,7 @@ def test_curvature_does_without_what_cannot_be_read(tracer):
 
 def test_distances_leave_out_what_cannot_be_read(tracer):
     with pytest.warns(UserWarning, match="can't be read"):
-        found = PixelDistance(tracer.adapter).trace(rows(1), table([encoded(0), b"broken"]))
+        found = PixelDistance(adapter=tracer.adapter).trace(rows(1), table([encoded(0), b"broken"]))
     assert np.isnan(found.scores[0]).tolist() == [False, True]
 
 
@@ -170,7 +170,7 @@ def test_what_is_no_set_of_rows_is_refused_with_the_way_out(tracer):
     with pytest.raises(TypeError, match="The queries are a stream"):
         tracer.trace(stream, rows(3))
     with pytest.raises(TypeError, match="The candidates are a stream"):
-        PixelDistance(tracer.adapter).trace(rows(1), stream)
+        PixelDistance(adapter=tracer.adapter).trace(rows(1), stream)
     with pytest.raises(TypeError, match=r"not DatasetDict\. Take one of its splits: 'train' or 'test'"):
         tracer.trace(rows(1), DatasetDict({"train": rows(3), "test": rows(3)}))
     with pytest.raises(TypeError, match=r"The queries must be a datasets.Dataset, not list\."):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from hf_forward_inf import BM25
+from hf_forward_inf.baselines import BM25
 
 ROWS = Dataset.from_dict(
     {

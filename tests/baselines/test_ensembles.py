@@ -3,8 +3,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from hf_forward_inf import BM25, Attribution, ForwardInf
-from hf_forward_inf.baselines import Cascade, Ensemble, Fusion
+from hf_forward_inf import Attribution, ForwardInf
+from hf_forward_inf.baselines import BM25, Cascade, Ensemble, Fusion
 from tests.helpers.line import points
 
 
@@ -14,6 +14,10 @@ class Fixed:
 
     scores: list
     name: str = "fixed"
+
+    @property
+    def config(self):
+        return {"scores": self.scores}
 
     def trace(self, queries, candidates, top_k=None):
         rows = [int(y) for y in candidates["y"]]

@@ -164,16 +164,16 @@ def test_tracin_sums_over_checkpoints_by_their_learning_rates(training, model, t
 
 def test_checkpoints_that_cannot_be_used_are_told(training, model, tokenizer, queries, candidates, tmp_path):
     assert [one.folder.name for one in find_checkpoints(training)] == ["checkpoint-2", "checkpoint-10"]
-    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
+    with pytest.raises(FileNotFoundError, match="contains no checkpoint"):
         TracIn(model, tokenizer, checkpoints=tmp_path / "nothing")
     with pytest.raises(ValueError, match="1 learning rates for 2 checkpoints"):
         TracIn(model, tokenizer, checkpoints=training, learning_rates=[1.0])
     (training / "checkpoint-2" / "trainer_state.json").unlink()
-    with pytest.raises(ValueError, match="has logged no learning rate"):
+    with pytest.raises(ValueError, match="logs no learning rate"):
         TracIn(model, tokenizer, checkpoints=training)
     config = json.loads((training / "checkpoint-2" / "config.json").read_text())
     (training / "checkpoint-2" / "config.json").write_text(json.dumps({**config, "model_type": "t5"}))
-    with pytest.raises(ValueError, match="holds a t5; the model is a mt5"):
+    with pytest.raises(ValueError, match="contains a t5; the model is a mt5"):
         TracIn(model, tokenizer, checkpoints=training, similarity="cosine").trace(queries, candidates)
 
 

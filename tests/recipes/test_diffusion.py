@@ -10,7 +10,7 @@ from experiments.diffusion_removal import without
 
 from hf_forward_inf import AscentConfig, Attribution
 from hf_forward_inf.adapters import DiffusionAdapter
-from hf_forward_inf.baselines.pixels import PixelDistance
+from hf_forward_inf.baselines import PixelDistance
 from hf_forward_inf.data.digits import captioned_digits
 from hf_forward_inf.evaluation.task import Task
 from hf_forward_inf.scores.corrections import standardised
@@ -29,7 +29,7 @@ def test_a_run_on_pictures_writes_what_it_found(tmp_path):
     assert metrics == json.loads((tmp_path / "run" / "metrics.json").read_text())
     methods = (
         "gradient", "pixel_distance", "representation", "bm25", "low_loss", "learned", "tracin", "tracin_cosine",
-        "influence_functions_standardised", "unlearning_by_sensitivity", "forward_inf_single", "gradient_plain",
+        "first_order_standardised", "unlearning_by_sensitivity", "forward_inf_single", "gradient_plain",
         "descent_standardised", "denoiser_features", "fixed_learning_rate", "exemplar_as_query",
     )  # fmt: skip
     assert {
@@ -167,14 +167,16 @@ def test_exemplars_have_captions_of_their_own():
 
 
 def test_a_picture_is_nearest_to_itself():
-    found = PixelDistance(DiffusionAdapter(stable_diffusion())).trace(rows(2, first=1), rows(5))
+    found = PixelDistance(adapter=DiffusionAdapter(stable_diffusion())).trace(rows(2, first=1), rows(5))
     assert [found.ranking(i)[0] for i in range(2)] == [1, 2]
     np.testing.assert_allclose(found.scores.max(axis=1), 0, atol=1e-9)
 
 
 def test_drawings_that_equal_their_exemplar_are_at_no_distance_from_it():
     task = Task(rows(3), rows(3), [[0], [1], [2]], {"": [0, 1, 2]})
-    figures = likeness(PixelDistance(DiffusionAdapter(stable_diffusion())).trace(task.queries, task.candidates), task)
+    figures = likeness(
+        PixelDistance(adapter=DiffusionAdapter(stable_diffusion())).trace(task.queries, task.candidates), task
+    )
     assert figures["drawings/distance_to_exemplar"] == pytest.approx(0, abs=1e-9)
     assert figures["drawings/distance_to_candidates"] > 0
 

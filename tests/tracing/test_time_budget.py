@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from hf_forward_inf import BM25, AscentConfig, ForwardInf
-from hf_forward_inf.baselines import Cascade
+from hf_forward_inf import AscentConfig, ForwardInf
+from hf_forward_inf.baselines import BM25, Cascade
 from hf_forward_inf.tracing.time_budget import FIRST, slices
 
 
