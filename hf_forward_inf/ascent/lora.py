@@ -1,8 +1,8 @@
-"""A change of linear layers as LoRA holds it: two thin matrices, added to what the layer gives.
+"""Low-rank changes of linear layers, as LoRA has them: two thin matrices, added to a layer's output.
 
-One step along the gradient of a linear layer is such a change, of a rank of at most the tokens of the query: the
-gradient is the sum, over tokens, of what the layer's output is wanted to do times what its input was. Both are seen
-from outside, so that the weights themselves may be quantised: they are neither differentiated nor written to.
+One step along the gradient of a linear layer is such a change, of rank at most the number of the query's tokens: the
+gradient is the sum over tokens of output gradient times input. Forward hooks see both, so the weights may be
+quantised: they are neither differentiated nor written to.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -18,11 +18,11 @@ from typing_extensions import Self
 from hf_forward_inf.utils.models import linear_layers
 
 RANK = 64
-"""Most rank of a layer's change where nobody says: what engines serve without being asked twice."""
+"""Default maximum rank; inference engines accept it without configuration."""
 
 
 EXACT = 1e-12
-"""A part of a change's squared norm that float32 can't tell from nothing."""
+"""Share of a change's squared norm that is below float32's precision."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,14 @@ class LowRank:
         return LowRank(self.down, self.up * factor)
 
     def norm(self) -> float:
-        """Its Frobenius norm, without multiplying it out."""
+        """Return the Frobenius norm, without computing the product."""
         down, up = self.down.float(), self.up.float()
         return ((down @ down.T) * (up.T @ up)).sum().clamp(min=0).sqrt().item()
 
     def truncated(self, rank: int) -> tuple["LowRank", float]:
-        """Give the nearest change of a rank, and the share of the squared norm that is lost.
+        """Return the best approximation of at most this rank, and the share of the squared norm that it loses.
 
-        A lower rank is taken where it loses nothing.
+        A lower rank is taken if it loses nothing.
         """
         (left, before), (right, after) = (torch.linalg.qr(side.float()) for side in (self.up, self.down.T))
         u, values, v = torch.linalg.svd(before @ after.T, full_matrices=False)
@@ -65,42 +65,42 @@ class LowRank:
 
 @contextmanager
 def added(model: nn.Module, changes: Mapping[str, LowRank]) -> Iterator[None]:
-    """Let linear layers give what they would give if their weights were changed.
+    """Add low-rank changes to the outputs of linear layers for the length of a `with`.
 
     Args:
-        model (`torch.nn.Module`): Left as it was.
-        changes (`dict[str, LowRank]`): By the names of the weights.
+        model (`torch.nn.Module`): The model; hooks are removed afterwards.
+        changes (`dict[str, LowRank]`): By weight name.
     """
 
     def add(change: LowRank, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        read = args[0].to(change.down.dtype)
-        return output + (read @ change.down.T @ change.up.T).to(output.dtype)
+        inputs = args[0].to(change.down.dtype)
+        return output + (inputs @ change.down.T @ change.up.T).to(output.dtype)
 
     with _hooked(model, {name: partial(add, change) for name, change in changes.items()}):
         yield
 
 
 def slopes(model: nn.Module, names: list[str], loss: Callable[[], Tensor]) -> dict[str, LowRank]:
-    """Give the gradient of a loss by linear layers' weights, without differentiating the weights.
+    """Return the gradient of a loss with respect to linear layers' weights, without differentiating the weights.
 
     Args:
-        model (`torch.nn.Module`): Left as it was.
+        model (`torch.nn.Module`): The model; hooks are removed afterwards.
         names (`list[str]`): Weights of linear layers.
         loss (`Callable`): Runs the model.
     """
     seen: list[tuple[str, Tensor, Tensor]] = []
 
     def probe(name: str, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        nothing = torch.zeros_like(output, requires_grad=True)
-        seen.append((name, args[0].detach().flatten(0, -2), nothing))
-        return output + nothing
+        zeros = torch.zeros_like(output, requires_grad=True)
+        seen.append((name, args[0].detach().flatten(0, -2), zeros))
+        return output + zeros
 
     with _hooked(model, {name: partial(probe, name) for name in names}):
         value = loss()
-    wanted = torch.autograd.grad(value, [nothing for *_, nothing in seen], allow_unused=True, materialize_grads=True)
+    gradients = torch.autograd.grad(value, [zeros for *_, zeros in seen], allow_unused=True, materialize_grads=True)
     found: dict[str, LowRank] = {}
-    for (name, read, _), want in zip(seen, wanted, strict=True):
-        change = LowRank(read.float(), want.flatten(0, -2).float().T)
+    for (name, inputs, _), gradient in zip(seen, gradients, strict=True):
+        change = LowRank(inputs.float(), gradient.flatten(0, -2).float().T)
         found[name] = found[name] + change if name in found else change
     return found
 

@@ -15,11 +15,11 @@ from hf_forward_inf.ascent.lora import RANK, LowRank, added
 from hf_forward_inf.utils.models import is_quantised, linear_layers, peft_parameters
 
 Parameters: TypeAlias = dict[str, Tensor | LowRank]
-"""Perturbed parameters by name, or changes of them: theta_K, without what it shares with theta."""
+"""theta_K: the perturbed parameters by name, or low-rank changes of them; all others are theta's."""
 
 
 def rank_of_ascent(adapter: Adapter, config: AscentConfig) -> int | None:
-    """Give the rank of the fresh LoRA that ascent goes through; `None` where it changes the weights themselves.
+    """Return the rank of the new LoRA that is perturbed; `None` if the weights themselves are.
 
     Raises:
         ValueError: If weights are quantised and the direction needs their gradients.
@@ -30,46 +30,46 @@ def rank_of_ascent(adapter: Adapter, config: AscentConfig) -> int | None:
         return None
     if config.direction != "gradient" or config.optimizer != "sgd" or config.relative:
         raise ValueError(
-            "The model's weights are quantised, so that it is perturbed through a fresh LoRA, and that goes along the "
-            "gradient alone, by an absolute radius: leave out direction, optimizer and relative, or load the model "
+            "The model's weights are quantised, so it is perturbed through a new LoRA, which works along the gradient "
+            "only and with an absolute radius: leave out direction, optimizer and relative, or load the model "
             "unquantised."
         )
     return RANK
 
 
 def radius_of(config: AscentConfig, parameters: Iterable[Tensor]) -> float:
-    """Give the length of the path, which may be told relative to the norm of the perturbed parameters."""
+    """Return the length of the path from theta to theta_K in weight space."""
     assert config.radius is not None
     return config.radius * norm([value.detach() for value in parameters]) if config.relative else config.radius
 
 
 def names_for(adapter: Adapter, config: AscentConfig) -> list[str]:
-    """List the parameters that ascent will change, or add a LoRA to ([`parameters.perturbed_names`])."""
+    """List the parameters that ascent changes, or adds a LoRA to ([`parameters.perturbed_names`])."""
     return perturbed_names(adapter, config.modules, lora=rank_of_ascent(adapter, config) is not None)
 
 
 def norm(vector: Sequence[Tensor]) -> float:
-    """Give a vector's Euclidean norm, in float32 tensor by tensor: a half-precision sum of squares overflows."""
+    """Return a vector's Euclidean norm; in float32, since a half-precision sum of squares overflows."""
     return torch.stack([part.float().norm() for part in vector]).norm().item()
 
 
 def call(model: nn.Module, theta: Mapping[str, Tensor | LowRank], **inputs: Any) -> Any:
-    """Run the model with the parameters theta in place of its own; without any, the model as it is."""
+    """Run the model with the parameters theta in place of its own; with an empty theta, unchanged."""
     whole = {name: value for name, value in theta.items() if isinstance(value, Tensor)}
     with added(model, {name: value for name, value in theta.items() if isinstance(value, LowRank)}):
         return functional_call(model, whole, (), inputs) if whole else model(**inputs)
 
 
 def perturbed_names(adapter: Adapter, modules: list[str] | None, lora: bool = False) -> list[str]:
-    """List the parameters that ascent will change.
+    """List the parameters that ascent changes.
 
     Args:
         adapter (`Adapter`): Knows the model and its preferred modules.
         modules (`list[str]`, *optional*): As in [`AscentConfig`].
-        lora (`bool`, defaults to `False`): Only weights of linear layers, and not of the output layer unless named.
+        lora (`bool`, defaults to `False`): Only weights of linear layers, the output layer's only if named.
 
     Raises:
-        ValueError: If a pattern names nothing, or only parameters that go by another module's name.
+        ValueError: If a pattern matches nothing, or only tied parameters that have another name.
     """
     trainable: Mapping[str, Any]
     if lora:
@@ -86,7 +86,7 @@ def perturbed_names(adapter: Adapter, modules: list[str] | None, lora: bool = Fa
 
 
 def _inner(adapter: Adapter, layers: list[str]) -> list[str]:
-    """Of linear layers those that the adapter prefers, as far as they are within the model."""
+    """Return the linear layers that the adapter prefers, without the output layer."""
     output = getattr(adapter.model, "get_output_embeddings", lambda: None)()
     own = next((f"{name}.weight" for name, module in adapter.model.named_modules() if module is output), None)
     inner = [name for name in layers if name != own]
@@ -94,7 +94,7 @@ def _inner(adapter: Adapter, layers: list[str]) -> list[str]:
 
 
 def _beyond_shared(adapter: Adapter, names: list[str]) -> list[str]:
-    """Leave out what is tied to, or stands in, the prefix, unless nothing else is there."""
+    """Leave out parameters of the shared part, unless there are no others."""
     prefix = adapter.shared_parameters()
     return [name for name in names if name not in prefix] or names
 
@@ -116,16 +116,16 @@ def _nothing_matches(model: nn.Module, pattern: str, names: Iterable[str]) -> st
     close = get_close_matches(pattern, known, n=3)
     tops = sorted({name.split(".")[0] for name in names})
     hint = f" Close: {', '.join(close)}." if close else ""
-    return f"No parameter is named by modules={pattern!r}.{hint} The model's top-level modules: {', '.join(tops)}."
+    return f"No parameter matches modules={pattern!r}.{hint} The model's top-level modules: {', '.join(tops)}."
 
 
 def copies_in_memory(model: nn.Module, names: list[str]) -> int:
-    """How many copies of the perturbed parameters are held: few enough not to count beside the model itself."""
+    """Number of copies of the perturbed parameters held in memory: at most a tenth of the model, or 64 MiB."""
     size = {name: p.numel() * p.element_size() for name, p in model.named_parameters()}
     room = max(64 * 2**20, sum(size.values()) // 10)
     return max(1, min(32, room // max(1, sum(size.get(name, 0) for name in names))))
 
 
 def has_length(adapter: Adapter, config: AscentConfig) -> bool:
-    """Whether random steps can be as long as the ascent's: those of a learning rate, or of a LoRA, have no length."""
+    """Whether steps have a radius in weight space: a fixed learning rate and a LoRA step have none."""
     return config.radius is not None and rank_of_ascent(adapter, config) is None

@@ -1,4 +1,4 @@
-"""Step 2 of the algorithm: move the model up (or down) the loss of one query, on a copy of its parameters."""
+"""Step 2 of the algorithm: gradient ascent (or descent) on the loss of a query, on a copy of the parameters."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -20,27 +20,42 @@ from hf_forward_inf.utils.models import to_device
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
 
 Correction: TypeAlias = Callable[[Sequence[Tensor]], Sequence[Tensor]]
-"""Makes the direction of a step of a gradient, both one tensor a perturbed parameter."""
+"""Maps a gradient to the direction of a step, both with one tensor for each perturbed parameter."""
 
 
 class Direction(Protocol):
-    """What corrects gradients by curvature: known by a fingerprint at once, ready when first used."""
+    """A correction of gradients by curvature: its fingerprint is known at once, the rest is computed when needed."""
 
     fingerprint: str
 
     def correction(self) -> Correction:
-        """Give what turns gradients into directions; whatever it holds is let go of with it."""
+        """Return what maps gradients to directions; the memory that it needs is freed with it."""
+        ...
+
+
+class PerturbedModels(Protocol):
+    """Some perturbed models: their fingerprint is known at once, their parameters are computed when first used."""
+
+    fingerprint: str
+
+    def __len__(self) -> int:
+        """Number of models."""
+        ...
+
+    @property
+    def thetas(self) -> list[Parameters | None]:
+        """Perturbed parameters of each model, `None` where there is no model."""
         ...
 
 
 class Perturbation:
-    """The models theta_K of a block of queries: known by a fingerprint at once, computed when first used.
+    """The models theta_K of a block of queries ([`PerturbedModels`]).
 
     Args:
         adapter (`Adapter`): Gives the loss, and knows the model.
         queries (`dict[str, list]`): Encoded queries (`Adapter.encode`), one a row.
         names (`list[str]`): Parameters to perturb ([`parameters.perturbed_names`]).
-        config (`AscentConfig`): Steps and their length; with a direction ([`AscentConfig.completed`]).
+        config (`AscentConfig`): Steps and their length; completed ([`AscentConfig.completed`]).
         direction (`Direction`, *optional*): Corrects the gradients ([`directions.direction_for`]).
     """
 
@@ -52,45 +67,44 @@ class Perturbation:
         config: AscentConfig,
         direction: Direction | None = None,
     ):
-        self.adapter, self.queries, self.names, self.config, self.direction = (
-            adapter,
-            queries,
-            names,
-            config,
-            direction,
-        )
-        self.fingerprint = fingerprint(queries, names, asdict(config), direction and direction.fingerprint)
+        self.adapter, self.queries, self.names = adapter, queries, names
+        self.config, self.direction = config, direction
+        corrected = None if direction is None else direction.fingerprint
+        self.fingerprint = fingerprint(queries, names, asdict(config), corrected)
 
     def __len__(self) -> int:
         return len(self.queries["terms"])
 
     @cached_property
     def thetas(self) -> list[Parameters | None]:
-        """theta_K of each query, `None` for one that cannot move the model."""
+        """theta_K of each query, `None` where the gradient is zero or not finite."""
         rows = [{key: [values[i]] for key, values in self.queries.items()} for i in range(len(self))]
         correct = None if self.direction is None else self.direction.correction()
         return [ascend(self.adapter, row, self.names, self.config, correct) for row in rows]
 
 
-class Mirrored(Perturbation):
-    """The same steps to the other side: 2 theta - theta_K."""
+class Mirrored:
+    """The models after the same steps to the other side, 2 theta - theta_K ([`PerturbedModels`])."""
 
     def __init__(self, other: Perturbation):
-        self.other, self.queries = other, other.queries
+        self.other = other
         self.fingerprint = fingerprint(other.fingerprint, "mirrored")
+
+    def __len__(self) -> int:
+        return len(self.other)
 
     @cached_property
     def thetas(self) -> list[Parameters | None]:
         """The mirror image of each query's theta_K."""
         own = dict(self.other.adapter.model.named_parameters())
-        return [
-            theta and {name: _mirrored(own, name, value) for name, value in theta.items()}
-            for theta in self.other.thetas
-        ]
+        return [None if theta is None else _mirrored(own, theta) for theta in self.other.thetas]
 
 
-def _mirrored(own: Mapping[str, Tensor], name: str, value: Tensor | LowRank) -> Tensor | LowRank:
-    return value * -1.0 if isinstance(value, LowRank) else 2 * own[name].detach() - value
+def _mirrored(own: Mapping[str, Tensor], theta: Parameters) -> Parameters:
+    return {
+        name: value * -1.0 if isinstance(value, LowRank) else 2 * own[name].detach() - value
+        for name, value in theta.items()
+    }
 
 
 def ascend(
@@ -99,19 +113,19 @@ def ascend(
     """Take K steps up (or down) the loss of one query (Algorithm 1).
 
     The model itself is never written to: the steps are taken on copies of the named parameters, which
-    `torch.func.functional_call` puts in their place for the length of a call, or on changes of low rank that are added
-    to what linear layers give.
+    `torch.func.functional_call` uses in their place, or on low-rank changes that are added to the outputs of linear
+    layers.
 
     Args:
         adapter (`Adapter`): Gives the loss, and knows the model.
         query (`dict[str, list]`): The encoded query.
         names (`list[str]`): Parameters to perturb.
-        config (`AscentConfig`): Steps and their length; with a direction ([`AscentConfig.completed`]).
-        correct (`Callable`, *optional*): Makes the direction of a step of the gradient; the gradient by default.
+        config (`AscentConfig`): Steps and their length; completed ([`AscentConfig.completed`]).
+        correct (`Callable`, *optional*): Maps the gradient to the direction of the step. Defaults to the identity.
 
     Returns:
         `dict[str, Tensor | LowRank]`: theta_K of the named parameters, or `None` where a gradient is zero or not
-        finite: such a query cannot move the model.
+        finite.
     """
     adapter, model = encoded_adapter(adapter, query), adapter.model
     batch = to_device(adapter.collate(query), model)
@@ -124,8 +138,8 @@ def ascend(
         size = terms.detach().abs().sum()
         if config.radius is None or size == 0:
             return terms.sum() / sum(query["terms"])
-        # Only the direction counts: in units of the loss itself, the gradient of a memorised query has an ordinary
-        # length, where its own would vanish in float32. Of the terms: a contrast's cancel.
+        # Only the direction matters. Divided by the loss, the gradient of a memorised query has an ordinary norm, and
+        # does not underflow in float32. By the sum of absolute terms, since those of a contrast cancel.
         return terms.sum() / size
 
     rank = rank_of_ascent(adapter, config)
@@ -170,7 +184,7 @@ def _ascend_weights(
 def _ascend_lora(
     model: nn.Module, loss: Callable[[Parameters], Tensor], names: list[str], config: AscentConfig, rank: int
 ) -> Parameters | None:
-    """Go along changes of low rank, whose A is what layers read of the query: a drawn one would see a part of it."""
+    """Step along low-rank changes whose A spans each layer's inputs: a random A would see a part of them only."""
     sign = -1.0 if config.mode == "descent" else 1.0
     theta: dict[str, LowRank] = {}
     for _ in range(config.steps):
@@ -186,14 +200,14 @@ def _ascend_lora(
     return {**theta}
 
 
-class RandomSteps(Perturbation):
-    """Models moved as far as a query moves them, each in a direction drawn from all alike.
+class RandomSteps:
+    """The models after random steps of the ascent's length, directions uniform on the sphere ([`PerturbedModels`]).
 
     Args:
         adapter (`Adapter`): Knows the model.
         names (`list[str]`): Parameters to perturb.
         config (`AscentConfig`): The length of a step, and the seed.
-        draws (`range`): Numbers of the draws: each is the same whatever others are beside it.
+        draws (`range`): Numbers of the draws: a draw depends on its number alone.
     """
 
     def __init__(self, adapter: Adapter, names: list[str], config: AscentConfig, draws: range):
@@ -206,7 +220,7 @@ class RandomSteps(Perturbation):
 
     @cached_property
     def thetas(self) -> list[Parameters | None]:
-        """The moved parameters of each draw."""
+        """The perturbed parameters of each draw."""
         own = dict(self.adapter.model.named_parameters())
         theta = {name: own[name].detach() for name in self.names}
         radius = radius_of(self.config, theta.values())

@@ -1,8 +1,8 @@
 """Directions of a step, corrected by curvature: C^-1 g, with g the query's gradient.
 
-To train with the query's weight changed is, to first order, to step along the inverse curvature of the training loss:
-a step along it mirrors training better than one along the gradient. It touches the query alone: the candidates are
-forwarded as ever.
+Training with another weight of the query is, to first order, a step along C^-1 g, with C the curvature of the training
+loss: it mirrors training better than a step along g. Only the query's step changes: candidates are still only
+forwarded.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from hf_forward_inf.adapters.base import Adapter
 from hf_forward_inf.ascent.config import AscentConfig
 from hf_forward_inf.ascent.steps import Correction, Direction
 from hf_forward_inf.curvature.gauss_newton import GaussNewton
-from hf_forward_inf.curvature.kronecker import Kronecker, KroneckerFit
+from hf_forward_inf.curvature.kronecker import KroneckerFit, damped_inverse
 from hf_forward_inf.curvature.sample import Sample
 from hf_forward_inf.curvature.second_moments import estimated_second_moments, optimizer_file, read_second_moments
 from hf_forward_inf.curvature.solvers import conjugate_gradients, warn_of_residual
@@ -53,28 +53,28 @@ def direction_for(
         )
     assert config.sample is not None
     sample = Sample(adapter, training, config.sample, config.seed, cache_dir)
-    fitted = Fitted(cache_dir, adapter, sample, names, config.seed)
+    cache = FitCache(cache_dir, adapter, sample, names, config.seed)
     if config.direction == "cg":
         return ConjugateGradients(config, sample, names)
     if config.direction == "adam":
-        return SecondMoments(config, adapter, names, fitted)
-    return KroneckerFactors(config, fitted)
+        return SecondMoments(config, adapter, names, cache)
+    return KroneckerFactors(config, cache)
 
 
 class ConjugateGradients:
     """Solves (G + lambda I) x = g for each query, by products with G, the Gauss-Newton matrix of the sample's loss.
 
-    The matrix's graph is built for a block of queries and let go of with it, so that it does not count beside the loss
-    pass. A query costs `iterations` products, of 2 to 2.5 forward passes over the sample each.
+    The matrix's graph is built for a block of queries and freed with it, so that the loss pass has the memory. A query
+    costs `iterations` products, of 2 to 2.5 forward passes over the sample each.
     """
 
     def __init__(self, config: AscentConfig, sample: Sample, names: list[str]):
         self.config, self.sample, self.names = config, sample, names
         self.fingerprint = sample.fingerprint
-        self.told = False
+        self.warned = False
 
     def correction(self) -> Correction:
-        """Build the matrix."""
+        """Build the matrix, and return the solver."""
         matrix = GaussNewton(self.sample.adapter, self.sample.batches(set(self.names)), self.names)
         config = self.config
         assert config.damping is not None and config.iterations is not None
@@ -84,19 +84,19 @@ class ConjugateGradients:
             iterations=config.iterations,
             damping=config.damping,
             tolerance=config.tolerance,
-            on_unconverged=self._tell_once,
+            on_unconverged=self._warn_once,
         )
 
-    def _tell_once(self, residual: float, products: int) -> None:
-        if not self.told:
+    def _warn_once(self, residual: float, products: int) -> None:
+        if not self.warned:
             warn_of_residual(residual, products)
-        self.told = True
+        self.warned = True
 
 
 class KroneckerFactors:
     """K-FAC or EK-FAC: factors fitted once, for all queries of all runs ([`kronecker.KroneckerFit`])."""
 
-    def __init__(self, config: AscentConfig, cache: "Fitted"):
+    def __init__(self, config: AscentConfig, cache: "FitCache"):
         self.config, self.names = config, cache.names
         fit = KroneckerFit(cache.sample, cache.names, config.seed)
         self.layers = fit.layers
@@ -106,18 +106,20 @@ class KroneckerFactors:
         self.fingerprint = fingerprint(cache.fingerprint, fit.draws)
 
     def correction(self) -> Correction:
-        """Give the inverse."""
+        """Return the product with the damped inverse."""
         assert self.config.damping is not None
-        return Kronecker(self.layers, self.names, self.fitted, self.config.damping)
+        return partial(
+            damped_inverse, layers=self.layers, names=self.names, fitted=self.fitted, damping=self.config.damping
+        )
 
 
 class SecondMoments:
     """Divides by root second moments, as Adam does: g / sqrt(m + damping x mean of m).
 
-    Parameters whose second moment nobody knows keep to the mean.
+    Parameters without a known second moment take the mean.
     """
 
-    def __init__(self, config: AscentConfig, adapter: Adapter, names: list[str], cache: "Fitted | None"):
+    def __init__(self, config: AscentConfig, adapter: Adapter, names: list[str], cache: "FitCache | None"):
         if cache is None:
             assert config.second_moments is not None
             moments = read_second_moments(optimizer_file(config.second_moments), adapter.model)
@@ -127,13 +129,13 @@ class SecondMoments:
         known = {name: moments[name].to(device) for name in names if name in moments}
         mean = sum(m.sum().item() for m in known.values()) / max(1, sum(m.numel() for m in known.values()))
         assert config.damping is not None
-        # A model whose sample has no gradient at all is moved along the query's.
+        # If the sample has no gradient at all, the direction is the query's gradient.
         extra = config.damping * mean or 1.0
         self.scales = [(known[name] + extra).rsqrt() if name in known else (mean + extra) ** -0.5 for name in names]
         self.fingerprint = fingerprint({name: m.double().sum().item() for name, m in known.items()})
 
     def correction(self) -> Correction:
-        """Give the division."""
+        """Return the division."""
         return self._scaled
 
     def _scaled(self, gradient: Sequence[Tensor]) -> list[Tensor]:
@@ -141,8 +143,8 @@ class SecondMoments:
         return [g.float() * (s.view_as(g) if isinstance(s, Tensor) else s) for g, s in pairs]
 
 
-class Fitted:
-    """Keeps what was fitted on a sample as safetensors, under a fingerprint of all that it depends on.
+class FitCache:
+    """Cache of what is fitted on a sample: safetensors files, named by a fingerprint of all that they depend on.
 
     The main process fits, the others wait and read.
     """
@@ -153,7 +155,7 @@ class Fitted:
         self.fingerprint = fingerprint(sample.fingerprint, names, seed)
 
     def get(self, kind: str, fit: Callable[[], Tensors]) -> Tensors:
-        """Read it, or fit and keep it."""
+        """Return what is cached, or fit it and cache it."""
         device = device_of(self.adapter.model)
         if not is_caching_enabled():
             return fit()

@@ -1,16 +1,17 @@
 """Gradients of every example of a batch, parameter by parameter, from activations and output gradients.
 
 A layer's input and the gradient of its output give each example's gradient of its weights (an outer product summed
-over positions), so one forward pass and one backward pass over activations serve a whole batch. Nothing is kept: each
-parameter's gradients are used and dropped.
+over positions), so one forward pass and one backward pass over activations serve a whole batch. Each parameter's
+gradients are used and freed.
 """
 
 import copy
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from statistics import mode
 from typing import Any, TypeAlias
 
 import torch
@@ -25,16 +26,16 @@ from hf_forward_inf.curvature.outer_products import CHUNK_BYTES, OuterProducts, 
 from hf_forward_inf.utils.models import batch_size, to_device
 
 AFFINE = (nn.Linear, Conv1D, nn.Conv2d)
-"""Layers that multiply what they are given, at every position, by one matrix."""
+"""Layers that multiply their input, at every position, by one matrix."""
 Objective: TypeAlias = Callable[[Forward], Tensor]
-"""Given the model's forward, a number that depends on each example by itself."""
+"""Given the model's forward, returns a sum of terms that depend on one example each."""
 
 
 @dataclass
 class Use:
-    """One call of a layer: what went in, what came out. A weight that several layers share has several.
+    """One call of a layer: its input and output. A weight that several layers share has several uses.
 
-    An example may go through a layer several times at once, a picture at several times: its `copies` lie together.
+    An example may pass a layer several times in one call, an image at several timesteps: its `copies` are adjacent.
     """
 
     module: nn.Module
@@ -44,11 +45,11 @@ class Use:
     copies: int = 1
 
     def of(self, name: str, rows: slice) -> Tensor:
-        """Give the gradient of parameter `name` for each of some examples, `[rows, numel]`."""
+        """Return the gradient of parameter `name` for each of some examples, `[rows, numel]`."""
         if isinstance(self.module, (nn.Embedding, *AFFINE)):
             return self.factors(rows)[1].sum(1) if name == "bias" else self.matrix(rows).dense()
         given, delta = self._sides(rows)
-        if name == "weight":  # an affine normalisation: what its weight scales is its output under a weight of one
+        if name == "weight":  # an affine normalisation: its weight scales the output that a weight of one gives
             plain = {
                 key: torch.ones_like(p) if key == "weight" else torch.zeros_like(p) for key, p in _own(self.module)
             }
@@ -58,17 +59,18 @@ class Use:
         return self._together(delta.flatten(1, -2) if delta.dim() > 2 else delta[:, None]).sum(1)
 
     def _sides(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """What went in, and the float32 slope of what came out, of all copies of some examples."""
+        """Return the input and the float32 output gradient of all copies of some examples."""
         assert self.gradient is not None
-        every = slice(*(None if end is None else end * self.copies for end in (rows.start, rows.stop)))
-        return self.input[every], self.gradient[every].float()
+        start = None if rows.start is None else rows.start * self.copies
+        stop = None if rows.stop is None else rows.stop * self.copies
+        return self.input[start:stop], self.gradient[start:stop].float()
 
     def _together(self, values: Tensor) -> Tensor:
-        """Put the positions of an example's copies in a row, `[rows, positions, width]`."""
+        """Concatenate the positions of an example's copies, `[rows, positions, width]`."""
         return values.reshape(-1, self.copies * values.shape[1], values.shape[2])
 
     def matrix(self, rows: slice = slice(None)) -> OuterProducts:
-        """Give the gradients of the weight of an embedding or an affine layer, as factors."""
+        """Return the gradients of the weight of an embedding or an affine layer, as outer products."""
         weight = self.module.weight
         assert isinstance(weight, Tensor)
         if isinstance(self.module, nn.Embedding):
@@ -86,9 +88,9 @@ class Use:
         )
 
     def factors(self, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """Give what an affine layer multiplied at each position, and the slope there of what came out.
+        """Return the inputs of an affine layer and its output gradients, position by position.
 
-        A position is a token, or a place of a convolution's window, which multiplies the patch under it.
+        A position is a token, or a place of a convolution's window, whose input is the patch under it.
 
         Returns:
             `tuple`: float32 `[rows, positions, inputs]` and `[rows, positions, outputs]`.
@@ -103,9 +105,9 @@ class Use:
 
 
 def _patches(images: Tensor, layer: nn.Conv2d) -> Tensor:
-    """Cut images into the patches that a convolution multiplies, `[rows, channels x height x width, places]`."""
+    """Return the patches of images that a convolution multiplies, `[rows, channels x height x width, places]`."""
     if isinstance(layer.padding, str):
-        # "same" pads the odd pixel behind; `_reversed_padding_repeated_twice` is what the layer itself pads by.
+        # "same" pads an odd pixel at the end; the layer itself uses `_reversed_padding_repeated_twice`.
         images = F.pad(images, layer._reversed_padding_repeated_twice)
         return F.unfold(images, layer.kernel_size, layer.dilation, 0, layer.stride)
     return F.unfold(images, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
@@ -116,20 +118,20 @@ def _own(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 class ExampleGradients:
-    """Gives, for each example of a batch, the gradient of its loss by some parameters of the model.
+    """The gradients of each example's loss, with respect to some parameters of the model.
 
     Linear layers, convolutions of images (without groups), embeddings, and affine normalisations of the last axis or
-    of groups of channels are known, tied weights included. What a whole batch shares (T5's relative position biases)
-    can't be told apart by example: `left_out` names it, and parameters of other kinds of layers. Losses are summed
-    over an example's terms.
+    of groups of channels are supported, tied weights included. What a whole batch shares (T5's relative position
+    biases) has no gradient by example: `left_out` lists it, and parameters of other kinds of layers. Losses are
+    summed over an example's terms.
 
     Args:
         adapter (`Adapter`): Gives the losses, and knows the model.
-        names (`list[str]`): Parameters wanted ([`parameters.perturbed_names`]).
+        names (`list[str]`): The parameters ([`parameters.perturbed_names`]).
         example (`dict[str, list]`): One encoded row, run to see which layers are called with a batch.
 
     Raises:
-        ValueError: If none of the parameters can be told apart by example.
+        ValueError: If none of the parameters has a gradient by example.
     """
 
     def __init__(self, adapter: Adapter, names: list[str], example: Rows):
@@ -142,7 +144,7 @@ class ExampleGradients:
             if own and is_supported(module):
                 self.layers[module] = own
         self._drop_what_a_batch_shares(example)
-        # A tied weight counts only if every layer that it serves is known.
+        # A tied weight counts only if every layer that uses it is supported.
         holders = defaultdict(list)
         for module in self.model.modules():
             for _, p in _own(module):
@@ -151,12 +153,12 @@ class ExampleGradients:
         self.left_out = [name for name in names if name not in self.names]
         if not self.names:
             raise ValueError(
-                f"The gradients of {', '.join(names[:5])} can't be told apart by example. Choose linear layers, "
+                f"Gradients of {', '.join(names[:5])} can't be computed example by example. Choose linear layers, "
                 "embeddings or normalisations with modules=[...]."
             )
 
     def _drop_what_a_batch_shares(self, example: Rows) -> None:
-        """Run batches of two and of three examples: a layer whose input does not grow along is shared by the batch."""
+        """Run batches of two and of three examples: a layer whose input does not grow is shared by the batch."""
         shares: dict[nn.Module, set[float]] = defaultdict(set)
         for copies in (2, 3):
             batch = self.adapter.collate({key: values[:1] * copies for key, values in example.items()})
@@ -164,9 +166,9 @@ class ExampleGradients:
                 self.adapter.loss(partial(call, self.model, {}), to_device(batch, self.model))
             for use in uses:
                 shares[use.module].add(len(use.input) / copies)
-        # How often an example goes through a layer: once, a picture once at each time. A layer of another count than
-        # the rest has positions there, in who knows which order.
-        (usual, _), *_ = Counter(max(share) for share in shares.values()).most_common(1) or [(1.0, 0)]
+        # How often an example passes a layer: once, or an image once at each timestep. If the count differs from that
+        # of most layers, the first axis holds positions in an unknown order.
+        usual = mode(max(share) for share in shares.values()) if shares else 1.0
         for module, share in shares.items():
             if share != {usual} or usual % 1:
                 del self.layers[module]
@@ -178,14 +180,14 @@ class ExampleGradients:
         return other
 
     def uses(self, batch: Batch, objective: Objective | None = None) -> list[Use]:
-        """Run a batch forwards and backwards: every use of a layer that the objective depends on, in order.
+        """Run a batch forwards and backwards: return every use of a layer that the objective depends on, in order.
 
         Args:
             batch (`dict`): On the model's device.
-            objective (`Callable`, *optional*): Given the model's forward, what is differentiated. Defaults to the sum
-                of the examples' losses.
+            objective (`Callable`, *optional*): Given the model's forward, returns what is differentiated. Defaults to
+                the sum of the examples' losses.
         """
-        # Leaves that share the model's memory; those wanted ask for gradients and no others, whatever the user froze.
+        # Leaves that share the model's memory; only the named ones have gradients, whatever the user froze.
         theta = {name: p.detach().requires_grad_(name in self.names) for name, p in self.model.named_parameters()}
         with recorded(self.layers) as uses, torch.enable_grad():
             forward = partial(call, self.model, theta)
@@ -199,12 +201,13 @@ class ExampleGradients:
     def products(
         self, batch: Batch, directions: Mapping[str, Tensor | QueryGradients], squares: bool = True
     ) -> tuple[Tensor, Tensor | None]:
-        """Multiply each example's gradient with some directions, most of them never written down.
+        """Return the dot products of each example's gradient with some directions; few gradients are materialised.
 
         Args:
             batch (`dict`): On the model's device.
-            directions (`dict`): By parameter, dense `[directions, numel]`, or other examples' gradients as factors.
-            squares (`bool`, defaults to `True`): Whether squared norms are wanted.
+            directions (`dict`): By parameter, dense `[directions, numel]`, or other examples' gradients as outer
+                products.
+            squares (`bool`, defaults to `True`): Whether to compute squared norms.
 
         Returns:
             `tuple`: float32 products `[rows, directions]`, and squared norms `[rows]`.
@@ -225,23 +228,23 @@ class ExampleGradients:
         return torch.stack(found).sum(0), torch.stack(norms).sum(0) if squares else None
 
     def factored(self, batch: Batch) -> Iterator[tuple[str, Parts | Tensor]]:
-        """Give each parameter's gradients as factors if it is a matrix, and written down, `[rows, numel]`, if not."""
+        """Yield each parameter's gradients: outer products for a matrix, else dense, `[rows, numel]`."""
         serving = self._serving(batch)
         for name in (name for name in self.names if serving[name]):
             parts = _parts(serving[name])
-            written = (values for _, values in self._written(name, serving[name], batch_size(batch)))
-            yield name, torch.cat(list(written)) if parts is None else parts
+            dense = (values for _, values in self._dense(name, serving[name], batch_size(batch)))
+            yield name, torch.cat(list(dense)) if parts is None else parts
 
     def _serving(self, batch: Batch, objective: Objective | None = None) -> dict[str, list[tuple[Use, str]]]:
-        """Each parameter's uses, and what it is called there."""
+        """Return each parameter's uses, and its name there."""
         serving: dict[str, list[tuple[Use, str]]] = defaultdict(list)
         for use in self.uses(batch, objective):
             for local, name in self.layers[use.module].items():
                 serving[name].append((use, local))
         return serving
 
-    def _written(self, name: str, uses: list[tuple[Use, str]], count: int) -> Iterator[tuple[slice, Tensor]]:
-        """Write a parameter's gradients down, some examples at a time: `[rows, numel]`."""
+    def _dense(self, name: str, uses: list[tuple[Use, str]], count: int) -> Iterator[tuple[slice, Tensor]]:
+        """Yield a parameter's dense gradients, some examples at a time: `[rows, numel]`."""
         step = max(1, CHUNK_BYTES // (4 * self.model.get_parameter(name).numel()))
         for start in range(0, count, step):
             rows = slice(start, min(count, start + step))
@@ -249,21 +252,21 @@ class ExampleGradients:
             yield rows, sum(parts[1:], start=parts[0])
 
     def of(self, batch: Batch, objective: Objective | None = None) -> Iterator[tuple[str, slice, Tensor]]:
-        """Give `(parameter, rows, gradients)`, gradients float32 `[rows, numel]`, until each example has had all.
+        """Yield `(parameter, rows, gradients)` for all parameters and examples, gradients float32 `[rows, numel]`.
 
         Arguments are those of [`uses`].
         """
         serving = self._serving(batch, objective)
         with torch.no_grad():
             for name in (name for name in self.names if serving[name]):
-                for rows, values in self._written(name, serving[name], batch_size(batch)):
+                for rows, values in self._dense(name, serving[name], batch_size(batch)):
                     yield name, rows, values
 
 
 def _parts(uses: list[tuple[Use, str]]) -> Parts | None:
-    """Give a matrix's gradients as factors: of all embeddings, and of all other layers that have it.
+    """Return a matrix's gradients as outer products: of all embeddings, and of all other layers that use it.
 
-    `None` where it is no matrix.
+    `None` if it is not a matrix.
     """
     if any(local != "weight" or not isinstance(use.module, (nn.Embedding, *AFFINE)) for use, local in uses):
         return None
@@ -273,7 +276,7 @@ def _parts(uses: list[tuple[Use, str]]) -> Parts | None:
 
 
 def is_supported(module: nn.Module) -> bool:
-    """Whether a layer's gradients follow from what went in and the slopes of what came out."""
+    """Whether a layer's gradients follow from its inputs and its output gradients."""
     if isinstance(module, nn.Conv2d) and (module.groups > 1 or module.padding_mode != "zeros"):
         return False
     for kind in (*AFFINE, nn.Embedding):
@@ -289,7 +292,7 @@ def is_supported(module: nn.Module) -> bool:
 
 @contextmanager
 def recorded(layers: Iterable[nn.Module]) -> Iterator[list[Use]]:
-    """Record every use of some layers for the length of a `with`; no hook is left, whatever happens in it."""
+    """Record every use of some layers for the length of a `with`; hooks are removed whatever happens."""
     uses: list[Use] = []
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Curvature of the training loss: products with it, and systems solved by nothing but products."""
+"""Products with the curvature of the training loss: Gauss-Newton and Hessian."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -13,26 +13,26 @@ from hf_forward_inf.ascent.parameters import call
 from hf_forward_inf.curvature.solvers import Vector
 from hf_forward_inf.utils.models import batch_size
 
-KEPT_BYTES = 2**30
-"""What graphs for products may hold in memory."""
+GRAPH_BYTES = 2**30
+"""Memory that graphs for products may take."""
 
 
 Graph: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Vector]
-"""Of a batch: outputs; the same as a leaf, and the loss's slope by it; w, and J^T w."""
+"""Of a batch: outputs; the same as a leaf, and the loss's gradient by it; w, and J^T w."""
 
 
 class GaussNewton:
     """The Gauss-Newton matrix of the mean loss over some examples, as products with vectors.
 
     G = 1/n sum J^T H J, with J the Jacobian of the model's outputs and H the Hessian of the loss by the outputs:
-    positive semidefinite whatever the model. By double reverse mode, on the graph of J^T w: a product takes about 2 to
-    2.5 forward passes over the sample, where graphs are kept. Those beyond [`KEPT_BYTES`] are built anew for every
+    positive semidefinite for any model. By double reverse mode, on the graph of J^T w: a product takes about 2 to 2.5
+    forward passes over the sample if graphs stay in memory. Those beyond [`GRAPH_BYTES`] are rebuilt for every
     product, which costs up to twice as much, and bounds memory by that of a training step.
 
     Args:
         adapter (`Adapter`): Splits the loss (`Adapter.outputs_and_loss`).
         batches (`Iterable`): Batches of the sample, on the model's device.
-        names (`list[str]`): Parameters; the products are restricted to them.
+        names (`list[str]`): Parameters to which the products are restricted.
     """
 
     def __init__(self, adapter: Adapter, batches: Iterable[Batch], names: list[str]):
@@ -41,19 +41,19 @@ class GaussNewton:
         self.theta = {name: own[name].detach().requires_grad_() for name in names}
         self.batches = list(batches)
         self.rows = sum(map(batch_size, self.batches))
-        self.kept: list[Graph | None] = []
-        room = KEPT_BYTES
+        self.graphs: list[Graph | None] = []
+        room = GRAPH_BYTES
         for batch in self.batches:
             graph, size = self.graph(batch) if room > 0 else (None, 0)
             room -= size
-            self.kept.append(graph if room > 0 else None)
+            self.graphs.append(graph if room > 0 else None)
 
     def __call__(self, vector: Vector) -> Vector:
-        """Multiply a vector; sums are float32, whatever the model's precision."""
+        """Return the product with a vector; sums are float32, whatever the model's precision."""
         total = [torch.zeros_like(p, dtype=torch.float32) for p in self.theta.values()]
         vector = [v.to(p.dtype) for v, p in zip(vector, self.theta.values(), strict=True)]
-        for batch, kept in zip(self.batches, self.kept, strict=True):
-            outputs, leaf, slope, weights, back = kept or self.graph(batch)[0]
+        for batch, graph in zip(self.batches, self.graphs, strict=True):
+            outputs, leaf, slope, weights, back = graph or self.graph(batch)[0]
             with sdpa_kernel(SDPBackend.MATH):
                 forward = torch.autograd.grad(back, weights, vector, retain_graph=True)[0]  # J v
                 curved = torch.autograd.grad(slope, leaf, forward, retain_graph=True)[0]  # H J v
@@ -63,7 +63,7 @@ class GaussNewton:
         return total
 
     def graph(self, batch: Batch) -> tuple[Graph, int]:
-        """Build a batch's graph; give it, and the bytes that it holds beside the weights."""
+        """Build a batch's graph; return it, and the bytes that it takes besides the weights."""
         sizes = {p.data_ptr(): 0 for p in self.adapter.model.parameters()}
 
         def count(tensor: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ class GaussNewton:
 
 
 def hessian_product(adapter: Adapter, batch: Batch, names: list[str], vector: Vector) -> Vector:
-    """Multiply a vector with the Hessian of a batch's mean loss (Pearlmutter's trick)."""
+    """Return the product of the Hessian of a batch's mean loss with a vector (Pearlmutter, 1994)."""
     own = dict(adapter.model.named_parameters())
     theta = {name: own[name].detach().requires_grad_() for name in names}
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):

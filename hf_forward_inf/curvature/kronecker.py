@@ -1,4 +1,4 @@
-"""Kronecker factors of the curvature (K-FAC, EK-FAC): fitted once on a sample, they turn every query's gradient."""
+"""Kronecker factors of the curvature (K-FAC, EK-FAC): fitted once on a sample, used for every query's gradient."""
 
 import math
 import warnings
@@ -21,28 +21,28 @@ from hf_forward_inf.utils.models import batch_size
 from hf_forward_inf.utils.storage import Tensors
 
 LARGEST_SIDE = 8192
-"""Inputs or outputs of a layer beyond which it gets a diagonal: eigenvectors take cubic time."""
+"""Layers with more inputs or outputs get a diagonal: eigenvectors take cubic time."""
 TARGETS = 8192
-"""Targets drawn in all, if a sample is smaller several for each prediction: with 800, K-FAC's LDS on digits was .69,
-with 12,800 .73, and the backward pass costs no new forward pass."""
+"""Targets drawn in all, several for each prediction if the sample is small: K-FAC's LDS on digits was .69 with 800 and
+.73 with 12,800, and another target costs no forward pass."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer whose curvature is factored: its module, and the names of those parameters that are perturbed."""
+    """A layer whose curvature is factored: its module, and the names of its perturbed parameters."""
 
     module: nn.Module
     weight: str
     bias: str | None
 
     def matrix(self, vector: Tensors) -> Tensor:
-        """Give its part of a vector as `[outputs, inputs]`, the bias as one input more."""
+        """Return its part of a vector as `[outputs, inputs]`, with the bias as one more input."""
         weight = vector[self.weight]
         weight = weight.T if isinstance(self.module, Conv1D) else weight.flatten(1)
         return weight if self.bias is None else torch.cat([weight, vector[self.bias][:, None]], dim=1)
 
     def parameters(self, matrix: Tensor, like: Tensors) -> Iterator[tuple[str, Tensor]]:
-        """Undo [`matrix`]."""
+        """Return the parameters of a matrix: the inverse of [`matrix`]."""
         if self.bias is not None:
             yield self.bias, matrix[:, -1]
             matrix = matrix[:, :-1]
@@ -50,7 +50,7 @@ class Layer:
         yield self.weight, weight.reshape(like[self.weight].shape)
 
     def positions(self, uses: Sequence[Use]) -> tuple[Tensor, Tensor]:
-        """Give what all uses of the layer multiplied and the slopes of what came out, `[rows, positions, side]`."""
+        """Return the inputs and output gradients of all uses of the layer, `[rows, positions, side]`."""
         inputs, slopes = (torch.cat(parts, dim=1) for parts in zip(*(use.factors() for use in uses), strict=True))
         if self.bias is not None:
             inputs = torch.cat([inputs, torch.ones_like(inputs[..., :1])], dim=-1)
@@ -60,20 +60,20 @@ class Layer:
 class KroneckerFit:
     """Fits factors on a sample, with targets drawn from the model's own predictions (the true Fisher matrix).
 
-    The curvature of a linear layer or a convolution is taken for the Kronecker product of two small matrices
-    (Martens and Grosse, 2015): E[a a^T] of what it multiplies, over positions, and the sum over positions of E[d d^T]
-    of the slopes d of what comes out. EK-FAC (George et al., 2018) keeps their eigenvectors and replaces their
-    eigenvalues by the mean squares of the examples' gradients in that basis. Positions whose slope is exactly 0
-    (padding, and whatever reaches no prediction) count in neither factor.
+    The curvature of a linear layer or a convolution is approximated by the Kronecker product of two small matrices
+    (Martens and Grosse, 2015): E[a a^T] of its inputs a, over positions, and the sum over positions of E[d d^T] of its
+    output gradients d. EK-FAC (George et al., 2018) keeps their eigenvectors and replaces their eigenvalues by the
+    mean squares of the examples' gradients in that basis. Positions whose output gradient is exactly 0 (padding, and
+    whatever reaches no prediction) count in neither factor.
 
     Everything else (embeddings, normalisations, tied weights, layers of unknown kind or with more than 8192 inputs or
-    outputs) gets a diagonal: the mean square of its gradients, by batches: drawn targets make the examples'
-    gradients independent with mean 0, so the expected square of a sum is the sum of the expected squares.
+    outputs) gets a diagonal, the mean square of its gradients. It is computed batch by batch: drawn targets make the
+    examples' gradients independent with mean 0, so the expected square of a sum is the sum of the expected squares.
 
     Args:
         sample (`Sample`): Training examples.
-        names (`list[str]`): Parameters that will be perturbed.
-        seed (`int`): Draws the targets.
+        names (`list[str]`): Parameters to perturb.
+        seed (`int`): Seed of the drawn targets.
     """
 
     def __init__(self, sample: Sample, names: list[str], seed: int):
@@ -86,10 +86,10 @@ class KroneckerFit:
         self.rows = len(sample) * self.draws
 
     def factors(self) -> Tensors:
-        """Fit both factors of every layer, and the diagonals of the rest.
+        """Fit both factors of every layer, and the diagonals of all other parameters.
 
         Returns:
-            `dict`: Eigenvectors `inputs/<weight>` and `outputs/<weight>`, one a column, the products of eigenvalues
+            `dict`: Eigenvectors `inputs/<weight>` and `outputs/<weight>` (columns), the products of eigenvalues
             `curvature/<weight>` `[outputs, inputs]`, and `diagonal/<parameter>`.
         """
         inner: dict[str, Any] = defaultdict(float)
@@ -107,7 +107,7 @@ class KroneckerFit:
                 inner[layer.weight] += inputs.T @ inputs
                 outer[layer.weight] += deltas.T @ deltas
         self._check_rank(positions)
-        self._tell_of_unknown()
+        self._warn_of_unsupported()
         for layer in self.layers:
             name = layer.weight
             a, left = torch.linalg.eigh(inner[name].double() / positions[name])
@@ -117,7 +117,7 @@ class KroneckerFit:
         return found
 
     def corrected(self, factors: Tensors) -> Tensors:
-        """Give EK-FAC's `curvature/<weight>` for K-FAC's eigenvectors."""
+        """Return EK-FAC's `curvature/<weight>` in the basis of K-FAC's eigenvectors."""
         found: Tensors = {f"curvature/{layer.weight}": torch.zeros(()) for layer in self.layers}
         for uses, _ in self._drawn(1):
             for layer, used in self._by_layer(uses):
@@ -131,7 +131,7 @@ class KroneckerFit:
         return found
 
     def _drawn(self, draw: int) -> Iterator[tuple[list[Use], Tensors]]:
-        """Run every batch forwards, and backwards for drawn targets: uses of the layers, gradients of the rest."""
+        """Run every batch forwards, and backwards for drawn targets: yield uses of layers, gradients of the rest."""
         generator = torch.Generator().manual_seed(self.seed + draw)
         own = dict(self.adapter.model.named_parameters())
         for batch in self.sample.batches(set(self.names)):
@@ -160,13 +160,13 @@ class KroneckerFit:
             if seen < max(inputs, outputs):
                 warnings.warn(
                     f"{len(self.sample)} examples ({seen} positions) are too few for the factors "
-                    f"of {layer.weight} ({inputs} inputs, {outputs} outputs), perhaps of others: they are "
-                    "singular, and damping alone decides in many directions. Raise sample.",
+                    f"of {layer.weight} ({inputs} inputs, {outputs} outputs), and perhaps of other layers: they are "
+                    "singular, and in many directions only the damping counts. Raise sample.",
                     stacklevel=2,
                 )
                 return
 
-    def _tell_of_unknown(self) -> None:
+    def _warn_of_unsupported(self) -> None:
         perturbed = {id(self.adapter.model.get_parameter(name)) for name in self.rest}
         owners = [
             f"{name} ({type(module).__name__})"
@@ -175,13 +175,13 @@ class KroneckerFit:
         ]
         if owners:
             warnings.warn(
-                f"No Kronecker factors for layers of unknown kind, which get a diagonal: {', '.join(owners)}.",
+                f"Layers of unknown kind get a diagonal, not Kronecker factors: {', '.join(owners)}.",
                 stacklevel=2,
             )
 
 
 def factored_layers(adapter: Adapter, names: list[str], batch: Batch) -> list[Layer]:
-    """Find the linear layers and convolutions that can be factored: not tied, and called with a batch."""
+    """Return the linear layers and convolutions that can be factored: not tied, and called once per example."""
     named = {id(p): name for name, p in adapter.model.named_parameters() if name in names}
     holders = Counter(id(p) for module in adapter.model.modules() for p in module.parameters(recurse=False))
     layers = []
@@ -200,35 +200,32 @@ def factored_layers(adapter: Adapter, names: list[str], batch: Batch) -> list[La
     return [layer for layer in layers if layer.module in used - shared]
 
 
-class Kronecker:
-    """Applies (C + lambda I)^-1, with C the fitted curvature.
+def damped_inverse(
+    vector: Sequence[Tensor], layers: Sequence[Layer], names: Sequence[str], fitted: Tensors, damping: float
+) -> list[Tensor]:
+    """Return (C + lambda I)^-1 v, with C the fitted curvature.
 
     Args:
+        vector (`list[Tensor]`): v, one tensor for each parameter.
         layers (`list[Layer]`): The factored layers.
-        names (`list[str]`): The parameters of a vector, in its order.
-        fitted (`dict`): What [`KroneckerFit`] gave.
+        names (`list[str]`): The parameters of the vector, in its order.
+        fitted (`dict`): What [`KroneckerFit`] returned.
         damping (`float`): lambda, as a multiple of the vector's Rayleigh quotient v.Cv / v.v.
     """
-
-    def __init__(self, layers: Sequence[Layer], names: Sequence[str], fitted: Tensors, damping: float):
-        self.layers, self.names, self.fitted, self.damping = layers, names, fitted, damping
-
-    def __call__(self, vector: Sequence[Tensor]) -> list[Tensor]:
-        """Turn a gradient into a direction."""
-        given = {name: value.float() for name, value in zip(self.names, vector, strict=True)}
-        parts = {}
-        for layer in self.layers:
-            left, right = self.fitted[f"outputs/{layer.weight}"], self.fitted[f"inputs/{layer.weight}"]
-            parts[layer.weight] = (left.T @ layer.matrix(given) @ right, self.fitted[f"curvature/{layer.weight}"])
-        for name in self.names:
-            if f"diagonal/{name}" in self.fitted:
-                parts[name] = (given[name], self.fitted[f"diagonal/{name}"])
-        curved = sum((curvature * part.square()).sum().item() for part, curvature in parts.values())
-        shift = self.damping * curved / sum(part.square().sum().item() for part, _ in parts.values())
-        # Where there is no curvature at all, every direction is as good: the gradient itself.
-        shift = shift if shift > 0 and math.isfinite(shift) else 1.0
-        solved = {name: part / (curvature + shift) for name, (part, curvature) in parts.items()}
-        for layer in self.layers:
-            left, right = self.fitted[f"outputs/{layer.weight}"], self.fitted[f"inputs/{layer.weight}"]
-            solved |= dict(layer.parameters(left @ solved[layer.weight] @ right.T, given))
-        return [solved[name] for name in self.names]
+    given = {name: value.float() for name, value in zip(names, vector, strict=True)}
+    parts = {}
+    for layer in layers:
+        left, right = fitted[f"outputs/{layer.weight}"], fitted[f"inputs/{layer.weight}"]
+        parts[layer.weight] = (left.T @ layer.matrix(given) @ right, fitted[f"curvature/{layer.weight}"])
+    for name in names:
+        if f"diagonal/{name}" in fitted:
+            parts[name] = (given[name], fitted[f"diagonal/{name}"])
+    curved = sum((curvature * part.square()).sum().item() for part, curvature in parts.values())
+    shift = damping * curved / sum(part.square().sum().item() for part, _ in parts.values())
+    # Without any curvature, all directions are alike: the gradient itself.
+    shift = shift if shift > 0 and math.isfinite(shift) else 1.0
+    solved = {name: part / (curvature + shift) for name, (part, curvature) in parts.items()}
+    for layer in layers:
+        left, right = fitted[f"outputs/{layer.weight}"], fitted[f"inputs/{layer.weight}"]
+        solved |= dict(layer.parameters(left @ solved[layer.weight] @ right.T, given))
+    return [solved[name] for name in names]

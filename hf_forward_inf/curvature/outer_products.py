@@ -1,4 +1,4 @@
-"""Gradients of a matrix as the outer products that they are sums of: what multiplies them need not write them down."""
+"""Gradients of a weight matrix as sums of outer products: products with them need not materialise them."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 CHUNK_BYTES = 128 * 2**20
-"""Gradients of one parameter held at once; a batch is cut into fewer examples where it would take more."""
+"""Memory for gradients of one parameter; a batch that would take more is split."""
 TRAFFIC = 64
-"""What it costs to write a gradient down and to read it again, in products with it (measured on a CPU)."""
+"""Cost of materialising a gradient, in dot products with it (measured on a CPU)."""
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,8 @@ class OuterProducts:
     """For each example, the sum over positions of row side x column side: the gradient of a matrix.
 
     Args:
-        rows (`Tensor`): `[examples, positions, height]`; or, as an embedding's side has a single 1 at each position,
-            where it stands: integers `[examples, positions]`.
+        rows (`Tensor`): `[examples, positions, height]`; for an embedding, whose row side is one-hot, the indices:
+            integers `[examples, positions]`.
         columns (`Tensor`): `[examples, positions, width]`.
         height (`int`): Rows of the matrix.
     """
@@ -31,60 +31,60 @@ class OuterProducts:
 
     @property
     def is_embedding(self) -> bool:
-        """Whether row sides are told by where their 1 stands."""
+        """Whether row sides are one-hot, given as indices."""
         return not self.rows.is_floating_point()
 
     @property
     def size(self) -> tuple[int, int, int]:
-        """Positions of an example, rows and columns of the matrix."""
+        """Number of positions, rows and columns."""
         return self.columns.shape[1], self.height, self.columns.shape[2]
 
     @classmethod
     def joined(cls, parts: Sequence["OuterProducts"]) -> Self:
-        """Put the positions of several factors in a row: their sum."""
+        """Return the sum of several: their positions concatenated."""
         rows, columns = (torch.cat(side, 1) for side in zip(*((one.rows, one.columns) for one in parts), strict=True))
         return cls(rows, columns, parts[0].height)
 
     def dense(self) -> Tensor:
-        """Write the gradients down, `[examples, height x width]`."""
+        """Materialise the gradients, `[examples, height x width]`."""
         if not self.is_embedding:
             return (self.rows.transpose(1, 2) @ self.columns).flatten(1)
         found = self.columns.new_zeros(len(self.rows), self.height, self.columns.shape[2])
         return found.scatter_add_(1, self.rows[..., None].expand_as(self.columns), self.columns).flatten(1)
 
     def chunks(self) -> Iterator[Tensor]:
-        """Write the gradients down, some examples at a time."""
+        """Materialise the gradients, some examples at a time."""
         step = max(1, CHUNK_BYTES // (4 * math.prod(self.size[1:])))
         for rows, columns in zip(self.rows.split(step), self.columns.split(step), strict=True):
             yield OuterProducts(rows, columns, self.height).dense()
 
     def pairs(self, other: "OuterProducts") -> Tensor:
-        """Multiply each position's outer product with each of others, `[examples, positions, other's positions]`.
+        """Return the dot products of all pairs of outer products, `[examples, positions, other's positions]`.
 
-        Others are those of the same examples, or of one that all are multiplied with.
+        `other` has the same examples, or a single one for all.
         """
         return _dots(self.rows, other.rows) * (self.columns @ other.columns.transpose(1, 2))
 
     def products(self, directions: Tensor) -> Tensor:
-        """Multiply each example's gradient with some directions `[directions, numel]`: `[examples, directions]`."""
+        """Return the dot products of the gradients with `[directions, numel]`: `[examples, directions]`."""
         (positions, height, width), count = self.size, len(directions)
         matrices = directions.view(count, height, width)
         if self.is_embedding:
             return torch.stack([(matrix[self.rows] * self.columns).sum((1, 2)) for matrix in matrices], dim=1)
         if positions * count > positions + count + TRAFFIC:
             return torch.cat([values @ directions.T for values in self.chunks()])
-        large, small = self.rows, self.columns  # what is multiplied first leaves no more than the other side to read
+        large, small = self.rows, self.columns  # the product with the larger side is small
         if height < width:
             large, small, matrices = small, large, matrices.transpose(1, 2)
         return torch.stack([((large @ matrix) * small).sum((1, 2)) for matrix in matrices], dim=1)
 
 
 Parts: TypeAlias = Sequence[OuterProducts]
-"""A gradient that is a sum: of what an embedding gives, and what the output layer does that is tied to it."""
+"""A gradient that is a sum: of an embedding's part, and of the part of an output layer tied to it."""
 
 
 def squared_norms(parts: Parts) -> Tensor:
-    """Tell the gradients' squared norms, `[examples]`: sums over all pairs of positions."""
+    """Return the gradients' squared norms, `[examples]`: sums over all pairs of positions."""
     if len(parts) == 1 and not parts[0].is_embedding:
         positions, height, width = parts[0].size
         if positions * (height + width) > height * width:
@@ -94,11 +94,11 @@ def squared_norms(parts: Parts) -> Tensor:
 
 @dataclass(frozen=True)
 class QueryGradients:
-    """Gradients of several queries as factors, the positions of all of them in a row.
+    """Gradients of several queries as outer products, their positions concatenated.
 
     Args:
-        parts (`list[OuterProducts]`): Of one example, which has all the positions.
-        owners (`list[Tensor]`): For each part, which query a position belongs to.
+        parts (`list[OuterProducts]`): A single example with all positions.
+        owners (`list[Tensor]`): For each part, the query that a position belongs to.
         squares (`Tensor`): Squared norms, `[queries]`.
     """
 
@@ -108,7 +108,7 @@ class QueryGradients:
 
     @classmethod
     def of(cls, queries: Mapping[int, Parts], count: int) -> Self:
-        """Lay gradients of single queries, by their numbers, in a row; the rest of `count` queries have none."""
+        """Concatenate gradients of single queries, by query number; the others of `count` queries have none."""
         parts, owners = [], []
         for kind in (True, False):
             found = [(i, part) for i, query in queries.items() for part in query if part.is_embedding == kind]
@@ -123,15 +123,15 @@ class QueryGradients:
         return cls(parts, owners, squares)
 
     def products(self, parts: Parts) -> Tensor:
-        """Multiply with the gradients of other examples, `[examples, queries]`."""
+        """Return the dot products with other examples' gradients, `[examples, queries]`."""
         found = self.squares.new_zeros(len(parts[0].columns), len(self.squares))
-        for laid, owner in zip(self.parts, self.owners, strict=True):
+        for mine, owner in zip(self.parts, self.owners, strict=True):
             for part in parts:
-                found.index_add_(1, owner, part.pairs(laid).sum(1))
+                found.index_add_(1, owner, part.pairs(mine).sum(1))
         return found
 
     def is_cheaper(self) -> bool:
-        """Whether that is cheaper than products with written gradients, for examples about as long as the queries."""
+        """Whether products are cheaper than with dense gradients, for examples about as long as the queries."""
         count = len(self.squares)
         for part in self.parts:
             total, height, width = part.size
@@ -145,7 +145,7 @@ class QueryGradients:
         return True
 
     def dense(self) -> Tensor:
-        """Write the gradients down, `[queries, numel]`."""
+        """Materialise the gradients, `[queries, numel]`."""
         _, height, width = self.parts[0].size
         found = self.squares.new_zeros(len(self.squares), height, width)
         for part, owner in zip(self.parts, self.owners, strict=True):
@@ -158,7 +158,7 @@ class QueryGradients:
 
 
 def _dots(left: Tensor, right: Tensor) -> Tensor:
-    """Dot products of row sides, `[examples, left's positions, right's positions]`."""
+    """Return the dot products of row sides, `[examples, left's positions, right's positions]`."""
     if left.is_floating_point() and right.is_floating_point():
         return left @ right.transpose(1, 2)
     if left.is_floating_point():

@@ -1,4 +1,4 @@
-"""The training examples whose curvature stands for that of all."""
+"""The training examples on which the curvature is estimated."""
 
 import warnings
 from collections.abc import Iterator, Set
@@ -14,32 +14,32 @@ from hf_forward_inf.utils.models import to_device
 from hf_forward_inf.utils.rows import sample_rows
 
 MAX_BATCH_LENGTH = 2048
-"""Padded tokens (or rows, where nothing is padded) in one batch."""
+"""Padded tokens in one batch (rows, if nothing is padded)."""
 
 
 class Sample:
-    """Some candidates, drawn at random, encoded, and sorted by length so that batches waste little on padding.
+    """Some training examples, drawn at random, encoded, and sorted by length so that batches need little padding.
 
     Args:
         adapter (`Adapter`): Encodes and collates.
-        candidates (`datasets.Dataset`): Where they are drawn from: the training data.
-        size (`int`): How many; all candidates if there are no more.
-        seed (`int`): Draws them.
+        candidates (`datasets.Dataset`): The training data.
+        size (`int`): How many rows to draw; all of them if there are fewer.
+        seed (`int`): Seed of the draw.
         cache_dir (`Path`, *optional*): As in [`ForwardInf`].
 
     Raises:
-        ValueError: If none of them can be read.
+        ValueError: If none of the rows can be read.
     """
 
     def __init__(self, adapter: Adapter, candidates: Dataset, size: int, seed: int, cache_dir: Path | None = None):
         self.adapter = adapter
         rows = sample_rows(candidates, size, seed)
-        with warnings.catch_warnings():  # the candidates themselves are warned about
+        with warnings.catch_warnings():  # the loss pass warns about candidates
             warnings.simplefilter("ignore", UserWarning)
             drawn = encode(adapter, rows, "candidates", cache_dir, drop_unreadable=True)
         if not len(drawn):
             raise ValueError(
-                f"Of {len(rows)} training examples drawn for the curvature none can be read: look at the rows, or "
+                f"None of the {len(rows)} training examples drawn for the curvature can be read: check the rows, or "
                 "give others as ForwardInf(training=...)."
             )
         self.lengths = adapter.lengths(drawn)
@@ -51,15 +51,15 @@ class Sample:
 
     @property
     def fingerprint(self) -> str:
-        """Names the rows, their encoding and their order."""
+        """Fingerprint of the rows, their encoding and their order."""
         return self.features._fingerprint
 
     def batches(self, names: Set[str] = frozenset()) -> Iterator[Batch]:
-        """Give the batches, on the model's device.
+        """Yield the batches, on the model's device.
 
         Args:
-            names (`set[str]`, *optional*): The parameters that will be differentiated. If none of them is in the
-                adapter's prefix, that is run here, without a graph.
+            names (`set[str]`, *optional*): The parameters to differentiate. If none of them belongs to the adapter's
+                shared part, that part is run here, without a graph.
         """
         for rows in batches(self.lengths, MAX_BATCH_LENGTH):
             batch = to_device(self.adapter.collate(self.features[rows]), self.adapter.model)

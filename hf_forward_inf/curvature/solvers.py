@@ -1,4 +1,4 @@
-"""Linear systems solved by nothing but products with their matrix."""
+"""Solvers of linear systems that need nothing but products with the matrix."""
 
 import math
 import warnings
@@ -13,20 +13,20 @@ Vector: TypeAlias = list[Tensor]
 
 
 UNSETTLED = 0.2
-"""Share of what conjugate gradients have gained that came with the last product, beyond which they are not through."""
+"""Conjugate gradients have not converged if the last product brought more than this share of their progress."""
 
 
 Product: TypeAlias = Callable[[Vector], Vector]
-"""A symmetric matrix, as what it does to a vector."""
+"""A symmetric matrix, as a function that multiplies a vector by it."""
 
 
 def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    """Multiply two vectors, summed in float64."""
+    """Return the dot product of two vectors, summed in float64."""
     return sum(torch.sum(x.double() * y.double()).item() for x, y in zip(a, b, strict=True))
 
 
 def warn_of_residual(residual: float, products: int) -> None:
-    """Say that conjugate gradients have not got far."""
+    """Warn that conjugate gradients have not converged."""
     warnings.warn(
         f"Conjugate gradients have not converged: after {products} products the residual is {residual:.0%} of the "
         "gradient. The best iterate is used. Raise iterations, or damping.",
@@ -45,19 +45,19 @@ def conjugate_gradients(
 ) -> Vector:
     """Solve (G + lambda I) x = b by conjugate gradients.
 
-    Few iterations are a regularisation of their own, so that a residual of some size is no fault. The best iterate is
-    given, which in exact arithmetic is the last: that of the least x.(G + lambda I)x / 2 - b.x.
+    Few iterations are a regularisation of their own, so that a large residual is no error. The best iterate is
+    returned, which in exact arithmetic is the last: the one with the least x.(G + lambda I)x / 2 - b.x.
 
     Args:
         product (`Callable`): Products with G, positive semidefinite.
         right (`list[Tensor]`): b.
-        iterations (`int`, defaults to 10): Products spent at most.
+        iterations (`int`, defaults to 10): Maximum number of products.
         damping (`float`, defaults to 0.1): lambda, as a multiple of b's Rayleigh quotient b.Gb / b.b: relative to the
-            curvature that b meets.
-        tolerance (`float`, defaults to 1e-5): Stops when the residual has shrunk to this part of b; float32 reaches no
-            smaller ones.
-        on_unconverged (`Callable`, *optional*): Called with residual, as a part of b, and products, if the
-            last product still gained more than a fifth of all that is gained. Warns by default.
+            curvature along b.
+        tolerance (`float`, defaults to 1e-5): Stops at this residual, relative to the norm of b; float32 reaches no
+            smaller one.
+        on_unconverged (`Callable`, *optional*): Called with the relative residual and the number of products, if the
+            last product brought more than a fifth of all progress. Warns by default.
 
     Raises:
         FloatingPointError: If a product is not finite.
@@ -110,12 +110,12 @@ def lissa(
     repeats. Its fixed point has lambda = damping x scale.
 
     Args:
-        products (`Callable`): Given a number, products with the Hessian of the batch drawn under it.
+        products (`Callable`): Given a number, returns products with the Hessian of the batch drawn with it.
         right (`list[Tensor]`): b.
         depth (`int`): Steps.
         scale (`float`): Must exceed the largest eigenvalue of every batch's Hessian.
         damping (`float`): Between 0 and 1.
-        repeats (`int`, defaults to 1): Estimates averaged.
+        repeats (`int`, defaults to 1): Number of estimates to average.
 
     Raises:
         FloatingPointError: If the recursion diverges.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hf_forward_inf.adapters.base import Batch
 from hf_forward_inf.ascent.parameters import Parameters, call
-from hf_forward_inf.ascent.steps import Perturbation
+from hf_forward_inf.ascent.steps import PerturbedModels
 from hf_forward_inf.passes.candidate_pass import CandidatePass
 
 
@@ -23,11 +23,11 @@ class LossPass(CandidatePass):
         """Compute the base loss of every candidate, L(theta, D_i), summed over its terms: float32 `[candidates]`."""
         return self.run(lambda batch: self._losses(batch, [{}]), 1, "base", "base losses")[0]
 
-    def __call__(self, perturbation: Perturbation, title: str = "loss pass") -> np.ndarray:
+    def __call__(self, perturbed: PerturbedModels, title: str = "loss pass") -> np.ndarray:
         """Compute every candidate's loss under each perturbed model, L(theta_K, D_i).
 
         Args:
-            perturbation (`Perturbation`): A block of queries' models.
+            perturbed (`PerturbedModels`): A block of queries' models.
             title (`str`): Heads the progress bar.
 
         Returns:
@@ -35,9 +35,9 @@ class LossPass(CandidatePass):
         """
 
         def work(batch: Batch) -> np.ndarray:
-            return self._losses(batch, perturbation.thetas)
+            return self._losses(batch, perturbed.thetas)
 
-        return self.run(work, len(perturbation), self.kind + perturbation.fingerprint, title)
+        return self.run(work, len(perturbed), self.kind + perturbed.fingerprint, title)
 
     @torch.no_grad()
     def _losses(self, batch: Batch, thetas: Sequence[Parameters | None]) -> np.ndarray:

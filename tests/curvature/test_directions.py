@@ -77,12 +77,12 @@ def test_what_memory_has_no_room_for_is_run_again_at_every_product(monkeypatch):
     batches = [adapter.collate(part) for part in parts]
     vector = [torch.randn_like(p) for p in network.parameters()]
     whole = curvature.GaussNewton(adapter, batches, names)
-    assert [graph is not None for graph in whole.kept] == [True] * 4
+    assert [graph is not None for graph in whole.graphs] == [True] * 4
     held = whole.graph(batches[0])[1]
     assert held > 25 * 64 * 4  # at least what the first layer reads
-    monkeypatch.setattr(curvature, "KEPT_BYTES", 2.5 * held)
+    monkeypatch.setattr(curvature, "GRAPH_BYTES", 2.5 * held)
     scarce = curvature.GaussNewton(adapter, batches, names)
-    assert [graph is not None for graph in scarce.kept] == [True, True, False, False]
+    assert [graph is not None for graph in scarce.graphs] == [True, True, False, False]
     for _ in range(2):
         torch.testing.assert_close(scarce(vector), whole(vector))
 
@@ -192,7 +192,7 @@ def test_an_optimizer_state_of_another_model_is_refused(tmp_path):
     other(torch.ones(1, 2)).sum().backward()
     optimizer.step()
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
-    with pytest.raises(ValueError, match="speaks of 2 parameters, the model has 4"):
+    with pytest.raises(ValueError, match="has 2 parameters, the model has 4"):
         steps(digits.perceptron(), direction="adam", second_moments=str(tmp_path))
     perceptron = digits.perceptron()
     wider = nn.Sequential(nn.Linear(64, 25), nn.Tanh(), nn.Linear(25, 10))
@@ -206,13 +206,13 @@ def test_an_optimizer_state_of_another_model_is_refused(tmp_path):
 def test_what_holds_no_second_moments_is_refused(tmp_path):
     network, file = digits.perceptron(), tmp_path / "optimizer.pt"
     save_steps(torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9), network, file)
-    with pytest.raises(ValueError, match=r"holds no second moment of 0\.weight: only Adam and its kin keep them"):
+    with pytest.raises(ValueError, match=r"has no second moment of 0\.weight: only Adam and its variants have them"):
         steps(network, direction="adam", second_moments=str(tmp_path))
     torch.save(network.state_dict(), file)
-    with pytest.raises(ValueError, match="is no optimizer's state: give a Trainer's checkpoint folder"):
+    with pytest.raises(ValueError, match="is not an optimizer's state: give a Trainer's checkpoint folder"):
         steps(network, direction="adam", second_moments=str(tmp_path))
     file.write_bytes(b"cut off")
-    with pytest.raises(ValueError, match="is no optimizer's state"):
+    with pytest.raises(ValueError, match="is not an optimizer's state"):
         steps(network, direction="adam", second_moments=str(tmp_path))
 
 
@@ -275,9 +275,9 @@ def test_a_seq2seq_adapters_predictions_leave_padding_out(model, tokenizer, cand
 def test_conjugate_gradients_that_do_not_converge_show_the_residual():
     with pytest.warns(
         UserWarning, match=r"after 1 products the residual is \d+% of the gradient. The best iterate"
-    ) as told:
+    ) as caught:
         steps(digits.perceptron(), direction="cg", damping=1e-6, iterations=1)
-    assert len(told) == 1  # though there are three queries
+    assert len(caught) == 1  # though there are three queries
 
 
 def test_more_products_of_conjugate_gradients_never_give_a_worse_iterate():
@@ -312,9 +312,11 @@ def test_layers_of_unknown_kind_are_named_once():
             return x * self.scale
 
     network = nn.Sequential(nn.Linear(64, 6), Scaled(), nn.Linear(6, 10))
-    with pytest.warns(UserWarning, match=r"unknown kind, which get a diagonal: 1 \(Scaled\)") as told:
+    with pytest.warns(
+        UserWarning, match=r"get a diagonal, not Kronecker factors: 1 \(Scaled\)"
+    ) as caught:
         assert torch.isfinite(steps(network, direction="ekfac")).all()
-    assert sum("unknown kind" in str(one.message) for one in told) == 1
+    assert sum("unknown kind" in str(one.message) for one in caught) == 1
 
 
 @pytest.mark.parametrize("direction", ["gradient", *CORRECTED])

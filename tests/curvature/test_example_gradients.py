@@ -136,5 +136,5 @@ def test_frozen_parameters_have_gradients_too(model, tokenizer, candidates):
 
 
 def test_layers_of_other_kinds_are_told(line):
-    with pytest.raises(ValueError, match="gradients of w can't be told apart by example"):
+    with pytest.raises(ValueError, match="Gradients of w can't be computed example by example"):
         ExampleGradients(line, ["w"], {"x": [[1.0, 2.0]], "y": [1.0], "terms": [1]})
