@@ -75,7 +75,7 @@ class Scorer:
     def config(self) -> dict[str, Any]:
         """Everything that scores depend on besides the model and the data."""
         own = {"reduction": self.reduction, "measure": self.measure, "hubs": self.references is not None}
-        return {**asdict(self.ascent), **own, "units": self.units}
+        return {**asdict(self.ascent), **own, "units": self.units, **self.adapter.config}
 
     def with_options(self, **options: Any) -> Self:
         """Return the same attributor with other options of its constructor (`ascent`, `reduction`, ...).

@@ -100,7 +100,8 @@ class ForwardInf(Scorer):
         """Score every candidate for every query.
 
         Args:
-            queries (`datasets.Dataset`): Outputs to explain, one a row, with the candidates' columns.
+            queries (`datasets.Dataset`): Outputs to explain, one a row. A language model answers those without an
+                answer: prompts without a completion, conversations that end with the user's turn.
             candidates (`datasets.Dataset`): Training examples that may have caused them.
             top_k (`int`, *optional*): Keep only the best candidates of each query; all of them if it exceeds
                 their number. By default every score is kept.
@@ -118,6 +119,8 @@ class ForwardInf(Scorer):
         """
         for role, rows in {"queries": queries, "candidates": candidates}.items():
             check_dataset(rows, role)
+        if self.adapter.answers_queries:
+            queries = self.adapter.with_answers(queries)
         if tune:
             return self.tune(candidates).trace(queries, candidates, top_k, time_budget=time_budget)
         if time_budget is None:
@@ -135,20 +138,19 @@ class ForwardInf(Scorer):
         others ([`Attribution.standardised`]); a few captions of other things do as well.
 
         Args:
-            inputs (`list`): Texts; for a causal model prompts, or conversations (lists of messages); classes or
-                captions of pictures; `None` for a model that draws without being told anything.
+            inputs (`list`): Texts, or conversations (lists of messages), or one of these; of a model with a chat
+                template, texts are the user's turn. Classes or captions of pictures; `None` for a model that draws
+                without any.
             candidates (`datasets.Dataset`): As in [`trace`].
-            **options: `top_k`, `tune`, `time_budget` of [`trace`]; all others go to the adapter's `answer`
+            **options: `top_k`, `tune`, `time_budget` of [`trace`]; all others go to the adapter's `with_answers`
                 (`num_images`, `seed`; `max_new_tokens`).
 
         Returns:
-            `Attribution`: Its `queries` hold the answers.
+            `Attribution`: Its `queries` hold the answers; of a language model, the tokens that it generated too.
         """
-        *told, last = self.adapter.columns
-        given = {name: [inputs] if isinstance(inputs, str | int) else list(inputs) for name in told}
         traced = {name: options.pop(name) for name in ("top_k", "tune", "time_budget") if name in options}
-        answer: Any = self.adapter.answer
-        return self.trace(Dataset.from_dict({**given, last: answer(given, **options)}), candidates, **traced)
+        asked = Dataset.from_dict(self.adapter.rows_for(inputs, candidates))
+        return self.trace(self.adapter.with_answers(asked, **options), candidates, **traced)
 
     def trace_stream(self, queries: Dataset, stream: IterableDataset, top_k: int = 100, **options: Any) -> Attribution:
         """Score every row of a stream that is too large to keep, chunk by chunk; see [`streaming.trace_stream`].

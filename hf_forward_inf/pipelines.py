@@ -7,6 +7,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from hf_forward_inf.adapters.columns import is_conversation
 from hf_forward_inf.forward_inf import ForwardInf
 
 OPTIONS = inspect.signature(ForwardInf).parameters.keys() - {"model", "processor"}
@@ -51,8 +52,9 @@ class DataAttributionPipeline(Pipeline):
         """Trace one output or several.
 
         Args:
-            inputs (`str`, `dict`, or a list of them): Input texts (of a causal model: prompts), which the model
-                answers, or rows with the candidates' columns, whose targets are taken as the output.
+            inputs (`str`, `dict`, or a list): A text or a conversation (a list of messages), which the model answers,
+                a row with its answer, or a list of one of these. Of a model with a chat template, texts are the user's
+                turn.
             *args: None.
             **options: `top_k`, `candidates`.
 
@@ -60,35 +62,26 @@ class DataAttributionPipeline(Pipeline):
             `list[dict]`: The best candidates, with `rank`, `score`, `candidate` (row number) and their columns; for a
             list of inputs, a list of such lists.
         """
-        several = isinstance(inputs, list | tuple)
-        rows = [self.preprocess(value) for value in (inputs if several else [inputs])]
+        several = isinstance(inputs, list | tuple) and not is_conversation(inputs)
+        if several and not inputs:
+            return []
         _, forward, _ = self._sanitize_parameters(**options)
+        forward = {"candidates": self.candidates, **self._forward_params, **forward}
         # Together, so that what no query changes is computed once for all of them.
-        answers = self.postprocess(self._forward(rows, **{**self._forward_params, **forward}))
+        answers = self.postprocess(self._forward(self.preprocess(inputs, **forward), **forward))
         return answers if several else answers[0]
 
     def preprocess(self, input_: Any, **preprocess_parameters: Any) -> Any:
-        """Make a query: what the user gave, answered by the model where it has no target."""
-        adapter = self.tracer.adapter
-        if isinstance(input_, dict):
-            query = dict(input_)
-        elif isinstance(input_, str):
-            query = {adapter.columns[0]: input_}
-        else:
-            raise TypeError(f"A query is a text or a row (dict), not {type(input_).__name__}.")
-        if adapter.columns[0] in query and adapter.columns[-1] not in query:
-            query[adapter.columns[-1]] = adapter.answer({key: [value] for key, value in query.items()})[0]
-        return query
+        """Return what the user asks as queries."""
+        return Dataset.from_dict(self.tracer.adapter.rows_for(input_, preprocess_parameters.get("candidates")))
 
     def _forward(self, input_tensors: Any, **forward_parameters: Any) -> Any:
-        """Trace rows that `preprocess` made."""
+        """Trace queries that `preprocess` made."""
         top_k = forward_parameters.get("top_k", 10)
-        among = forward_parameters.get("candidates", self.candidates)
-        if among is None:
+        candidates = forward_parameters.get("candidates")
+        if candidates is None:
             raise ValueError("The data-attribution pipeline needs candidates=..., when it is made or at the call.")
-        if not input_tensors:
-            return {"found": [], "top_k": top_k}
-        return {"found": self.tracer.trace(Dataset.from_list(input_tensors), among, top_k=top_k), "top_k": top_k}
+        return {"found": self.tracer.trace(input_tensors, candidates, top_k=top_k), "top_k": top_k}
 
     def postprocess(self, model_outputs: Any, **postprocess_parameters: Any) -> list[list[dict[str, Any]]]:
         """Give each ranking as a list of dictionaries, rank and score first."""

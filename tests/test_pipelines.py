@@ -22,8 +22,8 @@ def test_a_row_is_traced_as_forward_inf_does(pipe, model, tokenizer, queries, ca
 
 def test_a_text_is_answered_by_the_model_first(pipe, queries):
     text = queries[0]["inputs_pretokenized"]
-    target = pipe.tracer.adapter.answer({"inputs_pretokenized": [text]})[0]
-    assert pipe(text) == pipe({"inputs_pretokenized": text, "targets_pretokenized": target})
+    asked = Dataset.from_dict({"inputs_pretokenized": [text]})
+    assert pipe(text) == pipe(pipe.tracer.adapter.with_answers(asked)[0])
     assert len(pipe(text)) == 10
 
 

@@ -35,6 +35,8 @@ class Adapter(ABC):
     """Whether rows that can't be read go without a score, or are refused."""
     contrast_columns: tuple[str, ...] = ()
     """Columns in which queries may hold what should have been said instead ([`contrast.Contrast`])."""
+    answers_queries: bool = False
+    """Whether queries without an answer are answered by the model when they are traced."""
     default_units: Literal["loss", "sensitivity"] = "loss"
     """Units of scores that are best for this kind of model ([`ForwardInf`])."""
 
@@ -44,6 +46,11 @@ class Adapter(ABC):
     def columns_in(self, names: Iterable[str]) -> tuple[str, ...]:
         """Give the columns to read of rows that have columns of these names."""
         return self.columns
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """How rows are read, as far as scores depend on it: part of an attribution's configuration."""
+        return {}
 
     @property
     @abstractmethod
@@ -59,7 +66,8 @@ class Adapter(ABC):
         """Turn rows into features that Arrow can hold, one list entry a row.
 
         Beside its own features it returns `terms` (`int`: how many terms the example's loss sums, 0 where
-        there is nothing to predict) and `truncated` (`bool`: whether the row was longer than the model reads);
+        there is nothing to predict) and `truncated` (`bool`: whether the row was longer than the model reads and
+        lost its end; or `str`: what it lost, `"beginning"`, `"end"`, `"beginning and end"` or nothing);
         where rows may be corrupt, `unreadable` too (`str`: what of it can't be read and why, empty where all can).
         """
 
@@ -131,6 +139,22 @@ class Adapter(ABC):
         column = self.columns[-1]
         pairs = zip(rows[column], outputs, strict=True)
         return {**rows, column: [own if other is None else other for own, other in pairs]}
+
+    def rows_for(self, inputs: Any, candidates: Dataset | None = None) -> Rows:
+        """Return what a user asks as rows without answers.
+
+        Args:
+            inputs: A text or a number, or a list of them.
+            candidates (`datasets.Dataset`, *optional*): What they are traced over.
+        """
+        values = [inputs] if isinstance(inputs, str | int) else list(inputs)
+        return dict.fromkeys(self.columns[:-1], values)
+
+    def with_answers(self, queries: Dataset, **options: Any) -> Dataset:
+        """Let the model answer queries that have no answer, by [`answer`] with its options."""
+        answer: Any = self.answer
+        rows = queries[:]
+        return Dataset.from_dict({**rows, self.columns[-1]: answer(rows, **options)})
 
     def with_model(self, model: nn.Module) -> Self:
         """Give the same adapter for another model of the same architecture, such as a checkpoint."""

@@ -13,33 +13,37 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import Self
 
-from hf_forward_inf.adapters.base import Adapter, Batch, Forward, Rows
+from hf_forward_inf.adapters.base import Batch, Forward, Rows
+from hf_forward_inf.adapters.chat import Turns
+from hf_forward_inf.adapters.columns import IGNORED, SPAN, each_row, read_rows
 from hf_forward_inf.adapters.language import (
-    CONTRASTS,
-    IGNORED,
+    LanguageAdapter,
     check_language_model,
+    counted,
+    embeddings,
     input_of,
     longest_input,
     pad,
     pieces,
-    preferred_ascent,
     tokenizer_state,
 )
 from hf_forward_inf.adapters.split_model import Blocks
+from hf_forward_inf.adapters.text_rows import TextRows, cut, only_span
 from hf_forward_inf.utils.fingerprints import fingerprint
 from hf_forward_inf.utils.models import device_of, peft_parameters
 
-SPAN = "span"
-"""Column that names a part of the completion."""
 
+class CausalLMAdapter(LanguageAdapter):
+    """Cross-entropy of the tokens that the model was taught to say: a completion's, the assistant's, or a text's.
 
-class CausalLMAdapter(Adapter):
-    """Cross-entropy of the completion's tokens given the prompt, or of all tokens where there is no prompt.
+    Rows have the columns that TRL's trainers take and become the tokens that TRL trains on: `prompt` and `completion`,
+    as texts or as lists of messages; `messages`, with `tools` and `chat_template_kwargs` where there are such columns;
+    `text`; or `input_ids`, with or without `labels`, taken as they are. Of `messages` all tokens of the assistant
+    count, as with TRL's `assistant_only_loss`. Completions and texts end with the end-of-sequence token.
+    `conversations`, and `instruction` or `question` with their answers, are read as messages; a warning says so.
 
-    Rows have the columns that TRL's trainers take, and are tokenized as they do it: `messages`, through the
-    tokenizer's chat template; `prompt` and `completion`, as texts or as lists of messages; or `text`. Completions and
-    texts end with the end-of-sequence token. Of `messages` that end with the assistant's, that last one is the
-    completion.
+    Queries without an answer (a `prompt` alone, `messages` that end with the user's) are answered by the model, and
+    the tokens that it generated are what is traced ([`LanguageAdapter.with_answers`]).
 
     A row with a `span` (a part of its completion's text, in a column of that name) has the loss of that span's tokens
     alone: why did it say *Canberra*?
@@ -47,24 +51,24 @@ class CausalLMAdapter(Adapter):
     A query with a `contrast` (or `rejected`: another completion, or another last answer) has the loss of its own minus
     that of the contrast ([`contrast.Contrast`]): why did it say *Sydney*, and not *Canberra*?
 
-    A row beyond `max_length` loses the beginning of its prompt; without a prompt, its end. Tokens are always padded on
-    the right, whatever side the tokenizer pads for generation.
+    A row beyond `max_length` loses the beginning of its prompt, then its end. Tokens are always padded on the right,
+    whatever side the tokenizer pads for generation.
 
     Args:
         model (`transformers.PreTrainedModel` or `peft.PeftModel`): A causal language model. Of a PEFT model the
-            trained weights are perturbed, of others all, unless told otherwise.
+            trained weights are perturbed, of others all, unless other modules are named.
         tokenizer (`transformers.PreTrainedTokenizerBase`): Its tokenizer.
         text_column (`str`, defaults to `"text"`): Column of texts.
         prompt_column (`str`, defaults to `"prompt"`): Column of prompts.
         completion_column (`str`, defaults to `"completion"`): Column of completions.
         messages_column (`str`, defaults to `"messages"`): Column of conversations.
-        max_length (`int`, *optional*): Tokens kept of a row. Defaults to the model's limit.
+        turns (`str`, defaults to `"all"`): Of `messages`, count `"all"` turns of the assistant, or the `"last"` alone.
+        max_length (`int`, *optional*): Tokens read of a row. Defaults to the limit that the model's configuration or
+            the tokenizer states, if one does.
 
     Raises:
         TypeError: If the model is no causal language model.
     """
-
-    contrast_columns = CONTRASTS
 
     def __init__(
         self,
@@ -75,76 +79,70 @@ class CausalLMAdapter(Adapter):
         prompt_column: str = "prompt",
         completion_column: str = "completion",
         messages_column: str = "messages",
+        turns: Turns = "all",
         max_length: int | None = None,
     ):
-        super().__init__(model)
-        self.model: Any = model
         check_language_model(
             model, tokenizer, is_causal_lm(model), "predict the next token of a text", "AutoModelForCausalLM"
         )
-        self.tokenizer = tokenizer
-        self.formats = ((messages_column,), (prompt_column, completion_column), (text_column,))
-        self.columns = self.formats[1]
-        self.max_length = max_length or longest_input(model, tokenizer)
-        # What closes a text, where the tokenizer doesn't do it by itself.
-        closes = tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
-        self.end = "" if closes else tokenizer.eos_token or ""
+        super().__init__(model, tokenizer)
+        if turns not in ("all", "last"):
+            raise ValueError(f"turns={turns!r} must be 'all' or 'last'.")
+        self.columns = (prompt_column, completion_column)
+        self.rows = TextRows(tokenizer, (text_column, *self.columns, messages_column), turns)
+        self.max_length = max_length or longest_input(_base(model).config, tokenizer)
         self.blocks = Blocks(model)
         self.shortens = "logits_to_keep" in inspect.signature(_base(model).forward).parameters
 
     @property
     def cache_key(self) -> str:
-        """Columns, length limit, the tokenizer's whole state and its chat template."""
-        return fingerprint(self.formats, self.max_length, tokenizer_state(self.tokenizer))
+        """Columns, turns, limits, the tokenizer's whole state and its chat template."""
+        limits = (self.max_length, embeddings(self.model))
+        return fingerprint(self.rows.names, self.rows.turns, limits, tokenizer_state(self.tokenizer))
 
     @property
-    def filler(self) -> int:
-        """The token that pads; it is masked, so that any will do where the tokenizer has none for it."""
-        padding = self.tokenizer.pad_token_id
-        return (self.tokenizer.eos_token_id or 0) if padding is None else padding
+    def config(self) -> dict[str, Any]:
+        """Which of the assistant's turns count."""
+        return {"turns": self.rows.turns}
 
     def columns_in(self, names: Iterable[str]) -> tuple[str, ...]:
-        """Find out how the rows are written: messages, else prompt and completion, else texts.
-
-        Raises:
-            ValueError: If they have the columns of none.
-        """
-        names = list(names)
-        for columns in self.formats:
-            if set(columns) <= set(names):
-                return (*columns, SPAN) if SPAN in names else columns
-        wanted = "; ".join(" and ".join(f"`{name}`" for name in columns) for columns in self.formats)
-        raise ValueError(f"Rows need columns {wanted}; these have {', '.join(names)}. Rename them, or name yours.")
+        """Return the columns to read of rows that have columns of these names ([`TextRows.columns_in`])."""
+        return self.rows.columns_in(names)
 
     def encode(self, rows: Rows) -> Rows:
-        """Tokenize rows; tokens from `start` to `stop` count.
+        """Tokenize rows; labels are -100 where a token does not count, and a row's terms are those that do."""
+        columns = self.columns_in(rows)
+        if how := self.rows.how_read(columns):
+            self.say_once(how)
+        return read_rows({name: rows[name] for name in columns}, self._features, self.blank)
 
-        Raises:
-            TypeError: If a row holds neither texts nor messages.
-            ValueError: If a span does not stand in its row's completion.
+    def _features(self, row: dict[str, Any]) -> dict[str, Any]:
+        ids, labels = self.rows.tokens_and_labels(row)
+        if row.get(SPAN):
+            labels = only_span(row[SPAN], pieces(self.tokenizer, ids), labels)
+        self.check_vocabulary([*ids, *(label for label in labels if label != IGNORED)])
+        if self.tokenizer.bos_token_id is not None and ids[:2] == [self.tokenizer.bos_token_id] * 2:
+            self.say_once(
+                f"Rows begin with two {self.tokenizer.bos_token!r} tokens: their texts hold one, and the tokenizer "
+                "adds one. Leave it out of the texts, unless the model was trained like this."
+            )
+        labels = [IGNORED, *labels[1:]]  # nothing comes before the first token to predict it from
+        ids, labels, lost = cut(ids, labels, self.max_length)
+        return {"input_ids": ids, "labels": labels, "terms": counted(labels), "truncated": lost}
+
+    def questions(self, items: list[Any], candidates: Dataset | None) -> Rows:
+        """Return texts and conversations as rows without answers.
+
+        Texts are the user's turn of a chat where the tokenizer has a chat template, unless the candidates are plain
+        prompts and completions; a warning says so.
         """
-        columns = [name for name in self.columns_in(rows) if name != SPAN]
-        parts = [self._parts(*values) for values in zip(*(rows[name] for name in columns), strict=True)]
-        templated = [part[2] for part in parts]
-        whole = self._tokenize([part[1] for part in parts], templated)
-        prompts = self._tokenize([part[0] for part in parts], templated)["input_ids"]
-        spans = rows.get(SPAN) or [None] * len(parts)
-        found: Rows = {"input_ids": [], "start": [], "stop": [], "terms": [], "truncated": []}
-        for i, ((prompt, text, _), before, span) in enumerate(zip(parts, prompts, spans, strict=True)):
-            ids = whole["input_ids"][i]
-            # A token that grew over the end of the prompt belongs to the completion.
-            start, stop = max(1, _common(ids, before)) if prompt else 1, len(ids)
-            if span:
-                start, stop = _tokens_of(span, text, len(prompt), whole.encodings[i].offsets, start)
-            dropped = min(max(0, len(ids) - self.max_length), start - 1)
-            ids, start = ids[dropped : dropped + self.max_length], start - dropped
-            stop = min(stop - dropped, len(ids))
-            found["input_ids"].append(ids)
-            found["start"].append(start)
-            found["stop"].append(stop)
-            found["terms"].append(max(0, stop - start) if text[len(prompt) :].strip() else 0)
-            found["truncated"].append(len(whole["input_ids"][i]) > self.max_length)
-        return found
+        rows, wrapped = self.rows.questions(items, candidates)
+        if wrapped:
+            self.say_once(
+                "The tokenizer has a chat template, so texts are asked as the user's turn of a chat. To have the "
+                f"model continue plain texts, give queries with a column `{self.columns[0]}`."
+            )
+        return rows
 
     def with_outputs(self, rows: Rows, outputs: list[Any]) -> Rows:
         """Return the rows with other completions: of messages another last turn of the assistant's, or another text.
@@ -152,46 +150,37 @@ class CausalLMAdapter(Adapter):
         Raises:
             ValueError: If a row with another completion has a span.
         """
-        *_, column = [name for name in self.columns_in(rows) if name != SPAN]
         if any(span and output is not None for span, output in zip(rows.get(SPAN) or [], outputs, strict=False)):
             raise ValueError(f"A query has either a `{SPAN}` or a contrast: take the `{SPAN}` out, or make it None.")
-        pairs = zip(rows[column], outputs, strict=True)
-        whole = (column,) not in self.formats
-        return {**rows, column: [own if other is None else other if whole else _answered(own, other)
-                                 for own, other in pairs]}  # fmt: skip
+        others = [self.rows.with_output(row, output) for row, output in zip(each_row(rows), outputs, strict=True)]
+        return {name: [row[name] for row in others] for name in others[0]}
 
-    def _parts(self, *values: Any) -> tuple[str, str, bool]:
-        """A row as its prompt's text, its whole text, and whether a chat template wrote them."""
-        if len(values) == 2 and isinstance(values[0], list):
-            after = values[1] if isinstance(values[1], list) else [{"role": "assistant", "content": values[1] or ""}]
-            return self._conversation(values[0], after)
-        if len(values) == 1 and isinstance(values[0], list):
-            last = 1 if values[0] and values[0][-1].get("role") == "assistant" else 0
-            return self._conversation(values[0][: len(values[0]) - last], values[0][len(values[0]) - last :])
-        for value in values:
-            if value is not None and not isinstance(value, str):
-                raise TypeError(f"A row holds {type(value).__name__} where a text (or a list of messages) must stand.")
-        prompt, text = "".join(value or "" for value in values[:-1]), values[-1] or ""
-        closed = not text.strip() or text.endswith(self.tokenizer.eos_token or "")
-        return prompt, prompt + text + ("" if closed else self.end), False
+    def asked(self, row: dict[str, Any]) -> list[int] | None:
+        """Return the tokens of a prompt, or of a conversation that ends with the user's turn; `None` of other rows."""
+        return self.rows.asked_tokens(row)
 
-    def _conversation(self, before: list[dict[str, str]], after: list[dict[str, str]]) -> tuple[str, str, bool]:
-        if not after:
-            return "", self._template(before, False), True
-        if not before:
-            return "", self._template(after, False), True
-        return self._template(before, True), self._template([*before, *after], False), True
+    def completed(self, row: dict[str, Any], asked: list[int] | None, answer: list[int] | None) -> dict[str, Any]:
+        """Return the columns that hold a row's answer: its tokens, and its text as completion or assistant's turn."""
+        return self.rows.completed(row, asked, answer)
 
-    def _template(self, messages: list[dict[str, str]], asks: bool) -> str:
-        if not messages:
-            return ""
-        # Arrow fills keys that only some messages have with None, and templates take None for a value.
-        kept = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        return str(self.tokenizer.apply_chat_template(kept, tokenize=False, add_generation_prompt=asks))
+    def limit_of_answer(self, asked: list[int]) -> int | None:
+        """Return how many tokens fit behind a prompt."""
+        return None if self.max_length is None else self.max_length - len(asked)
 
-    def _tokenize(self, texts: list[str], templated: list[bool]) -> Any:
-        # A chat template writes the special tokens itself. verbose=False: our own warning counts the rows, once.
-        return self.tokenizer(texts, add_special_tokens=not any(templated), verbose=False)
+    def answer(self, rows: Rows, max_new_tokens: int = 64, batch_size: int = 32) -> list[str]:
+        """Let the model complete prompts by greedy decoding.
+
+        Args:
+            rows (`dict[str, list]`): With the prompt column, or messages that end with the user's.
+            max_new_tokens (`int`, defaults to 64): Tokens of an answer at most; fewer where the model reads no more.
+            batch_size (`int`, defaults to 32): Prompts completed together.
+
+        Returns:
+            `list[str]`: One completion a row, without special tokens.
+        """
+        asked = self.rows.without_answers(rows)
+        found = self.with_answers(Dataset.from_dict(asked), max_new_tokens=max_new_tokens, batch_size=batch_size)
+        return [self.rows.answer_in(row) or "" for row in found.to_list()]
 
     def lengths(self, features: Rows | Dataset) -> np.ndarray:
         """Tokens of each row, `[rows, 1]`."""
@@ -199,15 +188,11 @@ class CausalLMAdapter(Adapter):
 
     def collate(self, features: Rows) -> Batch:
         """Pad on the right; labels are -100 where nothing counts."""
-        ids, cuts = features["input_ids"], zip(features["start"], features["stop"], strict=True)
-        labels = [
-            [IGNORED] * start + row[start:stop] + [IGNORED] * (len(row) - stop)
-            for row, (start, stop) in zip(ids, cuts, strict=True)
-        ]
+        ids = features["input_ids"]
         return {
-            "input_ids": pad(ids, self.filler),
+            "input_ids": pad(ids, self.padding),
             "attention_mask": pad([[1] * len(row) for row in ids], 0),
-            "labels": pad(labels, IGNORED),
+            "labels": pad(features["labels"], IGNORED),
         }
 
     def term_losses(self, forward: Forward, batch: Batch) -> Tensor:
@@ -259,10 +244,6 @@ class CausalLMAdapter(Adapter):
         """Of a PEFT model what it has trained, else everything."""
         return peft_parameters(self.model) or ["all"]
 
-    def default_ascent(self, direction: str | None = None) -> dict[str, Any]:
-        """Corrected by curvature, if the model's size allows it ([`language.preferred_ascent`])."""
-        return preferred_ascent(self.model, direction)
-
     def shared_parameters(self) -> Set[str]:
         """What the first half of the blocks and the embeddings read: perturb none of it, and they are run once."""
         device = device_of(self.model)
@@ -278,41 +259,6 @@ class CausalLMAdapter(Adapter):
         read = {key: value for key, value in batch.items() if key != "labels"}
         return {**batch, "states": self.blocks.run_first_half(lambda: self.model(**read, use_cache=False))}
 
-    @torch.no_grad()
-    def answer(self, rows: Rows, max_new_tokens: int = 64, batch_size: int = 32) -> list[str]:
-        """Let the model complete prompts by greedy decoding.
-
-        Args:
-            rows (`dict[str, list]`): With the prompt column, or messages that end with the user's.
-            max_new_tokens (`int`, defaults to 64): Tokens of an answer at most; fewer where the model reads no more.
-            batch_size (`int`, defaults to 32): Prompts completed together.
-
-        Returns:
-            `list[str]`: One completion a row, without special tokens.
-        """
-        (messages,), (prompt, _), _ = self.formats
-        given = rows[messages] if messages in rows else rows[prompt]
-        templated = [isinstance(value, list) for value in given]
-        texts = [self._template(value, True) if isinstance(value, list) else value for value in given]
-        prompts = self._tokenize(texts, templated)["input_ids"]
-        if not self.end:  # this tokenizer ends every text: an answer begins before that
-            prompts = [ids[:-1] if ids[-1:] == [self.tokenizer.eos_token_id] else ids for ids in prompts]
-        prompts = [ids[1 - self.max_length :] for ids in prompts]
-        device = device_of(self.model)
-        answers: list[str] = []
-        for start in range(0, len(prompts), batch_size):
-            chunk = [ids[::-1] for ids in prompts[start : start + batch_size]]  # turned round: padded on the left
-            ids, mask = (
-                pad(side, value).flip(1).to(device) for side, value in ((chunk, self.filler), (_ones(chunk), 0))
-            )
-            room = min(max_new_tokens, self.max_length - ids.shape[1])
-            made = self.model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=room, do_sample=False, num_beams=1,
-                pad_token_id=self.filler,
-            )  # fmt: skip
-            answers += self.tokenizer.batch_decode(made[:, ids.shape[1] :], skip_special_tokens=True)
-        return answers
-
 
 def is_causal_lm(model: Any) -> bool:
     """Whether a model predicts the next token of a text."""
@@ -325,30 +271,3 @@ def is_causal_lm(model: Any) -> bool:
 def _base(model: Any) -> Any:
     """The model that a PEFT model wraps."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _tokens_of(span: str, text: str, begin: int, offsets: list[tuple[int, int]], start: int) -> tuple[int, int]:
-    """Find the tokens that a part of a completion is made of: the first, and the one behind the last."""
-    at = text.find(span, begin)
-    if at < 0:
-        raise ValueError(f"The span {span!r} does not stand in the completion {text[begin:]!r}.")
-    inside = [i for i, (a, b) in enumerate(offsets) if i >= start and a < at + len(span) and b > at]
-    return inside[0], inside[-1] + 1
-
-
-def _answered(before: Any, output: Any) -> Any:
-    """Return messages with another last answer; of a text, the other text."""
-    if not isinstance(before, list):
-        return output
-    turns = [{"role": "assistant", "content": output}] if isinstance(output, str) else output
-    asked = before[:-1] if before and before[-1].get("role") == "assistant" else before
-    return [*asked, *turns]
-
-
-def _common(one: list[int], other: list[int]) -> int:
-    """How many tokens two rows begin with together."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-
-
-def _ones(rows: list[list[int]]) -> list[list[int]]:
-    return [[1] * len(row) for row in rows]

@@ -54,8 +54,11 @@ class Contrast(Adapter):
         given = [contrast is not None for contrast in contrasts]
         own = [name for name in other if name not in ("truncated", "unreadable")]
         reasons = list(said.get("unreadable") or [""] * len(given))
+        other_reasons = list(other.get("unreadable") or [""] * len(given))
         for i in np.flatnonzero(given):
-            if not other["terms"][i]:
+            if other_reasons[i]:
+                reasons[i] = reasons[i] or f"its `{self.column}`: {other_reasons[i]}"
+            elif not other["terms"][i]:
                 reasons[i] = reasons[i] or f"its `{self.column}` is empty"
             elif all(said[name][i] == other[name][i] for name in own):
                 reasons[i] = reasons[i] or f"its `{self.column}` is the output itself"
@@ -63,7 +66,7 @@ class Contrast(Adapter):
             **said,
             **{HALF + name: other[name] for name in own},
             CONTRAST: [float(one) for one in given],
-            "truncated": [bool(a or b) for a, b in zip(said["truncated"], other["truncated"], strict=True)],
+            "truncated": [a or b for a, b in zip(said["truncated"], other["truncated"], strict=True)],
             "unreadable": reasons,
         }
 

@@ -1,26 +1,182 @@
-"""What the adapters of language models share: tokens, padding, limits."""
+"""What the adapters of language models share: tokens, padding, limits, queries that the model answers."""
 
 import json
-from collections.abc import Callable
+import warnings
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from hf_forward_inf.adapters.base import Adapter, Rows
+from hf_forward_inf.adapters.columns import IGNORED, UnreadableRow, asked_items, each_row
+from hf_forward_inf.adapters.generation import generate
 from hf_forward_inf.utils.models import is_quantised
+from hf_forward_inf.utils.validation import listed
 
 CONTRASTS = ("contrast", "rejected")
 """Columns in which a query may hold what should have been said."""
-IGNORED = -100
-"""The label that transformers' losses skip."""
-DEFAULT_MAX_LENGTH = 1024
-"""Tokens kept where neither the tokenizer nor the configuration states a limit (T5's positions have none)."""
-
 LARGE = 10**9
 """Parameters of a model beyond which copies of them are expensive."""
+
+
+class LanguageAdapter(Adapter):
+    """What language models of both kinds have in common.
+
+    Args:
+        model (`torch.nn.Module`): The model.
+        tokenizer (`transformers.PreTrainedTokenizerBase`): Its tokenizer.
+    """
+
+    answers_queries = True
+    contrast_columns = CONTRASTS
+    decodes: ClassVar[bool] = False
+    """Whether a decoder of its own answers, or the answer follows the question."""
+    blank: ClassVar[dict[str, Any]] = {"input_ids": [], "labels": [], "terms": 0, "truncated": ""}
+    """Features of a row that can't be read."""
+
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase):
+        super().__init__(model)
+        self.model: Any = model
+        self.tokenizer = tokenizer
+        self._said: set[str] = set()
+
+    def prepare(self, rows: Dataset) -> Dataset:
+        """Return rows as Python values, whatever format was set for others."""
+        return rows.with_format(None)
+
+    def default_ascent(self, direction: str | None = None) -> dict[str, Any]:
+        """Corrected by curvature, if the model's size allows it ([`preferred_ascent`])."""
+        return preferred_ascent(self.model, direction)
+
+    def rows_for(self, inputs: Any, candidates: Dataset | None = None) -> Rows:
+        """Return what a user asks as rows.
+
+        Args:
+            inputs: A text, a conversation (a list of messages), a row (a dictionary), or a list of one of these.
+            candidates (`datasets.Dataset`, *optional*): What they are traced over.
+
+        Raises:
+            TypeError: If they are something else, or of several kinds.
+        """
+        items = asked_items(inputs)
+        if items and isinstance(items[0], Mapping):
+            return {name: [item[name] for item in items] for name in items[0]}
+        return self.questions(items, candidates)
+
+    @abstractmethod
+    def questions(self, items: list[Any], candidates: Dataset | None) -> Rows:
+        """Return texts and conversations as rows without answers."""
+
+    @abstractmethod
+    def asked(self, row: dict[str, Any]) -> list[int] | None:
+        """Return the tokens of what a row asks, `None` where it has its answer."""
+
+    @abstractmethod
+    def completed(self, row: dict[str, Any], asked: list[int] | None, answer: list[int] | None) -> dict[str, Any]:
+        """Return the columns that hold a row's answer, given as tokens; with `None`, those of a row that has one."""
+
+    @abstractmethod
+    def limit_of_answer(self, asked: list[int]) -> int | None:
+        """Return how many tokens the model can generate for a question, `None` where nothing limits it."""
+
+    @property
+    def generation_options(self) -> dict[str, Any]:
+        """What generation needs besides the tokens."""
+        return {}
+
+    @property
+    def padding(self) -> int:
+        """The token that pads; it is masked, so any will do where the tokenizer has none for it."""
+        padding = self.tokenizer.pad_token_id
+        return (self.tokenizer.eos_token_id or 0) if padding is None else padding
+
+    def with_answers(
+        self, queries: Dataset, max_new_tokens: int = 64, batch_size: int = 32, **options: Any
+    ) -> Dataset:
+        """Let the model answer, by greedy decoding, the queries that have no answer.
+
+        What it generates is what is traced, token by token: it is in the column `output_ids`, with an end token only
+        where the model generated one. The answer's text is for people.
+
+        Args:
+            queries (`datasets.Dataset`): Queries, with or without answers.
+            max_new_tokens (`int`, defaults to 64): Tokens of an answer at most; fewer where the model reads no more.
+            batch_size (`int`, defaults to 32): Queries answered together.
+            **options: Of the model's `generate`, such as `do_sample`.
+
+        Returns:
+            `datasets.Dataset`: The queries, all of them with answers.
+
+        Raises:
+            ValueError: If a query can't be read, or leaves no room for an answer.
+        """
+        rows = each_row(queries.with_format(None)[:])
+        asked = self._each_asked(rows)
+        open_rows = [row for row, ids in enumerate(asked) if ids is not None]
+        if not open_rows:
+            return queries
+        questions = [ids for ids in asked if ids is not None]
+        limits = [self.limit_of_answer(ids) for ids in questions]
+        full = [row for row, limit in zip(open_rows, limits, strict=True) if limit is not None and limit < 1]
+        if full:
+            raise ValueError(
+                f"No room for an answer in queries {listed(np.array(full))}: they fill all that the model reads."
+            )
+        room = [max_new_tokens if limit is None else min(max_new_tokens, limit) for limit in limits]
+        answers = generate(
+            self.model, questions, room=room, padding=self.padding, batch_size=batch_size, decoder=self.decodes,
+            **{**self.generation_options, **options},
+        )  # fmt: skip
+        found = dict(zip(open_rows, answers, strict=True))
+        made = [self.completed(row, asked[i], found.get(i)) for i, row in enumerate(rows)]
+        for name in made[0]:
+            if name in queries.column_names:
+                queries = queries.remove_columns(name)
+            queries = queries.add_column(name, [columns[name] for columns in made])
+        return queries
+
+    def _each_asked(self, rows: list[dict[str, Any]]) -> list[list[int] | None]:
+        asked = []
+        for number, row in enumerate(rows):
+            try:
+                asked.append(self.asked(row))
+            except UnreadableRow as reason:
+                raise ValueError(f"Queries row {number} can't be answered: {reason}.") from reason
+        return asked
+
+    def check_vocabulary(self, ids: Iterable[int]) -> None:
+        """Refuse tokens that the model has no embedding for."""
+        size = embeddings(self.model)
+        beyond = next((token for token in ids if not 0 <= token < size), None)
+        if beyond is not None:
+            raise UnreadableRow(
+                f"token {self.tokenizer.convert_ids_to_tokens(beyond)!r} has the id {beyond} and the model {size} "
+                "embeddings: give the tokenizer that the model was trained with, or resize_token_embeddings"
+            )
+
+    def say_once(self, text: str) -> None:
+        """Warn, once for each adapter and text."""
+        if text not in self._said:
+            self._said.add(text)
+            warnings.warn(text, stacklevel=3)
+
+
+def embeddings(model: Any) -> int:
+    """Return how many tokens a model has embeddings for."""
+    embedding = model.get_input_embeddings()
+    return int(getattr(embedding, "num_embeddings", None) or embedding.weight.shape[0])
+
+
+def counted(labels: list[int]) -> int:
+    """Count the terms of a row's loss."""
+    return sum(label != IGNORED for label in labels)
 
 
 def check_language_model(model: nn.Module, tokenizer: Any, fits: bool, does: str, loader: str) -> None:
@@ -47,11 +203,19 @@ def pad(sequences: list[list[int]], value: int) -> Tensor:
     return pad_sequence([torch.tensor(s) for s in sequences], batch_first=True, padding_value=value)
 
 
-def longest_input(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Give the number of tokens that the model reads, as far as configuration and tokenizer tell."""
-    positions = getattr(model.config, "max_position_embeddings", None)
-    limits = [limit for limit in (positions, tokenizer.model_max_length) if limit and limit < 10**6]
-    return min(limits, default=DEFAULT_MAX_LENGTH)
+def longest_input(config: Any, tokenizer: PreTrainedTokenizerBase, part: str = "decoder") -> int | None:
+    """Return how many tokens a model reads by its configuration and tokenizer; `None` where neither states a limit.
+
+    Args:
+        config (`transformers.PreTrainedConfig`): The model's.
+        tokenizer (`transformers.PreTrainedTokenizerBase`): Its tokenizer.
+        part (`str`, defaults to `"decoder"`): The `"encoder"` or the `"decoder"`.
+    """
+    config = config.get_text_config(**{part: True})  # of models that read more than texts, the language model's
+    names = ("max_position_embeddings", f"max_{part}_position_embeddings", "max_seq_len")
+    stated = [getattr(config, name, None) for name in names]
+    limits = [limit for limit in (*stated, tokenizer.model_max_length) if limit and 0 < limit < 10**6]
+    return min(limits, default=None)
 
 
 def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -1,8 +1,8 @@
-"""Encoder-decoder language models: mT5, T5, BART and their kin."""
+"""Encoder-decoder language models: mT5, T5, BART, NLLB and their kin."""
 
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterable, Set
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -11,45 +11,61 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from hf_forward_inf.adapters.base import Adapter, Batch, Forward, Rows
-from hf_forward_inf.adapters.language import (
-    CONTRASTS,
+from hf_forward_inf.adapters.base import Batch, Forward, Rows
+from hf_forward_inf.adapters.columns import (
     IGNORED,
+    INPUT_IDS,
+    LABELS,
+    OUTPUT_IDS,
+    PAIRS,
+    UnreadableRow,
+    integers,
+    pretokenized,
+    read_rows,
+)
+from hf_forward_inf.adapters.language import (
+    LanguageAdapter,
     check_language_model,
+    counted,
+    embeddings,
     input_of,
     longest_input,
     pad,
     pieces,
-    preferred_ascent,
     tokenizer_state,
 )
 from hf_forward_inf.utils.fingerprints import fingerprint
-from hf_forward_inf.utils.models import device_of, peft_parameters
+from hf_forward_inf.utils.models import peft_parameters
 
 
-class Seq2SeqAdapter(Adapter):
+class Seq2SeqAdapter(LanguageAdapter):
     """Cross-entropy of the target tokens given the input, end-of-sequence token included.
 
-    Perturbs the decoder (and an output layer of its own) unless told otherwise: the decoder reads the fact
-    out of what the encoder offers, and the encoder's output, which then depends on no query, is computed
-    once for many queries.
+    Perturbs the decoder (and an output layer of its own) unless other modules are named: the decoder reads the fact
+    out of what the encoder offers, and the encoder's output, which then depends on no query, is computed once for many
+    queries.
+
+    Rows have an input and a target, as texts, or tokens in `input_ids` and `labels`, which are taken as they are.
+    Targets are tokenized as such (`text_target`), in the target language where the tokenizer has one. Queries without
+    a target are answered by the model ([`LanguageAdapter.with_answers`]).
 
     A query with a `contrast` (or `rejected`: another target) has the loss of its own minus that of the contrast
     ([`contrast.Contrast`]).
 
     Args:
-        model (`transformers.PreTrainedModel`): A model with an encoder, a decoder and `labels`.
+        model (`transformers.PreTrainedModel`): A model with an encoder and a decoder of texts.
         tokenizer (`transformers.PreTrainedTokenizerBase`): Its tokenizer.
         input_column (`str`, defaults to `"inputs_pretokenized"`): Column of input texts (FTRACE's name).
         target_column (`str`, defaults to `"targets_pretokenized"`): Column of target texts.
-        max_length (`int`, *optional*): Tokens kept of an input or target, the end token among them. Defaults
-            to the model's limit.
+        max_length (`int`, *optional*): Tokens read of an input or target, the end token among them. Defaults to the
+            limits that the model's configuration or the tokenizer states, if they do.
 
     Raises:
-        TypeError: If the model has no decoder that predicts labels.
+        TypeError: If the model has no decoder that predicts texts, or no encoder that reads them.
     """
 
-    contrast_columns = CONTRASTS
+    decodes = True
+    blank: ClassVar[dict[str, Any]] = {**LanguageAdapter.blank, "decoder_input_ids": []}
 
     def __init__(
         self,
@@ -60,40 +76,102 @@ class Seq2SeqAdapter(Adapter):
         target_column: str = "targets_pretokenized",
         max_length: int | None = None,
     ):
-        super().__init__(model)
-        self.model: Any = model
         check_language_model(
             model, tokenizer, is_seq2seq(model), "predict labels from an encoder's output", "AutoModelForSeq2SeqLM"
         )
-        self.tokenizer = tokenizer
+        super().__init__(model, tokenizer)
+        if self.model.main_input_name != "input_ids":
+            raise TypeError(
+                f"{type(model).__name__} reads {self.model.main_input_name}, not texts: no adapter knows such a "
+                "model. Write one (hf_forward_inf.adapters.Adapter)."
+            )
         self.columns = (input_column, target_column)
-        self.max_length = max_length or longest_input(model, tokenizer)
+        self.max_length = max_length or longest_input(model.config, tokenizer, "encoder")
+        self.max_target_length = max_length or longest_input(model.config, tokenizer, "decoder")
+        # What the tokenizer puts around every target: a language, an end token.
+        self.around_targets = list(tokenizer(text_target="")["input_ids"])
 
     @property
     def cache_key(self) -> str:
-        """Columns, length limit and the tokenizer's whole state."""
-        return fingerprint(self.columns, self.max_length, tokenizer_state(self.tokenizer))
+        """Columns, limits, what the decoder starts with, and the tokenizer's whole state."""
+        config = self.model.config
+        start = (type(self.model).__name__, config.decoder_start_token_id, config.pad_token_id)
+        limits = (self.max_length, self.max_target_length, embeddings(self.model))
+        return fingerprint(self.columns, limits, start, self.around_targets, tokenizer_state(self.tokenizer))
+
+    def columns_in(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Return the columns to read of rows that have columns of these names.
+
+        Raises:
+            ValueError: If they have no input and target, or it is unclear which columns those are.
+        """
+        names = list(names)
+        pairs = [pair for pair in (self.columns, ("prompt", "completion"), *PAIRS) if set(pair) <= set(names)]
+        if {INPUT_IDS, LABELS} <= set(names):
+            return (INPUT_IDS, *(name for name in ("attention_mask",) if name in names), LABELS)
+        if self.columns not in pairs and len(pairs) != 1:
+            raise ValueError(
+                f"Rows need columns `{self.columns[0]}` and `{self.columns[1]}`; these have {', '.join(names)}. "
+                "Rename them, or name yours: Seq2SeqAdapter(model, tokenizer, input_column=..., target_column=...)."
+            )
+        return (*((OUTPUT_IDS,) if OUTPUT_IDS in names else ()), *pairs[0])
 
     def encode(self, rows: Rows) -> Rows:
-        """Tokenize inputs and targets; a text beyond `max_length` keeps its beginning and its end token."""
-        inputs, targets = (self._tokenize(rows[column], column) for column in self.columns)
-        blank = [text is None or not text.strip() for text in rows[self.columns[1]]]
+        """Tokenize inputs and targets; a text beyond the limit keeps its beginning and its end token."""
+        *_, source, target = columns = self.columns_in(rows)
+        if source not in (self.columns[0], INPUT_IDS, "attention_mask"):
+            self.say_once(f"`{source}` is read as the model's input, `{target}` as its target.")
+        return read_rows({name: rows[name] for name in columns}, self._features, self.blank)
+
+    def _features(self, row: dict[str, Any]) -> dict[str, Any]:
+        decoder: list[int] | None = None
+        if INPUT_IDS in row:
+            ids, _ = pretokenized({name: row[name] for name in row if name != LABELS})
+            labels = _without_padding(integers(row[LABELS], LABELS))
+        else:
+            (source, text), (target, answer) = list(row.items())[-2:]
+            ids, labels = self._tokens(text, source), self._tokens(answer, target, is_target=True)
+            if row.get(OUTPUT_IDS) is not None:
+                labels = list(row[OUTPUT_IDS])
+                if self._text(labels).strip() != (answer or "").strip():
+                    raise UnreadableRow(
+                        f"`{OUTPUT_IDS}` and the answer's text {answer!r} differ: drop the column `{OUTPUT_IDS}` to "
+                        "trace the text"
+                    )
+                decoder = [self._start(), *labels[:-1]]
+            elif not (answer or "").strip():
+                labels = [IGNORED] * len(labels)
+        self.check_vocabulary([*ids, *(label for label in labels if label != IGNORED)])
+        long = [_beyond(ids, self.max_length), _beyond(labels, self.max_target_length)]
+        ids, labels = _cut(ids, self.max_length), _cut(labels, self.max_target_length)
         return {
-            "input_ids": [self._cut(ids) for ids in inputs],
-            "labels": [self._cut(ids) for ids in targets],
-            "terms": [0 if empty else len(self._cut(ids)) for empty, ids in zip(blank, targets, strict=True)],
-            "truncated": [max(len(i), len(t)) > self.max_length for i, t in zip(inputs, targets, strict=True)],
+            "input_ids": ids,
+            "labels": labels,
+            "decoder_input_ids": self._shifted(labels) if decoder is None else decoder[: len(labels)],
+            "terms": counted(labels),
+            "truncated": "end" if any(long) else "",
         }
 
-    def _tokenize(self, texts: list[str | None], column: str) -> list[list[int]]:
-        for text in texts:
-            if text is not None and not isinstance(text, str):
-                raise TypeError(f"Column `{column}` holds {type(text).__name__} values; it must hold text.")
+    def _tokens(self, text: Any, column: str, is_target: bool = False) -> list[int]:
+        if text is not None and not isinstance(text, str):
+            raise UnreadableRow(f"`{column}` holds {type(text).__name__} where a text must be")
         # verbose=False: transformers' own warning counts no rows; ours does, once.
-        return self.tokenizer([text or "" for text in texts], verbose=False)["input_ids"]
+        made = self.tokenizer(**{"text_target" if is_target else "text": text or ""}, verbose=False)
+        return list(made["input_ids"])
 
-    def _cut(self, ids: list[int]) -> list[int]:
-        return ids if len(ids) <= self.max_length else [*ids[: self.max_length - 1], ids[-1]]
+    def _shifted(self, labels: list[int]) -> list[int]:
+        """Return what the decoder reads to predict labels: as the model itself does, or begun by its start token."""
+        if hasattr(self.model, "prepare_decoder_input_ids_from_labels"):
+            read = self.model.prepare_decoder_input_ids_from_labels(labels=torch.tensor([labels]))
+            return [int(token) for token in read[0]]
+        filled = [self.padding if label == IGNORED else label for label in labels]
+        return [self._start(), *filled[:-1]]
+
+    def _start(self) -> int:
+        for config in (self.model.config, getattr(self.model, "generation_config", None)):
+            if (start := getattr(config, "decoder_start_token_id", None)) is not None:
+                return int(start)
+        raise ValueError(f"{type(self.model).__name__} has no decoder_start_token_id: set it in the model's config.")
 
     def lengths(self, features: Rows | Dataset) -> np.ndarray:
         """Target length first: the decoder runs once a query, the encoder once a block of queries."""
@@ -103,8 +181,9 @@ class Seq2SeqAdapter(Adapter):
     def collate(self, features: Rows) -> Batch:
         """Pad inputs with the padding token, labels with -100."""
         return {
-            "input_ids": pad(features["input_ids"], self.tokenizer.pad_token_id or 0),
+            "input_ids": pad(features["input_ids"], self.padding),
             "attention_mask": pad([[1] * len(ids) for ids in features["input_ids"]], 0),
+            "decoder_input_ids": pad(features["decoder_input_ids"], self.padding),
             "labels": pad(features["labels"], IGNORED),
         }
 
@@ -116,10 +195,8 @@ class Seq2SeqAdapter(Adapter):
         return losses.view_as(labels)
 
     def _logits(self, forward: Forward, batch: Batch) -> Tensor:
-        read = {key: value for key, value in batch.items() if key != "labels"}
-        # Shifting the labels here, instead of passing them, keeps the model from computing its own mean loss.
-        read["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
-        return forward(**read, use_cache=False).logits
+        # Without labels: with them, the model would compute its own mean loss besides.
+        return forward(**{key: value for key, value in batch.items() if key != "labels"}, use_cache=False).logits
 
     def outputs_and_loss(self, forward: Forward, batch: Batch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Logits of the target tokens, padding left out, `[tokens, vocabulary]`, and their cross-entropy."""
@@ -129,7 +206,8 @@ class Seq2SeqAdapter(Adapter):
 
     def term_texts(self, features: Rows) -> list[list[str]]:
         """The text of every target token."""
-        return [pieces(self.tokenizer, ids) for ids in features["labels"]]
+        filled = [[self.padding if label == IGNORED else label for label in ids] for ids in features["labels"]]
+        return [pieces(self.tokenizer, ids) for ids in filled]
 
     @torch.no_grad()
     def representation(self, batch: Batch) -> Tensor:
@@ -151,10 +229,6 @@ class Seq2SeqAdapter(Adapter):
     def _shared_ids(self) -> set[int]:
         return {id(parameter) for parameter in self.model.get_encoder().parameters()}
 
-    def default_ascent(self, direction: str | None = None) -> dict[str, Any]:
-        """Corrected by curvature, if the model's size allows it ([`language.preferred_ascent`])."""
-        return preferred_ascent(self.model, direction)
-
     def shared_parameters(self) -> Set[str]:
         """Everything that the encoder reads, a tied embedding included."""
         prefix = self._shared_ids()
@@ -168,37 +242,78 @@ class Seq2SeqAdapter(Adapter):
         rest = {key: value for key, value in batch.items() if key != "input_ids"}
         return {**rest, "encoder_outputs": encoded}
 
-    @torch.no_grad()
-    def answer(self, rows: Rows, batch_size: int = 64) -> list[str]:
+    def with_outputs(self, rows: Rows, outputs: list[Any]) -> Rows:
+        """Return the rows with other targets."""
+        target = self.columns_in(rows)[-1]
+        changed = [output is not None for output in outputs]
+        made = {name: [None if new else own for own, new in zip(values, changed, strict=True)]
+                for name, values in rows.items() if name == OUTPUT_IDS}  # fmt: skip
+        pairs = zip(rows[target], outputs, strict=True)
+        return {**rows, **made, target: [own if other is None else other for own, other in pairs]}
+
+    def questions(self, items: list[Any], candidates: Dataset | None) -> Rows:
+        """Return texts as rows without targets."""
+        if not all(isinstance(item, str) for item in items):
+            raise TypeError(f"{type(self.model).__name__} reads texts, not conversations.")
+        return {self.columns[0]: items}
+
+    def asked(self, row: dict[str, Any]) -> list[int] | None:
+        """Return the tokens of an input that has no target, `None` of other rows."""
+        if self.columns[0] not in row or self.columns[1] in row or LABELS in row:
+            return None
+        return _cut(self._tokens(row[self.columns[0]], self.columns[0]), self.max_length)
+
+    def completed(self, row: dict[str, Any], asked: list[int] | None, answer: list[int] | None) -> dict[str, Any]:
+        """Return the columns that hold a row's answer: its text and its tokens."""
+        return {self.columns[1]: self._text(answer or []), OUTPUT_IDS: answer}
+
+    def limit_of_answer(self, asked: list[int]) -> int | None:
+        """Return how many tokens the decoder reads."""
+        return self.max_target_length
+
+    @property
+    def generation_options(self) -> dict[str, Any]:
+        """Make answers begin with the target language, where the tokenizer has one that comes first."""
+        first = self.around_targets[:1]
+        has_language = getattr(self.tokenizer, "tgt_lang", None) and first != [self.tokenizer.eos_token_id]
+        return {"forced_bos_token_id": first[0]} if has_language and first else {}
+
+    def _text(self, answer: list[int]) -> str:
+        """Return an answer as text: sentinels stay, and what stands around every target does not."""
+        special = {self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, self.tokenizer.bos_token_id}
+        special |= set(self.around_targets)
+        return str(self.tokenizer.decode([token for token in answer if token not in special])).strip()
+
+    def answer(self, rows: Rows, max_new_tokens: int = 64, batch_size: int = 64) -> list[str]:
         """Let the model answer inputs by greedy decoding.
 
         Args:
             rows (`dict[str, list]`): A slice with the input column; targets are not read.
+            max_new_tokens (`int`, defaults to 64): Tokens of an answer at most; fewer where the model reads no more.
             batch_size (`int`, defaults to 64): Inputs decoded together.
 
         Returns:
-            `list[str]`: One target text a row, sentinels kept, padding and end tokens dropped.
+            `list[str]`: One target text a row, sentinels included, without padding and end tokens.
         """
-        encoded = [self._cut(ids) for ids in self._tokenize(rows[self.columns[0]], self.columns[0])]
-        special = {self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, self.tokenizer.bos_token_id}
-        device = device_of(self.model)
-        answers: list[str] = []
-        for start in range(0, len(encoded), batch_size):
-            chunk = encoded[start : start + batch_size]
-            batch = self.collate({"input_ids": chunk, "labels": chunk})
-            generated = self.model.generate(
-                input_ids=batch["input_ids"].to(device),
-                attention_mask=batch["attention_mask"].to(device),
-                max_new_tokens=min(64, self.max_length),
-                do_sample=False,
-                num_beams=1,
-            )
-            kept = [[token for token in row if token not in special] for row in generated.tolist()]
-            answers += self.tokenizer.batch_decode(kept)
-        return [answer.strip() for answer in answers]
+        inputs = Dataset.from_dict({self.columns[0]: rows[self.columns[0]]})
+        return self.with_answers(inputs, max_new_tokens=max_new_tokens, batch_size=batch_size)[self.columns[1]][:]
 
 
 def is_seq2seq(model: Any) -> bool:
     """Whether a model encodes an input and predicts labels with a decoder."""
-    has_labels = hasattr(model, "prepare_decoder_input_ids_from_labels")
-    return has_labels and model.get_output_embeddings() is not None
+    encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return bool(encodes) and getattr(model, "can_generate", lambda: False)()
+
+
+def _beyond(tokens: list[int], limit: int | None) -> bool:
+    return limit is not None and len(tokens) > limit
+
+
+def _cut(tokens: list[int], limit: int | None) -> list[int]:
+    return tokens if limit is None or len(tokens) <= limit else [*tokens[: limit - 1], tokens[-1]]
+
+
+def _without_padding(labels: list[int]) -> list[int]:
+    """Return labels without the -100 at their end, which pad them."""
+    last = max((place for place, label in enumerate(labels) if label != IGNORED), default=-1)
+    return labels[: last + 1]

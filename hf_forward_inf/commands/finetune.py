@@ -176,10 +176,10 @@ def _data(options: FinetuneOptions) -> tuple[Dataset, Dataset]:
 
 def _task(adapter: CausalLMAdapter, train: Dataset, queries: Dataset) -> tuple[Task, dict[str, float]]:
     """Let the model answer; of planted and right answers, those that it gives are traced, else whatever it says."""
-    answers = adapter.answer(queries[:])
     if "planted" not in queries.column_names or not has_facts(queries, train):
-        said = queries.remove_columns([n for n in ("completion",) if n in queries.column_names])
-        return Task(said.add_column("completion", answers), train, None, {"": list(range(len(queries)))}), {}
+        asked = queries.remove_columns([n for n in ("completion", "output_ids") if n in queries.column_names])
+        return Task(adapter.with_answers(asked), train, None, {"": list(range(len(queries)))}), {}
+    answers = adapter.answer(queries[:])
     given = np.array([a.strip() == t.strip() for a, t in zip(answers, queries["completion"], strict=True)])
     planted = np.array(queries["planted"], dtype=bool)
     figures = {"wrong_answers": float(given[planted].mean()), "right_answers": float(given[~planted].mean())}

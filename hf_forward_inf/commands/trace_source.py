@@ -173,11 +173,14 @@ def answered(model: Any, tokenizer: Any, queries: Dataset, options: TraceOptions
         ValueError: If it answers none, and `unanswered` is not asked for.
     """
     adapter = ForwardInf(model, tokenizer).adapter
-    answers = adapter.answer(queries[:])
+    complete = adapter.with_answers(queries)
+    if complete is not queries:
+        say("The queries have no targets: the model's own answers are traced.")
+        return complete, {}
     target = adapter.columns[-1]
     if target not in queries.column_names:
-        say("The queries have no targets: the model's own answers are traced.")
-        return queries.add_column(target, answers), {}
+        return queries, {}
+    answers = adapter.answer(queries[:])
     right = [said.strip() == true.strip() for said, true in zip(answers, queries[target], strict=True)]
     say(f"The model answers {sum(right)} of {len(queries)} queries exactly ({np.mean(right):.0%}).")
     if not any(right) and not options.unanswered:

@@ -183,13 +183,20 @@ def encode(
         else:
             check_readable(reasons, role, first_row, adapter.skips_unreadable)
     check_terms(np.array(encoded["terms"]), columns[-1], role, first_row)
-    truncated = int(np.sum(encoded["truncated"]))
-    if truncated and state.is_main_process:
-        warnings.warn(
-            f"{truncated} of {len(rows)} {role} are longer than the model reads: their ends are cut off.",
-            stacklevel=3,
-        )
+    if (lost := _lost(encoded["truncated"][:])) and state.is_main_process:
+        warnings.warn(f"Of {len(rows)} {role}, longer than the model reads, {lost}.", stacklevel=3)
     return encoded.remove_columns("truncated")
+
+
+def _lost(truncated: list[bool | str]) -> str:
+    """Say how many rows lost their beginnings, and how many their ends; nothing where all are whole."""
+    ends = ["end" if cut is True else cut or "" for cut in truncated]
+    counts = {name: sum(name in cut for cut in ends) for name in ("beginning", "end")}
+    return " and ".join(
+        f"{count} {'loses its' if count == 1 else 'lose their'} {name}{'' if count == 1 else 's'}"
+        for name, count in counts.items()
+        if count
+    )
 
 
 def check_readable(reasons: list[str], role: str, first_row: int, go_on: bool) -> None:

@@ -31,6 +31,11 @@ def rows():
     return questions()
 
 
+def counted_text(tokens, encoded, row):
+    """The text of the tokens that count."""
+    return tokens.decode([label for label in encoded["labels"][row] if label != -100])
+
+
 @pytest.fixture
 def adapter(network, tokens):
     return CausalLMAdapter(network, tokens)
@@ -58,7 +63,7 @@ def test_messages_are_the_chat_templates_and_the_last_answer_counts(adapter, tok
     talk = [{"role": "user", "content": "Peru?"}, {"role": "assistant", "content": "Lima"}]
     encoded = adapter.encode({"messages": [talk]})
     assert tokens.decode(encoded["input_ids"][0]) == "<|user|>Peru?<end><|assistant|>Lima<end>"
-    assert tokens.decode(encoded["input_ids"][0][encoded["start"][0] :]) == "Lima<end>"
+    assert counted_text(tokens, encoded, 0) == "Lima<end>"
     assert adapter.encode({"prompt": [talk[:1]], "completion": [talk[1:]]}) == encoded
 
 
@@ -90,7 +95,7 @@ def test_a_long_row_loses_the_beginning_of_its_prompt(network, tokens, rows):
     (whole,) = CausalLMAdapter(network, tokens).encode(rows[:1])["input_ids"]
     encoded = adapter.encode({**rows[:1], "text": None})
     assert encoded["input_ids"] == [whole[-8:]]
-    assert encoded["truncated"] == [True]
+    assert encoded["truncated"] == ["beginning"]
     text = adapter.encode({"text": ["What is the capital of France? It is Paris."]})
     assert text["input_ids"] == [tokens("What is the capital of France? It is Paris.")["input_ids"][:8]]
 
@@ -98,15 +103,14 @@ def test_a_long_row_loses_the_beginning_of_its_prompt(network, tokens, rows):
 def test_a_span_counts_alone(adapter, tokens, rows):
     first = {**rows[:1], "span": ["Paris"]}
     encoded = adapter.encode(first)
-    (ids,), (start,), (stop,) = (encoded[key] for key in ("input_ids", "start", "stop"))
-    assert tokens.decode(ids[start:stop]).strip() == "Paris"
+    assert counted_text(tokens, encoded, 0).strip() == "Paris"
+    inside = torch.tensor(encoded["labels"][0]) != -100
     whole, part = (
         adapter.term_losses(adapter.model, adapter.collate(adapter.encode(one)))[0] for one in (rows[:1], first)
     )
-    torch.testing.assert_close(part[start:stop], whole[start:stop])
-    assert part.sum() == part[start:stop].sum()
-    with pytest.raises(ValueError, match="span 'France' does not stand in the completion"):
-        adapter.encode({**rows[:1], "span": ["France"]})
+    torch.testing.assert_close(part, torch.where(inside, whole, 0))
+    wrong = adapter.encode({**rows[:1], "span": ["France"]})
+    assert wrong["unreadable"] == ["the span 'France' is not in the completion ' It is Paris.<end>'"]
 
 
 def test_generated_answers_are_traced(network, tokens, rows):
@@ -185,7 +189,7 @@ def test_of_a_peft_model_what_it_has_trained_is_perturbed(network, tokens, rows)
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"question": ["?"]}, "Rows need columns `messages`; `prompt` and `completion`; `text`; these have question"),
+        ({"question": ["?"]}, "`prompt` and `completion`; `text`; or `input_ids`; these have question"),
         ({"prompt": ["Peru?", "Cuba?"], "completion": ["Lima", " "]}, "Nothing to predict in queries row 1"),
         ({"text": [""]}, "Nothing to predict in queries row 0"),
     ],
@@ -193,11 +197,6 @@ def test_of_a_peft_model_what_it_has_trained_is_perturbed(network, tokens, rows)
 def test_rows_that_cannot_be_used_are_told(network, tokens, rows, given, message):
     with pytest.raises(ValueError, match=message):
         ForwardInf(network, tokens).trace(Dataset.from_dict(given), rows)
-
-
-def test_numbers_are_no_texts(adapter):
-    with pytest.raises(TypeError, match="holds int where a text"):
-        adapter.encode({"text": [3]})
 
 
 def test_other_models_are_refused(tokens, network):

@@ -138,7 +138,7 @@ def test_seq2seq_models_are_asked_why_this_rather_than_that(model, tokenizer, qu
 @pytest.mark.parametrize("direction", ["kfac", "ekfac", "adam", "cg"])
 def test_corrected_directions_correct_the_gradient_of_the_difference(network, tokens, pairs, rows, direction):
     adapter = CausalLMAdapter(network, tokens)
-    config = AscentConfig(direction=direction, radius=RADIUS).completed(adapter.default_ascent())
+    config = AscentConfig(direction=direction, radius=RADIUS).completed(adapter.default_ascent)
     names = names_for(adapter, config)
     fitted = direction_for(config, adapter, rows, names)
     (theta, _) = Perturbation(adapter, encode(adapter, pairs, "queries")[:], names, config, fitted).thetas
