@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from hf_forward_inf.utils.options import check_fields
+
 CORRECTIONS = ("adam", "kfac", "ekfac", "cg")
 """Directions that correct the gradient by curvature."""
 OF_DIRECTION: dict[str, dict[str, Any]] = {
@@ -17,6 +19,8 @@ OF_DIRECTION: dict[str, dict[str, Any]] = {
 RADIUS = {False: 1.0, True: 1e-3}
 """Default radius: absolute, and relative to the norm of the perturbed parameters."""
 OPTIMIZERS = ("sgd", "adam")
+MODES = ("ascent", "descent", "symmetric")
+POSITIVE = {"above": 0}
 
 
 def no_defaults(direction: str | None) -> Mapping[str, Any]:
@@ -74,75 +78,30 @@ class AscentConfig:
         ValueError: If options exclude each other, or are out of range.
     """
 
-    radius: float | None = field(
-        default=None,
-        metadata={"help": "Length of the path from theta to theta_K (default: the adapter's, else 1.0)."},
-    )
-    relative: bool | None = field(
-        default=None, metadata={"help": "The radius is a share of the norm of the perturbed parameters."}
-    )
-    learning_rate: float | None = field(
-        default=None, metadata={"help": "The paper's fixed learning rate, instead of a radius."}
-    )
-    optimizer: Literal["sgd", "adam"] = field(
-        default="sgd", metadata={"help": "What applies the learning rate: sgd or adam."}
-    )
-    steps: int = field(default=1, metadata={"help": "Number of steps, the paper's K."})
-    mode: Literal["ascent", "descent", "symmetric"] = field(
-        default="ascent", metadata={"help": "Raise the query's loss, lower it, or compare both (two passes)."}
-    )
-    modules: list[str] | None = field(
-        default=None, metadata={"help": "Modules to perturb, * allowed; all for every one (default: the adapter's)."}
-    )
+    radius: float | None = field(default=None, metadata=POSITIVE)
+    relative: bool | None = None
+    learning_rate: float | None = field(default=None, metadata=POSITIVE)
+    optimizer: Literal["sgd", "adam"] = field(default="sgd", metadata={"choices": tuple(OPTIMIZERS)})
+    steps: int = field(default=1, metadata=POSITIVE)
+    mode: Literal["ascent", "descent", "symmetric"] = field(default="ascent", metadata={"choices": MODES})
+    modules: list[str] | None = None
     direction: Literal["gradient", "adam", "kfac", "ekfac", "cg"] | None = field(
-        default=None,
-        metadata={
-            "help": "Direction of the step: the query's gradient, or that corrected by curvature "
-            "(default: what is best for this kind of model)."
-        },
+        default=None, metadata={"choices": tuple(OF_DIRECTION)}
     )
-    damping: float | None = field(
-        default=None, metadata={"help": "Damping of the correction, relative to the curvature (default: 0.1)."}
-    )
-    iterations: int | None = field(default=None, metadata={"help": "Products of cg at most (default: 10)."})
-    tolerance: float = field(default=1e-3, metadata={"help": "Relative residual at which cg stops."})
-    sample: int | None = field(
-        default=None, metadata={"help": "Candidates whose curvature counts (default: 128 for cg, else 1024)."}
-    )
-    second_moments: str | None = field(
-        default=None, metadata={"help": "For adam: a Trainer's optimizer.pt or its folder (default: estimated)."}
-    )
-    lora_rank: int | None = field(
-        default=None,
-        metadata={"help": "Perturb through a fresh LoRA of this rank (default: 64, where weights are quantised)."},
-    )
-    seed: int = field(default=0, metadata={"help": "Seeds whatever is drawn at random."})
+    damping: float | None = field(default=None, metadata=POSITIVE)
+    iterations: int | None = field(default=None, metadata=POSITIVE)
+    tolerance: float = field(default=1e-3, metadata=POSITIVE)
+    sample: int | None = field(default=None, metadata=POSITIVE)
+    second_moments: str | None = None
+    lora_rank: int | None = field(default=None, metadata=POSITIVE)
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if isinstance(self.modules, str):
             object.__setattr__(self, "modules", [self.modules])
-        choices = {
-            "optimizer": OPTIMIZERS,
-            "mode": ("ascent", "descent", "symmetric"),
-            "direction": (None, *OF_DIRECTION),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {allowed}.")
-        for name in ("radius", "learning_rate", "steps", "damping", "iterations", "tolerance", "sample", "lora_rank"):
-            self._check_positive(name)
+        check_fields(self)
         self._check_length()
         self._check_direction()
-
-    def _check_positive(self, name: str) -> None:
-        value = getattr(self, name)
-        if value is None:
-            return
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"{name}={value!r} must be a number.")
-        if not value > 0:
-            hint = "; mode='descent' goes the other way" if name in ("radius", "learning_rate") else ""
-            raise ValueError(f"{name}={value} must be above 0{hint}.")
 
     def _check_length(self) -> None:
         if self.radius is not None and self.learning_rate is not None:

@@ -59,11 +59,13 @@ def check_fields(options: Any, prefix: str = "") -> None:
         for value in given if isinstance(given, list | tuple) else [given]:
             limit = None if value is None else _broken(value, one.metadata)
             if limit:
-                raise ValueError(f"{prefix}{one.name} must be {limit}, not {value}.")
+                raise ValueError(f"{prefix}{one.name} must be {limit}, not {value!r}.")
 
 
 def _broken(value: Any, limits: Any) -> str | None:
     """Return the limit that a value breaks, in words."""
+    if limits.keys() & {"min", "above", "below"} and (isinstance(value, bool) or not isinstance(value, int | float)):
+        return "a number"
     if "choices" in limits and value not in limits["choices"]:
         return f"one of {', '.join(map(str, limits['choices']))}"
     if "min" in limits and not value >= limits["min"]:

@@ -68,5 +68,5 @@ def test_an_option_that_the_preferred_direction_lacks_is_refused():
 
 
 def test_text_is_no_number():
-    with pytest.raises(ValueError, match="radius='2' must be a number"):
+    with pytest.raises(ValueError, match="radius must be a number, not '2'"):
         AscentConfig(radius="2")

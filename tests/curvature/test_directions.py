@@ -312,9 +312,7 @@ def test_layers_of_unknown_kind_are_named_once():
             return x * self.scale
 
     network = nn.Sequential(nn.Linear(64, 6), Scaled(), nn.Linear(6, 10))
-    with pytest.warns(
-        UserWarning, match=r"get a diagonal, not Kronecker factors: 1 \(Scaled\)"
-    ) as caught:
+    with pytest.warns(UserWarning, match=r"get a diagonal, not Kronecker factors: 1 \(Scaled\)") as caught:
         assert torch.isfinite(steps(network, direction="ekfac")).all()
     assert sum("unknown kind" in str(one.message) for one in caught) == 1
 
