@@ -9,6 +9,7 @@ from hf_forward_inf.adapters.causal_lm import CausalLMAdapter, is_causal_lm
 from hf_forward_inf.adapters.diffusion import DiffusionAdapter, is_diffusion
 from hf_forward_inf.adapters.image_classification import ImageClassificationAdapter, is_image_classifier
 from hf_forward_inf.adapters.seq2seq import Seq2SeqAdapter, is_seq2seq
+from hf_forward_inf.adapters.sequence_classification import SequenceClassificationAdapter, is_sequence_classifier
 from hf_forward_inf.adapters.tensors import TensorAdapter
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "DiffusionAdapter",
     "ImageClassificationAdapter",
     "Seq2SeqAdapter",
+    "SequenceClassificationAdapter",
     "TensorAdapter",
     "adapter_for",
     "choose_adapter",
@@ -53,6 +55,8 @@ def adapter_for(model: nn.Module, processor: Any = None) -> Adapter:
     Raises:
         TypeError: If no adapter knows this kind of model.
     """
+    if is_sequence_classifier(model):
+        return SequenceClassificationAdapter(model, processor)
     if is_seq2seq(model):
         return Seq2SeqAdapter(model, processor)
     if is_causal_lm(model):

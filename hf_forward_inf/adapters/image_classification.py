@@ -87,10 +87,6 @@ class ImageClassificationAdapter(TensorAdapter):
         processor = self.image_processor and self.image_processor.to_json_string()
         return fingerprint(super().cache_key, self.channels, processor)
 
-    def classes(self) -> int:
-        """What the model's configuration says."""
-        return getattr(getattr(self.model, "config", None), "num_labels", 0)
-
     def prepare(self, rows: Dataset) -> Dataset:
         """Check labels, and leave decoding to `encode`: it tells which images can't be read."""
         return undecoded(super().prepare(rows), self.columns[0])
@@ -110,7 +106,7 @@ class ImageClassificationAdapter(TensorAdapter):
             "input": [save({"input": array}) for array in readable],
             "size": sizes,
             "unreadable": why,
-            **self.targets(rows),
+            **self.targets(rows[self.columns[1]]),
         }
 
     def array(self, value: Any) -> Tensor:

@@ -2,27 +2,24 @@
 
 import inspect
 from collections.abc import Callable
-from functools import partial
-from numbers import Integral
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from hf_forward_inf.adapters.base import Adapter, Batch, Forward, Rows
+from hf_forward_inf.adapters.base import Batch, Forward, Rows
+from hf_forward_inf.adapters.classification import ClassifierAdapter
 from hf_forward_inf.utils.callables import fingerprint_of_callable
 from hf_forward_inf.utils.fingerprints import fingerprint
-from hf_forward_inf.utils.models import device_of, evaluating
-from hf_forward_inf.utils.validation import listed
+from hf_forward_inf.utils.models import evaluating, to_device
 
 
-class TensorAdapter(Adapter):
-    """Cross-entropy of a row's label under the logits that the model gives for its array.
+class TensorAdapter(ClassifierAdapter):
+    """Cross-entropy of a row's label under the logits that the model returns for its array.
 
     Arrays are of one shape, so nothing is padded, and `max_batch_length` counts rows.
 
@@ -31,13 +28,9 @@ class TensorAdapter(Adapter):
         input_column (`str`, defaults to `"x"`): Column of arrays: numbers in lists of any depth, or whatever
             `transform` reads.
         label_column (`str`, defaults to `"label"`): Column of labels, integers from 0.
-        transform (`Callable`, *optional*): Makes a row's array of what the input column holds. Without randomness:
+        transform (`Callable`, *optional*): Turns what the input column holds into a row's array. Without randomness:
             a candidate is to have one loss.
-        objective (`str`, defaults to `"cross_entropy"`): What is raised for a query, and whose rise is a candidate's
-            score: `"cross_entropy"`, or `"margin"`, -log(p / (1 - p)) with p the label's probability. Steps are the
-            same; but the cross-entropy of a candidate that the model is sure of hardly rises whatever happens to it,
-            so that unsure ones come first for every query. Margins rise for both alike: take them to find copies (of
-            51 in 10,000 CIFAR-10 images, a ResNet-20: first in 50 against 13, `recipes/leakage.py`).
+        objective (`str`, defaults to `"cross_entropy"`): `"cross_entropy"` or `"margin"` ([`ClassifierAdapter`]).
 
     Raises:
         TypeError: If the model's forward takes no argument.
@@ -57,16 +50,13 @@ class TensorAdapter(Adapter):
         transform: Callable[[Any], Any] | None = None,
         objective: Literal["cross_entropy", "margin"] = "cross_entropy",
     ):
-        super().__init__(model)
-        if objective not in ("cross_entropy", "margin"):
-            raise ValueError(f"objective={objective!r} must be 'cross_entropy' or 'margin'.")
+        super().__init__(model, objective)
         arguments = list(inspect.signature(model.forward).parameters)
         if not arguments:
-            raise TypeError(f"{type(model).__name__}.forward takes no argument, so no tensor can be given to it.")
+            raise TypeError(f"{type(model).__name__}.forward takes no argument, so no tensor can be passed to it.")
         self.argument: str = getattr(model, "main_input_name", arguments[0])
         self.columns = (input_column, label_column)
         self.transform = transform
-        self.objective = objective
 
     @property
     def cache_key(self) -> str:
@@ -74,50 +64,16 @@ class TensorAdapter(Adapter):
         transform = None if self.transform is None else fingerprint_of_callable(self.transform)
         return fingerprint(self.columns, self.objective, transform)
 
-    def prepare(self, rows: Dataset) -> Dataset:
-        """Check all labels first.
-
-        Raises:
-            ValueError: If one is no class. It names the rows.
-        """
-        column, classes = self.columns[1], self.classes()
-        labels = rows[column][:]
-        odd = [i for i, label in enumerate(labels) if label is not None and not _is_label(label)]
-        if odd:
-            raise ValueError(
-                f"Column `{column}` holds {labels[odd[0]]!r} in {listed(np.array(odd))}; a label is an integer from "
-                "0. Dataset.class_encode_column makes integers of names."
-            )
-        beyond = [i for i, label in enumerate(labels) if label is not None and classes and label >= classes]
-        if beyond:
-            raise ValueError(
-                f"Column `{column}` holds {labels[beyond[0]]} in {listed(np.array(beyond))}, but the model knows only "
-                f"the classes 0 to {classes - 1}. Give a model with more classes, or drop the rows."
-            )
-        return rows
-
-    def classes(self) -> int:
-        """How many classes the model states, 0 if it states nothing; its logits are looked at in any case."""
-        return 0
-
     def encode(self, rows: Rows) -> Rows:
-        """Transform arrays; they are kept as bytes, which Arrow reads without a copy.
+        """Transform arrays; they are stored as bytes, which Arrow reads without a copy.
 
         A row whose label is missing has nothing to predict.
         """
-        return {"input": [save({"input": self.array(value)}) for value in rows[self.columns[0]]], **self.targets(rows)}
-
-    def targets(self, rows: Rows) -> Rows:
-        """Read labels; where one is missing there is nothing to predict."""
-        labels = rows[self.columns[1]]
-        return {
-            "label": [0 if label is None else int(label) for label in labels],
-            "terms": [int(label is not None) for label in labels],
-            "truncated": [False] * len(labels),
-        }
+        arrays = [save({"input": self.array(value)}) for value in rows[self.columns[0]]]
+        return {"input": arrays, **self.targets(rows[self.columns[1]])}
 
     def array(self, value: Any) -> Tensor:
-        """Make the model's input, without the batch axis, of what a row holds."""
+        """Return the model's input for what a row holds, without the batch axis."""
         found = np.asarray(value if self.transform is None else self.transform(value))
         if found.dtype.kind not in "biuf":
             raise ValueError(f"Column `{self.columns[0]}` holds {str(value)[:60]}, which is no array of numbers.")
@@ -143,48 +99,22 @@ class TensorAdapter(Adapter):
         inputs = torch.stack(arrays)
         if inputs.is_floating_point():
             inputs = inputs.to(next((p.dtype for p in self.model.parameters() if p.is_floating_point()), inputs.dtype))
-        return {"input": inputs, "label": torch.tensor(features["label"]), "highest": max(features["label"])}
-
-    def term_losses(self, forward: Forward, batch: Batch) -> Tensor:
-        """Cross-entropy of every row's label, or minus its margin, float64 `[rows, 1]`."""
-        margins = margins_of(self.logits(forward, batch), batch["label"])
-        return (-margins if self.objective == "margin" else cross_entropies(margins))[:, None]
+        return {"input": inputs, **self.labels.collate(features["label"])}
 
     def logits(self, forward: Forward, batch: Batch) -> Tensor:
         """Run the model: logits `[rows, classes]`.
 
         Raises:
-            ValueError: If it can't take arrays of this shape, gives no logits, or knows no such label.
+            ValueError: If it can't take arrays of this shape.
         """
-        model = type(self.model).__name__
         try:
             output = forward(**{self.argument: batch["input"]})
         except RuntimeError as error:
             if should_reduce_batch_size(error):
                 raise
-            shape = tuple(batch["input"].shape[1:])
+            model, shape = type(self.model).__name__, tuple(batch["input"].shape[1:])
             raise ValueError(f"{model} can't take what `{self.columns[0]}` holds, shape {shape}: {error}") from error
-        logits = output if isinstance(output, Tensor) else output.logits
-        if logits.dim() != 2 or logits.shape[1] < 2:
-            raise ValueError(
-                f"{model} gives a tensor of shape {tuple(logits.shape)} for {len(batch['label'])} rows; logits have "
-                "the shape [rows, classes], of 2 classes or more."
-            )
-        if batch["highest"] >= logits.shape[1]:
-            raise ValueError(
-                f"Column `{self.columns[1]}` holds {batch['highest']}, but the model knows only the classes 0 to "
-                f"{logits.shape[1] - 1}."
-            )
-        return logits
-
-    def outputs(self, forward: Forward, batch: Batch) -> Tensor:
-        """Logits less their mean, which changes no probability, `[rows, classes]`."""
-        logits = self.logits(forward, batch).float()
-        return logits - logits.mean(dim=1, keepdim=True)
-
-    def outputs_and_loss(self, forward: Forward, batch: Batch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """Logits, `[rows, classes]`, and their cross-entropy."""
-        return self.logits(forward, batch).float(), partial(F.cross_entropy, target=batch["label"], reduction="sum")
+        return output if isinstance(output, Tensor) else output.logits
 
     def default_ascent(self, direction: str | None = None) -> dict[str, Any]:
         """Conjugate gradients: they predict retraining far better than the gradient (`recipes/lds.py`)."""
@@ -194,7 +124,7 @@ class TensorAdapter(Adapter):
 
     @torch.no_grad()
     def representation(self, batch: Batch, forward: Forward | None = None) -> Tensor:
-        """What the last linear layer reads, `[rows, features]`; of a perturbed model, if its forward is given."""
+        """Return what the last linear layer reads, `[rows, features]`; under a perturbed model, given its forward."""
         layers = [module for module in self.model.modules() if isinstance(module, nn.Linear)]
         if not layers:
             raise NotImplementedError(
@@ -209,32 +139,10 @@ class TensorAdapter(Adapter):
         return read[-1].float().flatten(1)
 
     @torch.no_grad()
-    def answer(self, rows: Rows) -> list[int]:
-        """Let the model classify: the class of the highest logit, one a row."""
-        values = rows[self.columns[0]]
-        features = self.encode({self.columns[0]: values, self.columns[1]: [0] * len(values)})
-        device = device_of(self.model)
-        batch = self.collate(features)
-        batch["input"], batch["label"] = (batch[name].to(device) for name in ("input", "label"))
+    def answer(self, rows: Rows) -> list[Any]:
+        """Classify rows that have no label yet: the most probable class of each, by number."""
+        values, kind = rows[self.columns[0]], self.labels
+        features = self.encode({self.columns[0]: values, self.columns[1]: [kind.blank] * len(values)})
+        batch = to_device(self.collate(features), self.model)
         with evaluating(self.model):
-            return self.logits(self.model, batch).argmax(dim=1).tolist()
-
-
-def margins_of(logits: Tensor, labels: Tensor) -> Tensor:
-    """Give log(p / (1 - p)), p the probability of a row's label: float64 (float32 where a device has no better)."""
-    logits = logits.float() if logits.device.type == "mps" else logits.double()
-    own = labels[:, None]
-    return logits.gather(1, own)[:, 0] - logits.scatter(1, own, -torch.inf).logsumexp(dim=1)
-
-
-def cross_entropies(margins: Tensor) -> Tensor:
-    """Give the cross-entropy -log p of margins, `[rows]`.
-
-    As softplus(-margin) it tells losses down to 1e-308 apart, with their gradients; log_softmax gives 0 as soon as
-    float32 rounds p to 1, and examples that the model has memorised are there.
-    """
-    return F.softplus(-margins)
-
-
-def _is_label(label: Any) -> bool:
-    return isinstance(label, Integral) and not isinstance(label, bool) and int(label) >= 0
+            return kind.predicted(self.logits(self.model, batch))

@@ -41,7 +41,7 @@ def read_image(value: Any) -> Any:
     Args:
         value (`Any`): A PIL image, a path, encoded bytes, a dict of `bytes` and `path` as
             `datasets.Image(decode=False)` returns it, or an array `[height, width]` or `[height, width, channels]` of
-            integers from 0 to 255.
+            whole numbers from 0 to 255 or of fractions from 0 to 1.
 
     Returns:
         `PIL.Image.Image`: The decoded image.
@@ -82,7 +82,20 @@ def _opened(value: Any) -> Any:
         return Image.open(io.BytesIO(value))
     if isinstance(value, str | Path):
         return Image.open(value)
-    return Image.fromarray(np.asarray(value).astype(np.uint8))
+    return Image.fromarray(_bytes(np.asarray(value)))
+
+
+def _bytes(array: np.ndarray) -> np.ndarray:
+    """Return the pixels of an array as integers from 0 to 255."""
+    low, high = (array.min(), array.max()) if array.size and array.dtype.kind in "biuf" else (np.nan, np.nan)
+    if array.dtype.kind == "b" or (array.dtype.kind == "f" and 0 <= low <= high <= 1):
+        return np.round(array * 255.0).astype(np.uint8)
+    if not (0 <= low <= high <= 255 and (array == np.round(array)).all()):
+        raise UnreadableImage(
+            f"an array of {array.dtype} from {low} to {high} is no image: pixels are whole numbers from 0 to 255, or "
+            "fractions from 0 to 1"
+        )
+    return array.astype(np.uint8)
 
 
 def in_channels(image: Any, channels: int | None = None) -> Any:

@@ -9,7 +9,7 @@ from transformers import pipeline
 
 from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf.adapters import ImageClassificationAdapter, TensorAdapter, adapter_for
-from hf_forward_inf.adapters.tensors import cross_entropies, margins_of
+from hf_forward_inf.adapters.labels import cross_entropies, margins_of
 from hf_forward_inf.data.images import load_images
 from hf_forward_inf.toys.classifiers import Training, train, untrained
 from hf_forward_inf.toys.networks import ResNet

@@ -1,0 +1,196 @@
+"""How a model that reads whole texts gets its input: tokens, segments, padding."""
+
+import copy
+import inspect
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from hf_forward_inf.adapters.base import Batch, Forward, Rows
+from hf_forward_inf.adapters.language import longest_input, pad, tokenizer_state
+from hf_forward_inf.utils.fingerprints import fingerprint
+from hf_forward_inf.utils.models import evaluating, to_device
+
+UNKNOWN = {"bbox": "boxes on a page", "pixel_values": "images", "visual_embeds": "images"}
+"""Inputs of models that read more than text, and what they are."""
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+"""What a model is given of a batch."""
+ALONE = 10**9
+"""Length of a row that must be the only one of its batch."""
+
+
+class TextInputs:
+    """Tokenizes texts, or pairs of them, and runs a model on batches that are padded on the right.
+
+    A model is only given padded batches if it returns the same for a text with and without padding, which is checked
+    once. Some do not (convolutions, Fourier transforms or pooling over all tokens, or a prediction read off the last
+    position): their rows are run one by one.
+
+    Args:
+        model (`transformers.PreTrainedModel` or `peft.PeftModel`): Reads `input_ids`.
+        tokenizer (`transformers.PreTrainedTokenizerBase`): Its tokenizer.
+        max_length (`int`, *optional*): Tokens kept of a row. Defaults to the model's limit.
+
+    Raises:
+        TypeError: If there is no tokenizer, or the model reads more than text.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, max_length: int | None = None):
+        name = type(base_of(model)).__name__
+        if tokenizer is None:
+            raise TypeError(f"{name} needs its tokenizer: ForwardInf(model, tokenizer).")
+        self.arguments = set(inspect.signature(base_of(model).forward).parameters)
+        if more := [what for argument, what in UNKNOWN.items() if argument in self.arguments]:
+            raise TypeError(f"{name} reads {more[0]} besides text, which is not supported: write an adapter.")
+        self.model: Any = model
+        self.tokenizer = tokenizer
+        self.max_length = max_length or _limit(model, tokenizer)
+        self.pads: bool | None = None
+        """Whether padding changes nothing, once that is known."""
+
+    @property
+    def cache_key(self) -> str:
+        """Length limit, side of the cut, and the tokenizer's whole state."""
+        return fingerprint(
+            self.max_length, self.tokenizer.truncation_side, self.filler, tokenizer_state(self.tokenizer)
+        )
+
+    @property
+    def filler(self) -> int:
+        """The token that pads: some models find the end of a text by it."""
+        config = getattr(self.model.config, "get_text_config", lambda: self.model.config)()
+        known = (getattr(config, "pad_token_id", None), self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
+        return next((token for token in known if token is not None), 0)
+
+    def encode(self, *texts: Sequence[Any], words: bool = False) -> tuple[Rows, Any]:
+        """Tokenize rows as transformers' examples do: `tokenizer(text, pair, truncation=True)`.
+
+        Args:
+            *texts (`list`): One column of texts, or two: the parts of pairs.
+            words (`bool`, defaults to `False`): Whether texts are lists of words.
+
+        Returns:
+            `tuple`: Features (`input_ids`, `token_type_ids` where the model reads them, `truncated`), and what the
+            tokenizer returned.
+        """
+        options: dict[str, Any] = {"is_split_into_words": words, "verbose": False}
+        given = [list(column) for column in texts]
+        encoded = self.tokenizer(*given, **options)
+        longer = [False] * len(given[0])
+        if self.max_length is not None:
+            longer = [len(ids) > self.max_length for ids in encoded["input_ids"]]
+            if any(longer):
+                encoded = self.tokenizer(*given, truncation=True, max_length=self.max_length, **options)
+        found = {"input_ids": encoded["input_ids"], "truncated": longer}
+        if "token_type_ids" in encoded and "token_type_ids" in self.arguments:
+            found["token_type_ids"] = encoded["token_type_ids"]
+        return found, encoded
+
+    def lengths(self, ids: list[list[int]]) -> np.ndarray:
+        """Return the number of tokens of each row, `[rows, 1]`: beyond any limit where rows must stay alone."""
+        self._try_padding(min(ids, key=len))
+        return np.array([[len(row) + (ALONE if self.pads is False else 0)] for row in ids])
+
+    def collate(self, features: Rows) -> Batch:
+        """Pad on the right.
+
+        Raises:
+            RuntimeError: If rows of several lengths come together, and the model's predictions depend on padding.
+        """
+        ids, segments = features["input_ids"], features.get("token_type_ids")
+        if len({len(row) for row in ids}) > 1:
+            self._try_padding(min(ids, key=len))
+            if self.pads is False:
+                raise RuntimeError(f"{type(self.model).__name__} can't run rows of several lengths together.")
+        batch = {"input_ids": pad(ids, self.filler), "attention_mask": pad([[1] * len(row) for row in ids], 0)}
+        return batch if segments is None else {**batch, "token_type_ids": pad(segments, 0)}
+
+    def run(self, forward: Forward, batch: Batch) -> Tensor:
+        """Run the model: its logits, `[rows, ...]`."""
+        inputs = {name: value for name, value in batch.items() if name in self.arguments and name in INPUTS}
+        options = {"use_cache": False} if "use_cache" in self.arguments else {}
+        return forward(**inputs, **options).logits
+
+    def with_model(self, model: nn.Module) -> Self:
+        """Return the same for another model of the same architecture."""
+        other = copy.copy(self)
+        other.model = model
+        return other
+
+    @torch.no_grad()
+    def _try_padding(self, ids: list[int]) -> None:
+        """Find out whether a row's logits are the same with padding.
+
+        Raises:
+            ValueError: If they are not even the same without: the model draws at random.
+        """
+        added = [more for more in (1, 2, 5) if self.max_length is None or len(ids) + more <= self.max_length]
+        if self.pads is not None or not added:
+            return
+        with evaluating(self.model):
+            alone = self._logits(ids, 0)
+            if not _close(alone, self._logits(ids, 0)):
+                raise ValueError(
+                    f"{type(self.model).__name__} returns other predictions each time it is run, so its losses can't be "
+                    "compared. If its configuration can switch off what is drawn at random, do that."
+                )
+            self.pads = all(_close(alone, self._logits(ids, more)) for more in added)
+        if not self.pads:
+            warnings.warn(
+                f"{type(self.model).__name__} returns other predictions where a text is padded: rows are run one by "
+                "one, which is slower.",
+                stacklevel=2,
+            )
+
+    def _logits(self, ids: list[int], more: int) -> Tensor:
+        """Run one row with `more` padding tokens: the logits of the row or of its tokens."""
+        batch = {
+            "input_ids": torch.tensor([ids + [self.filler] * more]),
+            "attention_mask": torch.tensor([[1] * len(ids) + [0] * more]),
+        }
+        logits = self.run(self.model, to_device(batch, self.model))
+        return logits[:, : len(ids)] if logits.dim() == 3 else logits
+
+
+def base_of(model: Any) -> Any:
+    """Return the model that a PEFT model wraps; else the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def is_of_kind(model: Any, kind: str) -> bool:
+    """Whether this is a transformers model with a head of a kind, such as `"ForMaskedLM"`, perhaps in a PEFT model."""
+    return kind in type(base_of(model)).__name__
+
+
+def unreadable(values: Sequence[Any], column: str, words: bool = False) -> list[str]:
+    """Return why values can't be read as texts (or as lists of words), for each; empty where they can."""
+    reasons = []
+    for value in values:
+        fits = isinstance(value, list) and all(isinstance(one, str) for one in value)
+        held = "nothing" if value is None else f"a {type(value).__name__}"
+        reason = f"`{column}` holds {held}, not a {'list of words' if words else 'text'}"
+        reasons.append("" if (fits if words else isinstance(value, str)) else reason)
+    return reasons
+
+
+def _limit(model: nn.Module, tokenizer: Any) -> int | None:
+    """Return the number of tokens that the model reads, where something states it."""
+    positions = [
+        module.num_embeddings - module.padding_idx - 1
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and "position_embeddings" in name and module.padding_idx is not None
+    ]
+    limits = [limit for limit in (longest_input(model, tokenizer), *positions) if limit is not None]
+    return min(limits, default=None)
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    """Whether two outputs differ by no more than rounding does."""
+    tolerance = min(100 * torch.finfo(one.dtype).eps, 0.05)
+    same = one.shape == other.shape
+    return same and bool((one - other).abs().max() <= tolerance * max(one.abs().max().item(), 1e-3))
