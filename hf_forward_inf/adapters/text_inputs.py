@@ -136,7 +136,7 @@ class TextInputs:
             alone = self._logits(ids, 0)
             if not _close(alone, self._logits(ids, 0)):
                 raise ValueError(
-                    f"{type(self.model).__name__} returns other predictions each time it is run, so its losses can't be "
+                    f"{type(self.model).__name__} returns other predictions each time it is run: its losses can't be "
                     "compared. If its configuration can switch off what is drawn at random, do that."
                 )
             self.pads = all(_close(alone, self._logits(ids, more)) for more in added)
@@ -185,7 +185,7 @@ def _limit(model: nn.Module, tokenizer: Any) -> int | None:
         for name, module in model.named_modules()
         if isinstance(module, nn.Embedding) and "position_embeddings" in name and module.padding_idx is not None
     ]
-    limits = [limit for limit in (longest_input(model, tokenizer), *positions) if limit is not None]
+    limits = [limit for limit in (longest_input(model, tokenizer), *positions) if limit is not None and limit > 0]
     return min(limits, default=None)
 
 

@@ -3,7 +3,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Features, Image, Value
+from datasets import ClassLabel, Dataset, Features, Image, Value
 from torch import nn
 from transformers import pipeline
 
@@ -13,6 +13,7 @@ from hf_forward_inf.adapters.labels import cross_entropies, margins_of
 from hf_forward_inf.data.images import load_images
 from hf_forward_inf.toys.classifiers import Training, train, untrained
 from hf_forward_inf.toys.networks import ResNet
+from hf_forward_inf.utils.images import UnreadableImage
 from tests.helpers.images import network, picture, processor, rows, tensors, vision_transformer
 from tests.helpers.line import assert_same_state, state
 
@@ -191,6 +192,45 @@ def test_images_may_be_paths_or_arrays(tmp_path):
     expected = tensors(rows(4))[0][3]
     for value in (picture(3), str(tmp_path / "3.png"), np.asarray(picture(3)).tolist()):
         np.testing.assert_allclose(adapter.array(value), expected, atol=1e-6)
+
+
+def test_arrays_of_fractions_are_read_from_0_to_1_and_others_refused():
+    adapter = ImageClassificationAdapter(network())
+    pixels = np.asarray(picture(3))
+    expected = torch.tensor(pixels).permute(2, 0, 1) / 255
+    for value in (pixels / 255, (pixels / 255).astype(np.float32), pixels.astype(np.float64), pixels.astype(np.int64)):
+        np.testing.assert_allclose(adapter.array(value), expected, atol=1e-6)
+    assert adapter.array(pixels > 127).unique().tolist() == [0, 1]
+    for value in (pixels / 127.5 - 1, pixels + 0.5, pixels.astype(np.int64) * 257):
+        with pytest.raises(UnreadableImage, match="pixels are whole numbers from 0 to 255, or fractions from 0 to 1"):
+            adapter.array(value)
+
+
+@pytest.mark.parametrize("problem", ["multi_label_classification", "regression"])
+def test_several_classes_and_numbers_have_the_loss_of_transformers(problem):
+    model = vision_transformer().eval()
+    model.config.problem_type = problem
+    labels = [[1.0, 0.0, 1.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
+    data = Dataset.from_dict({"image": [picture(i) for i in range(3)], "label": labels})
+    adapter = ImageClassificationAdapter(model, processor())
+    batch = adapter.collate(adapter.encode(adapter.prepare(data)[:]))
+    one = [processor()(images=image, return_tensors="pt")["pixel_values"] for image in data["image"]]
+    expected = [model(x, labels=torch.tensor([y])).loss.item() for x, y in zip(one, labels, strict=True)]
+    np.testing.assert_allclose(adapter.loss(model, batch).detach(), expected, rtol=1e-5)
+    tracer = ForwardInf(adapter=adapter)
+    assert (np.diag(tracer.trace(data, data).scores) > 0).all()
+    with pytest.raises(ValueError, match="in rows 0, 1 "):
+        tracer.trace(rows(2), rows(2))
+
+
+def test_classes_are_matched_by_name():
+    model = vision_transformer()
+    model.config.id2label = {0: "cat", 1: "dog", 2: "bird"}
+    features = Features({"image": Image(), "label": ClassLabel(names=["bird", "cat", "dog"])})
+    named = Dataset.from_dict({"image": [picture(i) for i in range(3)], "label": [1, 2, 0]}, features=features)
+    tracer = ForwardInf(model, processor())
+    found, expected = (tracer.trace(data.select([1]), data).scores for data in (named, rows(3)))
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_corrupt_images_name_their_rows():
