@@ -170,7 +170,7 @@ class SequenceClassificationAdapter(ClassifierAdapter):
 
     def default_ascent(self, direction: str | None = None) -> dict[str, Any]:
         """K-FAC, if the model is of a size that allows it ([`language.preferred_ascent`])."""
-        return preferred_ascent(self.model)
+        return preferred_ascent(self.model, direction)
 
 
 def is_sequence_classifier(model: Any) -> bool:

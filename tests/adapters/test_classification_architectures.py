@@ -8,9 +8,7 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from hf_forward_inf import AscentConfig, ForwardInf
-from hf_forward_inf.ascent.parameters import names_for
-from hf_forward_inf.ascent.steps import Perturbation
-from hf_forward_inf.curvature.directions import direction_for
+from hf_forward_inf.curvature.perturber import Perturber
 from hf_forward_inf.passes.candidate_pass import encode
 from tests.helpers.texts import SENTENCES, WORDS, assert_close, plain_scores, randomised, tokenizer
 
@@ -89,10 +87,8 @@ def test_scores_are_those_of_rows_by_themselves(kind, tmp_path, monkeypatch):
 
 
 def step(tracer, rows, cache):
-    names = names_for(tracer.adapter, tracer.ascent)
-    direction = direction_for(tracer.ascent, tracer.adapter, rows, names, cache)
     query = encode(tracer.adapter, rows.select([1]), "queries", cache)
-    return Perturbation(tracer.adapter, query[:], names, tracer.ascent, direction)
+    return Perturber(tracer.adapter, tracer.ascent, rows, cache).perturbation(query[:])
 
 
 def test_a_decoder_without_a_padding_token_is_run_row_by_row():
