@@ -82,7 +82,7 @@ def test_an_optional_switch_needs_no_value_and_is_unset_without():
         (["--num_rows", "1"], "--num_rows must be at least 2, not 1."),
         (["--shares", "0.5", "1"], "--shares must be below 1, not 1.0."),
         (["--shares", "nan"], "--shares must be above 0, not nan."),
-        (["--colour", "green"], "--colour must be one of red, blue, not green."),
+        (["--colour", "green"], "--colour must be one of red, blue, not 'green'."),
         (["--num", "2"], "unrecognized arguments"),
     ],
 )
