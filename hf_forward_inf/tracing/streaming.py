@@ -1,11 +1,13 @@
-"""Candidates that are too many to keep: a stream, traced chunk by chunk, of which only the best stay."""
+"""Trace a stream of candidates chunk by chunk, storing only the best: for sets too large for the disk."""
 
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from accelerate.utils import broadcast_object_list
@@ -23,10 +25,38 @@ from hf_forward_inf.utils.rows import sample_rows
 from hf_forward_inf.utils.storage import default_cache_dir, write_folder
 from hf_forward_inf.utils.validation import lost_candidates, warn_of_lost
 
-PLACE = "stream_row"
-"""Column that tells a kept candidate's place in the stream, from 0."""
+STREAM_ROW = "stream_row"
+"""Column with a candidate's row number in the stream, from 0."""
 ENDING = "-rows"
-"""Ends the names of folders that hold what was best after so many rows."""
+"""Ends the names of the folders that hold the best candidates after so many rows."""
+PROGRESS = "progress.json"
+"""File in such a folder: the [`Progress`] that goes with its attribution."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has read its stream.
+
+    Args:
+        run (`str`): Fingerprint of the model, the queries and the options: another run can't resume from here.
+        streamed (`int`, defaults to 0): Rows read and scored.
+        unscored (`int`, defaults to 0): Rows among them without a finite loss.
+        stream_state (`dict`): `IterableDataset.state_dict()` after the last of these rows.
+    """
+
+    run: str
+    streamed: int = 0
+    unscored: int = 0
+    stream_state: dict[str, Any] = field(default_factory=dict)
+
+    def after(self, scores: np.ndarray, stream: IterableDataset) -> "Progress":
+        """Return the progress after one more chunk with these scores, `[queries, rows]`."""
+        return replace(
+            self,
+            streamed=self.streamed + scores.shape[1],
+            unscored=self.unscored + len(lost_candidates(scores)),
+            stream_state=stream.state_dict(),
+        )
 
 
 def trace_stream(
@@ -39,48 +69,41 @@ def trace_stream(
     standardise: bool = False,
     folder: str | Path | None = None,
 ) -> Attribution:
-    """Score every row of a stream for every query, and keep the best.
+    """Score every row of a stream for every query, and return the best candidates of each query.
 
-    The stream is read a chunk at a time. What a chunk is encoded to, and its losses, are on disk only as long as it is
-    traced; of its rows those stay that are among the best of some query. Each chunk costs what [`ForwardInf.trace`]
-    does, the queries' ascent included: beside a chunk of some thousand rows that is little.
+    The stream is read a chunk at a time. A chunk's encoded rows and losses are on disk only while it is traced; after
+    that, only rows that are among the best of some query remain. Each chunk costs what [`ForwardInf.trace`] does, the
+    queries' ascent included: for a chunk of some thousand rows the ascent is a small part of it.
 
     A direction that is corrected by curvature takes its sample from the first chunk, unless the tracer has `training`.
 
     Args:
-        tracer (`ForwardInf`): Any adapter's.
+        tracer (`ForwardInf`): With any adapter.
         queries (`datasets.Dataset`): Outputs to explain.
-        stream (`datasets.IterableDataset`): Candidates, of `load_dataset(..., streaming=True)` for example.
-        top_k (`int`, defaults to 100): Candidates kept of each query.
-        chunk_size (`int`, defaults to 2000): Rows that are read and traced at once.
-        standardise (`bool`, defaults to `False`): Measure each candidate's scores by how it fares with all queries
-            ([`corrections.standardised`]); that needs no other candidate.
-        folder (`str` or `Path`, *optional*): After each chunk the best so far and the place in the stream are written
-            there; the same call then goes on after the last chunk. (A shuffled stream loses what is in its buffer.)
+        stream (`datasets.IterableDataset`): Candidates, for example from `load_dataset(..., streaming=True)`.
+        top_k (`int`, defaults to 100): Candidates returned for each query.
+        chunk_size (`int`, defaults to 2000): Rows read and traced at once.
+        standardise (`bool`, defaults to `False`): Standardise each candidate's scores over the queries
+            ([`corrections.standardised`]); this needs no other candidate.
+        folder (`str` or `Path`, *optional*): Where the best candidates and the position in the stream are saved after
+            each chunk; the same call then resumes after the last saved chunk. (A shuffled stream loses what is in its
+            buffer.)
 
     Returns:
-        `Attribution`: Scores `[queries, top_k]`; its candidates are the kept rows, in the order of the stream, with a
-        column `stream_row`, their place in it. Rows without a finite loss are counted in a warning, and in `config`
-        (`unscored`, of `streamed` rows).
+        `Attribution`: Scores `[queries, top_k]`. Its candidates are the best rows in stream order, with a column
+        `stream_row` for their row number in the stream. Its `config` counts the rows read (`streamed`) and those
+        without a finite loss (`unscored`), which a warning names too.
 
     Raises:
-        TypeError: If `stream` is no stream.
-        ValueError: If it is empty, a chunk of it can't be read or traced (the message says which), the tracer corrects
-            hubs by references, or the folder holds what another run has found.
+        TypeError: If `stream` is not a stream.
+        ValueError: If it is empty, a chunk of it can't be read or traced (the message names the rows), the tracer
+            corrects hubs by references, or the folder holds the progress of another run.
     """
-    if not isinstance(stream, IterableDataset):
-        raise TypeError(f"A stream is a datasets.IterableDataset, not {type(stream).__name__}: give that to trace().")
-    for name, value in {"top_k": top_k, "chunk_size": chunk_size}.items():
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1.")
-    if tracer.references is not None:
-        raise ValueError(
-            "Hubs are corrected by the mean of all candidates, which no chunk knows: leave references out."
-        )
-    known = 1.0 if tracer.units == "sensitivity" else None
+    known_deviation = 1.0 if tracer.units == "sensitivity" else None
+    _check(tracer, stream, top_k=top_k, chunk_size=chunk_size)
     if standardise:
-        check_enough(len(queries), 3 if known is None else 2)
-    stream = stream.with_format("arrow")  # a copy, whose place is its own
+        check_enough(len(queries), 3 if known_deviation is None else 2)
+    stream = stream.with_format("arrow")  # a copy, with a position of its own
     if tracer.training is None and tracer.ascent.sample is not None:
         training = sample_rows(first_chunk(stream, chunk_size), tracer.ascent.sample, tracer.ascent.seed)
         tracer = tracer.with_options(training=training)
@@ -88,31 +111,50 @@ def trace_stream(
         fingerprint_of_model(tracer.adapter.model), tracer.adapter.cache_key, queries._fingerprint, tracer.config,
         top_k, chunk_size, standardise,
     )  # fmt: skip
-    best = None if folder is None else _resumed(Path(folder), run, stream)
-    if best is None:
-        config = {**tracer.config, "standardised": standardise}
-        best = Attribution(
-            np.empty((len(queries), 0), dtype=np.float32), queries, Dataset.from_dict({}), method=tracer.name,
-            config={**config, "run": run, "streamed": 0, "unscored": 0},
-        )  # fmt: skip
+    saved = None if folder is None else _resumed(Path(folder), run, stream)
+    best, progress = saved or (_empty(tracer, queries, standardise), Progress(run))
     main = process_state().is_main_process
-    with tqdm(desc="candidates traced", unit=" rows", initial=best.config["streamed"], disable=not main) as bar:
-        for rows in _chunks(stream, chunk_size, best.config["streamed"]):
-            scores = _scored(tracer, queries, rows, best.config["streamed"])
-            best = _merged(best, standardised(scores, known) if standardise else scores, rows, top_k)
+    with tqdm(desc="candidates traced", unit=" rows", initial=progress.streamed, disable=not main) as bar:
+        for rows in _chunks(stream, chunk_size, progress.streamed):
+            scores = _scored(tracer, queries, rows, progress.streamed)
+            scores = standardised(scores, known_deviation) if standardise else scores
+            best = _merged(best, scores, rows, progress.streamed, top_k)
+            progress = progress.after(scores, stream)
             bar.update(len(rows))
             if folder is not None and main:
-                _save(best, Path(folder), stream)
-    if best.config["streamed"] == 0:
+                _save(best, progress, Path(folder))
+    if progress.streamed == 0:
         raise ValueError("There are no candidates: the stream is empty.")
-    return best.keep(top_k)
+    counts = {"streamed": progress.streamed, "unscored": progress.unscored}
+    return replace(best.keep(top_k), config={**best.config, **counts})
+
+
+def _check(tracer: Scorer, stream: Any, **sizes: int) -> None:
+    """Refuse what can't be traced as a stream, before anything is read."""
+    if not isinstance(stream, IterableDataset):
+        raise TypeError(f"A stream is a datasets.IterableDataset, not {type(stream).__name__}: give that to trace().")
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1.")
+    if tracer.references is not None:
+        raise ValueError(
+            "Correcting hubs needs the mean over all candidates, which a single chunk does not have: "
+            "leave references out."
+        )
+
+
+def _empty(tracer: Scorer, queries: Dataset, standardise: bool) -> Attribution:
+    """Return the attribution before the first chunk, with no candidates."""
+    scores = np.empty((len(queries), 0), dtype=np.float32)
+    config = {**tracer.config, "standardised": standardise}
+    return Attribution(scores, queries, Dataset.from_dict({}), method=tracer.name, config=config)
 
 
 def first_chunk(stream: IterableDataset, size: int) -> Dataset:
-    """Read the first rows of a stream, undecoded, and leave it where it is.
+    """Return the first rows of a stream, undecoded, without advancing the stream.
 
     Raises:
-        ValueError: If there are none.
+        ValueError: If the stream is empty.
     """
     for chunk in _chunks(stream.with_format("arrow"), size):
         return chunk
@@ -120,10 +162,10 @@ def first_chunk(stream: IterableDataset, size: int) -> Dataset:
 
 
 def _chunks(stream: IterableDataset, size: int, start: int = 0) -> Iterator[Dataset]:
-    """Read a stream, undecoded: one corrupt row must not end the run.
+    """Yield the chunks of a stream, undecoded, so that one corrupt row does not end the run.
 
     Raises:
-        ValueError: If the stream itself breaks off, by a shard that is cut off for example.
+        ValueError: If the stream itself can't be read on, for example at a truncated shard.
     """
     tables = stream.iter(batch_size=size)
     while True:
@@ -132,7 +174,7 @@ def _chunks(stream: IterableDataset, size: int, start: int = 0) -> Iterator[Data
         except Exception as error:
             raise ValueError(
                 f"The stream can't be read beyond row {start - 1}, to the end of a chunk of {size} rows: {error} "
-                f"({type(error).__name__}). Mend or leave out the file that holds them."
+                f"({type(error).__name__}). Repair or leave out the file that holds these rows."
             ) from error
         if table is None:
             return
@@ -141,7 +183,7 @@ def _chunks(stream: IterableDataset, size: int, start: int = 0) -> Iterator[Data
 
 
 def _scored(tracer: Scorer, queries: Dataset, rows: Dataset, start: int) -> np.ndarray:
-    """Score a chunk, `[queries, rows]`; what is computed of it is on disk only until then."""
+    """Compute a chunk's scores, `[queries, rows]`; its encoded rows and losses are deleted afterwards."""
     with progress_bars(False), _scratch(tracer.cache_dir or default_cache_dir()) as scratch:
         try:
             scores = tracer.in_units(tracer.score(queries, rows, scratch, start), rows, scratch, start)
@@ -153,7 +195,7 @@ def _scored(tracer: Scorer, queries: Dataset, rows: Dataset, start: int) -> np.n
 
 @contextmanager
 def _scratch(folder: Path) -> Iterator[Path]:
-    """Make a folder that all processes share, and delete it afterwards."""
+    """Create a temporary folder that all processes share, and delete it afterwards."""
     state = process_state()
     made = [""]
     if state.is_main_process:
@@ -168,49 +210,46 @@ def _scratch(folder: Path) -> Iterator[Path]:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _merged(best: Attribution, scores: np.ndarray, rows: Dataset, top_k: int) -> Attribution:
-    """Take in a chunk and its scores, and let go of all that is not among the best of any query."""
-    config = best.config
-    places = np.arange(config["streamed"], config["streamed"] + len(rows))
-    config = {
-        **config,
-        "streamed": config["streamed"] + len(rows),
-        "unscored": config["unscored"] + len(lost_candidates(scores)),
-    }
-    rows = rows.add_column(PLACE, places.tolist())
+def _merged(best: Attribution, scores: np.ndarray, rows: Dataset, start: int, top_k: int) -> Attribution:
+    """Add a chunk, whose first row is row `start` of the stream, and drop what is not among the best of any query."""
+    rows = rows.add_column(STREAM_ROW, list(range(start, start + len(rows))))
     rows = concatenate_datasets([best.candidates, rows]) if len(best.candidates) else rows
     scores = np.concatenate([best.scores, scores], axis=1)
     ranked = [(row, best_first(row)[:top_k]) for row in scores]
-    stay = np.unique(np.concatenate([first[~np.isnan(row[first])] for row, first in ranked]))
+    remaining = np.unique(np.concatenate([first[~np.isnan(row[first])] for row, first in ranked]))
     with progress_bars(False):
-        kept = rows.select(stay).flatten_indices(keep_in_memory=True)
-    return replace(best, scores=scores[:, stay], candidates=kept, config=config)
+        candidates = rows.select(remaining).flatten_indices(keep_in_memory=True)
+    return replace(best, scores=scores[:, remaining], candidates=candidates)
 
 
-def _save(best: Attribution, folder: Path, stream: IterableDataset) -> None:
-    """Write the best so far beside what was written before, and then let go of that."""
-    before = _saved(folder)
-    best = replace(best, config={**best.config, "place": stream.state_dict()})
-    write_folder(folder / f"{best.config['streamed']}{ENDING}", best.save_to_disk)
-    for other in before:
+def _save(best: Attribution, progress: Progress, folder: Path) -> None:
+    """Write the best candidates so far and the progress into a folder of their own, then delete older ones."""
+    older = _saved(folder)
+
+    def write(part: Path) -> None:
+        best.save_to_disk(part)
+        (part / PROGRESS).write_text(json.dumps(asdict(progress), indent=2))
+
+    write_folder(folder / f"{progress.streamed}{ENDING}", write)
+    for other in older:
         shutil.rmtree(other, ignore_errors=True)
 
 
 def _saved(folder: Path) -> list[Path]:
-    """List what was saved, the latest last."""
+    """List the folders that [`_save`] wrote, the latest last."""
     return sorted(folder.glob(f"*{ENDING}"), key=lambda path: int(path.name.removesuffix(ENDING)))
 
 
-def _resumed(folder: Path, run: str, stream: IterableDataset) -> Attribution | None:
-    """Read what was saved, and put the stream in its place."""
+def _resumed(folder: Path, run: str, stream: IterableDataset) -> tuple[Attribution, Progress] | None:
+    """Load what was saved last and set the stream to its position; `None` if nothing was saved."""
     saved = _saved(folder)
     if not saved:
         return None
-    best = Attribution.load_from_disk(saved[-1])
-    if best.config["run"] != run:
+    progress = Progress(**json.loads((saved[-1] / PROGRESS).read_text()))
+    if progress.run != run:
         raise ValueError(
-            f"{folder} holds what another run has found: another model, other queries or other options. "
+            f"{folder} holds the progress of another run, with another model, other queries or other options. "
             "Give another folder, or delete it."
         )
-    stream.load_state_dict(best.config.pop("place"))
-    return best
+    stream.load_state_dict(progress.stream_state)
+    return Attribution.load_from_disk(saved[-1]), progress

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 from datasets import Dataset, IterableDataset
@@ -90,11 +92,14 @@ def test_a_run_goes_on_where_it_was_interrupted(tracer, tmp_path, monkeypatch, s
     for after in (1, 2):
         with pytest.raises(Interrupted):
             run(after)
+        (saved,) = folder.iterdir()  # the last chunk's alone
+        assert json.loads((saved / "progress.json").read_text())["streamed"] == sum(sizes)
     found = run(100)
+    assert found.config == {**tracer.config, "standardised": False, "streamed": 50, "unscored": 0}
     assert sizes == [chunk_size] * (50 // chunk_size) + [50 % chunk_size] * (50 % chunk_size > 0)  # each row once
     assert run(len(sizes)).config == found.config  # nothing is left to do
     assert len(list(folder.iterdir())) == 1
-    with pytest.raises(ValueError, match="holds what another run has found"):
+    with pytest.raises(ValueError, match="holds the progress of another run"):
         tracer.trace_stream(QUERIES, stream_of(candidates, shards), top_k=4, chunk_size=chunk_size, folder=folder)
     monkeypatch.undo()
     expected = tracer.trace(QUERIES, candidates, top_k=5)
@@ -102,7 +107,7 @@ def test_a_run_goes_on_where_it_was_interrupted(tracer, tmp_path, monkeypatch, s
     assert (np.array(found.candidates["stream_row"][:])[found.indices] == expected.indices).all()
 
 
-def test_curvature_comes_from_the_first_piece():
+def test_curvature_comes_from_the_first_chunk():
     ascent = AscentConfig(direction="cg", sample=3, radius=0.05, iterations=2)
     tracer = ForwardInf(adapter=DiffusionAdapter(stable_diffusion(), timesteps=1), ascent=ascent)
     candidates = rows(10)
@@ -127,7 +132,7 @@ def test_a_saved_attribution_of_a_stream_is_whole(tracer, tmp_path):
     assert loaded.top(1, 3)[:] == found.top(1, 3)[:]
 
 
-def test_what_cannot_be_traced_as_a_stream_is_told(tracer):
+def test_what_cannot_be_traced_as_a_stream_is_refused(tracer):
     candidates = line_points(5)
     with pytest.raises(TypeError, match=r"not Dataset: give that to trace\(\)"):
         tracer.trace_stream(QUERIES, candidates)
