@@ -31,7 +31,7 @@ def test_of_equals_the_uncorrected_the_fewer_steps_and_the_middle_radius_win():
     assert chosen(equal) == trial(1, 1.0)
 
 
-def test_when_nothing_is_retrieved_it_is_said():
+def test_nothing_retrieved_is_an_error():
     with pytest.raises(ValueError, match="No setting retrieves anything"):
         chosen([trial(1, 0.0)])
 
@@ -53,7 +53,7 @@ def test_the_hub_correction_is_on_only_if_it_was_chosen(model, tokenizer, querie
     assert (tracer.references is not None) == next(t["hubs"] for t in tracer.tuning.trials if t["chosen"])
 
 
-def test_tuning_goes_by_the_same_rows_every_time(model, tokenizer, candidates):
+def test_tuning_draws_the_same_rows_every_time(model, tokenizer, candidates):
     trials = [ForwardInf(model, tokenizer).tune(candidates, radii=(1.0,), queries=5).tuning.trials for _ in range(2)]
     assert trials[0] == trials[1]
 
@@ -70,6 +70,11 @@ def test_one_candidate_is_not_enough(line):
         ForwardInf(adapter=line).tune(points(((3, 1), 0)))
 
 
+def test_no_values_to_try_are_refused(line):
+    with pytest.raises(ValueError, match="radii, steps, directions and dampings need at least one value each"):
+        ForwardInf(adapter=line).tune(points(((3, 1), 0), ((1, -3), 1)), radii=())
+
+
 def test_directions_and_dampings_are_tried_where_they_are_named(model, tokenizer, candidates):
     ascent = AscentConfig(direction="gradient", modules=["decoder"])
     tracer = ForwardInf(model, tokenizer, ascent=ascent)
@@ -79,7 +84,7 @@ def test_directions_and_dampings_are_tried_where_they_are_named(model, tokenizer
     assert settings == [("gradient", None), ("kfac", 0.1), ("kfac", 1.0)]
 
 
-def test_retraining_that_the_gradient_foretells_chooses_it():
+def test_retraining_that_the_gradient_predicts_chooses_the_gradient():
     adapter = TensorAdapter(digits.perceptron())
     candidates, queries, subsets = digits.rows(0, 100), digits.rows(100, 104), random_halves(100, 30)
     tracer = ForwardInf(adapter=adapter)
@@ -91,5 +96,5 @@ def test_retraining_that_the_gradient_foretells_chooses_it():
     assert max(trial["lds"] for trial in tuned.tuning.trials) == pytest.approx(1.0)
     assert "LDS" in str(tuned.tuning)
     against = Retrained(queries, subsets, -retrained.losses)
-    with pytest.raises(ValueError, match="No setting foretells anything"):
+    with pytest.raises(ValueError, match="No setting predicts the losses"):
         tracer.tune(candidates, radii=(0.3,), retrained=against)
