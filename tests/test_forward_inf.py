@@ -157,7 +157,7 @@ def test_texts_that_are_no_texts_are_refused(tracer, queries, candidates):
         tracer.trace(queries, numbers)
 
 
-def test_one_warning_counts_the_rows_that_are_cut(model, tokenizer, queries, candidates):
+def test_one_warning_counts_the_rows_that_are_truncated(model, tokenizer, queries, candidates):
     rows = candidates.to_list()
     for row in (3, 5):
         rows[row]["inputs_pretokenized"] = "a long story " * 200
@@ -165,8 +165,9 @@ def test_one_warning_counts_the_rows_that_are_cut(model, tokenizer, queries, can
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         scores = tracer.trace(queries, type(candidates).from_list(rows)).scores
-    told = [str(w.message) for w in caught if "longer than the model reads" in str(w.message)]
-    assert told == ["2 of 40 candidates are longer than the model reads: their ends are cut off."]
+    messages = [str(w.message) for w in caught if "truncated" in str(w.message)]
+    expected = "Candidates longer than the model's maximum length are truncated: of 40 rows, 2 lose their ends."
+    assert messages == [expected]
     assert np.isfinite(scores).all()
 
 

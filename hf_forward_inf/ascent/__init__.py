@@ -1,1 +1,1 @@
-"""Step 2 of the algorithm: a copy of the model is moved up the loss of a query."""
+"""Step 2 of Algorithm 1: move a copy of the model's parameters up the loss of a query."""

@@ -1,1 +1,1 @@
-"""What the console command runs: whole runs, from data to a report."""
+"""The commands of `hf-forward-inf`: complete runs on a user's data, from loading to the report."""

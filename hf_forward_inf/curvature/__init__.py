@@ -1,1 +1,1 @@
-"""Directions of the step that are corrected by the curvature of the training loss."""
+"""Directions of the ascent's steps that are corrected by the curvature of the training loss."""

@@ -1,1 +1,1 @@
-"""Attributors side by side: tasks, tables of figures, costs."""
+"""Compare attributors on a task: metrics, tables and costs."""

@@ -1,1 +1,1 @@
-"""Step 3 of the algorithm: the candidates are forwarded, batch by batch, cached."""
+"""Step 3 of Algorithm 1: cached forward passes over all candidates, batch by batch."""

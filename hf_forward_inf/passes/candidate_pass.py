@@ -1,4 +1,4 @@
-"""One pass over all candidates: encoded once, sorted, batched, shared out over processes, cached."""
+"""One cached pass over all candidates: encoded once, sorted, batched and distributed over the processes."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,26 +20,23 @@ from hf_forward_inf.utils.storage import default_cache_dir
 from hf_forward_inf.utils.validation import check_dataset, check_rows, listed
 
 MAX_BATCH_LENGTH = 4096
-"""Padded tokens in one batch to begin with; halved when memory runs out."""
-
-
+"""Default maximum of padded tokens in a batch; halved when memory runs out."""
 REASONS = 5
-"""Rows of which a message says why they can't be read."""
+"""Maximum number of unreadable rows for which a message gives the reason."""
 
 
 class CandidatePass:
-    """Runs work over every candidate, batch by batch, and gives its figures back in the candidates' order.
+    """Runs a function over every candidate, batch by batch, and returns its values in the candidates' order.
 
-    Candidates are encoded once, sorted by length so that padding wastes little, and shared out over the
-    processes of `accelerate launch`. Each pass is one `datasets.map`, cached under a fingerprint of weights,
-    encoded candidates, settings and the work's own key: a run that was interrupted goes on with the first
-    pass that is not finished.
+    Candidates are encoded once, sorted by length to save padding, and distributed over the processes of
+    `accelerate launch`. Each pass is one `datasets.map`, cached under a fingerprint of weights, encoded candidates,
+    settings and the function's own key: an interrupted run resumes with the first unfinished pass.
 
     Args:
-        adapter (`Adapter`): Encodes candidates and gives their losses.
+        adapter (`Adapter`): Encodes candidates and computes their losses.
         candidates (`datasets.Dataset`): Rows to score.
         cache_dir (`Path`, *optional*): Defaults to [`default_cache_dir`].
-        max_batch_length (`int`, defaults to 4096): Padded tokens (or rows, where nothing is padded) in a
+        max_batch_length (`int`, defaults to 4096): Maximum of padded tokens (of rows, where nothing is padded) in a
             batch; halved when memory runs out.
         first_row (`int`, defaults to 0): As in [`encode`].
     """
@@ -60,28 +57,28 @@ class CandidatePass:
         encoded = encode(adapter, candidates, "candidates", self.cache_dir, first_row=first_row)
         self.terms = np.array(encoded["terms"], dtype=np.float32)
         lengths = adapter.lengths(encoded.with_format(None))
-        # Longest first: if memory runs out, it does so at once. Ties keep their order, so that runs agree.
+        # Longest first: if memory runs out, it does so at the start. Ties stay in order, so that runs agree.
         self.order = np.lexsort(-lengths.T[::-1])
         self.encoded = encoded.select(self.order)
-        # Batches are dealt out whole: their shapes, and so every bit of a loss, are those of a single process.
+        # Processes share whole batches: shapes, and so every bit of a loss, are those of a single process.
         cuts = list(batches(lengths[self.order], max_batch_length))
         self.shares = [cuts[process :: self.state.num_processes] for process in range(self.state.num_processes)]
         self.weights = fingerprint_of_model(adapter.model)
 
     def run(self, work: Callable[[Batch], np.ndarray], columns: int, key: str, title: str) -> np.ndarray:
-        """Run one cached pass over this process's share and put everyone's together.
+        """Run one cached pass over this process's share, and gather the values of all processes.
 
         Args:
-            work (`Callable`): Given a batch on the model's device, gives figures, float32 `[rows, columns]`.
-            columns (`int`): Figures a candidate.
-            key (`str`): Names everything, beside weights, candidates and adapter, that the figures depend on.
-            title (`str`): Heads the progress bar.
+            work (`Callable`): Computes float32 values, `[rows, columns]`, from a batch on the model's device.
+            columns (`int`): Number of values for each candidate.
+            key (`str`): Identifies everything that the values depend on besides weights, candidates and adapter.
+            title (`str`): Title of the progress bar.
 
         Returns:
             `np.ndarray`: float32 `[columns, candidates]`.
         """
-        share = (self.state.process_index, self.state.num_processes)
-        name = fingerprint(self.weights, self.adapter.cache_key, self.encoded._fingerprint, key, share)
+        process = (self.state.process_index, self.state.num_processes)
+        name = fingerprint(self.weights, self.adapter.cache_key, self.encoded._fingerprint, key, process)
         cuts = self.shares[self.state.process_index]
         local = np.empty((0, columns), dtype=np.float32)
         if cuts:
@@ -98,13 +95,14 @@ class CandidatePass:
                 )
             local = np.asarray(mapped.with_format("numpy")["figures"][:], dtype=np.float32).reshape(-1, columns)
         figures = np.empty((columns, len(self.order)), dtype=np.float32)
-        for rows, part in zip(self.shares, self._gather(local), strict=True):
-            indices = np.concatenate([self.order[:0], *(self.order[cut] for cut in rows)])
-            figures[:, indices] = part[: len(indices)].T
+        for share, part in zip(self.shares, self._gather(local), strict=True):
+            if share:
+                indices = np.concatenate([self.order[cut] for cut in share])
+                figures[:, indices] = part[: len(indices)].T
         return figures
 
     def _step(self, work: Callable[[Batch], np.ndarray]) -> Any:
-        """Make the function that `datasets.map` calls; it halves its batches when memory runs out."""
+        """Return the function that `datasets.map` calls; it halves its batches when memory runs out."""
 
         def figures(cut: Rows) -> dict[str, np.ndarray]:
             features = self.encoded[cut["start"][0] : cut["stop"][0]]
@@ -114,7 +112,7 @@ class CandidatePass:
                 except RuntimeError as error:
                     if not should_reduce_batch_size(error) or self.max_batch_length <= 1:
                         raise
-                # Not by find_executable_batch_size: it collects garbage at every call, longer than a batch takes.
+                # Not find_executable_batch_size: it collects garbage at every call, which takes longer than a batch.
                 self.max_batch_length //= 2
                 clear_device_cache(garbage_collection=True)
 
@@ -126,7 +124,7 @@ class CandidatePass:
         return figures
 
     def _gather(self, local: np.ndarray) -> np.ndarray:
-        """Collect every process's share: `[processes, rows of the longest share, columns]`, NaN beyond a share."""
+        """Gather every process's share, `[processes, rows of the longest share, columns]`; NaN beyond a share."""
         if self.state.num_processes == 1:
             return local[None]
         padded = pad_across_processes(torch.from_numpy(local).to(self.state.device), pad_index=np.nan)
@@ -142,22 +140,24 @@ def encode(
     first_row: int = 0,
     drop_unreadable: bool = False,
 ) -> Dataset:
-    """Encode rows once, checking every one of them.
+    """Check and encode all rows, cached.
 
     Args:
-        adapter (`Adapter`): Encodes.
+        adapter (`Adapter`): Encodes the rows.
         rows (`datasets.Dataset`): Queries or candidates.
         role (`str`): `"queries"` or `"candidates"`, for messages.
         cache_dir (`Path`, *optional*): Defaults to [`default_cache_dir`].
-        first_row (`int`, defaults to 0): Number of the first row, for messages: of a chunk of a stream, its place.
-        drop_unreadable (`bool`, defaults to `False`): Leave out, without a word, rows of which something can't be read
-            where the adapter would go on without them: what is left is no longer row for row.
+        first_row (`int`, defaults to 0): The number that messages give the first row, such as the row number in the
+            stream of a chunk's first row.
+        drop_unreadable (`bool`, defaults to `False`): Leave out unreadable rows without a warning, where the adapter
+            skips such rows. The result then has fewer rows.
 
     Returns:
-        `datasets.Dataset`: The features of `Adapter.encode`, row for row.
+        `datasets.Dataset`: The features of `Adapter.encode`, one row for each of `rows`.
 
     Raises:
-        ValueError: If there are no rows, a column is missing, or a row has nothing to predict.
+        ValueError: If there are no rows, a column is missing, a row has nothing to predict, or one can't be read and
+            the adapter does not skip such rows.
     """
     check_dataset(rows, role)
     if role == "queries":
@@ -184,12 +184,15 @@ def encode(
             check_readable(reasons, role, first_row, adapter.skips_unreadable)
     check_terms(np.array(encoded["terms"]), columns[-1], role, first_row)
     if (lost := _lost(encoded["truncated"][:])) and state.is_main_process:
-        warnings.warn(f"Of {len(rows)} {role}, longer than the model reads, {lost}.", stacklevel=3)
+        warnings.warn(
+            f"{role.capitalize()} longer than the model's maximum length are truncated: of {len(rows)} rows, {lost}.",
+            stacklevel=3,
+        )
     return encoded.remove_columns("truncated")
 
 
 def _lost(truncated: list[bool | str]) -> str:
-    """Say how many rows lost their beginnings, and how many their ends; nothing where all are whole."""
+    """Return, in words, how many rows lose their beginnings and how many their ends; "" if none is truncated."""
     ends = ["end" if cut is True else cut or "" for cut in truncated]
     counts = {name: sum(name in cut for cut in ends) for name in ("beginning", "end")}
     return " and ".join(
@@ -199,21 +202,29 @@ def _lost(truncated: list[bool | str]) -> str:
     )
 
 
-def check_readable(reasons: list[str], role: str, first_row: int, go_on: bool) -> None:
-    """Name the rows that can't be read, those with a reason: in a warning, or else in a `ValueError`."""
+def check_readable(reasons: list[str], role: str, first_row: int, skips_unreadable: bool) -> None:
+    """Warn of the rows that can't be read, or raise a `ValueError` if the adapter does not skip such rows.
+
+    Args:
+        reasons (`list[str]`): Why each row can't be read; empty for readable rows.
+        role (`str`): As in [`encode`].
+        first_row (`int`): As in [`encode`].
+        skips_unreadable (`bool`): As in [`Adapter`].
+    """
     rows = np.flatnonzero([bool(reason) for reason in reasons])
     if not len(rows):
         return
     shown = "; ".join(f"row {row + first_row}: {reasons[row]}" for row in rows[:REASONS])
-    told = f"Of {role} {listed(rows + first_row)} can't be read ({shown}{'; ...' if len(rows) > REASONS else ''})."
-    if not go_on:
-        raise ValueError(f"{told} Mend the rows or drop them.")
+    more = "; ..." if len(rows) > REASONS else ""
+    message = f"{role.capitalize()} {listed(rows + first_row)} can't be read ({shown}{more})."
+    if not skips_unreadable:
+        raise ValueError(f"{message} Fix the rows or drop them.")
     if process_state().is_main_process:
-        warnings.warn(f"{told} A row of which nothing can be read has no score.", stacklevel=4)
+        warnings.warn(f"{message} A row without anything readable has no score.", stacklevel=4)
 
 
 def check_terms(terms: np.ndarray, column: str, role: str, first_row: int = 0) -> None:
-    """Raise a `ValueError` that names the rows in which there is nothing to predict."""
+    """Raise a `ValueError` that names the rows that have nothing to predict."""
     empty = np.flatnonzero(terms == 0) + first_row
     if len(empty):
         raise ValueError(
@@ -222,11 +233,14 @@ def check_terms(terms: np.ndarray, column: str, role: str, first_row: int = 0) -
 
 
 def batches(lengths: np.ndarray, max_batch_length: int) -> Iterator[slice]:
-    """Cut sorted rows into batches whose padded size, rows x longest, stays within a limit.
+    """Split sorted rows into batches whose padded size, rows x longest, stays within a limit.
 
     Args:
         lengths (`np.ndarray`): `[rows, axes]`, from `Adapter.lengths`.
         max_batch_length (`int`): The limit; a single row may exceed it.
+
+    Yields:
+        `slice`: The rows of a batch.
     """
     start = 0
     longest = np.zeros(lengths.shape[1], dtype=int)
@@ -240,7 +254,7 @@ def batches(lengths: np.ndarray, max_batch_length: int) -> Iterator[slice]:
 
 
 def _cache_file(cache_dir: Path, kind: str, name: str) -> str | None:
-    """Name the file that `datasets.map` writes, atomically, and reads if it is there."""
+    """Return the cache file that `datasets.map` reads or (atomically) writes; `None` if caching is disabled."""
     if not is_caching_enabled():
         return None
     folder = cache_dir / kind

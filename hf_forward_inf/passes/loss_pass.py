@@ -1,4 +1,4 @@
-"""Step 3 of the algorithm: the loss of every candidate, by forward passes only."""
+"""Step 3 of Algorithm 1: the loss of every candidate, by forward passes only."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,21 +14,21 @@ from hf_forward_inf.passes.candidate_pass import CandidatePass
 
 
 class LossPass(CandidatePass):
-    """Gives the loss of every candidate under perturbed models; base losses are computed once and cached."""
+    """Computes the loss of every candidate under perturbed models; base losses are computed once and cached."""
 
     kind = ""
-    """Tells what is computed from losses, in the cache."""
+    """Part of the cache key: separates what subclasses compute from plain losses."""
 
     def base(self) -> np.ndarray:
-        """Compute the base loss of every candidate, L(theta, D_i), summed over its terms: float32 `[candidates]`."""
+        """Compute the base loss of every candidate, L(theta, D_i), summed over its terms; float32 `[candidates]`."""
         return self.run(lambda batch: self._losses(batch, [{}]), 1, "base", "base losses")[0]
 
     def __call__(self, perturbed: PerturbedModels, title: str = "loss pass") -> np.ndarray:
         """Compute every candidate's loss under each perturbed model, L(theta_K, D_i).
 
         Args:
-            perturbed (`PerturbedModels`): A block of queries' models.
-            title (`str`): Heads the progress bar.
+            perturbed (`PerturbedModels`): The models of a block of queries.
+            title (`str`, defaults to `"loss pass"`): Title of the progress bar.
 
         Returns:
             `np.ndarray`: float32 `[queries, candidates]`, NaN for a query that cannot move the model.
@@ -41,34 +41,34 @@ class LossPass(CandidatePass):
 
     @torch.no_grad()
     def _losses(self, batch: Batch, thetas: Sequence[Parameters | None]) -> np.ndarray:
-        """Losses of a batch under each model: `[rows, models]`."""
+        """Compute the losses of a batch under each model, `[rows, models]`."""
         adapter = self.adapter
         rows = len(next(tensor for tensor in batch.values() if isinstance(tensor, Tensor)))
         losses = np.full((rows, len(thetas)), np.nan, dtype=np.float32)
-        touched = set().union(*(theta for theta in thetas if theta is not None))
-        if not touched & adapter.shared_parameters():
-            batch = adapter.run_shared(batch)  # what no query touches is computed once for all of them
-        measured = self._measured(batch)
+        names = set().union(*(theta for theta in thetas if theta is not None))
+        if not names & adapter.shared_parameters():
+            batch = adapter.run_shared(batch)  # no query changes it: computed once for all models
+        measure = self._measure(batch)
         for i, theta in enumerate(thetas):
             if theta is not None:
-                losses[:, i] = measured(theta).float().cpu().numpy()
+                losses[:, i] = measure(theta).float().cpu().numpy()
         return losses
 
-    def _measured(self, batch: Batch) -> Callable[[Parameters], Tensor]:
-        """What is measured of a batch under a model: `[rows]`."""
+    def _measure(self, batch: Batch) -> Callable[[Parameters], Tensor]:
+        """Return a function from a model's parameters to the batch's losses under it, `[rows]`."""
         return lambda theta: self.adapter.loss(partial(call, self.adapter.model, theta), batch)
 
 
 class ShiftPass(LossPass):
-    """Gives how far each candidate's prediction is from what it was, in place of its loss: 0 under theta itself."""
+    """Computes the distance of each candidate's outputs from those under theta, in place of its loss."""
 
     kind = "shift"
 
     def base(self) -> np.ndarray:
-        """Zeros, `[candidates]`."""
+        """Return zeros, `[candidates]`: the distance under theta itself."""
         return np.zeros(len(self.order), dtype=np.float32)
 
-    def _measured(self, batch: Batch) -> Callable[[Parameters], Tensor]:
+    def _measure(self, batch: Batch) -> Callable[[Parameters], Tensor]:
         def outputs(theta: Parameters) -> Tensor:
             return self.adapter.outputs(partial(call, self.adapter.model, theta), batch)
 

@@ -1,1 +1,1 @@
-"""What is done with scores: corrections, measures against known proponents or retraining."""
+"""Correct scores, and measure them against known proponents or against retraining."""

@@ -1,1 +1,1 @@
-"""Small real models that are trained in minutes, for recipes and tests without a model."""
+"""Small real models, trained in minutes, for recipes and tests that are given no model."""

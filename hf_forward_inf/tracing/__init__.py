@@ -1,1 +1,1 @@
-"""What ForwardInf does beyond the algorithm: streams, tuning, tokens, self-influence, export."""
+"""What ForwardInf does beyond Algorithm 1: streams, tuning, token scores, self-influence, export to PEFT."""

@@ -1,4 +1,4 @@
-"""An answer within a time: candidates are dealt out in slices until it is up."""
+"""Trace within a time budget: candidates are scored in slices until the time is over."""
 
 import time
 import warnings
@@ -10,19 +10,19 @@ from accelerate.utils import broadcast_object_list
 from hf_forward_inf.utils.processes import process_state
 
 FIRST = 64
-"""Candidates of the first slice, which is scored however long that takes."""
+"""Size of the first slice, which is scored however long that takes."""
 
 
 def slices(order: np.ndarray, seconds: float) -> Iterator[np.ndarray]:
-    """Deal candidates out until the time is up.
+    """Yield slices of the candidates until the time is over.
 
-    Each slice is as large as the pace so far promises to get through in the time left, but at most twice what was
-    dealt before. All processes of a run get the same slices.
+    Each slice is as large as can be scored in the remaining time at the speed so far, but at most twice as large as
+    all slices before it together. All processes of a run get the same slices.
 
     Args:
-        order (`np.ndarray`): Row numbers, in the order in which they are to be inspected.
-        seconds (`float`): The time, from the first slice on. If it is over before the first slice is through, a
-            warning says so.
+        order (`np.ndarray`): Row numbers, in the order in which to score them.
+        seconds (`float`): The time budget, from the first slice on. If the first slice takes longer, a warning says
+            so.
 
     Yields:
         `np.ndarray`: Row numbers, ascending.
@@ -49,7 +49,7 @@ def slices(order: np.ndarray, seconds: float) -> Iterator[np.ndarray]:
 
 
 def _agreed(size: int) -> int:
-    """What the main process says: clocks of several processes differ."""
+    """Return the main process's size in every process: their clocks differ."""
     if process_state().num_processes == 1:
         return size
     return broadcast_object_list([size])[0]

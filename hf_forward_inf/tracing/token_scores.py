@@ -1,4 +1,4 @@
-"""Where in a training example the loss rises: at which tokens."""
+"""Scores token by token: where in a training example the loss rises."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,20 +19,20 @@ from hf_forward_inf.utils.models import evaluating, to_device
 
 
 def explain(tracer: Scorer, found: Attribution, k: int = 10) -> Attribution:
-    """Tell, for the best candidates of each query, how much each token's loss rises.
+    """Compute how much each token's loss rises, for the best candidates of each query.
 
     Args:
-        tracer (`ForwardInf`): What traced.
-        found (`Attribution`): Its attribution.
-        k (`int`, defaults to 10): Candidates of each query.
+        tracer (`ForwardInf`): Perturbs the model for the queries.
+        found (`Attribution`): An attribution, its own or another attributor's.
+        k (`int`, defaults to 10): Candidates of each query to explain.
 
     Returns:
         `Attribution`: The same with `details`, a row for each of these candidates: `query`, `candidate`, `terms` (the
-        tokens' texts) and `term_scores` (float32, nats), which sum to the score (with `reduction="sum"` and
-        `units="loss"`, hubs and standardising aside).
+        tokens' texts) and `term_scores` (float32, nats). They sum to the score if `reduction="sum"`, `units="loss"`
+        and scores are neither corrected for hubs nor standardised.
 
     Raises:
-        NotImplementedError: If the adapter can't say what the terms of its loss stand for.
+        NotImplementedError: If the adapter does not say what the terms of its loss stand for.
     """
     adapter, candidates = tracer.adapter, found.candidates
     queries = encode(adapter, found.queries, "queries", tracer.cache_dir)
@@ -44,8 +44,8 @@ def explain(tracer: Scorer, found: Attribution, k: int = 10) -> Attribution:
             if not len(rows):
                 continue
             features = adapter.encode(adapter.prepare(candidates.select_columns(columns))[list(rows)])
-            risen = rises(tracer, theta_k, mirrored, features).cpu().numpy()
-            for row, texts, scores in zip(rows, adapter.term_texts(features), risen, strict=True):
+            term_scores = rises(tracer, theta_k, mirrored, features).cpu().numpy()
+            for row, texts, scores in zip(rows, adapter.term_texts(features), term_scores, strict=True):
                 details["query"].append(i)
                 details["candidate"].append(row)
                 details["terms"].append(texts)
@@ -56,16 +56,16 @@ def explain(tracer: Scorer, found: Attribution, k: int = 10) -> Attribution:
 def perturbed(
     tracer: Scorer, queries: Dataset, candidates: Dataset
 ) -> Iterator[tuple[int, Parameters, Parameters | None]]:
-    """Perturb the model for one query after the other, a block at a time.
+    """Perturb the model for one query after another, a block at a time.
 
     Args:
-        tracer (`ForwardInf`): How.
-        queries (`datasets.Dataset`): Encoded.
-        candidates (`datasets.Dataset`): Stand for the training data, unless the tracer has it.
+        tracer (`ForwardInf`): Perturbs the model.
+        queries (`datasets.Dataset`): Encoded queries.
+        candidates (`datasets.Dataset`): Used as the training data if the tracer has no `training`.
 
     Yields:
-        `tuple`: The query's row, theta_K, and its mirror image where scores are symmetric. Queries that cannot move
-        the model are left out.
+        `tuple`: The query's row number, theta_K, and its mirror image if scores are symmetric, else `None`. Queries
+        that cannot move the model are skipped.
     """
     for rows, perturbation in tracer.perturber(candidates).blocks(queries):
         mirrored = Mirrored(perturbation).thetas if tracer.ascent.mode == "symmetric" else None
@@ -75,7 +75,7 @@ def perturbed(
 
 
 def rises(tracer: Scorer, theta_k: Parameters, mirrored: Parameters | None, features: dict[str, list[Any]]) -> Tensor:
-    """By how much each term's loss rises, `[rows, terms]`, with the sign that scores have."""
+    """Compute how much each term's loss rises, `[rows, terms]`, with the sign of a score."""
     adapter, model = tracer.adapter, tracer.adapter.model
     batch = to_device(adapter.collate(features), model)
 

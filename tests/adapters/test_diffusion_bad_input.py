@@ -53,7 +53,7 @@ def test_what_cannot_be_read_is_named_with_its_reason_and_has_no_score(tracer):
         found = tracer.trace(candidates.select([1]), candidates)
     texts = [str(warning.message) for warning in told]
     assert len(texts) == 2
-    assert "Of candidates rows 3, 4, 5, 6, 7, 8 (6 rows) can't be read (row 3: " in texts[0]
+    assert "Candidates rows 3, 4, 5, 6, 7, 8 (6 rows) can't be read (row 3: " in texts[0]
     assert all(reason in texts[0] for reason in list(UNREADABLE)[:5]) and texts[0].count("; row") == 4
     assert "Candidates rows 3, 4, 5, 6, 7, 8 (6 rows): the loss is NaN" in texts[1]
     assert np.isnan(found.scores[0]).tolist() == [False] * 3 + [True] * 6
@@ -99,9 +99,9 @@ def test_an_empty_caption_and_none_are_an_empty_prompt(tracer):
     assert losses[0] == losses[1] != losses[2]
 
 
-def test_captions_that_are_cut_off_are_counted(tracer, capsys):
+def test_captions_that_are_truncated_are_counted(tracer, capsys):
     candidates = table([encoded(i) for i in range(3)], ["a red square", "a red square " * 50, ""])
-    with pytest.warns(UserWarning, match="1 of 3 candidates are longer than the model reads"):
+    with pytest.warns(UserWarning, match="are truncated: of 3 rows, 1 loses its end"):
         LossPass(tracer.adapter, candidates)
     assert "truncated" not in capsys.readouterr().err
 
@@ -122,7 +122,7 @@ def test_of_a_query_that_is_unreadable_in_part_the_rest_is_traced(tracer):
     whole = Dataset.from_dict({"image": [[picture]], "caption": caption}, features=features)
     part = Dataset.from_dict({"image": [[picture, broken]], "caption": caption}, features=features)
     expected = tracer.trace(whole, rows(4)).scores
-    with pytest.warns(UserWarning, match=r"Of queries row 0 can't be read \(row 0: image 2 of 2, cut.jpg, "):
+    with pytest.warns(UserWarning, match=r"Queries row 0 can't be read \(row 0: image 2 of 2, cut.jpg, "):
         found = tracer.trace(part, rows(4))
     np.testing.assert_allclose(found.scores, expected, rtol=1e-5)
 
@@ -132,7 +132,7 @@ def test_a_query_without_a_readable_picture_has_no_scores_and_others_do(tracer):
     with pytest.warns(UserWarning) as told:
         found = tracer.trace(queries, rows(3))
     texts = " ".join(str(warning.message) for warning in told)
-    assert "Of queries row 0 can't be read" in texts and "Queries row 0: the gradient" in texts
+    assert "Queries row 0 can't be read" in texts and "Queries row 0: the gradient" in texts
     assert np.isnan(found.scores[0]).all() and np.isfinite(found.scores[1]).all()
 
 
@@ -157,7 +157,7 @@ def test_rows_of_a_stream_are_named_by_their_place(tracer):
     with pytest.warns(UserWarning) as told:
         found = tracer.trace_stream(rows(1), candidates.to_iterable_dataset(), chunk_size=2, top_k=9)
     texts = [str(warning.message) for warning in told]
-    assert "Of candidates row 5 can't be read (row 5: Pillow does not know its format" in texts[0]
+    assert "Candidates row 5 can't be read (row 5: Pillow does not know its format" in texts[0]
     assert "Candidates row 5: the loss is NaN" in texts[1]
     assert found.config["unscored"] == 1 and len(found.candidates) == 6
 

@@ -243,7 +243,7 @@ def test_corrupt_images_name_their_rows():
         features=Features({"image": Image(), "label": Value("int64")}),
     )
     tracer = ForwardInf(adapter=ImageClassificationAdapter(network()))
-    with pytest.raises(ValueError, match=r"Of candidates rows 1, 3 \(2 rows\) can't be read \(row 1: .+ drop them"):
+    with pytest.raises(ValueError, match=r"Candidates rows 1, 3 \(2 rows\) can't be read \(row 1: .+ drop them"):
         tracer.trace(rows(1), data)
 
 
