@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from hf_forward_inf.tracing.tuning import Tuning
 
 __all__ = ["AscentConfig", "Attribution", "Attributor", "DataAttributionPipeline", "ForwardInf", "Tuning"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _MODULES = {
     "AscentConfig": "ascent.config",
