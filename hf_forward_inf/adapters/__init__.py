@@ -8,6 +8,7 @@ from hf_forward_inf.adapters.base import Adapter
 from hf_forward_inf.adapters.causal_lm import CausalLMAdapter, is_causal_lm
 from hf_forward_inf.adapters.diffusion import DiffusionAdapter, is_diffusion
 from hf_forward_inf.adapters.image_classification import ImageClassificationAdapter, is_image_classifier
+from hf_forward_inf.adapters.preference import PreferenceAdapter
 from hf_forward_inf.adapters.seq2seq import Seq2SeqAdapter, is_seq2seq
 from hf_forward_inf.adapters.sequence_classification import SequenceClassificationAdapter, is_sequence_classifier
 from hf_forward_inf.adapters.tensors import TensorAdapter
@@ -17,6 +18,7 @@ __all__ = [
     "CausalLMAdapter",
     "DiffusionAdapter",
     "ImageClassificationAdapter",
+    "PreferenceAdapter",
     "Seq2SeqAdapter",
     "SequenceClassificationAdapter",
     "TensorAdapter",

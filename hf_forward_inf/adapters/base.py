@@ -156,6 +156,14 @@ class Adapter(ABC):
         rows = queries[:]
         return Dataset.from_dict({**rows, self.columns[-1]: answer(rows, **options)})
 
+    def for_queries(self, columns: Iterable[str]) -> "Adapter":
+        """Return the adapter that reads queries with these columns: this one, unless they may be of another kind."""
+        return self
+
+    def for_encoded(self, features: Iterable[str]) -> "Adapter":
+        """Return the adapter that encoded queries with these features."""
+        return self
+
     def with_model(self, model: nn.Module) -> Self:
         """Give the same adapter for another model of the same architecture, such as a checkpoint."""
         other = copy.copy(self)

@@ -9,6 +9,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from hf_forward_inf.adapters.base import Adapter, Batch, Forward, Rows
+from hf_forward_inf.adapters.pairs import half, halves, interleaved, named
 
 CONTRAST = "contrast"
 """Feature and batch entry: 1 for queries that have a contrast, else 0."""
@@ -50,7 +51,7 @@ class Contrast(Adapter):
         """Encode every query twice: with its output, and with its contrast in the output's place."""
         contrasts = rows[self.column]
         plain = {name: values for name, values in rows.items() if name != self.column}
-        said, other = (self.adapter.encode(half) for half in (plain, self.adapter.with_outputs(plain, contrasts)))
+        said, other = map(self.adapter.encode, (plain, self.adapter.with_outputs(plain, contrasts)))
         given = [contrast is not None for contrast in contrasts]
         own = [name for name in other if name not in ("truncated", "unreadable")]
         reasons = list(said.get("unreadable") or [""] * len(given))
@@ -64,7 +65,7 @@ class Contrast(Adapter):
                 reasons[i] = reasons[i] or f"its `{self.column}` is the output itself"
         return {
             **said,
-            **{HALF + name: other[name] for name in own},
+            **named({name: other[name] for name in own}, HALF),
             CONTRAST: [float(one) for one in given],
             "truncated": [a or b for a, b in zip(said["truncated"], other["truncated"], strict=True)],
             "unreadable": reasons,
@@ -76,18 +77,14 @@ class Contrast(Adapter):
 
     def collate(self, features: Rows) -> Batch:
         """Pad both halves of the queries together, each query's contrast right behind its output."""
-        pairs = {
-            name.removeprefix(HALF): [half for pair in zip(features[name.removeprefix(HALF)], contrasts, strict=True)
-                                      for half in pair]
-            for name, contrasts in features.items() if name.startswith(HALF)
-        }  # fmt: skip
+        pairs = interleaved(features, half(features, HALF))
         # First, so that whoever counts rows finds that of queries.
         return {CONTRAST: torch.tensor(features[CONTRAST]), **self.adapter.collate(pairs)}
 
     def term_losses(self, forward: Forward, batch: Batch) -> Tensor:
         """Return the terms of the output's loss, then those of the contrast's, negative: `[queries, 2 x terms]`."""
         pairs = {name: value for name, value in batch.items() if name != CONTRAST}
-        said, other = self.adapter.term_losses(forward, pairs).unflatten(0, (-1, 2)).unbind(1)
+        said, other = halves(self.adapter.term_losses(forward, pairs))
         return torch.cat([said, -batch[CONTRAST][:, None] * other], dim=1)
 
     def shared_parameters(self) -> Any:
@@ -103,6 +100,7 @@ class Contrast(Adapter):
 def query_adapter(adapter: Adapter, columns: Iterable[str]) -> Adapter:
     """Return the adapter for queries that have these columns: with contrasts, where there is a column of them."""
     columns = list(columns)
+    adapter = adapter.for_queries(columns)
     column = next((name for name in adapter.contrast_columns if name in columns), None)
     if column is None or column in adapter.columns_in(columns):
         return adapter
@@ -111,4 +109,6 @@ def query_adapter(adapter: Adapter, columns: Iterable[str]) -> Adapter:
 
 def encoded_adapter(adapter: Adapter, features: Iterable[str]) -> Adapter:
     """Return the adapter that collates what [`query_adapter`] encoded, by the features that it has."""
+    features = list(features)
+    adapter = adapter.for_encoded(features)
     return Contrast(adapter) if CONTRAST in features else adapter

@@ -99,7 +99,8 @@ class GradientBaseline(ModelBaseline):
         with evaluating(adapter.model):
             encoded = encode(adapter, queries, "queries", self.cache_dir)
             names = perturbed_names(adapter, self.modules or ["all"])
-            gradients = ExampleGradients(adapter, names, encoded[:1])
+            asked = ExampleGradients(encoded_adapter(adapter, encoded.column_names), names, encoded[:1])
+            gradients = asked.with_adapter(adapter)
             run = CandidatePass(adapter, candidates, cache_dir=self.cache_dir, max_batch_length=self.max_batch_length)
             found, own = [], []
             for rows in self._blocks(len(queries), gradients):
