@@ -18,38 +18,40 @@ class Command(NamedTuple):
         options (`str`): Its dataclasses: names in [`commands.options`].
         run (`str`): `module.function` in [`commands`], which takes them.
         extra (`str`, *optional*): The extra of the package that it needs.
+        bars (`bool`): Whether it shows datasets' progress bars.
         summary (`str`): Its line in the list of commands.
     """
 
     options: tuple[str, ...]
     run: str
     extra: str | None
+    bars: bool
     summary: str
 
 
 COMMANDS = {
     "trace": Command(
-        ("TraceOptions", "AscentConfig"), "trace.trace_run", None,
+        ("TraceOptions", "AscentConfig"), "trace.trace_run", None, True,
         "which training examples made a language model give its answers",
     ),
     "compare": Command(
-        ("CompareOptions", "AscentConfig"), "trace.trace_run", None,
+        ("CompareOptions", "AscentConfig"), "trace.trace_run", None, True,
         "the same by every attributor, side by side (trace --compare)",
     ),
     "finetune": Command(
-        ("FinetuneOptions", "AscentConfig"), "finetune.finetune_run", None,
+        ("FinetuneOptions", "AscentConfig"), "finetune.finetune_run", None, True,
         "fine-tune a causal model, trace its answers, fine-tune it again without what was found",
     ),
     "laion": Command(
-        ("LaionOptions", "AscentConfig"), "laion.laion_run", "diffusion",
+        ("LaionOptions", "AscentConfig"), "laion.laion_run", "diffusion", True,
         "trace what a diffusion model drew over captioned pictures that don't fit on the disk",
     ),
     "leakage": Command(
-        ("LeakageOptions",), "leakage.leakage_run", "truth",
+        ("LeakageOptions",), "leakage.leakage_run", "truth", False,
         "put training images into the test set: is the training copy of each found?",
     ),
     "mislabel": Command(
-        ("MislabelOptions",), "mislabel.mislabel_run", "truth",
+        ("MislabelOptions",), "mislabel.mislabel_run", "truth", False,
         "which labels are wrong? Training examples supported by nothing but themselves",
     ),
 }  # fmt: skip
@@ -70,8 +72,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = COMMANDS[given[0]]
     options = import_module("hf_forward_inf.commands.options")
     kinds = [getattr(options, name) for name in command.options]
-    program = f"hf-forward-inf {given[0]}"
-    return run_command(partial(_run, command), *kinds, arguments=given[1:], program=program, extra=command.extra)
+    return run_command(
+        partial(_run, command), *kinds, arguments=given[1:], program=f"hf-forward-inf {given[0]}",
+        extra=command.extra, bars=command.bars,
+    )  # fmt: skip
 
 
 def _run(command: Command, *options: Any) -> object:
@@ -85,6 +89,7 @@ def run_command(
     arguments: Sequence[str] | None = None,
     program: str | None = None,
     extra: str | None = None,
+    bars: bool = True,
 ) -> int:
     """Parse options, call `run` with them, and return the exit status; an error is reported in one line.
 
@@ -94,12 +99,13 @@ def run_command(
         arguments (`Sequence[str]`, *optional*): Defaults to the words after the program's name.
         program (`str`, *optional*): Its name, for the help.
         extra (`str`, *optional*): The extra of the package to suggest where an import fails.
+        bars (`bool`, defaults to `True`): Whether datasets shows progress bars; not where many short passes would.
     """
     from hf_forward_inf.utils.options import OptionParser, description
 
     options = OptionParser(*kinds, prog=program, description=description(kinds[0])).parse(arguments)
     try:
-        _prepare()
+        _prepare(bars)
         run(*options)
     except EXPECTED as error:
         print(f"error: {error or type(error).__name__}", file=sys.stderr)
@@ -111,11 +117,14 @@ def run_command(
     return 0
 
 
-def _prepare() -> None:
-    """Start the other processes of `accelerate launch --cpu`, and hide the bars of loading weights."""
+def _prepare(bars: bool) -> None:
+    """Start the other processes of `accelerate launch --cpu`, and hide progress bars that nobody needs."""
+    from datasets.utils import disable_progress_bars
     from transformers.utils.logging import disable_progress_bar
 
     from hf_forward_inf.utils.processes import start_the_other_processes
 
     start_the_other_processes()
-    disable_progress_bar()
+    disable_progress_bar()  # of loading weights
+    if not bars:
+        disable_progress_bars()

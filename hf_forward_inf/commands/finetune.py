@@ -2,7 +2,6 @@
 
 import copy
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from hf_forward_inf.adapters import CausalLMAdapter
 from hf_forward_inf.ascent.config import AscentConfig
 from hf_forward_inf.baselines import attributors_for
 from hf_forward_inf.commands.options import FinetuneOptions
-from hf_forward_inf.commands.outputs import about, check_output, write_outputs
+from hf_forward_inf.commands.outputs import Run
 from hf_forward_inf.commands.trace_source import load_model
 from hf_forward_inf.data import load_rows, proponents
 from hf_forward_inf.data.questions import builtin_questions
@@ -135,8 +134,7 @@ def finetune_run(options: FinetuneOptions, ascent: AscentConfig) -> dict[str, An
         OSError: If the folder can't be written to. Both before anything is computed.
         ValueError: If no answer repeats what it was taught.
     """
-    started = time.perf_counter()
-    folder = check_output(options.output, options.overwrite)
+    run = Run(options)
     train, queries = _data(options)
     finetuning = Finetuning(options, train, options.seed)
     adapter = finetuning(train)
@@ -158,11 +156,8 @@ def finetune_run(options: FinetuneOptions, ascent: AscentConfig) -> dict[str, An
     if task.proponents is not None and options.removed:
         metrics |= _without(finetuning, train, task, found["forward_inf"].ranking, options.removed)
     metrics |= cost.measure(tracer, task.queries, train)
-    metrics |= {"seconds": time.perf_counter() - started, **about(options, tracer)}
     kept = tracer.explain(found["forward_inf"].keep(options.top_k))
-    write_outputs(folder, kept, metrics, table, task.proponents, "")
-    say(f"Written: {folder}")
-    return metrics
+    return run.write(kept, metrics, tracer, table=table, proponents=task.proponents)
 
 
 def _data(options: FinetuneOptions) -> tuple[Dataset, Dataset]:

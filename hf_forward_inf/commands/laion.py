@@ -1,7 +1,6 @@
 """A whole run over pictures too many for the disk: what a pipeline drew, traced to a stream of captioned pictures."""
 
 import shutil
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from hf_forward_inf.adapters import DiffusionAdapter
 from hf_forward_inf.ascent.config import AscentConfig
 from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.commands.options import LaionOptions
-from hf_forward_inf.commands.outputs import about, check_output, write_outputs
+from hf_forward_inf.commands.outputs import Run
 from hf_forward_inf.data import load_captioned
 from hf_forward_inf.data.digits import captioned_digits
 from hf_forward_inf.forward_inf import ForwardInf
@@ -49,8 +48,7 @@ def laion_run(options: LaionOptions, ascent: AscentConfig) -> dict[str, Any]:
         OSError: If the folder can't be written to. Both before anything is computed.
         ValueError: If the pipeline draws without captions, or the folder holds what another run has found so far.
     """
-    started = time.perf_counter()
-    folder = check_output(options.output, options.overwrite)
+    run = Run(options)
     adapter, stream = _source(options, options.seed)
     if CAPTION not in adapter.columns:
         raise ValueError(f"{type(adapter.pipe).__name__} draws without captions, and candidates are told by theirs.")
@@ -65,7 +63,7 @@ def laion_run(options: LaionOptions, ascent: AscentConfig) -> dict[str, Any]:
     say(f"Tracing {len(asked)} drawings, and {len(queries) - len(asked)} of other captions beside ...")
     found = tracer.trace_stream(
         queries, stream, top_k=options.top_k, chunk_size=options.chunk_size, standardise=len(queries) >= 3,
-        folder=folder / UNFINISHED,
+        folder=run.folder / UNFINISHED,
     )  # fmt: skip
     found = _first(found, len(asked))
     streamed, unscored = found.config["streamed"], found.config["unscored"]
@@ -74,15 +72,12 @@ def laion_run(options: LaionOptions, ascent: AscentConfig) -> dict[str, Any]:
         "queries": len(asked),
         "candidates": streamed,
         "unscored": unscored,
-        "seconds": time.perf_counter() - started,
-        **about(options, tracer),
     }
     found = tracer.explain(found, SHOWN) if options.heatmaps else found
-    write_outputs(folder, found, metrics, {}, None, "")
+    written = run.write(found, metrics, tracer)
     if process_state().is_main_process:
-        shutil.rmtree(folder / UNFINISHED)
-    say(f"Written: {folder}")
-    return metrics
+        shutil.rmtree(run.folder / UNFINISHED)
+    return written
 
 
 def _first(found: Attribution, count: int) -> Attribution:

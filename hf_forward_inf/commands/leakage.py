@@ -1,6 +1,5 @@
 """Training images in the test set, and whether each finds its training copy: the paper's Table 2."""
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,7 +14,7 @@ from hf_forward_inf.attribution import Attribution, Attributor
 from hf_forward_inf.baselines import attributors_for
 from hf_forward_inf.commands.image_task import captioned, load_image_task, with_objective
 from hf_forward_inf.commands.options import LeakageOptions
-from hf_forward_inf.commands.outputs import about, check_output, write_outputs
+from hf_forward_inf.commands.outputs import Run
 from hf_forward_inf.data.image_changes import changed
 from hf_forward_inf.evaluation import cost
 from hf_forward_inf.evaluation.tables import as_text, compare, detected, flat
@@ -172,8 +171,7 @@ def leakage_run(options: LeakageOptions) -> dict[str, Any]:
         FileExistsError: If the folder holds a finished run and `overwrite` is not set.
         OSError: If the folder can't be written to. Both before anything is computed.
     """
-    started = time.perf_counter()
-    folder = check_output(options.output, options.overwrite)
+    run = Run(options)
     candidates, adapter = load_image_task(options)
     tuning, task = draw_tasks(candidates, options)
     chosen = choose(adapter, tuning, options)
@@ -205,14 +203,11 @@ def leakage_run(options: LeakageOptions) -> dict[str, Any]:
         f"A query's loss pass costs {metrics['forward_passes_per_query']:.2f} forward passes over the candidates; "
         f"with all that is done to scores, {len(task.queries)} queries together, {together:.2f} each."
     )
-    metrics |= {"seconds": time.perf_counter() - started, **about(options, tracer)}
     notes = {row: change for change, rows in task.groups.items() for row in rows if change}
-    kept = captioned(found["forward_inf"].keep(options.top_k), notes)
-    columns = ("top1", "top5", "mrr", "mrr_se")
-    title = "Which training images are these test images copies of?"
-    write_outputs(folder, kept, metrics, table, task.proponents, "", columns=columns, title=title)
-    say(f"Written: {folder}")
-    return metrics
+    return run.write(
+        captioned(found["forward_inf"], notes), metrics, tracer, table=table, proponents=task.proponents,
+        columns=("top1", "top5", "mrr", "mrr_se"), title="Which training images are these test images copies of?",
+    )  # fmt: skip
 
 
 def _trace(found: dict[str, Attribution], name: str, attributor: Attributor, task: Task) -> None:

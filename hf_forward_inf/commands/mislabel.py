@@ -1,6 +1,5 @@
 """Wrong labels, and whether self-influence finds them: the paper's section on mislabelled data."""
 
-import time
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ from hf_forward_inf.ascent.config import AscentConfig
 from hf_forward_inf.baselines import FirstOrder, TracIn
 from hf_forward_inf.commands.image_task import captioned, checkpoints, with_objective
 from hf_forward_inf.commands.options import MislabelOptions
-from hf_forward_inf.commands.outputs import about, check_output, plotted, write_outputs
+from hf_forward_inf.commands.outputs import Run, plotted
 from hf_forward_inf.data.images import class_names, count_classes, load_images
 from hf_forward_inf.evaluation.tables import flat
 from hf_forward_inf.forward_inf import ForwardInf
@@ -48,8 +47,7 @@ def mislabel_run(options: MislabelOptions) -> dict[str, Any]:
         OSError: If the folder can't be written to. Both before anything is computed.
         ValueError: If no label is wrong, or all are.
     """
-    started = time.perf_counter()
-    folder = check_output(options.output, options.overwrite)
+    run = Run(options)
     rows, truth = _labelled(options)
     wrong = np.array(rows["label"][:]) != truth
     if not 0 < wrong.sum() < len(wrong):
@@ -71,14 +69,11 @@ def mislabel_run(options: MislabelOptions) -> dict[str, Any]:
     attribution = tracer.trace(rows.select(highest), rows, top_k=min(options.top_k, len(rows)))
     curves = {name: found_by(one, wrong) / wrong.sum() for name, one in scores.items()}
     metrics: dict[str, Any] = {"candidates": len(rows), "mislabelled": int(wrong.sum()), **flat(table), **on_the_way}
-    metrics |= {"seconds": time.perf_counter() - started, **about(options, tracer)}
-    shown = captioned(attribution, _notes(rows, truth, highest))
-    write_outputs(
-        folder, shown, metrics, table, None, plotted(detection_plot, curves), columns=tuple(table["loss"]),
-        plot_caption=CAPTION, title="Which labels are wrong?",
+    return run.write(
+        captioned(attribution, _notes(rows, truth, highest)), metrics, tracer, table=table,
+        columns=tuple(table["loss"]), plot=plotted(detection_plot, curves), plot_caption=CAPTION,
+        title="Which labels are wrong?",
     )  # fmt: skip
-    say(f"Written: {folder}")
-    return metrics
 
 
 def self_influences(

@@ -1,9 +1,10 @@
-"""What a run writes, and what it says about how it came about."""
+"""What all runs have in common: the output folder, and the record of what made the figures."""
 
 import importlib.metadata
 import json
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,33 +15,94 @@ import torch
 from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.evaluation.tables import Table
 from hf_forward_inf.forward_inf import ForwardInf
+from hf_forward_inf.utils.options import RunOptions
 from hf_forward_inf.utils.processes import process_state, say
 
 OUTPUTS = ("attribution", "report.html", "metrics.json")
 """What a run writes, in this order: a folder with metrics.json holds a finished run."""
+COLUMNS = ("mrr", "mrr_se", "precision@1", "precision@10", "recall@10")
+"""Figures in the report's table, unless a run names others."""
+
+
+class Run:
+    """A run from its options to its output folder: what all runs do at their beginning and end.
+
+    Args:
+        options (`RunOptions`): The output folder, and all that is recorded in `metrics.json`.
+
+    Raises:
+        FileExistsError: If the folder holds a finished run and `overwrite` is not set.
+        OSError: If the folder can't be written to. Both before anything is computed.
+    """
+
+    def __init__(self, options: RunOptions):
+        self.options = options
+        self.folder = check_output(options.output, options.overwrite)
+        self.started = time.perf_counter()
+
+    def write(
+        self,
+        found: Attribution,
+        metrics: Mapping[str, Any],
+        tracer: ForwardInf | None = None,
+        *,
+        table: Table | None = None,
+        columns: Sequence[str] = COLUMNS,
+        more: Mapping[str, Callable[[Path], None]] | None = None,
+        **report: Any,
+    ) -> dict[str, Any]:
+        """Write `attribution/`, `report.html` and `metrics.json` into the output folder.
+
+        Args:
+            found (`Attribution`): The best `top_k` candidates of each query are kept.
+            metrics (`dict`): Its figures. Added are seconds, versions, device, seed, and all options.
+            tracer (`ForwardInf`, *optional*): The attributor whose options are recorded too.
+            table (`dict[str, dict[str, float]]`, *optional*): Figures by method, for the report.
+            columns (`Sequence[str]`, *optional*): The figures of the table that the report shows.
+            more (`dict[str, Callable]`, *optional*): Functions that write other files, by name of the file.
+            **report: Options of [`Attribution.to_html`].
+
+        Returns:
+            `dict`: What `metrics.json` holds.
+        """
+        if found.indices is None:
+            found = found.keep(min(self.options.top_k, len(found.candidates)))
+        made_by = {} if tracer is None else settings(tracer)
+        complete = {
+            **metrics, "seconds": time.perf_counter() - self.started, **environment(self.options), **made_by,
+            "seed": self.options.seed,
+        }  # fmt: skip
+        shown = {method: {key: row[key] for key in columns if key in row} for method, row in (table or {}).items()}
+        writers: dict[str, Callable[[Path], None]] = {
+            "attribution": found.save_to_disk,
+            "report.html": lambda path: found.to_html(path, metrics=shown, **report),
+            **(more or {}),
+            "metrics.json": lambda path: _write_json(path, complete),
+        }
+        _write_all(self.folder, writers)
+        say(f"Written: {', '.join(str(self.folder / name) for name in writers)}")
+        return complete
 
 
 def plotted(draw: Callable[[Any], str], data: Any) -> str:
-    """Draw a report's plot; nothing, and a word about it, where matplotlib is not installed."""
+    """Return a plot for the report; an empty text, and a message, where matplotlib is not installed."""
     try:
         return draw(data)
     except ImportError as error:
-        say(f"The report goes without its plot. {error}")
+        say(f"The report has no plot. {error}")
         return ""
 
 
-def about(options: Any, tracer: ForwardInf) -> dict[str, Any]:
-    """What made the figures: versions, device, seed and every option."""
+def settings(tracer: ForwardInf) -> dict[str, Any]:
+    """Return the options of the tracer's ascent, as `metrics.json` names them."""
     return {
-        **environment(options),
         **{f"ascent/{name}": value for name, value in asdict(tracer.ascent).items() if value is not None},
         "hubs_corrected": tracer.references is not None,
-        "seed": tracer.ascent.seed,
     }
 
 
 def environment(options: Any) -> dict[str, Any]:
-    """Versions, device, and every option of a dataclass."""
+    """Return versions, device, and every option of a dataclass that is set, as `metrics.json` names them."""
     packages = ("hf-forward-inf", "torch", "transformers", "datasets", "accelerate")
     state = process_state()
     return {
@@ -52,7 +114,7 @@ def environment(options: Any) -> dict[str, Any]:
 
 
 def check_output(output: str, overwrite: bool) -> Path:
-    """Give the output folder; refuse one that holds a finished run or can't be written to, before all computing."""
+    """Return the output folder, made if need be; refuse one that holds a run or can't be written to."""
     folder = Path(output)
     taken = [name for name in OUTPUTS if (folder / name).exists()]
     if taken and not overwrite:
@@ -67,50 +129,15 @@ def check_output(output: str, overwrite: bool) -> Path:
     return folder
 
 
-def write_outputs(
-    folder: Path,
-    attribution: Attribution,
-    metrics: dict[str, Any],
-    table: Table,
-    truth: list[list[int]] | None,
-    plot: str,
-    *,
-    columns: Sequence[str] = ("mrr", "mrr_se", "precision@1", "precision@10", "recall@10"),
-    title: str | None = None,
-    note: str = "",
-    plot_caption: str | None = None,
-    more: Mapping[str, Callable[[Path], None]] | None = None,
-) -> None:
-    """Write everything, and `more` files by name.
-
-    Beside the old outputs first, then the new ones are put in their places: no moment leaves half a file.
-    """
-    shown = {method: {key: row[key] for key in columns if key in row} for method, row in table.items()}
-    writers: dict[str, Callable[[Path], None]] = {
-        "attribution": attribution.save_to_disk,
-        "report.html": lambda path: attribution.to_html(
-            path,
-            proponents=truth,
-            metrics=shown,
-            note=note,
-            plot=plot,
-            title=title,
-            plot_caption=plot_caption,
-        ),
-        **(more or {}),
-        "metrics.json": lambda path: _write_json(path, metrics),
-    }
-    _write_all(folder, writers)
-
-
 def _write_all(folder: Path, writers: dict[str, Callable[[Path], None]]) -> None:
-    """Write on the main process; the others wait."""
+    """Write on the main process, while the others wait."""
     if process_state().is_main_process:
         _replace_all(folder, writers)
     process_state().wait_for_everyone()
 
 
 def _replace_all(folder: Path, writers: dict[str, Callable[[Path], None]]) -> None:
+    """Write to a temporary folder and rename: an interrupted run leaves no partial file."""
     staging = Path(tempfile.mkdtemp(dir=folder, prefix=".writing-"))
     try:
         for name, write in writers.items():

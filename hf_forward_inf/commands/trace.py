@@ -1,12 +1,11 @@
 """A whole run of fact tracing: load, trace, evaluate, write."""
 
-import time
 from typing import Any
 
 from hf_forward_inf.ascent.config import AscentConfig
 from hf_forward_inf.baselines import attributors_for
 from hf_forward_inf.commands.options import TraceOptions
-from hf_forward_inf.commands.outputs import OUTPUTS, about, check_output, plotted, write_outputs
+from hf_forward_inf.commands.outputs import Run, plotted
 from hf_forward_inf.commands.trace_source import load_source
 from hf_forward_inf.evaluation import cost
 from hf_forward_inf.evaluation.comparison import run_baselines, run_comparison
@@ -28,8 +27,7 @@ def trace_run(options: TraceOptions, ascent: AscentConfig) -> dict[str, Any]:
         FileExistsError: If the folder holds a finished run and `overwrite` is not set.
         OSError: If the folder can't be written to. Both before anything is computed.
     """
-    started = time.perf_counter()
-    folder = check_output(options.output, options.overwrite)
+    run = Run(options)
     source = load_source(options, options.seed)
     first = source.draw(options, options.seed)
     tracer = ForwardInf(source.model, source.tokenizer, ascent=ascent, reduction=options.reduction)
@@ -63,13 +61,10 @@ def trace_run(options: TraceOptions, ascent: AscentConfig) -> dict[str, Any]:
     if chosen is not None:
         metrics |= {f"fixed_learning_rate/{key}": chosen.config[key] for key in ("learning_rate", "steps")}
     metrics |= {**costs, **cost.measure(tracer, first.queries, first.candidates)}
-    metrics |= {"seconds": time.perf_counter() - started, **about(options, tracer)}
     if table:
         say(as_text(table, costs))
     say(
         f"A query costs {metrics['forward_passes_per_query']:.2f} forward passes over the candidates, "
         f"measured in this process."
     )
-    write_outputs(folder, kept, metrics, table, first.proponents, plot)
-    say(f"Written: {', '.join(str(folder / name) for name in OUTPUTS)}")
-    return metrics
+    return run.write(kept, metrics, tracer, table=table, proponents=first.proponents, plot=plot)

@@ -23,20 +23,20 @@ class Teaching:
     """How a denoiser is trained, and taught the exemplars.
 
     Args:
-        training_steps (`int`): Steps of training a tiny denoiser on all pictures but the exemplars.
-        training_rate (`float`): Its learning rate.
-        batch_size (`int`): Pictures in a step.
-        width (`int`): Channels of a tiny denoiser at full size, twice as many at half size.
-        finetuning_steps (`int`): Steps of teaching it the exemplars, all together.
-        finetuning_rate (`float`): Their learning rate.
+        training_steps (`int`, defaults to 1000): Steps of training a tiny denoiser on all pictures but the exemplars.
+        training_rate (`float`, defaults to 2e-3): Peak learning rate of the training.
+        batch_size (`int`, defaults to 32): Pictures in a training step.
+        width (`int`, defaults to 16): Channels of the network's first layer; twice as many at half the resolution.
+        finetuning_steps (`int`, defaults to 300): Steps of teaching the exemplars.
+        finetuning_rate (`float`, defaults to 1e-3): Peak learning rate of teaching the exemplars.
     """
 
-    training_steps: int = field(default=1000, metadata={"help": "Steps of training a tiny denoiser."})
-    training_rate: float = field(default=2e-3, metadata={"help": "Its learning rate at its highest."})
-    batch_size: int = field(default=32, metadata={"help": "Pictures in a step."})
-    width: int = field(default=16, metadata={"help": "Channels of a tiny denoiser at full size."})
-    finetuning_steps: int = field(default=300, metadata={"help": "Steps of teaching it the exemplars."})
-    finetuning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of that, at its highest."})
+    training_steps: int = field(default=1000, metadata={"min": 1})
+    training_rate: float = field(default=2e-3, metadata={"above": 0})
+    batch_size: int = field(default=32, metadata={"min": 1})
+    width: int = field(default=16, metadata={"min": 1})
+    finetuning_steps: int = field(default=300, metadata={"min": 1})
+    finetuning_rate: float = field(default=1e-3, metadata={"above": 0})
 
 
 @dataclass(frozen=True)

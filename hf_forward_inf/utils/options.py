@@ -15,7 +15,7 @@ from transformers.hf_argparser import HfArgumentParser
 ARGUMENT = re.compile(r"    (\w+)(?: \(.*?\))?: (.*)")
 """The first line of an argument in the `Args` section of a docstring: its name and the beginning of its text."""
 MARKUP = re.compile(r"\[?`([^`]*)`\]?")
-CHECKS = ("min", "above", "below", "choices")
+CHECKS = ("min", "max", "above", "below", "choices")
 """Keys of a field's metadata that limit its values."""
 
 
@@ -44,8 +44,8 @@ class RunOptions:
 def check_fields(options: Any, prefix: str = "") -> None:
     """Refuse values outside the limits in the metadata of their fields.
 
-    `{"min": 1}` asks for at least 1, `{"above": 0}` and `{"below": 1}` for more and less, `{"choices": (...)}` for one
-    of several; of a list, each element is checked. `None` means unset and passes.
+    `{"min": 1}` and `{"max": 9}` ask for at least and at most, `{"above": 0}` and `{"below": 1}` for more and less,
+    `{"choices": (...)}` for one of several; of a list, each element is checked. `None` means unset and passes.
 
     Args:
         options: A dataclass instance.
@@ -70,6 +70,8 @@ def _broken(value: Any, limits: Any) -> str | None:
         return f"one of {', '.join(map(str, limits['choices']))}"
     if "min" in limits and not value >= limits["min"]:
         return f"at least {limits['min']}"
+    if "max" in limits and not value <= limits["max"]:
+        return f"at most {limits['max']}"
     if "above" in limits and not value > limits["above"]:
         return f"above {limits['above']}"
     if "below" in limits and not value < limits["below"]:

@@ -1,24 +1,20 @@
-"""A whole run on pictures: teach a model exemplars, let it draw them, trace what it has drawn."""
+"""Exemplars that a diffusion model is taught and draws: what is loaded, traced and compared."""
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
 
-from experiments.diffusion_alone import NOTE, REFERENCES, candidates_of, one_by_one
-from experiments.diffusion_checks import checks
+from experiments.diffusion_alone import REFERENCES, candidates_of
 from experiments.diffusion_methods import baselines, controls, traced
 from experiments.diffusion_removal import as_figures, removal_rises
 from hf_forward_inf.adapters import DiffusionAdapter
 from hf_forward_inf.ascent.config import AscentConfig
 from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.baselines import PixelDistance, Random
-from hf_forward_inf.commands.outputs import about, check_output, write_outputs
+from hf_forward_inf.commands.outputs import Run
 from hf_forward_inf.data import load_captioned
 from hf_forward_inf.data.digits import captioned_digits
 from hf_forward_inf.data.image_changes import CHANGES
@@ -32,199 +28,103 @@ from hf_forward_inf.toys.drawings import (
     Teaching,
     choose_exemplars,
     drawings,
-    taught,
     tiny_drawer,
-    together,
 )
+from hf_forward_inf.utils.options import RunOptions
 from hf_forward_inf.utils.processes import process_state, say
 
 
 @dataclass
-class DiffusionOptions(Teaching):
+class DiffusionOptions(Teaching, RunOptions):
     """What is drawn and traced, and where the results go.
 
     A model is taught `exemplars`, all together or each `alone`, and draws `num_images` pictures of each one's caption:
     a query, whose exemplar is to be found among the candidates. With neither `model` nor `candidates`, a tiny model is
     trained on handwritten digits first.
+
+    Args:
+        model (`str`, *optional*): Text-to-image pipeline: hub name or local folder.
+        candidates (`str`, *optional*): Pictures with captions (columns image, caption): hub name, folder, parquet.
+        size (`int`, defaults to 16): Size in pixels of what a tiny model draws; digits have 8.
+        exemplars (`int`, defaults to 20): Number of pictures taught and traced.
+        alone (`bool`, defaults to `False`): Teach each exemplar to a model of its own, as the paper does.
+        num_candidates (`int`, defaults to 200): Number of candidates: exemplars, filled up at random; with alone, half
+            of the others by overlap of captions.
+        fewer_candidates (`list[int]`, *optional*): Smaller numbers of candidates among which queries are ranked too.
+        num_images (`int`, defaults to 4): Pictures drawn for each caption.
+        drawing_seed (`int`, defaults to 0): Seeds the noise that pictures begin with.
+        change (`str`, defaults to `"none"`): What is done to drawings before they are traced: none, shifted,
+            recoloured, recompressed, inverted.
+        timesteps (`int`, defaults to 8): Timesteps at which the loss of a picture is taken.
+        baselines (`bool`, defaults to `False`): Also run the expensive baselines: TracIn, fixed rates, the exemplar
+            itself as query.
+        checks (`bool`, defaults to `False`): Also measure noise, agreement with TracIn, the captions' part, cost and
+            memory (not with alone).
+        removed (`int`, defaults to 0): Instead of teaching, train a tiny model on all pictures, and again without so
+            many best candidates of each drawing.
+        retrained (`int`, defaults to 5): Drawings for which it is trained again.
+        heatmaps (`bool`, defaults to `False`): Show where in a picture the score comes from.
     """
 
-    output: str = field(default="outputs/diffusion", metadata={"help": "Folder for metrics, attribution and report."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace a finished run in the output folder."})
-    model: str | None = field(
-        default=None, metadata={"help": "Text-to-image pipeline: hub name or local folder (default: a tiny one)."}
-    )
-    candidates: str | None = field(
-        default=None, metadata={"help": "Pictures with captions (columns image, caption): hub name, folder, parquet."}
-    )
-    size: int = field(default=16, metadata={"help": "Size of pictures in pixels for a tiny model; digits have 8."})
-    exemplars: int = field(default=20, metadata={"help": "Pictures taught and traced."})
-    alone: bool = field(
-        default=False, metadata={"help": "Teach each exemplar to a model of its own, as the paper does."}
-    )
-    num_candidates: list[int] = field(
-        default_factory=lambda: [200],
-        metadata={
-            "help": "Candidates: exemplars, filled up at random; alone, half of the others by their captions. Several "
-            "numbers: all are traced among the most, and ranked among fewer, too."
-        },
-    )
-    num_images: int = field(default=4, metadata={"help": "Pictures drawn for a query."})
-    drawing_seed: int = field(default=0, metadata={"help": "Draws the noise that pictures begin with."})
-    change: str = field(
-        default="none",
-        metadata={"help": f"What is done to drawings before they are traced: {', '.join(CHANGES)}."},
-    )
-    timesteps: int = field(default=8, metadata={"help": "Times at which a picture's loss is taken."})
-    baselines: bool = field(
-        default=False, metadata={"help": "Trace with what is dearer too: TracIn, fixed rates, the exemplar itself."}
-    )
-    checks: bool = field(
-        default=False,
-        metadata={"help": "Measure noise, agreement with TracIn, captions' part, cost and memory (not alone)."},
-    )
-    removed: int = field(
-        default=0,
-        metadata={"help": "Instead of teaching: train a tiny model on all pictures, and again without so many best."},
-    )
-    retrained: int = field(default=5, metadata={"help": "Drawings for which it is trained again."})
-    heatmaps: bool = field(default=False, metadata={"help": "Show where in a picture the score comes from."})
-    top_k: int = field(default=100, metadata={"help": "Candidates of each query kept in the attribution."})
+    output: str = "outputs/diffusion"
+    model: str | None = None
+    candidates: str | None = None
+    size: int = field(default=16, metadata={"min": 1})
+    exemplars: int = field(default=20, metadata={"min": 3})
+    alone: bool = False
+    num_candidates: int = field(default=200, metadata={"above": REFERENCES})
+    fewer_candidates: list[int] = field(default_factory=list, metadata={"above": REFERENCES})
+    num_images: int = field(default=4, metadata={"min": 1})
+    drawing_seed: int = 0
+    change: str = field(default="none", metadata={"choices": tuple(CHANGES)})
+    timesteps: int = field(default=8, metadata={"min": 1})
+    baselines: bool = False
+    checks: bool = False
+    removed: int = field(default=0, metadata={"min": 0})
+    retrained: int = field(default=5, metadata={"min": 1})
+    heatmaps: bool = False
 
     def __post_init__(self) -> None:
-        if self.model and not self.candidates:
+        super().__post_init__()
+        if self.model is not None and self.candidates is None:
             raise ValueError("--model is given: give --candidates with it.")
-        for name in ("exemplars", "num_images", "timesteps", "top_k", "size"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"--{name} must be above 0, not {getattr(self, name)}.")
-        if self.removed and (self.model or self.alone):
+        if self.removed and (self.model is not None or self.alone):
             raise ValueError("--removed trains a tiny model from the start: leave out --model and --alone.")
-        if self.change not in CHANGES:
-            raise ValueError(f"--change {self.change} is not known: {', '.join(CHANGES)}.")
-        if self.exemplars < 3:
-            raise ValueError("--exemplars must be at least 3: scores are standardised over the queries.")
-        if min(self.num_candidates) < self.exemplars and not self.alone:
+        if min([self.num_candidates, *self.fewer_candidates]) < self.exemplars and not self.alone:
             raise ValueError("--num_candidates must be at least --exemplars: they are among the candidates.")
-        if min(self.num_candidates) <= REFERENCES:
-            raise ValueError(f"--num_candidates must be above {REFERENCES}.")
 
     @property
     def drawing(self) -> Drawing:
-        """How queries are drawn."""
+        """Return how queries are drawn."""
         return Drawing(self.num_images, self.drawing_seed, self.change)
 
 
-def diffusion_run(options: DiffusionOptions, ascent: AscentConfig) -> dict[str, Any]:
-    """Run it all and write `metrics.json`, `attribution/` and `report.html` into the output folder.
-
-    Bare figures are those of scores along conjugate-gradient directions, by how they fare with all queries (each
-    exemplar alone: with drawings of other captions), in units of the candidates' sensitivity; beside, other directions
-    and units ([`traced`]). `pixel_distance`, `representation` (of latents), `denoiser_features`, `bm25`;
-    `low_loss` and `learned`, which don't look at the query ([`controls`]); with
-    `baselines` those of [`baselines`]; with `checks` the figures of [`checks`]. Several
-    `num_candidates`: figures among the most stand bare, those among 100 under `100/`. `drawings/...`: how far drawings
-    are from their exemplar ([`likeness`]). With `removed` the figures are those of [`as_figures`].
-
-    Raises:
-        FileExistsError: If the folder holds a finished run and `overwrite` is not set.
-        OSError: If the folder can't be written to. Both before anything is computed.
-    """
-    started = time.perf_counter()
-    folder = check_output(options.output, options.overwrite)
-    if options.removed:
-        return _without_best(options, ascent, folder, started)
-    before, rows, chosen = _drawer(options, ascent.seed)
-    methods = partial(_methods, before, options, ascent)
-    *fewer, most = sorted({min(count, len(rows)) for count in options.num_candidates})
-    if options.alone:
-        tracer = ForwardInf(adapter=before, ascent=ascent)
-        task, found = one_by_one(
-            before, rows, chosen, methods, options, options.drawing, num_candidates=most, seed=ascent.seed
-        )
-    else:
-        say(f"Teaching it {len(chosen)} exemplars, together ...")
-        adapter = taught(before, rows.select(chosen), options, ascent.seed)
-        tracer = ForwardInf(adapter=adapter, ascent=ascent)
-        task = together(adapter, rows, chosen, most, options.drawing, ascent.seed)
-        say(
-            f"Tracing {len(task.queries)} x {options.num_images} pictures over {len(task.candidates):,} candidates ..."
-        )
-        found = methods(adapter, task)
-    table = _figures(found, task)
-    for count in fewer:
-        if options.alone:
-            own = [candidates_of(row, rows, count, ascent.seed + number) for number, row in enumerate(chosen)]
-        else:
-            own = [list(range(count))] * len(chosen)
-        say(f"Among {count:,} candidates:")
-        for method, figures in _figures(found, replace(task, own=own)).items():
-            table[method] |= {f"{count}/{name}": value for name, value in figures.items()}
-    metrics: dict[str, Any] = {"queries": len(task.queries), "candidates": most, **flat(table)}
-    metrics |= likeness(found["pixel_distance"], task)
-    if options.checks and not options.alone:
-        assert task.proponents is not None
-        metrics |= _told(checks(tracer, task.queries, task.candidates, task.proponents))
-    metrics |= {"seconds": time.perf_counter() - started, **about(options, tracer)}
-    kept = found["forward_inf"].keep(min(options.top_k, most))
-    explained = options.heatmaps and not options.alone
-    shown = tracer.explain(kept) if explained else kept
-    write_outputs(folder, shown, metrics, table, task.proponents, "", note=NOTE if options.alone else "")
-    say(f"Written: {folder}")
-    return metrics
-
-
-def _drawer(options: DiffusionOptions, seed: int) -> tuple[DiffusionAdapter, Dataset, list[int]]:
-    """Load or train what draws: its adapter, all pictures, the exemplars' rows."""
-    rows, size = _pictures(options)
-    chosen, others = choose_exemplars(rows, options.exemplars, seed)
+def load_drawer(options: DiffusionOptions) -> tuple[DiffusionAdapter, Dataset, list[int]]:
+    """Load what draws, or train it on all pictures but the exemplars: its adapter, all pictures, exemplars' rows."""
+    rows, size = load_pictures(options)
+    exemplars, others = choose_exemplars(rows, options.exemplars, options.seed)
     if options.model is None:
-        return tiny_drawer(rows, rows.select(others), options, size, options.timesteps, seed), rows, chosen
+        adapter = tiny_drawer(rows, rows.select(others), options, size, options.timesteps, options.seed)
+        return adapter, rows, exemplars
     from diffusers import AutoPipelineForText2Image
 
     say(f"Tracing what {options.model} draws over {options.candidates}.")
     pipe = AutoPipelineForText2Image.from_pretrained(options.model).to(process_state().device)
-    return DiffusionAdapter(pipe, timesteps=options.timesteps, seed=seed), rows, chosen
+    return DiffusionAdapter(pipe, timesteps=options.timesteps, seed=options.seed), rows, exemplars
 
 
-def _pictures(options: DiffusionOptions) -> tuple[Dataset, int]:
-    """Load pictures with captions; with it the size at which a tiny model draws them."""
-    if options.candidates:
+def load_pictures(options: DiffusionOptions) -> tuple[Dataset, int]:
+    """Load pictures with captions, and return them with the size at which a tiny model draws them."""
+    if options.candidates is not None:
         return load_captioned(options.candidates).select_columns([CAPTION, IMAGE]), options.size
     say("A tiny model learns to draw handwritten digits; --model, --candidates for yours.")
     return captioned_digits().select_columns([CAPTION, IMAGE]), 8
 
 
-def _without_best(options: DiffusionOptions, ascent: AscentConfig, folder: Path, started: float) -> dict[str, Any]:
-    """Train on everything, trace drawings, and see what they lose with their best candidates."""
-    rows, size = _pictures(options)
-    chosen, _ = choose_exemplars(rows, options.exemplars, ascent.seed)
-
-    def train(some: Dataset, seed: int) -> DiffusionAdapter:
-        return tiny_drawer(rows, some, options, size, options.timesteps, seed)
-
-    adapter = train(rows, ascent.seed)
-    tracer = ForwardInf(adapter=adapter, ascent=ascent)
-    queries = drawings(adapter, rows.select(chosen)[CAPTION][:], options.drawing)
-    say(f"Tracing {len(queries)} x {options.num_images} pictures over {len(rows):,} candidates ...")
-    found = {
-        "forward_inf": tracer.trace(queries, rows).standardised(),
-        "pixel_distance": PixelDistance(adapter=adapter).trace(queries, rows),
-        "random": Random().trace(queries, rows),
-    }
-    judged = queries.select(range(min(options.retrained, len(queries))))
-    rises = removal_rises(train, found, judged, rows, options.removed, ascent.seed)
-    table = as_figures(rises)
-    metrics = {"queries": len(judged), "candidates": len(rows), "removed": options.removed, **flat(table)}
-    metrics |= {"seconds": time.perf_counter() - started, **about(options, tracer)}
-    kept = found["forward_inf"].keep(min(options.top_k, len(rows)))
-    write_outputs(folder, kept, metrics, table, None, "", columns=("rise", "rise_low", "rise_high", "above_random"))
-    say(f"Written: {folder}")
-    return metrics
-
-
-def _methods(
+def trace_task(
     before: DiffusionAdapter, options: DiffusionOptions, ascent: AscentConfig, adapter: DiffusionAdapter, task: Task
 ) -> dict[str, Attribution]:
-    """Trace a task with everything that is asked for."""
+    """Trace a task with Forward-INF and its variants, controls that ignore the query, and baselines if asked for."""
     tracer = ForwardInf(adapter=adapter, ascent=ascent)
     found = traced(tracer, task.queries, task.candidates)
     found |= controls(before, adapter, task.queries, task.candidates)
@@ -234,8 +134,51 @@ def _methods(
     return found
 
 
+def figures_among(
+    found: Mapping[str, Attribution], task: Task, exemplars: list[int], rows: Dataset, options: DiffusionOptions
+) -> Table:
+    """Compare with the truth among all candidates, and among fewer (figures such as `100/top1`)."""
+    table = _figures(found, task)
+    for count in options.fewer_candidates:
+        own = [list(range(count))] * len(exemplars)
+        if options.alone:
+            own = [candidates_of(row, rows, count, options.seed + i) for i, row in enumerate(exemplars)]
+        say(f"Among {count:,} candidates:")
+        for method, figures in _figures(found, replace(task, own=own)).items():
+            table[method] |= {f"{count}/{name}": value for name, value in figures.items()}
+    return table
+
+
+def train_without_best(options: DiffusionOptions, ascent: AscentConfig) -> dict[str, Any]:
+    """Train on all pictures, trace drawings, and train again without the best candidates of each ([`removal_rises`]).
+
+    Writes what a run writes: `rise` of Forward-INF, of pixel distance and of random candidates.
+    """
+    run = Run(options)
+    rows, size = load_pictures(options)
+    exemplars, _ = choose_exemplars(rows, options.exemplars, options.seed)
+
+    def train(some: Dataset, seed: int) -> DiffusionAdapter:
+        return tiny_drawer(rows, some, options, size, options.timesteps, seed)
+
+    adapter = train(rows, options.seed)
+    tracer = ForwardInf(adapter=adapter, ascent=ascent)
+    queries = drawings(adapter, rows.select(exemplars)[CAPTION][:], options.drawing)
+    say(f"Tracing {len(queries)} x {options.num_images} pictures over {len(rows):,} candidates ...")
+    found = {
+        "forward_inf": tracer.trace(queries, rows).standardised(),
+        "pixel_distance": PixelDistance(adapter=adapter).trace(queries, rows),
+        "random": Random().trace(queries, rows),
+    }
+    some = queries.select(range(min(options.retrained, len(queries))))
+    table = as_figures(removal_rises(train, found, some, rows, options.removed, options.seed))
+    metrics = {"queries": len(some), "candidates": len(rows), "removed": options.removed, **flat(table)}
+    columns = ("rise", "rise_low", "rise_high", "above_random")
+    return run.write(found["forward_inf"], metrics, tracer, table=table, columns=columns)
+
+
 def likeness(distances: Attribution, task: Task) -> dict[str, float]:
-    """Tell how far drawings are from their exemplar, and from the other candidates: mean squared pixels."""
+    """Return how far drawings are from their exemplar, and from all candidates: mean squared pixels."""
     assert task.proponents is not None
     own = np.array([distances.scores[i, rows[0]] for i, rows in enumerate(task.proponents)])
     return {
@@ -244,15 +187,8 @@ def likeness(distances: Attribution, task: Task) -> dict[str, float]:
     }
 
 
-def _told(figures: dict[str, float]) -> dict[str, float]:
-    """Say what was measured."""
-    for name, value in figures.items():
-        say(f"{name}: {value:.4g}")
-    return figures
-
-
 def _figures(found: Mapping[str, Attribution], task: Task) -> Table:
-    """Compare with the truth, and say it; how often the exemplar is first, or among the first five, beside."""
+    """Compare with the truth, and print it; added is how often the exemplar is first, or among the first five."""
     table = compare(found, task)
     say(as_text(table, {}))
     for method, attribution in found.items():

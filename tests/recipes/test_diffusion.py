@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from experiments.diffusion import DiffusionOptions, diffusion_run, likeness
+from experiments.diffusion import DiffusionOptions, likeness
 from experiments.diffusion_alone import _asked, candidates_of
 from experiments.diffusion_checks import swapped
 from experiments.diffusion_removal import without
@@ -17,15 +17,16 @@ from hf_forward_inf.scores.corrections import standardised
 from hf_forward_inf.toys.drawings import Drawing, as_queries, choose_exemplars, drawings
 from hf_forward_inf.toys.pixel_pipeline import tiny_pipeline
 from tests.helpers.drawing import rows, stable_diffusion
+from tests.helpers.recipes import recipe
 
 
 def test_a_run_on_pictures_writes_what_it_found(tmp_path):
     pytest.importorskip("sklearn")
     options = DiffusionOptions(
-        output=str(tmp_path / "run"), training_steps=2, finetuning_steps=2, exemplars=3, num_candidates=[5, 8],
-        timesteps=2, num_images=2, heatmaps=True, baselines=True, checks=True, top_k=5,
+        output=str(tmp_path / "run"), training_steps=2, finetuning_steps=2, exemplars=3, num_candidates=8,
+        fewer_candidates=[5], timesteps=2, num_images=2, heatmaps=True, baselines=True, checks=True, top_k=5,
     )  # fmt: skip
-    metrics = diffusion_run(options, AscentConfig(direction="cg", sample=8, iterations=2))
+    metrics = recipe("diffusion").main(options, AscentConfig(direction="cg", sample=8, iterations=2))
     assert metrics == json.loads((tmp_path / "run" / "metrics.json").read_text())
     methods = (
         "gradient", "pixel_distance", "representation", "bm25", "low_loss", "learned", "tracin", "tracin_cosine",
@@ -55,10 +56,10 @@ def test_a_run_on_pictures_writes_what_it_found(tmp_path):
 def test_each_exemplar_alone_stands_among_candidates_of_its_own(tmp_path):
     pytest.importorskip("sklearn")
     options = DiffusionOptions(
-        output=str(tmp_path / "run"), training_steps=2, finetuning_steps=2, exemplars=3, num_candidates=[5, 9],
-        timesteps=1, num_images=1, alone=True, top_k=5,
+        output=str(tmp_path / "run"), training_steps=2, finetuning_steps=2, exemplars=3, num_candidates=9,
+        fewer_candidates=[5], timesteps=1, num_images=1, alone=True, top_k=5,
     )  # fmt: skip
-    metrics = diffusion_run(options, AscentConfig(direction="cg", sample=4, iterations=1))
+    metrics = recipe("diffusion").main(options, AscentConfig(direction="cg", sample=4, iterations=1))
     assert metrics["queries"] == 3 and metrics["candidates"] == 9
     assert {"top1", "5/top1", "another_query/5/top1", "low_loss/mrr"} <= metrics.keys()
     found = Attribution.load_from_disk(tmp_path / "run" / "attribution")
@@ -71,9 +72,9 @@ def test_taking_the_best_candidates_away_is_judged_by_training_again(tmp_path):
     rows(40).to_parquet(tmp_path / "pictures.parquet")
     options = DiffusionOptions(
         output=str(tmp_path / "run"), candidates=str(tmp_path / "pictures.parquet"), width=8, training_steps=2,
-        exemplars=3, num_candidates=[5, 8], timesteps=1, num_images=1, removed=20, retrained=1, top_k=5,
+        exemplars=3, num_candidates=8, timesteps=1, num_images=1, removed=20, retrained=1, top_k=5,
     )  # fmt: skip
-    metrics = diffusion_run(options, AscentConfig(direction="cg", sample=4, iterations=1))
+    metrics = recipe("diffusion").main(options, AscentConfig(direction="cg", sample=4, iterations=1))
     assert metrics["queries"] == 1 and metrics["candidates"] == 40
     assert {"rise", "pixel_distance/rise", "random/rise"} <= metrics.keys()
     assert metrics["random/rise"] != metrics["rise"]
@@ -135,10 +136,10 @@ def test_a_folded_unet_draws_pictures_of_its_size():
     [
         ({"model": "x"}, "give --candidates"),
         ({"exemplars": 2}, "at least 3"),
-        ({"exemplars": 20, "num_candidates": [10]}, "at least --exemplars"),
-        ({"change": "turned"}, "is not known: none, shifted"),
+        ({"exemplars": 20, "num_candidates": 10}, "at least --exemplars"),
+        ({"change": "turned"}, "must be one of none, shifted"),
         ({"removed": 50, "alone": True}, "leave out --model"),
-        ({"timesteps": 0}, "--timesteps must be above 0"),
+        ({"timesteps": 0}, "--timesteps must be at least 1"),
     ],
 )
 def test_impossible_options_are_refused(options, message):

@@ -3,22 +3,17 @@ import json
 import numpy as np
 import pytest
 import torch
-from experiments.counterfactual import (
-    Counterfactual,
-    CounterfactualOptions,
-    answered_by,
-    counterfactual_run,
-    without_best,
-)
-from experiments.lds import LdsOptions, lds_run, retrain_halves
+from experiments.counterfactual import Counterfactual, CounterfactualOptions, answered_by, without_best
+from experiments.lds import LdsOptions, retrain_halves
 from experiments.retrainable import digits
 from experiments.retrainable_facts import facts, losses_and_answers
 
 from hf_forward_inf import Attribution, ForwardInf
 from hf_forward_inf.cli import run_command
 from hf_forward_inf.scores.metrics import lds
+from tests.helpers.recipes import recipe
 
-SMALL = ["--candidates", "60", "--queries", "4", "--subsets", "4", "--seeds", "2", "--dampings", "0.1"]
+SMALL = ["--num_candidates", "60", "--num_queries", "4", "--subsets", "4", "--seeds", "2", "--dampings", "0.1"]
 
 
 @pytest.fixture(autouse=True)
@@ -27,8 +22,9 @@ def few_steps(monkeypatch):
 
 
 def run(command, folder, *options):
-    kind = {"lds": (lds_run, LdsOptions), "counterfactual": (counterfactual_run, CounterfactualOptions)}[command]
-    return run_command(*kind, ["--output", str(folder), *SMALL, "--directions", "gradient", "kfac", *options])
+    words = ["--output", str(folder), *SMALL, "--directions", "gradient", "kfac", *options]
+    kind = {"lds": LdsOptions, "counterfactual": CounterfactualOptions}[command]
+    return run_command(recipe(command).main, kind, arguments=words, bars=False)
 
 
 def test_lds_judges_every_attributor_beside_chance(tmp_path, capsys):
@@ -88,9 +84,9 @@ def test_other_queries_are_not_taken_for_those_that_were_kept():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"network": "deep"}, "--network deep is not known"),
+        ({"network": "deep"}, "--network must be one of perceptron, conv"),
         ({"subsets": 1}, "--subsets must be at least 2"),
-        ({"directions": ["up"]}, "--directions up is not known: gradient, adam"),
+        ({"directions": ["up"]}, "--directions must be one of gradient, adam"),
         ({"without": ["forward_inf"]}, "--without forward_inf leaves nothing to compare with"),
     ],
 )
@@ -105,7 +101,7 @@ def test_some_queries_are_explained_at_least():
 
 
 def test_a_share_that_takes_nothing_away_is_told():
-    with pytest.raises(ValueError, match=r"--share 0.001 of 800 candidates takes away none or all"):
+    with pytest.raises(ValueError, match=r"--share 0.001 of 800 candidates removes none"):
         CounterfactualOptions(share=0.001)
 
 

@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 import torch
 from experiments.features_under_ascent import features_under_ascent, moved, on_a_plane
-from experiments.memorization import MemorizationOptions, memorization_run
+from experiments.memorization import MemorizationOptions
 from PIL import Image as Pillow
 from torch import nn
 
 from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf.adapters import ImageClassificationAdapter
 from tests.helpers.images import network, rows, tensors
+from tests.helpers.recipes import recipe
 
 
 def test_a_run_pairs_test_images_with_training_images(tmp_path):
@@ -20,7 +21,7 @@ def test_a_run_pairs_test_images_with_training_images(tmp_path):
         output=str(tmp_path), num_candidates=80, epochs=3, num_queries=5, pairs=4, others=20, dynamics=[0, 0.1],
         top_k=3,
     )  # fmt: skip
-    metrics = memorization_run(options)
+    metrics = recipe("memorization").main(options)
     assert metrics == json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["queries"] == 5 and metrics["candidates"] == 80 and 0 <= metrics["same_label"] <= 1
     assert metrics["moved/query"] > 0 and metrics["moved/others"] >= 0
@@ -61,7 +62,7 @@ def test_all_radii_lie_on_one_plane():
         ({"queries": "x"}, "give --candidates with them"),
         ({"candidates": "x"}, "give the --model that was trained on them"),
         ({"num_queries": 2}, "--num_queries must be at least 3"),
-        ({"dynamics": [0.1, 0.3]}, "--dynamics go from 0"),
+        ({"dynamics": [0.1, 0.3]}, "--dynamics must begin with 0"),
         ({"radius": 0.0}, "--radius must be above 0"),
     ],
 )
