@@ -12,6 +12,7 @@ from hf_forward_inf.adapters.preference import PreferenceAdapter
 from hf_forward_inf.adapters.seq2seq import Seq2SeqAdapter, is_seq2seq
 from hf_forward_inf.adapters.sequence_classification import SequenceClassificationAdapter, is_sequence_classifier
 from hf_forward_inf.adapters.tensors import TensorAdapter
+from hf_forward_inf.utils.models import uncompiled
 
 __all__ = [
     "Adapter",
@@ -57,6 +58,7 @@ def adapter_for(model: nn.Module, processor: Any = None) -> Adapter:
     Raises:
         TypeError: If no adapter knows this kind of model.
     """
+    model = uncompiled(model)
     if is_sequence_classifier(model):
         return SequenceClassificationAdapter(model, processor)
     if is_seq2seq(model):

@@ -1,6 +1,7 @@
 """The adapter protocol: what the library must know of one kind of model."""
 
 import copy
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Set
 from typing import Any, Literal, TypeAlias
@@ -11,6 +12,11 @@ from datasets import Dataset
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from hf_forward_inf.utils.models import batch_size, uncompiled
+from hf_forward_inf.utils.processes import process_state
+
+SAME_LOSS = 1e-5
+"""Relative difference up to which two computations of a loss are the same."""
 Rows: TypeAlias = dict[str, list[Any]]
 """A slice of a `datasets.Dataset`: column name to values."""
 Batch: TypeAlias = dict[str, Any]
@@ -39,9 +45,11 @@ class Adapter(ABC):
     """Whether queries without an answer are answered by the model when they are traced."""
     default_units: Literal["loss", "sensitivity"] = "loss"
     """Units of scores that are best for this kind of model ([`ForwardInf`])."""
+    shares: bool | None = None
+    """Whether `run_shared` gives the same losses as the whole model; `None` until it was tried."""
 
     def __init__(self, model: nn.Module):
-        self.model = model
+        self.model: Any = uncompiled(model)
 
     def columns_in(self, names: Iterable[str]) -> tuple[str, ...]:
         """Give the columns to read of rows that have columns of these names."""
@@ -167,7 +175,7 @@ class Adapter(ABC):
     def with_model(self, model: nn.Module) -> Self:
         """Give the same adapter for another model of the same architecture, such as a checkpoint."""
         other = copy.copy(self)
-        other.model = model
+        other.model, other.shares = uncompiled(model), None
         return other
 
     def default_modules(self) -> list[str]:
@@ -184,9 +192,54 @@ class Adapter(ABC):
         return {}
 
     def shared_parameters(self) -> Set[str]:
-        """Name the parameters that `prefix` reads; perturbing none of them allows computing it once."""
+        """Return the names of the parameters that `run_shared` reads: if none is perturbed, it need run only once."""
         return frozenset()
 
     def run_shared(self, batch: Batch) -> Batch:
         """Run what comes before the perturbed modules, and return the batch with its output in place."""
         return batch
+
+    def with_shared(self, batch: Batch, names: Set[str]) -> Batch:
+        """Run what comes before the perturbed modules once for all queries, where that is right.
+
+        The first time, the first row is run both ways. A model whose losses differ (blocks that run several times,
+        later blocks that read the keys of earlier ones) or that fails is run whole from then on.
+
+        Args:
+            batch (`dict`): On the model's device.
+            names (`set[str]`): The parameters that are perturbed.
+
+        Returns:
+            `dict`: What [`run_shared`] returns, or the batch itself.
+        """
+        shared = self.shared_parameters()
+        if not shared or shared & names:
+            return batch
+        if self.shares is None:
+            self.shares = self._halves_agree(batch)
+        if not self.shares:
+            return batch
+        with torch.no_grad():
+            return self.run_shared(batch)
+
+    @torch.no_grad()
+    def _halves_agree(self, batch: Batch) -> bool:
+        rows = batch_size(batch)
+        first = {k: v[:1] if isinstance(v, Tensor) and len(v) == rows else v for k, v in batch.items()}
+        whole, again = (self.term_losses(self.model, first) for _ in range(2))
+        try:
+            halves = self.term_losses(self.model, self.run_shared(first))
+            difference = (halves - whole).abs().max().item()
+            noise = 4 * (again - whole).abs().max().item()  # kernels may sum in any order
+            if difference <= noise + SAME_LOSS * max(1.0, whole.abs().max().item()):
+                return True
+            why = f"a term of the first row's loss would differ by {difference:.2g}"
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"
+        if process_state().is_main_process:
+            warnings.warn(
+                f"{type(self.model).__name__} can't be run in two parts ({why}): it is run whole for every query, "
+                "which is slower.",
+                stacklevel=3,
+            )
+        return False

@@ -25,12 +25,13 @@ from hf_forward_inf.adapters.language import (
     longest_input,
     pad,
     pieces,
+    sees_later_tokens,
     tokenizer_state,
 )
 from hf_forward_inf.adapters.split_model import Blocks
 from hf_forward_inf.adapters.text_rows import TextRows, cut, only_span
 from hf_forward_inf.utils.fingerprints import fingerprint
-from hf_forward_inf.utils.models import device_of, peft_parameters
+from hf_forward_inf.utils.models import device_of, peft_parameters, uncompiled, virtual_tokens
 
 
 class CausalLMAdapter(LanguageAdapter):
@@ -82,6 +83,7 @@ class CausalLMAdapter(LanguageAdapter):
         turns: Turns = "all",
         max_length: int | None = None,
     ):
+        model = uncompiled(model)
         check_language_model(
             model, tokenizer, is_causal_lm(model), "predict the next token of a text", "AutoModelForCausalLM"
         )
@@ -93,6 +95,7 @@ class CausalLMAdapter(LanguageAdapter):
         self.max_length = max_length or longest_input(_base(model).config, tokenizer)
         self.blocks = Blocks(model)
         self.shortens = "logits_to_keep" in inspect.signature(_base(model).forward).parameters
+        self.causal: bool | None = None  # whether predictions depend on earlier tokens alone, once that was tried
 
     @property
     def cache_key(self) -> str:
@@ -104,6 +107,22 @@ class CausalLMAdapter(LanguageAdapter):
     def config(self) -> dict[str, Any]:
         """Which of the assistant's turns count."""
         return {"turns": self.rows.turns}
+
+    def prepare(self, rows: Dataset) -> Dataset:
+        """Check that the model does not see the tokens that it is to predict.
+
+        Raises:
+            TypeError: If it does.
+        """
+        if self.causal is None:
+            self.causal = not sees_later_tokens(self.model, self.tokenizer)
+        if not self.causal:
+            raise TypeError(
+                f"{type(_base(self.model)).__name__} sees the tokens that it is to predict: its first logits change "
+                "with the last token. Load a decoder with is_decoder=True, a masked language model with "
+                "AutoModelForMaskedLM."
+            )
+        return super().prepare(rows)
 
     def columns_in(self, names: Iterable[str]) -> tuple[str, ...]:
         """Return the columns to read of rows that have columns of these names ([`TextRows.columns_in`])."""
@@ -208,12 +227,14 @@ class CausalLMAdapter(LanguageAdapter):
         """Logits from the first position that predicts a token that counts, and the tokens predicted."""
         labels, options = batch["labels"], {}
         first = max(1, int((labels != IGNORED).any(0).int().argmax()))
+        virtual = virtual_tokens(self.model)
         if self.shortens:  # the output layer is expensive, and prompts need none of it
-            options["logits_to_keep"] = torch.arange(first - 1, labels.shape[1] - 1, device=labels.device)
+            positions = torch.arange(first - 1, labels.shape[1] - 1, device=labels.device)
+            options["logits_to_keep"] = positions + virtual
         read = {key: value for key, value in batch.items() if key not in ("labels", "states")}
         with self.blocks.run_second_half(batch.get("states")):
             logits = forward(**read, use_cache=False, **options).logits
-        return logits if self.shortens else logits[:, first - 1 : -1], labels[:, first:]
+        return logits if self.shortens else logits[:, virtual + first - 1 : -1], labels[:, first:]
 
     def outputs_and_loss(self, forward: Forward, batch: Batch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Logits of the tokens that count, `[tokens, vocabulary]`, and their cross-entropy."""
@@ -229,6 +250,7 @@ class CausalLMAdapter(LanguageAdapter):
     def representation(self, batch: Batch) -> Tensor:
         """Mean of the hidden states from which the tokens that count are predicted, `[rows, hidden]`."""
         states = input_of(self.model.get_output_embeddings(), lambda: self._logits(self.model, batch)).float()
+        states = states[:, virtual_tokens(self.model) * (not self.shortens) :]
         # Where the output layer read the last hidden states only, so did it of the labels.
         valid = (batch["labels"] != IGNORED)[:, -states.shape[1] :]
         predicting = F.pad(valid[:, 1:], (0, 1)) if states.shape[1] == batch["labels"].shape[1] else valid
@@ -237,7 +259,7 @@ class CausalLMAdapter(LanguageAdapter):
     def with_model(self, model: nn.Module) -> Self:
         """Give the same adapter for another model of the same architecture."""
         other = super().with_model(model)
-        other.blocks = Blocks(model)
+        other.blocks, other.causal = Blocks(other.model), None
         return other
 
     def default_modules(self) -> list[str]:
@@ -246,15 +268,13 @@ class CausalLMAdapter(LanguageAdapter):
 
     def shared_parameters(self) -> Set[str]:
         """What the first half of the blocks and the embeddings read: perturb none of it, and they are run once."""
-        device = device_of(self.model)
-        self.blocks.look_before_middle(
-            lambda: self.model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
-        )
+        ids = torch.zeros(1, 2, dtype=torch.long, device=device_of(self.model))
+        self.blocks.explore(lambda: self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False))
         return self.blocks.before_middle
 
     def run_shared(self, batch: Batch) -> Batch:
         """Run the first half of the blocks, where there are two halves."""
-        if not self.blocks.middle:
+        if not self.shared_parameters():
             return batch
         read = {key: value for key, value in batch.items() if key != "labels"}
         return {**batch, "states": self.blocks.run_first_half(lambda: self.model(**read, use_cache=False))}

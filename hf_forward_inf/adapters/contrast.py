@@ -1,6 +1,6 @@
 """Contrast: a query may hold what should have been said, so that the question is why this rather than that."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from typing import Any
 
 import numpy as np
@@ -91,10 +91,10 @@ class Contrast(Adapter):
         """Return those of the adapter."""
         return self.adapter.shared_parameters()
 
-    def run_shared(self, batch: Batch) -> Batch:
+    def with_shared(self, batch: Batch, names: Set[str]) -> Batch:
         """Run it for both halves."""
         pairs = {name: value for name, value in batch.items() if name != CONTRAST}
-        return {CONTRAST: batch[CONTRAST], **self.adapter.run_shared(pairs)}
+        return {CONTRAST: batch[CONTRAST], **self.adapter.with_shared(pairs, names)}
 
 
 def query_adapter(adapter: Adapter, columns: Iterable[str]) -> Adapter:

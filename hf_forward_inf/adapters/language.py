@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_forward_inf.adapters.base import Adapter, Rows
 from hf_forward_inf.adapters.columns import IGNORED, UnreadableRow, asked_items, each_row
 from hf_forward_inf.adapters.generation import generate
-from hf_forward_inf.utils.models import is_quantised
+from hf_forward_inf.utils.models import device_of, evaluating, is_quantised
 from hf_forward_inf.utils.validation import listed
 
 CONTRASTS = ("contrast", "rejected")
@@ -43,7 +43,6 @@ class LanguageAdapter(Adapter):
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase):
         super().__init__(model)
-        self.model: Any = model
         self.tokenizer = tokenizer
         self._said: set[str] = set()
 
@@ -243,6 +242,25 @@ def preferred_ascent(model: nn.Module, direction: str | None = None) -> dict[str
         large = sum(p.numel() for p in model.parameters()) > LARGE
         direction = "gradient" if large or is_quantised(model) else "kfac"
     return {"direction": direction} | ({"radius": 2.0, "sample": 128} if direction == "kfac" else {})
+
+
+@torch.no_grad()
+def sees_later_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether a model's prediction at a position changes with a later token, as a masked language model's does.
+
+    Args:
+        model (`torch.nn.Module`): Returns logits.
+        tokenizer (`transformers.PreTrainedTokenizerBase`): Its tokenizer.
+    """
+    special = set(tokenizer.all_special_ids)
+    ids = [i for i in range(len(tokenizer)) if i not in special][:8]
+    if len(ids) < 3:
+        return False
+    rows = torch.tensor([ids[:-1], [*ids[:-2], ids[-1]], ids[:-1]], device=device_of(model))
+    with evaluating(model):
+        logits = model(input_ids=rows, attention_mask=torch.ones_like(rows), use_cache=False).logits[:, :-1].float()
+    changed, noise = ((logits[0] - other).abs().max().item() for other in logits[1:])
+    return changed > 10 * noise + 1e-4 * logits.abs().max().item()
 
 
 def input_of(module: nn.Module, run: Callable[[], object]) -> Tensor:

@@ -35,7 +35,7 @@ from hf_forward_inf.adapters.language import (
     tokenizer_state,
 )
 from hf_forward_inf.utils.fingerprints import fingerprint
-from hf_forward_inf.utils.models import peft_parameters
+from hf_forward_inf.utils.models import peft_parameters, uncompiled
 
 
 class Seq2SeqAdapter(LanguageAdapter):
@@ -76,6 +76,7 @@ class Seq2SeqAdapter(LanguageAdapter):
         target_column: str = "targets_pretokenized",
         max_length: int | None = None,
     ):
+        model = uncompiled(model)
         check_language_model(
             model, tokenizer, is_seq2seq(model), "predict labels from an encoder's output", "AutoModelForSeq2SeqLM"
         )
@@ -86,8 +87,8 @@ class Seq2SeqAdapter(LanguageAdapter):
                 "model. Write one (hf_forward_inf.adapters.Adapter)."
             )
         self.columns = (input_column, target_column)
-        self.max_length = max_length or longest_input(model.config, tokenizer, "encoder")
-        self.max_target_length = max_length or longest_input(model.config, tokenizer, "decoder")
+        self.max_length = max_length or longest_input(self.model.config, tokenizer, "encoder")
+        self.max_target_length = max_length or longest_input(self.model.config, tokenizer, "decoder")
         # What the tokenizer puts around every target: a language, an end token.
         self.around_targets = list(tokenizer(text_target="")["input_ids"])
 

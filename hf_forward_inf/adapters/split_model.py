@@ -6,13 +6,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from hf_forward_inf.utils.models import evaluating
 
 
 class Blocks:
     """Runs the first half of a model's blocks once, and the second half from there as often as wanted.
 
     Works on any transformers model with a list of equal blocks, or on one that runs its children one after the other,
-    from outside: by hooks, and by blocks that let their input pass, both for the length of a call.
+    from outside: by hooks, and by blocks that return their input, both for the length of a call. Whether the two
+    halves give what the whole model gives is for the caller to check ([`Adapter.with_shared`]).
 
     Args:
         model (`torch.nn.Module`): The model; without such a list there is no middle.
@@ -26,44 +30,60 @@ class Blocks:
         children = dict(model.named_children())
         if first is not None and first not in children:
             raise ValueError(f"{type(model).__name__} has no child {first!r}; it has {', '.join(children)}.")
-        self.found = _blocks(model) if first is None else list(children.values())
+        self.model = model
+        self.stacks = _stacks(model) if first is None else [list(children.values())]
+        self.found = self.stacks[0] if self.stacks else []
         self.middle = len(self.found) // 2 if first is None else list(children).index(first)
         late = {id(p) for block in self.found[self.middle :] for p in block.parameters()} if self.middle else set()
-        self.model = model
         self.before_middle: Set[str] = self._named(lambda p: id(p) not in late) if self.middle else frozenset()
-        """Parameters that the first half may read: all outside the second, until `look_before_middle` has looked."""
-        self.looked = not self.middle  # whether that is known for sure
-        self.wrapped = False  # whether blocks give their states in a tuple
+        """Parameters that the first half may read: all outside the second, until `explore` has seen which."""
+        self.explored = not self.middle
+        self.returns_tuple = False  # whether blocks return their states in a tuple
 
     def _named(self, chosen: Callable[[nn.Parameter], bool]) -> Set[str]:
         return {name for name, p in self.model.named_parameters() if chosen(p)}
 
     @torch.no_grad()
-    def look_before_middle(self, run: Callable[[], object]) -> None:
-        """Run the first half, once, to see which parameters it reads; a final norm and an output layer come after it.
+    def explore(self, run: Callable[[], object]) -> None:
+        """Run the model, once, to see which stack of blocks it goes through, and which parameters it reads before.
+
+        Of several stacks (a vision tower's, a language model's) the longest that is run counts. Where the run fails,
+        nothing is known, and there is no middle.
 
         Args:
             run (`Callable`): Calls the model, with any input.
         """
-        if self.looked:
+        if self.explored:
             return
-        read: set[int] = set()
+        self.explored = True
+        turns: dict[nn.Module, int] = {}  # at which call each module was called first
 
-        def look(module: nn.Module, args: tuple[Any, ...]) -> None:
-            read.update(id(p) for p in module.parameters(recurse=False))
+        def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+            turns.setdefault(module, len(turns))
 
-        late = {id(module) for block in self.found[self.middle :] for module in block.modules()}
-        early = [module for module in self.model.modules() if id(module) not in late]
-        handles = [module.register_forward_pre_hook(look) for module in early]
+        handle = register_module_forward_pre_hook(note)
         try:
-            self.run_first_half(run)
+            with evaluating(self.model):
+                run()
+        except Exception:
+            turns.clear()
         finally:
-            for handle in handles:
-                handle.remove()
-        self.before_middle, self.looked = self._named(lambda p: id(p) in read), True
+            handle.remove()
+        ran = [stack for stack in self.stacks if stack[0] in turns and stack[len(stack) // 2] in turns]
+        self.found = ran[0] if ran else []
+        self.middle = len(self.found) // 2
+        if self.middle:
+            first_use = _first_uses(self.model, turns)
+            self.before_middle = self._named(lambda p: first_use[id(p)] < turns[self.found[self.middle]])
+        else:
+            self.before_middle = frozenset()
 
     def run_first_half(self, run: Callable[[], object]) -> Tensor:
-        """Run the first half: the states that the second half reads."""
+        """Run the first half, and return the states that the second half reads.
+
+        Raises:
+            RuntimeError: If the model doesn't reach its middle.
+        """
         read: list[Tensor] = []
 
         def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -71,7 +91,7 @@ class Blocks:
             raise _MiddleReached
 
         def look(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            self.wrapped = isinstance(output, tuple)
+            self.returns_tuple = isinstance(output, tuple)
 
         handles = [
             self.found[self.middle].register_forward_pre_hook(stop, with_kwargs=True),
@@ -80,11 +100,11 @@ class Blocks:
         try:
             run()
         except _MiddleReached:
-            pass
+            return read[0]
         finally:
             for handle in handles:
                 handle.remove()
-        return read[0]
+        raise RuntimeError(f"{type(self.model).__name__} doesn't run the block in its middle")
 
     @contextmanager
     def run_second_half(self, states: Tensor | None) -> Iterator[None]:
@@ -96,15 +116,15 @@ class Blocks:
         def replace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
 
-        def let_pass(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            return (hidden_states,) if self.wrapped else hidden_states
+        def pass_on(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return (hidden_states,) if self.returns_tuple else hidden_states
 
         handle = self.found[self.middle].register_forward_pre_hook(replace, with_kwargs=True)
         early = [block.__dict__ for block in self.found[: self.middle]]
         own = [attributes.get("forward") for attributes in early]  # accelerate's hooks put one there
         try:
             for attributes in early:
-                attributes["forward"] = let_pass
+                attributes["forward"] = pass_on
             yield
         finally:
             handle.remove()
@@ -118,10 +138,28 @@ class _MiddleReached(Exception):
     pass
 
 
-def _blocks(model: Any) -> list[nn.Module]:
-    """Find the longest list of blocks of one kind that transformers says must not be split."""
+def _stacks(model: Any) -> list[list[nn.Module]]:
+    """Find the lists of blocks that transformers says must not be split, the longest first."""
     whole = set()
     for module in model.modules():
         whole |= set(getattr(module, "_no_split_modules", None) or ())
     lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 1]
-    return max((one for one in lists if {type(m).__name__ for m in one} <= whole), key=len, default=[])
+    return sorted((one for one in lists if {type(m).__name__ for m in one} <= whole), key=len, reverse=True)
+
+
+def _first_uses(model: nn.Module, turns: dict[nn.Module, int]) -> dict[int, int]:
+    """Return the first turn at which each parameter, by its id, may be read.
+
+    A parameter is read by its module, or, where that is never called (a `ParameterDict`), by the one around it.
+    """
+    found: dict[int, int] = {}
+
+    def visit(module: nn.Module, around: int) -> None:
+        turn = turns.get(module, around)
+        for p in module.parameters(recurse=False):
+            found[id(p)] = min(turn, found.get(id(p), turn))
+        for child in module.children():
+            visit(child, turn)
+
+    visit(model, 0)
+    return found

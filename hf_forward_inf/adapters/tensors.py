@@ -51,7 +51,7 @@ class TensorAdapter(ClassifierAdapter):
         objective: Literal["cross_entropy", "margin"] = "cross_entropy",
     ):
         super().__init__(model, objective)
-        arguments = list(inspect.signature(model.forward).parameters)
+        arguments = list(inspect.signature(self.model.forward).parameters)
         if not arguments:
             raise TypeError(f"{type(model).__name__}.forward takes no argument, so no tensor can be passed to it.")
         self.argument: str = getattr(model, "main_input_name", arguments[0])

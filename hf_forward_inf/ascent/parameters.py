@@ -12,7 +12,7 @@ from torch.func import functional_call
 from hf_forward_inf.adapters.base import Adapter
 from hf_forward_inf.ascent.config import AscentConfig
 from hf_forward_inf.ascent.lora import RANK, LowRank, added
-from hf_forward_inf.utils.models import is_quantised, linear_layers, peft_parameters
+from hf_forward_inf.utils.models import check_in_memory, is_quantised, linear_layers, peft_parameters
 
 Parameters: TypeAlias = dict[str, Tensor | LowRank]
 """theta_K: the perturbed parameters by name, or low-rank changes of them; all others are theta's."""
@@ -26,7 +26,7 @@ def rank_of_ascent(adapter: Adapter, config: AscentConfig) -> int | None:
     """
     if config.lora_rank is not None:
         return config.lora_rank
-    if peft_parameters(adapter.model) or not is_quantised(adapter.model):
+    if not is_quantised(adapter.model) or peft_parameters(adapter.model):
         return None
     if config.direction != "gradient" or config.optimizer != "sgd" or config.relative:
         raise ValueError(
@@ -50,7 +50,8 @@ def names_for(adapter: Adapter, config: AscentConfig) -> list[str]:
 
 def norm(vector: Sequence[Tensor]) -> float:
     """Return a vector's Euclidean norm; in float32, since a half-precision sum of squares overflows."""
-    return torch.stack([part.float().norm() for part in vector]).norm().item()
+    norms = [part.float().norm() for part in vector]
+    return torch.stack([one.to(norms[0].device) for one in norms]).norm().item()  # a model may lie on several devices
 
 
 def call(model: nn.Module, theta: Mapping[str, Tensor | LowRank], **inputs: Any) -> Any:
@@ -78,11 +79,14 @@ def perturbed_names(adapter: Adapter, modules: list[str] | None, lora: bool = Fa
     else:
         trainable = {name: p for name, p in adapter.model.named_parameters() if p.is_floating_point()}
     if modules is None:
-        return _beyond_shared(adapter, _matching(trainable, adapter.default_modules()))
-    for pattern in modules:
-        if not _matching(trainable, [pattern]):
-            raise ValueError(_nothing_matches(adapter.model, pattern, trainable))
-    return _matching(trainable, modules)
+        names = _beyond_shared(adapter, _matching(trainable, adapter.default_modules()))
+    else:
+        for pattern in modules:
+            if not _matching(trainable, [pattern]):
+                raise ValueError(_nothing_matches(adapter.model, pattern, trainable))
+        names = _matching(trainable, modules)
+    check_in_memory(adapter.model, names)
+    return names
 
 
 def _inner(adapter: Adapter, layers: list[str]) -> list[str]:

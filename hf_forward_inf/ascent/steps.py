@@ -129,9 +129,7 @@ def ascend(
     """
     adapter, model = encoded_adapter(adapter, query), adapter.model
     batch = to_device(adapter.collate(query), model)
-    if not adapter.shared_parameters() & set(names):
-        with torch.no_grad():
-            batch = adapter.run_shared(batch)
+    batch = adapter.with_shared(batch, set(names))
 
     def loss(theta: Parameters) -> Tensor:
         terms = adapter.term_losses(partial(call, model, theta), batch)

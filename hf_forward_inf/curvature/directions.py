@@ -20,7 +20,7 @@ from hf_forward_inf.curvature.kronecker import KroneckerFit, damped_inverse
 from hf_forward_inf.curvature.sample import Sample
 from hf_forward_inf.curvature.second_moments import estimated_second_moments, optimizer_file, read_second_moments
 from hf_forward_inf.curvature.solvers import conjugate_gradients, warn_of_residual
-from hf_forward_inf.utils.fingerprints import fingerprint, fingerprint_of_model
+from hf_forward_inf.utils.fingerprints import fingerprint, fingerprint_of_model, foreign_hooks
 from hf_forward_inf.utils.models import device_of
 from hf_forward_inf.utils.processes import process_state
 from hf_forward_inf.utils.storage import Tensors, cached_tensors, default_cache_dir
@@ -157,7 +157,7 @@ class FitCache:
     def get(self, kind: str, fit: Callable[[], Tensors]) -> Tensors:
         """Return what is cached, or fit it and cache it."""
         device = device_of(self.adapter.model)
-        if not is_caching_enabled():
+        if not is_caching_enabled() or foreign_hooks(self.adapter.model):
             return fit()
         key = fingerprint(fingerprint_of_model(self.adapter.model), self.adapter.cache_key, self.fingerprint)
         file = self.folder / f"{key}-{kind}.safetensors"

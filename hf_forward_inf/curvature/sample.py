@@ -5,7 +5,6 @@ from collections.abc import Iterator, Set
 from pathlib import Path
 
 import numpy as np
-import torch
 from datasets import Dataset
 
 from hf_forward_inf.adapters.base import Adapter, Batch
@@ -63,7 +62,4 @@ class Sample:
         """
         for rows in batches(self.lengths, MAX_BATCH_LENGTH):
             batch = to_device(self.adapter.collate(self.features[rows]), self.adapter.model)
-            if names and not names & self.adapter.shared_parameters():
-                with torch.no_grad():
-                    batch = self.adapter.run_shared(batch)
-            yield batch
+            yield self.adapter.with_shared(batch, names) if names else batch

@@ -13,7 +13,7 @@ from datasets import Dataset, Features, List, Value, is_caching_enabled
 
 from hf_forward_inf.adapters.base import Adapter, Batch, Rows
 from hf_forward_inf.adapters.contrast import query_adapter
-from hf_forward_inf.utils.fingerprints import fingerprint, fingerprint_of_model
+from hf_forward_inf.utils.fingerprints import fingerprint, fingerprint_of_model, foreign_hooks
 from hf_forward_inf.utils.models import to_device
 from hf_forward_inf.utils.processes import process_state, progress_bars
 from hf_forward_inf.utils.storage import default_cache_dir
@@ -64,6 +64,14 @@ class CandidatePass:
         cuts = list(batches(lengths[self.order], max_batch_length))
         self.shares = [cuts[process :: self.state.num_processes] for process in range(self.state.num_processes)]
         self.weights = fingerprint_of_model(adapter.model)
+        hooked = foreign_hooks(adapter.model)
+        self.cached = not hooked
+        if hooked and self.state.is_main_process:
+            warnings.warn(
+                f"{hooked[0]} has a forward hook of your own{f' ({len(hooked)} modules have)' if hooked[1:] else ''}: "
+                "what it does is not known, so losses are not cached.",
+                stacklevel=2,
+            )
 
     def run(self, work: Callable[[Batch], np.ndarray], columns: int, key: str, title: str) -> np.ndarray:
         """Run one cached pass over this process's share, and gather the values of all processes.
@@ -89,7 +97,7 @@ class CandidatePass:
                     batch_size=1,
                     remove_columns=["start", "stop"],
                     features=Features({"figures": List(Value("float32"), length=columns)}),
-                    cache_file_name=_cache_file(self.cache_dir, "passes", name),
+                    cache_file_name=_cache_file(self.cache_dir, "passes", name) if self.cached else None,
                     new_fingerprint=name,
                     desc=f"{title}, batches",
                 )

@@ -46,8 +46,7 @@ class LossPass(CandidatePass):
         rows = len(next(tensor for tensor in batch.values() if isinstance(tensor, Tensor)))
         losses = np.full((rows, len(thetas)), np.nan, dtype=np.float32)
         names = set().union(*(theta for theta in thetas if theta is not None))
-        if not names & adapter.shared_parameters():
-            batch = adapter.run_shared(batch)  # no query changes it: computed once for all models
+        batch = adapter.with_shared(batch, names)  # no query changes the shared part: computed once for all models
         measure = self._measure(batch)
         for i, theta in enumerate(thetas):
             if theta is not None:

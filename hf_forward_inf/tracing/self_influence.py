@@ -90,8 +90,7 @@ def _risen(tracer: Scorer, names: list[str], features: Rows) -> np.ndarray:
     """Move the model against each row, a copy of the parameters for each: how much the row's own loss rises."""
     adapter, model, config = tracer.adapter, tracer.adapter.model, tracer.ascent
     batch = to_device(adapter.collate(features), model)
-    if not adapter.shared_parameters() & set(names):
-        batch = adapter.run_shared(batch)
+    batch = adapter.with_shared(batch, set(names))
     shared = {name: value for name, value in batch.items() if not isinstance(value, Tensor)}
     own = dict(model.named_parameters())
     theta = {name: own[name].detach() for name in names}

@@ -1,6 +1,6 @@
 """What is asked of any torch module: its mode, its device, its linear layers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,8 +10,10 @@ from transformers.pytorch_utils import Conv1D
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Return the device of the model's first parameter."""
-    return next(model.parameters()).device
+    """Return the device of the model's first parameter that is in memory, or that of an offloaded model's inputs."""
+    devices = (p.device for p in model.parameters() if p.device.type != "meta")
+    placed = getattr(getattr(model, "_hf_hook", None), "execution_device", None)
+    return next(devices, torch.device("meta") if placed is None else torch.device(placed))
 
 
 def batch_size(batch: dict[str, Any]) -> int:
@@ -33,15 +35,47 @@ def to_device(batch: dict[str, Any], model: nn.Module) -> dict[str, Any]:
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Put models into eval mode within a `with` block, and restore the mode of every module afterwards."""
+    """Switch off dropout, compilation and inference mode: losses are repeatable, hooks run, gradients can be had.
+
+    Every module gets its own mode back afterwards, whatever happens.
+    """
     modes = [(module, module.training) for model in models for module in model.modules()]
     try:
         for model in models:
             model.eval()
-        yield
+        # A compiled module doesn't run hooks that were registered after its compilation.
+        with torch.compiler.set_stance("force_eager"), torch.inference_mode(False):
+            yield
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """Return the module that `torch.compile(model)` wraps, or the model itself: they share their parameters."""
+    inner = getattr(model, "_orig_mod", None)
+    return uncompiled(inner) if isinstance(inner, nn.Module) else model
+
+
+def check_in_memory(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse to copy parameters that are elsewhere, or that autograd can't use.
+
+    Raises:
+        ValueError: If one of the parameters is offloaded, or a parameter of the model was made in inference mode.
+    """
+    absent = [name for name in names if model.get_parameter(name).device.type == "meta"]
+    if absent:
+        raise ValueError(
+            f"{absent[0]} is not in memory (it is on the meta device"
+            f"{f', as {len(absent) - 1} others are' if len(absent) > 1 else ''}), so that it can't be perturbed: load "
+            "the model without offloading, or perturb only what is in memory with modules=[...]."
+        )
+    made = [name for name, p in model.named_parameters() if p.is_inference()]
+    if made:
+        raise ValueError(
+            f"{made[0]} was made in inference mode, and autograd can't use it: load the model outside of "
+            "torch.inference_mode()."
+        )
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -51,11 +85,28 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def peft_parameters(model: Any) -> list[str]:
-    """Return name patterns of the weights that PEFT (LoRA and others) trained; an empty list for other models."""
-    if not getattr(model, "peft_config", None):  # empty after the last adapter was deleted
+    """Return the names of the weights that a PEFT model's adapters have trained; none for another model."""
+    adapters = getattr(model, "peft_config", None)
+    if not adapters:  # empty after the last adapter was deleted
         return []
-    prefixes = [getattr(getattr(model, "base_model", None), "prefix", None) or "lora_", "modules_to_save."]
-    return [f"*{prefix}*" for prefix in prefixes]
+    from peft import get_peft_model_state_dict
+
+    if any(config.is_prompt_learning for config in adapters.values()):
+        return [name for name, _ in model.named_parameters() if name.startswith("prompt_encoder.")]
+    states = (get_peft_model_state_dict(model, adapter_name=one, save_embedding_layers=False) for one in adapters)
+    saved = {tensor.data_ptr() for state in states for tensor in state.values()}
+    return [name for name, p in model.named_parameters() if p.data_ptr() in saved]
+
+
+def virtual_tokens(model: Any) -> int:
+    """Return how many positions a PEFT model puts before a row's own tokens: those of a trained prompt.
+
+    A trained prefix puts keys and values there, and no positions.
+    """
+    if not getattr(model, "peft_config", None) or not hasattr(model, "active_peft_config"):
+        return 0
+    config = model.active_peft_config
+    return config.num_virtual_tokens if config.is_prompt_learning and config.peft_type != "PREFIX_TUNING" else 0
 
 
 def is_quantised(model: nn.Module) -> bool:

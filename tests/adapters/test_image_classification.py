@@ -140,21 +140,28 @@ def test_what_is_not_perturbed_is_run_once_for_all_queries(kind, tmp_path):
     assert once < 18 and len(runs) - once == 1 + 10 + 10  # base losses, ascents, loss passes of the queries
 
 
-def test_a_module_that_does_not_run_its_children_in_a_line_is_told():
-    class Skipping(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.early, self.late, self.head = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), nn.Linear(3, 3)
+class Skipping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.early, self.late, self.head = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), nn.Linear(3, 3)
 
-        def forward(self, x):
-            x = self.early(x)
-            return self.head((x + self.late(x)).mean(dim=(2, 3)))
+    def forward(self, x):
+        x = self.early(x)
+        return self.head((x + self.late(x)).mean(dim=(2, 3)))
 
-    adapter = ImageClassificationAdapter(Skipping(), first="late")
-    with pytest.raises(ValueError, match="does not run its children one after the other"):
-        ForwardInf(adapter=adapter).trace(rows(1), rows(3))
+
+def test_a_module_that_does_not_run_its_children_in_a_line_is_run_whole(tmp_path):
+    torch.manual_seed(0)
+    model, data = Skipping(), rows(3)
+    adapter = ImageClassificationAdapter(model, first="late")
+    with pytest.warns(UserWarning, match="Skipping can't be run in two parts"):
+        found = ForwardInf(adapter=adapter).trace(data.select([0]), data).scores
+    whole = ImageClassificationAdapter(model)
+    names = ["late", "head"]
+    expected = ForwardInf(adapter=whole, ascent=AscentConfig(modules=names, radius=0.3), cache_dir=tmp_path)
+    np.testing.assert_allclose(found, expected.trace(data.select([0]), data).scores, rtol=1e-5)
     with pytest.raises(ValueError, match="no child 'body'; it has early, late, head"):
-        ImageClassificationAdapter(Skipping(), first="body")
+        ImageClassificationAdapter(model, first="body")
 
 
 def test_transformers_models_and_pipelines_find_their_adapter(tmp_path):
