@@ -1,4 +1,5 @@
 import copy
+import gc
 import os
 from pathlib import Path
 
@@ -21,6 +22,13 @@ SHARED = Path(os.environ.get("HF_FORWARD_INF_SHARED", Path(__file__).parents[2] 
 def quiet_and_repeatable():
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     datasets.disable_progress_bars()
+    gc.freeze()  # modules are imported by now: costs are measured after a collection, which need not visit them
+
+
+@pytest.fixture
+def measured_once(monkeypatch):
+    """Measure costs by one pass where a test asks what a run writes, not how exact its costs are."""
+    monkeypatch.setattr("hf_forward_inf.evaluation.cost.REPEATS", 1)
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,8 @@ from hf_forward_inf.commands.options import FinetuneOptions
 from hf_forward_inf.data import proponents, questions
 from hf_forward_inf.data.questions import builtin_questions
 
+pytestmark = pytest.mark.usefixtures("measured_once")
+
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 2}
 
 

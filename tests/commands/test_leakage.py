@@ -11,6 +11,8 @@ from hf_forward_inf.data.image_changes import CHANGES, changed
 from hf_forward_inf.data.images import load_images
 from tests.helpers.images import picture
 
+pytestmark = pytest.mark.usefixtures("measured_once")
+
 
 @pytest.fixture(scope="module")
 def digits():

@@ -15,7 +15,11 @@ from hf_forward_inf.commands.options import TraceOptions
 from hf_forward_inf.commands.outputs import OUTPUTS
 from hf_forward_inf.commands.trace import trace_run
 
+pytestmark = pytest.mark.usefixtures("measured_once")
+
 RECIPE = Path(__file__).parents[2] / "recipes" / "ftrace.py"
+GRADIENT = AscentConfig(direction="gradient")
+"""For tests of what holds along any direction: no curvature is fitted."""
 
 
 @pytest.fixture
@@ -70,7 +74,24 @@ def test_a_run_writes_metrics_attribution_and_report(options, capsys):
 
 
 def test_a_comparison_runs_every_attributor_on_the_same_candidates(options, capsys):
-    assert main(["compare", *as_arguments({**options, "no_baselines": True})]) == 0
+    assert (
+        main(
+            [
+                "compare",
+                *as_arguments(
+                    {
+                        **options,
+                        "num_queries": 2,
+                        "num_candidates": 48,
+                        "direction": "gradient",
+                        "radius": 2.0,
+                        "no_baselines": True,
+                    }
+                ),
+            ]
+        )
+        == 0
+    )
     metrics = json.loads(Path(options["output"], "metrics.json").read_text())
     printed = capsys.readouterr().out
     for method in (
@@ -99,7 +120,7 @@ def test_kinds_of_queries_are_reported_apart(options, corpus, tmp_path, monkeypa
         "hf_forward_inf.adapters.Seq2SeqAdapter.answer",
         lambda self, rows: [texts[text] for text in rows["inputs_pretokenized"]],
     )
-    metrics = trace_run(TraceOptions(**options, paraphrased=True), AscentConfig())
+    metrics = trace_run(TraceOptions(**options, paraphrased=True), GRADIENT)
     assert metrics["queries"] == 16  # 4 answered, 4 not, and all of them in other words
     mean = np.mean([metrics["answered/mrr"], metrics["unanswered/mrr"]])
     assert metrics["mrr"] == pytest.approx(mean)  # the main group is both, paraphrases not among them
@@ -122,7 +143,7 @@ def test_repeats_give_means_and_their_standard_errors(options, tmp_path):
 
 def test_queries_can_be_ranked_among_candidates_of_their_own(options):
     options = {**options, "num_candidates": None, "own_candidates": True}
-    metrics = trace_run(TraceOptions(**options, baselines=False), AscentConfig())
+    metrics = trace_run(TraceOptions(**options, baselines=False), GRADIENT)
     assert metrics["mrr_random"] < metrics["random/mrr"]  # all candidates against a query's own
 
 
@@ -133,29 +154,52 @@ def test_the_command_gives_the_same_scores_as_python(options, inputs, tmp_path):
     np.testing.assert_array_equal(first.scores, second.scores)
 
 
-@pytest.mark.parametrize("candidates", [500, 30])  # several batches for each process; a single one, so one idles
-def test_two_processes_give_the_scores_of_one(options, candidates, tmp_path):
-    options |= {"num_candidates": candidates, "no_baselines": True}
+RUNS = """
+import json, sys
+from hf_forward_inf.cli import main
+
+sys.exit(any(main(arguments) for arguments in json.loads(sys.argv[1])))
+"""
+
+
+def test_two_processes_give_the_scores_of_one(options, tmp_path):
+    (tmp_path / "runs.py").write_text(RUNS)
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    alone = run(sys.executable, RECIPE, *as_arguments(options), env=environment)
-    assert alone.returncode == 0, alone.stderr
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", RECIPE]
-    environment["HF_FORWARD_INF_CACHE"] = str(tmp_path / "cache of two")
-    both = run(*launch, *as_arguments({**options, "output": tmp_path / "two"}), env=environment)
-    assert both.returncode == 0, both.stderr
-    one, two = (Attribution.load_from_disk(tmp_path / name / "attribution") for name in ("out", "two"))
-    np.testing.assert_array_equal(one.scores, two.scores)
-    np.testing.assert_array_equal(one.indices, two.indices)
-    assert json.loads((tmp_path / "two" / "metrics.json").read_text())["processes"] == 2
-    assert both.stdout.count("Tracing ") == alone.stdout.count("Tracing ")  # one process speaks for both
+    counts = (500, 30)  # several batches for each process; a single one, so that one idles
+    printed = {}
+    for name, arguments in {"one": [], "two": launch}.items():
+        environment["HF_FORWARD_INF_CACHE"] = str(tmp_path / f"cache of {name}")
+        own = [
+            {
+                **options,
+                "num_queries": 2,
+                "num_candidates": count,
+                "no_baselines": True,
+                "output": tmp_path / name / str(count),
+            }
+            for count in counts
+        ]
+        runs = json.dumps([["trace", *as_arguments(one)] for one in own])
+        done = run(sys.executable, *arguments, tmp_path / "runs.py", runs, env=environment)
+        assert done.returncode == 0, done.stderr
+        printed[name] = done.stdout
+    for count in counts:
+        one, two = (Attribution.load_from_disk(tmp_path / name / str(count) / "attribution") for name in printed)
+        np.testing.assert_array_equal(one.scores, two.scores)
+        np.testing.assert_array_equal(one.indices, two.indices)
+        assert json.loads((tmp_path / "two" / str(count) / "metrics.json").read_text())["processes"] == 2
+    assert printed["two"].count("Tracing ") == printed["one"].count("Tracing ")  # one process prints for both
 
 
 def test_a_killed_run_leaves_the_output_as_it_was_and_goes_on_when_started_again(options, tmp_path, cache):
-    trace_run(TraceOptions(**options, baselines=False), AscentConfig(radius=0.5))
+    options["num_queries"] = 2
+    trace_run(TraceOptions(**options, baselines=False), AscentConfig(direction="gradient", radius=0.5))
     folder = Path(options["output"])
     before = {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
     passes = set(cache.glob("passes/*.arrow"))
-    again = [sys.executable, RECIPE, *as_arguments({**options, "overwrite": True})]
+    options |= {"overwrite": True, "direction": "gradient", "radius": 2.0}
+    again = [sys.executable, RECIPE, *as_arguments({**options, "no_baselines": True})]
     process = subprocess.Popen(again, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and set(cache.glob("passes/*.arrow")) == passes:
         time.sleep(0.01)  # until it has finished a first pass of its own
@@ -172,12 +216,15 @@ def test_a_killed_run_leaves_the_output_as_it_was_and_goes_on_when_started_again
 
 
 def test_a_finished_run_is_not_overwritten_unless_asked(options, capsys):
-    trace_run(TraceOptions(**options, baselines=False), AscentConfig())
+    trace_run(TraceOptions(**options, baselines=False), GRADIENT)
     stamp = Path(options["output"], "metrics.json").stat().st_mtime_ns
     assert main(["trace", *as_arguments(options)]) == 1
     assert "already holds a run" in capsys.readouterr().err
     assert Path(options["output"], "metrics.json").stat().st_mtime_ns == stamp
-    assert main(["trace", *as_arguments({**options, "overwrite": True, "no_baselines": True})]) == 0
+    assert (
+        main(["trace", *as_arguments({**options, "direction": "gradient", "overwrite": True, "no_baselines": True})])
+        == 0
+    )
 
 
 def test_an_output_folder_that_cannot_be_written_is_refused_at_once(options, tmp_path, capsys):
@@ -188,7 +235,7 @@ def test_an_output_folder_that_cannot_be_written_is_refused_at_once(options, tmp
 
 def test_the_run_can_train_a_model_of_its_own(options, capsys):
     options = {key: value for key, value in options.items() if key != "model"}
-    trace_run(TraceOptions(**options, train=True, epochs=1, baselines=False), AscentConfig())
+    trace_run(TraceOptions(**options, train=True, epochs=1, baselines=False), GRADIENT)
     assert "a tiny mT5 trained on the candidates" in capsys.readouterr().out
 
 
@@ -215,7 +262,7 @@ def test_a_step_that_is_given_is_not_tuned(options, capsys):
 def test_rows_without_known_facts_are_traced_without_figures(options, corpus, tmp_path):
     corpus["abstracts"].select(range(50)).remove_columns("facts").to_parquet(tmp_path / "candidates.parquet")
     corpus["queries"].select_columns(["inputs_pretokenized"]).select(range(3)).to_parquet(tmp_path / "queries.parquet")
-    metrics = trace_run(TraceOptions(**{**options, "num_candidates": None}), AscentConfig())
+    metrics = trace_run(TraceOptions(**{**options, "num_candidates": None}), GRADIENT)
     assert "mrr" not in metrics
     assert metrics["queries"] == 3
     assert Path(options["output"], "report.html").exists()

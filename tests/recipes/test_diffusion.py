@@ -19,6 +19,8 @@ from hf_forward_inf.toys.pixel_pipeline import tiny_pipeline
 from tests.helpers.drawing import rows, stable_diffusion
 from tests.helpers.recipes import recipe
 
+pytestmark = pytest.mark.usefixtures("measured_once")
+
 
 def test_a_run_on_pictures_writes_what_it_found(tmp_path):
     pytest.importorskip("sklearn")

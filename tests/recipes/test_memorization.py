@@ -13,6 +13,8 @@ from hf_forward_inf.adapters import ImageClassificationAdapter
 from tests.helpers.images import network, rows, tensors
 from tests.helpers.recipes import recipe
 
+pytestmark = pytest.mark.usefixtures("measured_once")
+
 
 def test_a_run_pairs_test_images_with_training_images(tmp_path):
     pytest.importorskip("sklearn")
