@@ -47,6 +47,7 @@ class TextInputs:
         self.arguments = set(inspect.signature(base_of(model).forward).parameters)
         if more := [what for argument, what in UNKNOWN.items() if argument in self.arguments]:
             raise TypeError(f"{name} reads {more[0]} besides text, which is not supported: write an adapter.")
+        self.model: Any = model
         self.tokenizer = tokenizer
         self.max_length = max_length or _limit(model, tokenizer)
         self.pads: bool | None = None
