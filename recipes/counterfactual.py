@@ -19,6 +19,7 @@ import numpy as np
 from experiments.counterfactual import (
     CAPTION,
     COLUMNS,
+    HEAD,
     Counterfactual,
     CounterfactualOptions,
     Removal,
@@ -67,7 +68,7 @@ def main(options: CounterfactualOptions) -> dict[str, Any]:
     chance = retraining.without(without_best(Random().trace(queries, task.candidates), count))
 
     # Trace, remove the best candidates, train again.
-    say(f"{'':26}  rise     95% interval  median  over random  answer gone  wrong answer gone")
+    say(HEAD)
     table: dict[str, dict[str, float]] = {}
     removals: dict[str, Removal] = {}
     for name, attributor in attributors(adapters, directions, best).items():

@@ -17,6 +17,7 @@ from typing import Any
 from experiments.attributor_sets import contenders
 from experiments.lds import (
     CAPTION,
+    HEAD,
     LdsOptions,
     choose_directions,
     line,
@@ -52,7 +53,7 @@ def main(options: LdsOptions) -> dict[str, Any]:
         attributors["self_retrieval"] = tune_without_labels(adapters[0], task.candidates, directions, options)
 
     # The same three lines for every attributor: trace, compare with the truth, report.
-    say(f"\n{'':28}  LDS   95% interval   damping  radius  seconds")
+    say(f"\n{HEAD}")
     table: dict[str, dict[str, float]] = {}
     for name, attributor in attributors.items():
         if name in (options.without or ()):

@@ -21,7 +21,7 @@ from hf_forward_inf.data import load_rows, proponents
 from hf_forward_inf.data.questions import builtin_questions
 from hf_forward_inf.evaluation import cost
 from hf_forward_inf.evaluation.tables import as_text, compare, flat
-from hf_forward_inf.evaluation.task import Task, has_facts
+from hf_forward_inf.evaluation.task import MAIN, Task, has_facts
 from hf_forward_inf.forward_inf import ForwardInf
 from hf_forward_inf.passes.candidate_pass import encode
 from hf_forward_inf.toys.tiny_models import train_tokenizer
@@ -173,7 +173,7 @@ def _task(adapter: CausalLMAdapter, train: Dataset, queries: Dataset) -> tuple[T
     """Let the model answer; of planted and right answers, those that it gives are traced, else whatever it says."""
     if "planted" not in queries.column_names or not has_facts(queries, train):
         asked = queries.remove_columns([n for n in ("completion", "output_ids") if n in queries.column_names])
-        return Task(adapter.with_answers(asked), train, None, {"": list(range(len(queries)))}), {}
+        return Task(adapter.with_answers(asked), train), {}
     answers = adapter.answer(queries[:])
     given = np.array([a.strip() == t.strip() for a, t in zip(answers, queries["completion"], strict=True)])
     planted = np.array(queries["planted"], dtype=bool)
@@ -184,7 +184,7 @@ def _task(adapter: CausalLMAdapter, train: Dataset, queries: Dataset) -> tuple[T
         raise ValueError("The model repeats none of the planted answers: train it for more epochs (--epochs).")
     wrong, right = (np.flatnonzero(given & kind) for kind in (planted, ~planted))
     asked = queries.select([*wrong, *right])
-    groups = {"": list(range(len(wrong)))}
+    groups = {MAIN: list(range(len(wrong)))}
     if len(right):
         groups["right"] = list(range(len(wrong), len(asked)))
     return Task(asked, train, proponents(asked, train), groups), figures
@@ -206,8 +206,8 @@ def against_right(queries: Dataset) -> Dataset:
 
 def _without(finetuning: Finetuning, train: Dataset, task: Task, ranking: Any, count: int) -> dict[str, float]:
     """Train again without the best candidates of the wrong answers, and without as many random rows."""
-    wrong = task.queries.select(task.groups[""])
-    found = sorted({int(row) for i in task.groups[""] for row in ranking(i)[:count]})
+    wrong = task.queries.select(task.main)
+    found = sorted({int(row) for i in task.main for row in ranking(i)[:count]})
     drawn = sample_rows(Dataset.from_dict({"row": list(range(len(train)))}), len(found), finetuning.seed)["row"]
     figures: dict[str, float] = {"removed": len(found)}
     for name, rows in {"": found, "random/": drawn}.items():

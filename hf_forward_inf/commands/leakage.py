@@ -18,7 +18,7 @@ from hf_forward_inf.commands.outputs import Run
 from hf_forward_inf.data.image_changes import changed
 from hf_forward_inf.evaluation import cost
 from hf_forward_inf.evaluation.tables import as_text, compare, detected, flat
-from hf_forward_inf.evaluation.task import Task
+from hf_forward_inf.evaluation.task import MAIN, Task
 from hf_forward_inf.forward_inf import ForwardInf
 from hf_forward_inf.scores.metrics import reciprocal_ranks
 from hf_forward_inf.utils.fingerprints import uncached
@@ -112,7 +112,7 @@ def draw_tasks(candidates: Dataset, options: LeakageOptions) -> tuple[Task, Task
         place = {row: i for i, row in enumerate(among.tolist())}
         truth = [[place[row]] for row in rows.tolist()] * len(options.change)
         first = options.change[0]
-        tasks.append(Task(queries, candidates.select(among), truth, {"": groups.pop(first), **groups}))
+        tasks.append(Task(queries, candidates.select(among), truth, {MAIN: groups.pop(first), **groups}))
     return tasks[0], tasks[1]
 
 
@@ -194,10 +194,10 @@ def leakage_run(options: LeakageOptions) -> dict[str, Any]:
     for name, attribution in found.items():
         table[name] |= detected(attribution.scores, task)
     say(as_text(table, costs))
-    metrics: dict[str, Any] = {"queries": len(task.groups[""]), "candidates": len(candidates), **flat(table)}
+    metrics: dict[str, Any] = {"queries": len(task.main), "candidates": len(candidates), **flat(table)}
     metrics |= {key.removeprefix("forward_inf/"): value for key, value in costs.items()}
     metrics |= {name: str(setting) for name, setting in _named(chosen).items()}
-    metrics |= cost.measure(tracer, task.queries.select(task.groups[""]), candidates)
+    metrics |= cost.measure(tracer, task.queries.select(task.main), candidates)
     together = costs["forward_inf/forward_passes_together"] / len(task.queries)
     say(
         f"A query's loss pass costs {metrics['forward_passes_per_query']:.2f} forward passes over the candidates; "

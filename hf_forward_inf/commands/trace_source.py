@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from hf_forward_inf.commands.options import TraceOptions
 from hf_forward_inf.data import builtin_facts, load_rows, proponents
 from hf_forward_inf.evaluation.candidate_sets import candidate_pool, own_candidates
-from hf_forward_inf.evaluation.task import Task, has_facts
+from hf_forward_inf.evaluation.task import MAIN, Task, has_facts
 from hf_forward_inf.forward_inf import ForwardInf
 from hf_forward_inf.toys.tiny_models import tiny_mt5
 from hf_forward_inf.utils.processes import process_state, say
@@ -68,14 +68,14 @@ class Source:
     def _draw_queries(self, options: TraceOptions, seed: int) -> tuple[Dataset, dict[str, list[int]]]:
         if "answered" not in self.queries.column_names:
             queries = sample_rows(self.queries, options.num_queries, seed)
-            return queries, {"": list(range(len(queries)))}
+            return queries, {MAIN: list(range(len(queries)))}
         known = np.array(self.queries["answered"], dtype=bool)
         kinds = [self.queries.select(np.flatnonzero(known == kind)) for kind in (True, False)]
         right, wrong = (sample_rows(rows, options.num_queries, seed) for rows in kinds)
         if not options.unanswered:
-            return right, {"": list(range(len(right)))}
+            return right, {MAIN: list(range(len(right)))}
         queries = concatenate_datasets([right, wrong])
-        groups = {"": list(range(len(queries)))}
+        groups = {MAIN: list(range(len(queries)))}
         if len(right) and len(wrong):
             groups["answered"] = list(range(len(right)))
             groups["unanswered"] = list(range(len(right), len(queries)))

@@ -1,56 +1,54 @@
-"""Sets of candidates with distractors, as FTRACE makes them."""
+"""Sets of candidates with distractors, as in FTRACE."""
 
 from collections import defaultdict
 
 import numpy as np
 from datasets import Dataset
 
+from hf_forward_inf.baselines import BM25
 from hf_forward_inf.data.ftrace import proponents
 
 BM25_NEIGHBOURS = 250
-"""Distractors that look most like a query, by word overlap, as FTRACE takes them."""
-
+"""Number of distractors per query that FTRACE takes by word overlap."""
 
 SHARES = {"bm25": BM25_NEIGHBOURS, "same_target": 100, "random": 100}
-"""Distractors of each kind that FTRACE takes for a query."""
+"""Number of distractors of each kind per query in FTRACE."""
 
 
 def candidate_pool(
     queries: Dataset, abstracts: Dataset, num_candidates: int, seed: int = 0
 ) -> tuple[Dataset, dict[str, int]]:
-    """Draw one set of candidates for all queries, as FTRACE does: proponents, then distractors.
+    """Draw one set of candidates for all queries, in FTRACE's proportions: proponents, then distractors.
 
-    Every proponent; for each query in turn the rows that look most like it (BM25, the best 250); rows with the same
-    target; rows drawn at random. The room that the proponents leave is shared out as FTRACE does it, 250 : 100 : 100;
-    what a kind can't fill, the next ones do.
+    The set has every proponent; the rows most similar to the queries (BM25, at most 250 each); rows with a query's
+    target; random rows. Distractors share the remaining places in the proportions 250 : 100 : 100; places that one
+    kind can't fill go to the next.
 
     Args:
         queries (`datasets.Dataset`): The queries that will be traced.
-        abstracts (`datasets.Dataset`): All training sentences.
-        num_candidates (`int`): Size of the set; all rows if there are no more.
-        seed (`int`, defaults to 0): Draws the random rows.
+        abstracts (`datasets.Dataset`): All training sentences, in FTRACE's columns.
+        num_candidates (`int`): Size of the set; all rows are taken if there are fewer.
+        seed (`int`, defaults to 0): Seed of the random rows.
 
     Returns:
-        `tuple`: The candidates in the order of their rows, and how many came as `proponents`, `bm25`,
-        `same_target`, `random`.
+        `tuple`: The candidates in row order, and the number of each kind: `proponents`, `bm25`, `same_target`,
+        `random`.
 
     Raises:
-        ValueError: If not even the proponents fit.
+        ValueError: If there are more proponents than `num_candidates`.
     """
-    from hf_forward_inf.baselines.bm25 import BM25
-
     truth = sorted({row for rows in proponents(queries, abstracts) for row in rows})
     if len(truth) > num_candidates:
         raise ValueError(
-            f"The {len(queries)} queries have {len(truth)} proponents: num_candidates={num_candidates} can't hold "
-            "them. Raise it, or trace fewer queries."
+            f"The {len(queries)} queries have {len(truth)} proponents, more than num_candidates={num_candidates}: "
+            "raise it, or trace fewer queries."
         )
     kinds = {"proponents": truth}
     if len(abstracts) > num_candidates:
         nearest = BM25().trace(queries, abstracts, top_k=BM25_NEIGHBOURS).indices
         assert nearest is not None
         targets = set(queries["targets_pretokenized"])
-        kinds["bm25"] = nearest.T.ravel().tolist()  # every query's best, then every query's second best, ...
+        kinds["bm25"] = nearest.T.ravel().tolist()  # the best of every query, then the second best of every query, ...
         kinds["same_target"] = [r for r, target in enumerate(abstracts["targets_pretokenized"]) if target in targets]
     kinds["random"] = np.random.default_rng(seed).permutation(len(abstracts)).tolist()
     room, whole = num_candidates - len(truth), sum(SHARES[kind] for kind in kinds if kind in SHARES)
@@ -67,22 +65,20 @@ def candidate_pool(
 def own_candidates(
     queries: Dataset, abstracts: Dataset, size: int = 100, seed: int = 0
 ) -> tuple[Dataset, list[list[int]]]:
-    """Give every query a set of candidates of its own, as FTRACE does, and the union of all sets.
+    """Draw a set of candidates for each query, as FTRACE does.
 
-    A query's set: every proponent, the rows that look most like it (BM25), rows with the same target, rows drawn at
-    random, up to `size` of each kind but the first. Of rows with equal texts only the first is in it.
+    A query's set has all its proponents, the most similar rows (BM25), rows with the same target and random rows, up
+    to `size` of each kind of distractor. Of rows with equal texts only the first is in the set.
 
     Args:
         queries (`datasets.Dataset`): The queries that will be traced.
-        abstracts (`datasets.Dataset`): All training sentences.
-        size (`int`, defaults to 100): Distractors of each kind.
-        seed (`int`, defaults to 0): Draws the rows with the same target, and the random ones.
+        abstracts (`datasets.Dataset`): All training sentences, in FTRACE's columns.
+        size (`int`, defaults to 100): Number of distractors of each kind.
+        seed (`int`, defaults to 0): Seed of the rows with the same target, and of the random rows.
 
     Returns:
-        `tuple`: The union in the order of its rows, and each query's set as row numbers of the union, ascending.
+        `tuple`: The union of all sets in row order, and each query's set as ascending row numbers of the union.
     """
-    from hf_forward_inf.baselines.bm25 import BM25
-
     draw = np.random.default_rng(seed)
     nearest = BM25().trace(queries, abstracts, top_k=size).indices
     assert nearest is not None

@@ -1,4 +1,4 @@
-"""Every attributor on the same queries and candidates, timed."""
+"""Trace with every attributor on the same queries and candidates, and measure times."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,15 +18,15 @@ from hf_forward_inf.utils.fingerprints import uncached
 from hf_forward_inf.utils.processes import say
 
 FIXED_LEARNING_RATES = ((0.1, 1), (1.0, 1), (0.1, 3))
-"""Learning rates and steps of the paper's fixed-rate ascent that are tried."""
+"""Learning rates and numbers of steps of the paper's fixed-rate ascent that are tried."""
 FIXED_RATE_QUERIES = 14
-"""The best of them by its true MRR on so many queries is reported: one block, all parameters perturbed."""
+"""Number of queries on which the best of them is chosen by its MRR: one block, all parameters perturbed."""
 MOMENTS = 40
-"""Points of a time-budget curve."""
+"""Number of points on a time-budget curve."""
 
 
 def run_baselines(task: Task, tracer: ForwardInf) -> dict[str, Attribution]:
-    """Trace with BM25, and, where the truth is known to choose by, the paper's fixed learning rates."""
+    """Trace with BM25 and, if proponents are known, with the best of the paper's fixed learning rates."""
     cheap = attributors_for(tracer, ("bm25", "bm25_without_answer"))
     found = {name: one.trace(task.queries, task.candidates) for name, one in cheap.items()}
     if task.proponents is None:
@@ -43,14 +43,15 @@ def fixed_learning_rate(
     truth: Sequence[Sequence[int]],
     tries: Sequence[tuple[float, int]] = FIXED_LEARNING_RATES,
 ) -> Attribution:
-    """Trace with the paper's fixed learning rate on all parameters, the best of several.
+    """Trace with the best of several fixed learning rates on all parameters, as in the paper.
 
     Args:
-        tracer (`ForwardInf`): Whose model and seed it takes.
-        queries (`datasets.Dataset`): All of them.
+        tracer (`ForwardInf`): Its model and seed are used.
+        queries (`datasets.Dataset`): The queries.
         candidates (`datasets.Dataset`): The candidates.
-        truth (`list[list[int]]`): Each query's proponents; by them it chooses, on the first [`FIXED_RATE_QUERIES`].
-        tries (`list[tuple[float, int]]`, *optional*): Learning rates and steps.
+        truth (`list[list[int]]`): Each query's proponents. The rate is chosen by those of the first
+            [`FIXED_RATE_QUERIES`] queries, which favours it in a comparison.
+        tries (`list[tuple[float, int]]`, *optional*): Learning rates, and numbers of steps.
     """
     few = range(min(FIXED_RATE_QUERIES, len(queries)))
     mrr = {}
@@ -63,15 +64,16 @@ def fixed_learning_rate(
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a comparison measured.
+    """The result of a comparison.
 
     Args:
-        found (`dict[str, Attribution]`): By attributor.
-        costs (`dict[str, float]`): By attributor: `{name}/seconds_alone` for one query and `_together` for all of
-            them, the same as `forward_passes` over the candidates, `{name}/peak_memory_ratio` to plain inference, and
-            `{name}/mrr_in_budget_alone`, `_together`: the MRR that it has on average until Forward-INF is through.
-        curves (`dict[str, dict]`): `alone` and `together`: by attributor, MRR after each of `moments`, which are
-            counted in plain forward passes over the candidates.
+        found (`dict[str, Attribution]`): Attributions by attributor.
+        costs (`dict[str, float]`): For each attributor `{name}/seconds_alone` for one query and `_together` for all
+            queries; `{name}/forward_passes_alone`, `_together`, the same in plain forward passes over the candidates;
+            `{name}/peak_memory_ratio` to plain inference; `{name}/mrr_in_budget_alone`, `_together`, its mean MRR over
+            the time that Forward-INF takes.
+        curves (`dict[str, dict]`): `alone` and `together`: for each attributor the MRR at `moments`, in plain forward
+            passes over the candidates.
     """
 
     found: dict[str, Attribution]
@@ -80,7 +82,7 @@ class Comparison:
 
 
 def run_comparison(task: Task, tracer: ForwardInf) -> Comparison:
-    """Trace with every attributor, for the first query alone and for all together, nothing taken from the cache."""
+    """Trace with every attributor without the cache, for the first query alone and for all queries together."""
     paces: dict[str, dict[str, cost.Pace]] = {"alone": {}, "together": {}}
     found, costs = {}, {}
     plain, plain_peak = cost.plain_pass(tracer, task.candidates)
@@ -99,22 +101,21 @@ def run_comparison(task: Task, tracer: ForwardInf) -> Comparison:
             costs[f"{name}/forward_passes_{kind}"] = paces[kind][name].seconds / plain
     curves: dict[str, dict[str, Any]] = {}
     if task.proponents is not None:
-        rows = task.groups[""]
-        truth = [task.proponents[i] for i in rows]
+        truth = [task.proponents[i] for i in task.main]
         for kind in paces:
             through = paces[kind]["forward_inf"].seconds
             moments = np.linspace(0, 2 * through, 2 * MOMENTS + 1)
             curves[kind] = {"moments": moments / plain}
             for name, attributor in everyone.items():
-                order = _order(attributor, task)[rows]
-                curve = mrr_after(moments, found[name].scores[rows], truth, order, paces[kind][name])
+                order = _order(attributor, task)[task.main]
+                curve = mrr_after(moments, found[name].scores[task.main], truth, order, paces[kind][name])
                 curves[kind][name] = curve
                 costs[f"{name}/mrr_in_budget_{kind}"] = float(curve[1 : MOMENTS + 1].mean())
     return Comparison(found, costs, curves)
 
 
 def _setup_of_cascade(attributor: Attributor, queries: Dataset, task: Task) -> float | None:
-    """A cascade inspects as many candidates of any number, so that its setup is measured by inspecting one."""
+    """Return a cascade's setup, measured with `keep=1`: it scores the same number of candidates from any pool."""
     if not isinstance(attributor, Cascade):
         return None
     least = Cascade(attributor.cheap, attributor.expensive, keep=1)
@@ -123,7 +124,7 @@ def _setup_of_cascade(attributor: Attributor, queries: Dataset, task: Task) -> f
 
 
 def _order(attributor: Attributor, task: Task) -> np.ndarray:
-    """The order in which candidates are inspected: a cascade's is best first, all others share a random one."""
+    """Return the order in which candidates are scored: best first for a cascade, else a random one."""
     if isinstance(attributor, Cascade):
         first = attributor.cheap.trace(task.queries, task.candidates, top_k=attributor.keep).indices
         assert first is not None

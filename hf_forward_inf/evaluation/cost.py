@@ -1,4 +1,4 @@
-"""What a query costs: in plain forward passes over the same candidates, and in memory beside plain inference."""
+"""Cost of a query, in plain forward passes over the same candidates and in memory relative to plain inference."""
 
 import gc
 import statistics
@@ -21,24 +21,24 @@ from hf_forward_inf.utils.models import evaluating
 from hf_forward_inf.utils.processes import progress_bars
 
 QUERIES = 16
-"""Queries that the measurement traces at most; the longer the block, the less the shared encoder weighs."""
+"""Maximum number of queries that are traced for a measurement; what they share weighs less the more there are."""
 REPEATS = 3
-"""Plain passes and passes for queries, in turn, of which the medians count."""
+"""Number of plain passes and of passes for queries, alternating, whose median is taken."""
 
 
 def measure(tracer: Scorer, queries: Dataset, candidates: Dataset) -> dict[str, float]:
-    """Measure the cost of a query, in this process and with nothing taken from the cache.
+    """Measure the cost of a query, in this process and without the cache.
 
     Args:
-        tracer (`ForwardInf`): Its model and settings.
+        tracer (`ForwardInf`): The attributor.
         queries (`datasets.Dataset`): The first 16 are traced together, as `trace` would.
         candidates (`datasets.Dataset`): The candidates.
 
     Returns:
-        `dict[str, float]`: `forward_passes_per_query`, time of a query's ascent and loss pass / time of one plain
-        forward pass over the same candidates; `forward_passes_to_fit`, the same of what a corrected direction fits
-        once for all queries; where the system tells peak memory (Linux, CUDA) `peak_memory_ratio`, peak of the loss
-        pass / peak of the plain pass, each with all that the process holds.
+        `dict[str, float]`: `forward_passes_per_query`, the time of a query's ascent and loss pass divided by that of
+        one plain forward pass over the same candidates; `forward_passes_to_fit`, the same for what a corrected
+        direction fits once for all queries; `peak_memory_ratio`, the peak memory of the process during the loss pass
+        divided by that during the plain pass, only where it can be measured (Linux, CUDA).
     """
     adapter = tracer.adapter
     with uncached(), evaluating(adapter.model), progress_bars(False):
@@ -51,7 +51,7 @@ def measure(tracer: Scorer, queries: Dataset, candidates: Dataset) -> dict[str, 
         plain, perturbed = [], []
         for _ in range(REPEATS):
             plain.append(timed(loss.base))
-            # A new perturbation each time: it keeps the models that it computes.
+            # A new perturbation each time, since it caches the models that it computes.
             again = perturber.perturbation(rows)
             perturbed.append(timed(partial(_passes, loss, again, tracer.ascent.mode)))
     seconds = [statistics.median(run[0] for run in runs) for runs in (plain, perturbed)]
@@ -65,7 +65,7 @@ def measure(tracer: Scorer, queries: Dataset, candidates: Dataset) -> dict[str, 
 
 
 def plain_pass(tracer: Scorer, candidates: Dataset) -> tuple[float, float]:
-    """Run one plain forward pass over the candidates: seconds (the median of three) and peak memory in bytes."""
+    """Return seconds (the median of three) and peak memory in bytes of a plain forward pass over the candidates."""
     with uncached(), evaluating(tracer.adapter.model), progress_bars(False):
         loss = LossPass(
             tracer.adapter, candidates, cache_dir=tracer.cache_dir, max_batch_length=tracer.max_batch_length
@@ -82,21 +82,21 @@ def _passes(loss: LossPass, perturbation: Perturbation, mode: str) -> None:
 
 @dataclass(frozen=True)
 class Pace:
-    """How an attributor gets through the candidates.
+    """Progress of an attributor through the candidates.
 
     Args:
-        setup (`float`): Seconds before it inspects the first candidate.
-        seconds (`float`): Seconds until it has inspected the last.
+        setup (`float`): Seconds until it begins with the first candidate.
+        seconds (`float`): Seconds until all candidates are scored.
     """
 
     setup: float
     seconds: float
 
     def inspected(self, seconds: float) -> float:
-        """Share of the candidates that it has inspected after some seconds."""
+        """Return the share of the candidates that are scored after some seconds."""
         if seconds >= self.seconds:
             return 1.0
-        if seconds <= self.setup:  # all of it setup, perhaps: there is nothing to divide by
+        if seconds <= self.setup:  # setup may take all of the time: no division by 0
             return 0.0
         return (seconds - self.setup) / (self.seconds - self.setup)
 
@@ -107,17 +107,17 @@ def pace(
     candidates: Dataset,
     setup: float | None = None,
 ) -> tuple[Attribution, Pace, float]:
-    """Trace, with nothing taken from the cache, and time it.
+    """Trace without the cache, and time it.
 
     Args:
-        trace (`Callable`): What traces.
+        trace (`Callable[[Dataset, Dataset], Attribution]`): An attributor's `trace`.
         queries (`datasets.Dataset`): The queries.
         candidates (`datasets.Dataset`): The candidates.
-        setup (`float`, *optional*): Seconds before the first candidate, if known. By default measured: where the line
-            through the times for an eighth of the candidates and for all of them begins.
+        setup (`float`, *optional*): Seconds until the first candidate, if known. Defaults to the intercept of the line
+            through the times for an eighth of the candidates and for all of them.
 
     Returns:
-        `tuple`: The attribution over all candidates, the pace, and the peak of memory in bytes (0 where unknown).
+        `tuple`: The attribution over all candidates, the pace, and the peak memory in bytes (0 if unknown).
     """
     found: list[Attribution] = []
     with uncached():
@@ -131,7 +131,7 @@ def pace(
 
 
 def timed(work: Callable[[], object]) -> tuple[float, float]:
-    """Run something: seconds, and peak memory in bytes (0 where unknown)."""
+    """Run a function, and return its seconds and peak memory in bytes (0 if unknown)."""
     gc.collect()
     _reset_peak()
     start = time.perf_counter()
@@ -144,7 +144,7 @@ def _reset_peak() -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     elif Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to what is held now (proc(5))
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the current memory (proc(5))
 
 
 def _peak() -> float:

@@ -1,4 +1,4 @@
-"""Attributors side by side: figures by method and by group of queries, and what each has found in a given time."""
+"""Tables of metrics by attributor and by group of queries, and what has been found after a given time."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
@@ -8,42 +8,42 @@ import numpy as np
 from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.data.ftrace import word_overlap
 from hf_forward_inf.evaluation.cost import Pace
-from hf_forward_inf.evaluation.task import Task
+from hf_forward_inf.evaluation.task import MAIN, Task
 from hf_forward_inf.scores.metrics import evaluate, random_figures, recalls_at_k, reciprocal_ranks, worst_hub
 from hf_forward_inf.utils.rows import fill_in, text_and_target, text_columns
+from hf_forward_inf.utils.text_tables import number, text_table
 
 Table: TypeAlias = dict[str, dict[str, float]]
-"""Figures by method: `{"bm25": {"mrr": ..., "paraphrased/mrr": ...}}`."""
+"""Metrics by method: `{"bm25": {"mrr": ..., "paraphrased/mrr": ...}}`."""
 
 LITTLE_OVERLAP = 0.5
-"""A proponent with at most this share of the query's words (answer included) overlaps with it little."""
+"""Largest share of the query's words (answer included) in a proponent of low overlap."""
 REFERENCE = "forward_inf"
-"""The method that the others are paired with."""
+"""The method that all others are compared with, query by query."""
 
 
 def detected(scores: np.ndarray, task: Task) -> dict[str, float]:
-    """How often the proponent is first, or among the first five, by group of queries."""
+    """Return the recall of proponents at rank 1 and 5, `top1` and `top5`, by group of queries."""
     assert task.proponents is not None
-    figures = {}
+    figures: dict[str, float] = {}
     for group, rows in task.groups.items():
         truth = [task.proponents[i] for i in rows]
         for k in (1, 5):
-            name = f"{group}/top{k}" if group else f"top{k}"
-            figures[name] = float(recalls_at_k(scores[rows], truth, k).mean())
+            figures |= _under(group, {f"top{k}": float(recalls_at_k(scores[rows], truth, k).mean())})
     return figures
 
 
 def compare(found: Mapping[str, Attribution], task: Task) -> Table:
-    """Compare every attributor with the truth, a random order beside them; nothing where the truth is unknown.
+    """Return the metrics of every attributor and of a random order; an empty table if no proponents are known.
 
-    Beside [`metrics.evaluate`]: `worst_hub`; `low_overlap/mrr` and `low_overlap/recall@10`, over the proponents that
-    share little with the query's words, the others left out; for each other method `mrr_behind` and
-    `recall@10_behind`, by how much it stands behind Forward-INF, query by query, with `_se`. Groups of queries come
-    under their names (`answered/mrr`, `paraphrased/mrr`).
+    The metrics are those of [`metrics.evaluate`]; `worst_hub`; `low_overlap/mrr` and `low_overlap/recall@10`, where
+    only proponents that share few words with the query count; and for all but Forward-INF `mrr_behind` and
+    `recall@10_behind`, the mean difference to Forward-INF over queries, with its standard error `_se`. Metrics of a
+    group of queries are prefixed with its name (`answered/mrr`, `paraphrased/mrr`).
 
     Args:
-        found (`dict[str, Attribution]`): Every score kept, not only the best.
-        task (`Task`): Groups and truth.
+        found (`dict[str, Attribution]`): Attributions with all scores, by attributor.
+        task (`Task`): Groups of queries, and proponents.
     """
     if task.proponents is None:
         return {}
@@ -70,13 +70,13 @@ def _under(group: str, figures: Mapping[str, float]) -> dict[str, float]:
 
 
 def flat(table: Table) -> dict[str, float]:
-    """Name figures as `metrics.json` does: Forward-INF's stand bare, the others' under their method."""
+    """Return metrics under the names of `metrics.json`: Forward-INF's without a prefix, others under their method."""
     named = [_under("" if method == REFERENCE else method, figures) for method, figures in table.items()]
     return {name: value for figures in named for name, value in figures.items()}
 
 
 def among_own(scores: np.ndarray, task: Task) -> np.ndarray:
-    """Take the scores of candidates that are not in a query's own set away."""
+    """Return scores with NaN for candidates that are not in a query's own set."""
     if task.own is None:
         return scores
     kept = np.full_like(scores, np.nan)
@@ -86,17 +86,17 @@ def among_own(scores: np.ndarray, task: Task) -> np.ndarray:
 
 
 def _with_little_overlap(task: Task) -> list[list[int]]:
-    """For each query, the proponents that share little with its words."""
+    """Return, for each query, the proponents that share few words with it."""
     assert task.proponents is not None
     columns = text_columns(set(task.queries.column_names) & set(task.candidates.column_names))
     if columns is None:
         return [[] for _ in task.proponents]
-    asked, told = (
+    of_queries, of_candidates = (
         [fill_in(*text_and_target(row, columns)) for row in rows] for rows in (task.queries, task.candidates)
     )
     return [
-        [row for row in rows if word_overlap(query, told[row]) <= LITTLE_OVERLAP]
-        for query, rows in zip(asked, task.proponents, strict=True)
+        [row for row in rows if word_overlap(query, of_candidates[row]) <= LITTLE_OVERLAP]
+        for query, rows in zip(of_queries, task.proponents, strict=True)
     ]
 
 
@@ -105,7 +105,7 @@ def _low_overlap(scores: np.ndarray, truth: Sequence[list[int]], few: Sequence[l
     if not rows:
         return {}
     scores = scores[rows]
-    for row, i in enumerate(rows):  # rows were picked out above, so that this is a copy
+    for row, i in enumerate(rows):  # indexing with a list has made a copy
         scores[row, sorted(set(truth[i]) - set(few[i]))] = np.nan
     figures = evaluate(scores, [few[i] for i in rows])
     names = ("mrr", "mrr_se", "recall@10")
@@ -127,7 +127,7 @@ def _behind(reference: np.ndarray, scores: np.ndarray, truth: Sequence[list[int]
 
 
 def average(tables: Sequence[Table]) -> Table:
-    """Average tables of several samples; standard errors are then those over the samples (the paper's Table 3)."""
+    """Return the mean of several samples' tables, with standard errors over samples (the paper's Table 3)."""
     if len(tables) == 1:
         return tables[0]
     result: Table = {}
@@ -145,17 +145,17 @@ def average(tables: Sequence[Table]) -> Table:
 def mrr_after(
     seconds: np.ndarray, scores: np.ndarray, truth: Sequence[Sequence[int]], order: np.ndarray, pace: Pace
 ) -> np.ndarray:
-    """MRR of what has been found after some seconds: candidates not inspected yet rank last (the paper's Table 3).
+    """Return the MRR after some seconds: candidates that are not scored yet rank last (the paper's Table 3).
 
     Args:
         seconds (`np.ndarray`): Points in time.
-        scores (`np.ndarray`): `[queries, candidates]`.
+        scores (`np.ndarray`): Scores, `[queries, candidates]`.
         truth (`Sequence[Sequence[int]]`): Each query's proponents.
-        order (`np.ndarray`): Candidates in the order in which they are inspected, `[queries, inspected]`.
-        pace (`Pace`): How fast.
+        order (`np.ndarray`): Row numbers of candidates in the order in which they are scored, `[queries, scored]`.
+        pace (`Pace`): Progress through the candidates.
 
     Returns:
-        `np.ndarray`: `[seconds]`.
+        `np.ndarray`: The mean over queries, `[seconds]`.
     """
     result = []
     for moment in seconds:
@@ -169,12 +169,14 @@ def mrr_after(
 
 
 def as_text(table: Table, costs: Mapping[str, float]) -> str:
-    """Lay the main figures out for a terminal, one table for each group of queries.
+    """Return the main metrics as text, one table for each group of queries.
 
-    Where they were measured: passes over the candidates, for a query alone and for all queries together.
+    Args:
+        table (`Table`): Metrics by method.
+        costs (`Mapping[str, float]`): Costs as in [`Comparison`]; passes over the candidates are shown if measured.
     """
     measured = [key.split("/") for key in next(iter(table.values())) if key.endswith("/mrr")]
-    groups = ["", *(group for group, *rest in measured if len(rest) == 1 and group != "low_overlap")]
+    groups = [MAIN, *(group for group, *rest in measured if len(rest) == 1 and group != "low_overlap")]
     return "\n\n".join((f"{group}:\n" if group else "") + _group_as_text(table, costs, group) for group in groups)
 
 
@@ -184,16 +186,10 @@ def _group_as_text(table: Table, costs: Mapping[str, float], group: str) -> str:
     columns = [name for name in columns if any(before + name in figures for figures in table.values())]
     timed = {"one query": "forward_passes_alone", "all queries": "forward_passes_together"}
     timed = {head: key for head, key in timed.items() if any(f"{method}/{key}" in costs for method in table)}
-    width = max(map(len, table))
-    heads = "".join(f"{name:>{max(11, len(name) + 2)}}" for name in [*columns, *timed])
-    lines = [f"{'':{width}}  {'mrr (s.e.)':>13}{heads}"]
+    rows = [["", "mrr", "(s.e.)", *columns, *timed]]
     for method, figures in table.items():
-        error = f" ({figures[before + 'mrr_se']:.3f})" if before + "mrr_se" in figures else " " * 8
-        cells = [(name, figures.get(before + name), 3) for name in columns]
-        cells += [(head, costs.get(f"{method}/{key}"), 1) for head, key in timed.items()]
-        rest = "".join(
-            " " * max(11, len(name) + 2) if value is None else f"{value:{max(11, len(name) + 2)}.{digits}f}"
-            for name, value, digits in cells
-        )
-        lines.append(f"{method:{width}}  {figures[before + 'mrr']:5.3f}{error}{rest}")
-    return "\n".join(lines)
+        error = figures.get(f"{before}mrr_se")
+        cells = [number(figures[f"{before}mrr"]), "" if error is None else f"({error:.3f})"]
+        cells += [number(figures.get(before + name)) for name in columns]
+        rows.append([method, *cells, *(number(costs.get(f"{method}/{key}"), ".1f") for key in timed.values())])
+    return text_table(rows)

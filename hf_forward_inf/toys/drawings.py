@@ -133,4 +133,4 @@ def together(
     queries = drawings(adapter, rows.select(chosen)[CAPTION][:], drawing)
     others = np.random.default_rng(seed).permutation(np.delete(np.arange(len(rows)), chosen))
     candidates = rows.select([*chosen, *others[: num_candidates - len(chosen)]])
-    return Task(queries, candidates, [[i] for i in range(len(chosen))], {"": list(range(len(chosen)))})
+    return Task(queries, candidates, [[i] for i in range(len(chosen))])

@@ -14,6 +14,7 @@ from hf_forward_inf.ascent.config import AscentConfig
 from hf_forward_inf.scores.corrections import correct_hubs
 from hf_forward_inf.scores.metrics import distinct, lds_by_query, reciprocal_ranks
 from hf_forward_inf.scores.retraining import Retrained
+from hf_forward_inf.utils.text_tables import text_table
 
 RADII, RELATIVE_RADII = (0.1, 0.3, 1.0, 3.0, 10.0), (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 """Radii tried by default, absolute or relative as the attributor's."""
@@ -47,14 +48,12 @@ class Tuning:
 
     def __str__(self) -> str:
         shown = {name: form for name, (_, form) in COLUMNS.items() if name in self.trials[0]}
-        rows = [[COLUMNS[name][0] for name in shown]]
+        rows = [["", *(COLUMNS[name][0] for name in shown)]]
         for trial in self.trials:
             values = {**trial, "hubs": "yes" if trial["hubs"] else "no"}
-            rows.append(["-" if values[n] is None else format(values[n], form) for n, form in shown.items()])
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        marks = [" ", *("*" if trial["chosen"] else " " for trial in self.trials)]
-        lines = ("  ".join(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True)) for row in rows)
-        return "\n".join(f"{mark} {line}" for mark, line in zip(marks, lines, strict=True))
+            cells = ("-" if values[name] is None else format(values[name], form) for name, form in shown.items())
+            rows.append(["*" if trial["chosen"] else "", *cells])
+        return text_table(rows)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from hf_forward_inf.baselines import Ensemble, attributors_for
 from hf_forward_inf.evaluation.tables import REFERENCE
 from hf_forward_inf.forward_inf import ForwardInf
 from hf_forward_inf.scores.metrics import bootstrap_interval
+from hf_forward_inf.utils.text_tables import aligned, number
 
 FEWER: dict[str, dict[str, Any]] = {
     "digits": {"explained": None},
@@ -29,6 +30,9 @@ FEWER: dict[str, dict[str, Any]] = {
 """Values of unset options that differ from those for LDS: each attributor needs as many trainings as there are
 queries, times the seeds, and each training of the language model takes five seconds."""
 COLUMNS = ("rise", "rise_low", "rise_high", "rise_median", "answer_gone", "wrong_answer_gone")
+WIDTHS = (25, 6, 15, 6, 11, 11, 17)
+"""Widths of the columns that are printed."""
+HEAD = aligned(("", "rise", "95% interval", "median", "over random", "answer gone", "wrong answer gone"), WIDTHS)
 CAPTION = (
     "How much the loss of a query's answer rises if the candidates ranked first are removed and the model is trained "
     "again; mean over queries, with its 95% interval."
@@ -162,6 +166,5 @@ def rise_figures(removal: Removal, chance: Removal, wrong: np.ndarray) -> dict[s
 def line(name: str, figures: dict[str, float]) -> str:
     """Return figures as a line of a table."""
     interval = f"{figures['rise_low']:.3f} - {figures['rise_high']:.3f}"
-    gone = "".join(f"{figures[key]:13.3f}" for key in ("answer_gone", "wrong_answer_gone") if key in figures)
-    more = f"{figures['rise_median']:6.3f}  {figures['rise_over_random']:11.3f}"
-    return f"{name:25} {figures['rise']:6.3f}  {interval:>15}  {more} {gone}"
+    names = ("rise_median", "rise_over_random", "answer_gone", "wrong_answer_gone")
+    return aligned((name, number(figures["rise"]), interval, *(number(figures.get(key)) for key in names)), WIDTHS)

@@ -8,7 +8,7 @@ from datasets import Dataset
 from hf_forward_inf.adapters import DiffusionAdapter
 from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.baselines import BM25
-from hf_forward_inf.evaluation.task import Task
+from hf_forward_inf.evaluation.task import MAIN, Task
 from hf_forward_inf.toys.drawings import CAPTION, Drawing, Teaching, drawings, taught
 from hf_forward_inf.utils.processes import say
 
@@ -64,7 +64,7 @@ def one_by_one(
         mine = candidates_of(exemplar, rows, num_candidates, seed + number)
         asked = _asked(rows.select(mine)[CAPTION][:], seed + number)
         queries_here = drawings(adapter, rows.select([mine[i] for i in asked])[CAPTION][:], drawing)
-        task = Task(queries_here, rows.select(mine), [[int(i)] for i in asked], {"": [0]})
+        task = Task(queries_here, rows.select(mine), [[int(i)] for i in asked], {MAIN: [0]})
         traced = methods(adapter, task)
         found = {name: attribution.scores[0] for name, attribution in traced.items()}
         found["another_query"] = traced["forward_inf"].scores[1]
@@ -75,8 +75,7 @@ def one_by_one(
         queries.append(task.queries[0])
         own.append(mine)
     asked = Dataset.from_list(queries, features=task.queries.features)
-    every = list(range(len(chosen)))
-    whole = Task(asked, rows, [[row] for row in chosen], {"": every}, own)
+    whole = Task(asked, rows, [[row] for row in chosen], own=own)
     config = traced["forward_inf"].config
     return whole, {
         name: Attribution(np.stack(lines), asked, rows, method=name, config=config if name == "forward_inf" else {})

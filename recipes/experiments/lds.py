@@ -17,6 +17,7 @@ from hf_forward_inf.forward_inf import ForwardInf
 from hf_forward_inf.scores.retraining import Retrained, random_halves
 from hf_forward_inf.utils.options import RunOptions
 from hf_forward_inf.utils.processes import say
+from hf_forward_inf.utils.text_tables import aligned, number
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "digits": {
@@ -33,6 +34,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 """Values of options that are unset, by task: about twenty minutes on two CPU cores."""
 SELF_RETRIEVAL_RADII = (0.1, 0.3, 1.0)
 """Radii tried where settings are chosen by self-retrieval."""
+WIDTHS = (27, 6, 14, 7, 6, 7)
+"""Widths of the columns that are printed."""
+HEAD = aligned(("", "LDS", "95% interval", "damping", "radius", "seconds"), WIDTHS)
 CAPTION = (
     "LDS: the rank correlation between the losses that scores predict and those after training on random halves of "
     "the candidates; mean over queries, with its 95% interval. Settings of the directions were chosen by other "
@@ -143,6 +147,7 @@ def step_of(attributor: Attributor) -> dict[str, float]:
 
 def line(name: str, figures: dict[str, float]) -> str:
     """Return figures as a line of a table."""
-    settings = "".join(f"{figures[key]:8g}" if key in figures else " " * 8 for key in ("damping", "radius"))
     interval = f"{figures['lds_low']:.3f} - {figures['lds_high']:.3f}"
-    return f"{name:27} {figures['lds']:.3f}  {interval:>13}  {settings} {figures['trace_seconds']:8.1f}"
+    settings = [number(figures.get(key), "g") for key in ("damping", "radius")]
+    cells = (name, number(figures["lds"]), interval, *settings, number(figures["trace_seconds"], ".1f"))
+    return aligned(cells, WIDTHS)

@@ -9,6 +9,7 @@ from hf_forward_inf.commands.leakage import draw_tasks, lead, leakage_run
 from hf_forward_inf.commands.options import IMAGE_CHANGES, LeakageOptions
 from hf_forward_inf.data.image_changes import CHANGES, changed
 from hf_forward_inf.data.images import load_images
+from hf_forward_inf.evaluation.task import MAIN
 from tests.helpers.images import picture
 
 pytestmark = pytest.mark.usefixtures("measured_once")
@@ -46,7 +47,7 @@ def test_settings_are_chosen_by_images_that_are_not_judged(digits):
         digits, LeakageOptions(num_queries=20, tuning_share=0.25, change=["recoloured", "none"])
     )
     assert len(tuning.queries) == 10 and len(judged.queries) == 30 and len(tuning.candidates) == 1024
-    assert judged.groups == {"": list(range(15)), "none": list(range(15, 30))}
+    assert judged.groups == {MAIN: list(range(15)), "none": list(range(15, 30))}
     copies = {}
     for name, task in (("tuning", tuning), ("judged", judged)):
         half = len(task.queries) // 2

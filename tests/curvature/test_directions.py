@@ -12,7 +12,6 @@ from hf_forward_inf.baselines import FirstOrder
 from hf_forward_inf.curvature import gauss_newton as curvature
 from hf_forward_inf.curvature.directions import direction_for
 from hf_forward_inf.curvature.solvers import conjugate_gradients
-from hf_forward_inf.evaluation.cost import measure
 from tests.helpers import digits
 from tests.helpers.line import assert_same_state, state
 
@@ -245,15 +244,6 @@ def test_a_query_that_moves_nothing_has_no_mirror_image():
     assert len(down) == 3
     assert down.fingerprint != up.fingerprint
     torch.testing.assert_close(down.thetas[0]["2.bias"] + up.thetas[0]["2.bias"], 2 * network[2].bias.detach())
-
-
-def test_the_cost_of_a_direction_is_told(line):
-    tracer = ForwardInf(
-        adapter=TensorAdapter(digits.perceptron()), ascent=AscentConfig(direction="kfac", sample=100, mode="symmetric")
-    )
-    figures = measure(tracer, QUERIES, CANDIDATES)
-    assert figures["forward_passes_to_fit"] > 0
-    assert figures["forward_passes_per_query"] > 0
 
 
 def test_an_adapter_without_predictions_is_told(line):

@@ -1,20 +1,71 @@
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 from datasets import is_caching_enabled
 
 from hf_forward_inf import AscentConfig, ForwardInf
+from hf_forward_inf.adapters import TensorAdapter
 from hf_forward_inf.baselines import BM25
-from hf_forward_inf.evaluation.cost import Pace, measure, pace
+from hf_forward_inf.evaluation import cost
+from hf_forward_inf.evaluation.cost import Pace, measure, pace, plain_pass
+from tests.helpers import digits
+
+CANDIDATES, QUERIES = digits.rows(0, 100), digits.rows(100, 103)
 
 
-def test_costs_are_measured_and_caching_is_left_as_it_was(model, tokenizer, corpus, queries):
-    rows = corpus["abstracts"].select(range(300))
-    figures = measure(ForwardInf(model, tokenizer, ascent=AscentConfig(modules=["all"])), queries, rows)
-    assert 0 < figures["forward_passes_per_query"] < 100
-    assert figures.get("peak_memory_ratio", 1) > 0
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """One repetition, and no collection of garbage before each."""
+    monkeypatch.setattr(cost, "REPEATS", 1)
+    monkeypatch.setattr(cost, "gc", SimpleNamespace(collect=lambda: None))
+
+
+@pytest.fixture
+def network(monkeypatch):
+    """A network whose rows are the clock: time is the number of rows that it has forwarded, alone or perturbed."""
+    network, clock = digits.perceptron(), SimpleNamespace(rows=0)
+
+    def count(module, args):
+        clock.rows += len(args[0])
+
+    network[0].register_forward_pre_hook(count)
+    monkeypatch.setattr(cost, "time", SimpleNamespace(perf_counter=lambda: clock.rows))
+    return network
+
+
+def tracer_of(network, **options):
+    return ForwardInf(adapter=TensorAdapter(network), ascent=AscentConfig(direction="gradient", **options))
+
+
+@pytest.mark.parametrize(("mode", "passes"), [("ascent", 1), ("symmetric", 2)])
+def test_a_query_costs_a_pass_over_itself_and_one_over_the_candidates_for_each_side(network, mode, passes):
+    figures = measure(tracer_of(network, mode=mode), QUERIES, CANDIDATES)
+    assert figures["forward_passes_per_query"] == pytest.approx(passes + 1 / 100)
+    assert "forward_passes_to_fit" not in figures
     assert is_caching_enabled()
 
 
-def test_a_pace_tells_what_is_inspected_by_when():
+def test_a_fit_is_counted_once_and_not_for_each_query(network):
+    tracer = ForwardInf(adapter=TensorAdapter(network), ascent=AscentConfig(direction="kfac", sample=50))
+    figures = measure(tracer, QUERIES, CANDIDATES)
+    assert 50 / 100 <= figures["forward_passes_to_fit"] <= 3 * 50 / 100
+    assert figures["forward_passes_per_query"] == pytest.approx(1 + 1 / 100)
+
+
+def test_nothing_is_read_from_the_cache(network):
+    tracer = tracer_of(network)
+    tracer.trace(QUERIES, CANDIDATES)
+    assert plain_pass(tracer, CANDIDATES)[0] == 100
+
+
+@pytest.mark.parametrize(("peaks", "ratio"), [([100.0, 150.0], 1.5), ([0.0, 0.0], None)])
+def test_peak_memory_is_that_of_the_queries_passes_over_that_of_plain_ones(monkeypatch, peaks, ratio):
+    monkeypatch.setattr(cost, "_peak", partial(next, iter(peaks * cost.REPEATS)))
+    assert measure(tracer_of(digits.perceptron()), QUERIES, CANDIDATES).get("peak_memory_ratio") == ratio
+
+
+def test_a_pace_gives_the_share_of_candidates_that_are_scored_by_a_time():
     pace = Pace(setup=2.0, seconds=6.0)
     assert [pace.inspected(t) for t in (1.0, 2.0, 3.0, 6.0, 9.0)] == [0.0, 0.0, 0.25, 1.0, 1.0]
     assert Pace(setup=0.0, seconds=0.0).inspected(0.0) == 1.0

@@ -5,7 +5,7 @@ from datasets import Dataset
 from hf_forward_inf import Attribution
 from hf_forward_inf.evaluation.cost import Pace
 from hf_forward_inf.evaluation.tables import as_text, average, compare, mrr_after
-from hf_forward_inf.evaluation.task import Task
+from hf_forward_inf.evaluation.task import MAIN, Task
 
 
 def rows(*texts):
@@ -16,7 +16,7 @@ def rows(*texts):
 def task():
     queries = rows("a b c d", "e f g h")
     candidates = rows("a b c d", "a x y z", "e f g z", "u v w x")
-    return Task(queries, candidates, [[0, 1], [2]], {"": [0, 1], "unanswered": [1]})
+    return Task(queries, candidates, [[0, 1], [2]], {MAIN: [0, 1], "unanswered": [1]})
 
 
 def found(task, scores):

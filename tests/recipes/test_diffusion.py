@@ -176,7 +176,7 @@ def test_a_picture_is_nearest_to_itself():
 
 
 def test_drawings_that_equal_their_exemplar_are_at_no_distance_from_it():
-    task = Task(rows(3), rows(3), [[0], [1], [2]], {"": [0, 1, 2]})
+    task = Task(rows(3), rows(3), [[0], [1], [2]])
     figures = likeness(
         PixelDistance(adapter=DiffusionAdapter(stable_diffusion())).trace(task.queries, task.candidates), task
     )
