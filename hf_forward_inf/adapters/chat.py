@@ -162,7 +162,13 @@ class ChatTemplate:
                 "tokens are the assistant's: mark them in the template with {% generation %}, or count the last turn "
                 "alone (CausalLMAdapter(..., turns='last'))"
             )
-        return overlap(finished[start:], text[start:])
+        left_out, length = overlap(finished[start:], text[start:])
+        end = start + left_out + length
+        if end < len(finished) and self.tokenizer.is_fast:
+            # Where the turn goes on in another way, a token whose first characters agree is not part of it.
+            ends = [stop for _, stop in self._tokens(finished)["offset_mapping"] if stop <= end]
+            length -= end - max(ends, default=end)
+        return length
 
     def _behind_header(self, text: str) -> int:
         """Find where a turn begins in which the assistant speaks first: behind what asks for it after a question."""
@@ -215,16 +221,19 @@ def common(one: Sequence[Any], other: Sequence[Any]) -> int:
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
-def overlap(turn: str, text: str) -> int:
-    """Count the characters at the beginning of a text that are a turn, or a turn without its beginning or end.
+def overlap(turn: str, text: str) -> tuple[int, int]:
+    """Find a turn at the beginning of a text, with or without the turn's own beginning and end.
 
     Templates leave out the thoughts with which an earlier turn began, or close only the last turn of all.
+
+    Returns:
+        `tuple`: How many characters of the turn's beginning are missing, and how many then agree.
     """
     whole = common(turn, text)
     if whole == len(turn):
-        return whole
+        return 0, whole
     places = [i for i in range(1, len(turn)) if turn.startswith(text[: whole + 1], i)]
-    return max([whole, *(common(turn[i:], text) for i in places)])
+    return max([(0, whole), *((i, common(turn[i:], text)) for i in places)], key=lambda found: found[1])
 
 
 def last_run(said: list[bool]) -> list[bool]:
