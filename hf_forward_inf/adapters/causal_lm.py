@@ -153,13 +153,17 @@ class CausalLMAdapter(LanguageAdapter):
         """Return texts and conversations as rows without answers.
 
         Texts are the user's turn of a chat where the tokenizer has a chat template, unless the candidates are plain
-        prompts and completions; a warning says so.
+        texts too: then they are continued. A warning says which.
         """
-        rows, wrapped = self.rows.questions(items, candidates)
-        if wrapped:
+        rows = self.rows.questions(items, candidates)
+        if self.tokenizer.chat_template is not None and isinstance(items[0], str):
+            plain = self.columns[0] in rows
             self.say_once(
-                "The tokenizer has a chat template, so texts are asked as the user's turn of a chat. To have the "
-                f"model continue plain texts, give queries with a column `{self.columns[0]}`."
+                "The model continues the given texts as they are, since the candidates are plain texts. To ask it in a "
+                "chat, give conversations (lists of messages)."
+                if plain
+                else "The given texts are asked as the user's turn of a chat, since the tokenizer has a chat template. "
+                f"To have them continued as they are, give rows with a `{self.columns[0]}`."
             )
         return rows
 

@@ -105,8 +105,8 @@ class TextColumns:
             how = f"`{CONVERSATIONS}` are read as messages"
         else:
             answer = next(name for name in columns if name in [last for _, last in PAIRS])
-            asked = " and ".join(f"`{name}`" for name in columns[: columns.index(answer)])
-            how = f"{asked} are read as the user's turn of a chat, `{answer}` as the assistant's"
+            asked = " with ".join(f"`{name}`" for name in columns[: columns.index(answer)])
+            how = f"{asked} is read as the user's turn of a chat, `{answer}` as the assistant's"
         return f"Of the rows, {how}. If the model was trained on other texts, give those as `{self.text}`."
 
     def conversation(self, row: Mapping[str, Any]) -> dict[str, Any] | None:

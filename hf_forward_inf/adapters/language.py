@@ -135,7 +135,7 @@ class LanguageAdapter(Adapter):
         )  # fmt: skip
         found = dict(zip(open_rows, answers, strict=True))
         made = [self.completed(row, asked[i], found.get(i)) for i, row in enumerate(rows)]
-        for name in made[0]:
+        for name in made[0]:  # the tokens first: a dataset without columns has no rows
             if name in queries.column_names:
                 queries = queries.remove_columns(name)
             queries = queries.add_column(name, [columns[name] for columns in made])

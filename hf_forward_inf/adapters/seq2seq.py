@@ -1,6 +1,7 @@
 """Encoder-decoder language models: mT5, T5, BART, NLLB and their kin."""
 
 from collections.abc import Callable, Iterable, Set
+from contextlib import suppress
 from functools import partial
 from typing import Any, ClassVar
 
@@ -95,8 +96,8 @@ class Seq2SeqAdapter(LanguageAdapter):
     @property
     def cache_key(self) -> str:
         """Columns, limits, what the decoder starts with, and the tokenizer's whole state."""
-        config = self.model.config
-        start = (type(self.model).__name__, config.decoder_start_token_id, config.pad_token_id)
+        names = ("decoder_start_token_id", "pad_token_id")
+        start = (type(self.model).__name__, *(getattr(self.model.config, name, None) for name in names))
         limits = (self.max_length, self.max_target_length, embeddings(self.model))
         return fingerprint(self.columns, limits, start, self.around_targets, tokenizer_state(self.tokenizer))
 
@@ -162,9 +163,10 @@ class Seq2SeqAdapter(LanguageAdapter):
 
     def _shifted(self, labels: list[int]) -> list[int]:
         """Return what the decoder reads to predict labels: as the model itself does, or begun by its start token."""
-        if hasattr(self.model, "prepare_decoder_input_ids_from_labels"):
-            read = self.model.prepare_decoder_input_ids_from_labels(labels=torch.tensor([labels]))
-            return [int(token) for token in read[0]]
+        shift = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
+        if shift is not None:
+            with suppress(AttributeError, ValueError):  # a configuration without what the decoder starts with
+                return [int(token) for token in shift(labels=torch.tensor([labels]))[0]]
         filled = [self.padding if label == IGNORED else label for label in labels]
         return [self._start(), *filled[:-1]]
 
@@ -266,7 +268,7 @@ class Seq2SeqAdapter(LanguageAdapter):
 
     def completed(self, row: dict[str, Any], asked: list[int] | None, answer: list[int] | None) -> dict[str, Any]:
         """Return the columns that hold a row's answer: its text and its tokens."""
-        return {self.columns[1]: self._text(answer or []), OUTPUT_IDS: answer}
+        return {OUTPUT_IDS: answer, self.columns[1]: self._text(answer or [])}
 
     def limit_of_answer(self, asked: list[int]) -> int | None:
         """Return how many tokens the decoder reads."""

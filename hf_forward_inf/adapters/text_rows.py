@@ -72,7 +72,7 @@ class TextRows:
         elif isinstance(row.get(self.prompt), list):
             ids, said = self._chat(row).completion(*self._both_sides(row))
         else:
-            return self._plain(row)
+            return self._text_row(row)
         return ids, [token if bit else IGNORED for token, bit in zip(ids, said, strict=True)]
 
     def _chat(self, row: Mapping[str, Any]) -> ChatTemplate:
@@ -90,7 +90,7 @@ class TextRows:
             after = [{"role": "assistant", "content": after or ""}]
         return as_messages(row[self.prompt], self.prompt), as_messages(after, self.completion)
 
-    def _plain(self, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+    def _text_row(self, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
         last = self.text if self.text in row and self.completion not in row else self.completion
         prompt, text = (_text(row, name) for name in (self.prompt, last))
         if not text.strip():
@@ -149,7 +149,7 @@ class TextRows:
         else:
             chat = isinstance(read[self.prompt], list)
             made = {self.completion: [{"role": "assistant", "content": text.strip()}] if chat else text}
-        return {**made, OUTPUT_IDS: row.get(OUTPUT_IDS) if answer is None else answer}
+        return {OUTPUT_IDS: row.get(OUTPUT_IDS) if answer is None else answer, **made}
 
     def with_output(self, row: Mapping[str, Any], output: Any) -> dict[str, Any]:
         """Return a row with another completion, last answer or text; with `None`, with its own."""
@@ -185,18 +185,18 @@ class TextRows:
             asked.append({k: v for k, v in read.items() if k not in (self.completion, OUTPUT_IDS, SPAN)})
         return {name: [row[name] for row in asked] for name in (asked[0] if asked else ())}
 
-    def questions(self, items: list[Any], candidates: Dataset | None) -> tuple[Rows, bool]:
-        """Return texts and conversations as rows, and whether the texts became the user's turns of a chat."""
+    def questions(self, items: list[Any], candidates: Dataset | None) -> Rows:
+        """Return texts and conversations as rows ([`CausalLMAdapter.questions`])."""
         texts = [isinstance(item, str) for item in items]
-        if all(texts) and (self.tokenizer.chat_template is None or self._plain_prompts(candidates)):
-            return {self.prompt: items}, False
+        if all(texts) and (self.tokenizer.chat_template is None or self._plain(candidates)):
+            return {self.prompt: items}
         turns = [[{"role": "user", "content": item}] if isinstance(item, str) else item for item in items]
-        return {self.messages: turns}, any(texts)
+        return {self.messages: turns}
 
-    def _plain_prompts(self, candidates: Dataset | None) -> bool:
-        if candidates is None or not {self.prompt, self.completion} <= set(candidates.column_names):
-            return False
-        return isinstance(candidates.features[self.prompt], Value)
+    def _plain(self, candidates: Dataset | None) -> bool:
+        """Whether candidates are texts, or prompts and completions as texts."""
+        first = self.columns_in(candidates.column_names)[0] if candidates is not None else self.messages
+        return first in (self.text, self.prompt) and isinstance(candidates.features[first], Value)  # type: ignore[union-attr]
 
 
 def _text(row: Mapping[str, Any], column: str) -> str:

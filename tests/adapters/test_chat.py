@@ -3,14 +3,11 @@
 import copy
 import json
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf.adapters import CausalLMAdapter
 from tests.helpers.causal import SIZE
 from tests.helpers.templates import TEMPLATES, chat_tokens, template

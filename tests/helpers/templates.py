@@ -10,12 +10,13 @@ ALTERNATES = (
     "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Roles must alternate') }}{% endif %}"
 )
 CHATML = (
-    LOOP + "<|im_start|>{{ m.role }}\n" + ASSISTANT + "[[{{ m.content }}<|im_end|>\n]]{% else %}{{ m.content }}<|im_end|>\n"
+    LOOP
+    + "<|im_start|>{{ m.role }}\n"
+    + ASSISTANT
+    + "[[{{ m.content }}<|im_end|>\n]]{% else %}{{ m.content }}<|im_end|>\n"
     "{% endif %}{% endfor %}" + ASKS + "<|im_start|>assistant\n{% endif %}"
 )
-TOOLS = (
-    "{% if tools %}<|im_start|>system\nTools:{% for tool in tools %}\n{{ tool | tojson }}{% endfor %}<|im_end|>\n{% endif %}"
-)
+TOOLS = "{% if tools %}<|im_start|>system\nTools:{% for tool in tools %}\n{{ tool | tojson }}{% endfor %}<|im_end|>\n{% endif %}"
 CALLS = "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}"
 TEMPLATES = {
     "chatml": CHATML,
@@ -99,7 +100,12 @@ SPECIAL = [
     "<|User|>", "<|Assistant|>", "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|USER_TOKEN|>",
     "<|CHATBOT_TOKEN|>", "<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>",
 ]  # fmt: skip
-TEXTS = ["What is the capital of Peru?", "The capital is Lima.", "And of Cuba? Thanks.", "### Instruction: USER: [INST]"]
+TEXTS = [
+    "What is the capital of Peru?",
+    "The capital is Lima.",
+    "And of Cuba? Thanks.",
+    "### Instruction: USER: [INST]",
+]
 
 
 def template(family: str, marked: bool) -> str:
@@ -114,7 +120,8 @@ def chat_tokens(chat_template: str | None = None) -> PreTrainedTokenizerFast:
     inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     inner.train_from_iterator(
-        TEXTS, trainers.BpeTrainer(vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+        TEXTS,
+        trainers.BpeTrainer(vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False),
     )
     inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
