@@ -159,10 +159,10 @@ class CausalLMAdapter(LanguageAdapter):
         if self.tokenizer.chat_template is not None and isinstance(items[0], str):
             plain = self.columns[0] in rows
             self.say_once(
-                "The model continues the given texts as they are, since the candidates are plain texts. To ask it in a "
+                "The model continues the given texts as they are, since the candidates are plain texts. To ask in a "
                 "chat, give conversations (lists of messages)."
                 if plain
-                else "The given texts are asked as the user's turn of a chat, since the tokenizer has a chat template. "
+                else "The given texts are asked as the user's turn, since the tokenizer has a chat template. "
                 f"To have them continued as they are, give rows with a `{self.columns[0]}`."
             )
         return rows

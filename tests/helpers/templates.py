@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Chat templates in the form of known model families, with and without generation marks, and a tokenizer for them."""
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
