@@ -185,7 +185,9 @@ def _limit(model: nn.Module, tokenizer: Any) -> int | None:
         for name, module in model.named_modules()
         if isinstance(module, nn.Embedding) and "position_embeddings" in name and module.padding_idx is not None
     ]
-    limits = [limit for limit in (longest_input(model.config, tokenizer), *positions) if limit is not None and limit > 0]
+    limits = [
+        limit for limit in (longest_input(model.config, tokenizer), *positions) if limit is not None and limit > 0
+    ]
     return min(limits, default=None)
 
 

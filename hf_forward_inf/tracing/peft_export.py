@@ -1,4 +1,4 @@
-"""A perturbed model theta_K as an ordinary PEFT adapter, for whatever serves LoRA."""
+"""Save a perturbed model theta_K as an ordinary PEFT adapter, for any engine that serves LoRA."""
 
 import json
 import math
@@ -32,11 +32,11 @@ tags:
 - hf-forward-inf
 ---
 
-# The model, moved against one output
+# A model perturbed for one output
 
-Not a model to talk to: added to its base, this LoRA of rank {rank} moves the model against one query (below),
-as Forward-INF does it (Ko et al., CVPR 2024). A training example whose loss changes as the query's does is a proponent
-of that output.
+This is not a model to chat with. Added to its base model, this LoRA of rank {rank} is the perturbation of Forward-INF
+(Ko et al., CVPR 2024) for the query below. Training examples whose loss it raises most are the proponents of that
+output.
 
 Query:
 
@@ -46,14 +46,14 @@ Ascent:
 
     {ascent}
 
-Share of the perturbation's squared norm that this rank can't hold: {lost:.3g}.
+Share of the perturbation's squared norm beyond this rank: {lost:.3g}.
 """
 
 
 def save_perturbation(tracer: Scorer, query: Mapping[str, Any], folder: Path, rank: int) -> float:
-    """Perturb the model for a query, and write what changed; see [`ForwardInf.save_perturbation`]."""
+    """Perturb the model for a query and save the change; see [`ForwardInf.save_perturbation`]."""
     try:
-        import peft
+        import peft  # noqa: F401
     except ImportError as error:
         raise ImportError(
             "Saving a perturbation needs the extra `peft`: pip install 'hf-forward-inf[peft]'."
@@ -61,25 +61,18 @@ def save_perturbation(tracer: Scorer, query: Mapping[str, Any], folder: Path, ra
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty: name another folder.")
     model: Any = tracer.adapter.model
-    trained = bool(peft_parameters(model))
-    _check(tracer, names_for(tracer.adapter, tracer.ascent), trained)
+    has_adapter = bool(peft_parameters(model))
+    _check(tracer, names_for(tracer.adapter, tracer.ascent), has_adapter)
     theta = _theta(tracer, query, Perturber(tracer.adapter, tracer.ascent, tracer.training, tracer.cache_dir))
-    changes, lost = ({}, 0.0) if trained else _as_lora(model, theta, rank)
-    kept = max((len(change.down) for change in changes.values()), default=0)
+    changes, lost = ({}, 0.0) if has_adapter else _as_lora(model, theta, rank)
+    needed = max((len(change.down) for change in changes.values()), default=0)
 
     def write(part: Path) -> None:
-        if trained:
+        if has_adapter:
             model.save_pretrained(str(part), state_dict={**model.state_dict(), **theta})
         else:
-            kind = "SEQ_2_SEQ_LM" if isinstance(tracer.adapter, Seq2SeqAdapter) else "CAUSAL_LM"
-            layers = linear_layers(model)
-            peft.LoraConfig(
-                task_type=kind, base_model_name_or_path=model.name_or_path, inference_mode=True,
-                r=kept, lora_alpha=kept, target_modules=[name.removesuffix(".weight") for name in changes],
-                fan_in_fan_out=any(isinstance(layers[name], Conv1D) for name in changes),
-            ).save_pretrained(str(part))  # fmt: skip
-            save_file(_tensors(changes, kept), part / "adapter_model.safetensors", {"format": "pt"})
-        (part / "README.md").write_text(_card(tracer, query, kept, lost))
+            _save_lora(tracer, changes, needed, part)
+        (part / "README.md").write_text(_card(tracer, query, needed, lost))
 
     if process_state().is_main_process:
         write_folder(folder, write)
@@ -87,55 +80,77 @@ def save_perturbation(tracer: Scorer, query: Mapping[str, Any], folder: Path, ra
     return lost
 
 
-def _check(tracer: Scorer, names: list[str], trained: bool) -> None:
-    """Refuse what LoRA can't hold, before anything is computed."""
+def _save_lora(tracer: Scorer, changes: Mapping[str, LowRank], rank: int, folder: Path) -> None:
+    """Write a fresh LoRA in PEFT's format."""
+    import peft
+
+    model: Any = tracer.adapter.model
+    layers = linear_layers(model)
+    config = peft.LoraConfig(
+        task_type="SEQ_2_SEQ_LM" if isinstance(tracer.adapter, Seq2SeqAdapter) else "CAUSAL_LM",
+        base_model_name_or_path=model.name_or_path,
+        inference_mode=True,
+        r=rank,
+        lora_alpha=rank,
+        target_modules=[name.removesuffix(".weight") for name in changes],
+        fan_in_fan_out=any(isinstance(layers[name], Conv1D) for name in changes),
+    )
+    config.save_pretrained(str(folder))
+    save_file(_tensors(changes, rank), folder / "adapter_model.safetensors", {"format": "pt"})
+
+
+def _check(tracer: Scorer, names: list[str], has_adapter: bool) -> None:
+    """Raise for a model or parameters whose change LoRA can't represent, before anything is computed."""
     if not isinstance(tracer.adapter, CausalLMAdapter | Seq2SeqAdapter):
         raise TypeError(
-            f"Perturbations of language models can be saved, not those of {type(tracer.adapter).__name__}."
+            f"Only perturbations of language models can be saved, not those of {type(tracer.adapter).__name__}."
         )
     layers = linear_layers(tracer.adapter.model)
-    if trained:
+    if has_adapter:
         foreign = [name for name in names if name in layers or ".base_layer." in name]
         hint = "This model has LoRA weights of its own: perturb those, or merge them first (merge_and_unload)."
     else:
         foreign = [name for name in names if name not in layers]
-        hint = "Perturb linear layers alone: ForwardInf(..., ascent=AscentConfig(lora_rank=64))."
+        hint = "Perturb only linear layers: ForwardInf(..., ascent=AscentConfig(lora_rank=64))."
     if foreign:
         more = ", ..." if len(foreign) > 3 else ""
-        raise ValueError(f"LoRA can't hold the change of {', '.join(foreign[:3])}{more}. {hint}")
+        raise ValueError(f"LoRA can't represent the change of {', '.join(foreign[:3])}{more}. {hint}")
 
 
 def _theta(tracer: Scorer, query: Mapping[str, Any], perturber: Perturber) -> Parameters:
+    """Return theta_K for the query."""
     adapter = tracer.adapter
     encoded = encode(adapter, Dataset.from_list([dict(query)]), "queries", tracer.cache_dir)
     with evaluating(adapter.model):
         (theta,) = perturber.perturbation(encoded[:]).thetas
     if theta is None:
-        raise ValueError("The query's gradient is zero or not finite: it moves the model nowhere.")
+        raise ValueError("The query's gradient is zero or not finite: there is no perturbation to save.")
     return theta
 
 
 def _as_lora(model: nn.Module, theta: Parameters, rank: int) -> tuple[dict[str, LowRank], float]:
-    """Give each layer's change in a rank that is no higher than needed, and the share of all that is lost."""
+    """Return each layer's change in the lowest sufficient rank, and the share of the squared norm beyond `rank`."""
     layers = linear_layers(model)
-    changes, norms, shares = {}, [], []
+    changes, squared_norms, lost = {}, [], []
     for name, value in theta.items():
         change = value if isinstance(value, LowRank) else _difference(layers[name], value)
-        changes[name], lost = change.truncated(rank)
-        norms.append(change.norm() ** 2)
-        shares.append(lost * norms[-1])
-    return changes, math.fsum(shares) / math.fsum(norms)
+        changes[name], share = change.truncated(rank)
+        squared_norm = change.norm() ** 2
+        squared_norms.append(squared_norm)
+        lost.append(share * squared_norm)
+    return changes, math.fsum(lost) / math.fsum(squared_norms)
 
 
 def _difference(layer: nn.Module, value: Tensor) -> LowRank:
-    own: Any = layer.weight
-    change = (value - own.detach()).float()
+    """Return the change of a layer's weight, in full rank."""
+    weight: Any = layer.weight
+    change = (value - weight.detach()).float()
     change = change.T if isinstance(layer, Conv1D) else change
     return LowRank(torch.eye(change.shape[1], device=change.device), change)
 
 
 def _tensors(changes: Mapping[str, LowRank], rank: int) -> dict[str, Tensor]:
-    """Name the factors as PEFT does; all have the same rank, zeros where a layer needs less."""
+    """Return the factors under PEFT's names, all padded with zeros to the same rank."""
     tensors = {}
     for name, change in changes.items():
         missing = rank - len(change.down)
@@ -146,6 +161,7 @@ def _tensors(changes: Mapping[str, LowRank], rank: int) -> dict[str, Tensor]:
 
 
 def _card(tracer: Scorer, query: Mapping[str, Any], rank: int, lost: float) -> str:
+    """Return the model card."""
     model: Any = tracer.adapter.model
     columns = tracer.adapter.columns_in(query)
     ascent = {name: value for name, value in asdict(tracer.ascent).items() if value is not None}

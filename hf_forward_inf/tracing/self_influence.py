@@ -1,4 +1,4 @@
-"""What a training example does to itself: high for those that nothing else supports, and the measure of its scores."""
+"""Self-influence: how much an example's loss rises when the model is moved against that example."""
 
 from contextlib import suppress
 from dataclasses import replace
@@ -23,29 +23,32 @@ from hf_forward_inf.utils.storage import Tensors
 
 
 def self_influence(tracer: Scorer, rows: Dataset) -> np.ndarray:
-    """Score every row as the only candidate of itself; see [`ForwardInf.self_influence`].
+    """Compute each row's score as a candidate for itself, `[rows]`; see [`ForwardInf.self_influence`].
 
-    One step along the gradient is taken for several rows in one batch, each row under a model of its own
-    (`torch.func.vmap`). Other steps, and models or losses that can't be batched over parameters (what they do depends
-    on a value), are run for one row after the other.
+    A single step along the gradient is taken for several rows in one batch, each row with its own parameters
+    (`torch.func.vmap`). Other steps, and models or losses that can't be batched over parameters (because their
+    control flow depends on values), are run row by row.
     """
     encoded = encode(tracer.adapter, rows, "candidates", tracer.cache_dir)
     with evaluating(tracer.adapter.model), torch.no_grad():
         if _is_one_plain_step(tracer):
-            # Attention as plain operations: torch.func has no rule for the fused kernel.
+            # torch.func supports only the math kernel of attention.
             with suppress(RuntimeError, ValueError), sdpa_kernel(SDPBackend.MATH):
-                return _together(tracer, encoded)
-        return _one_by_one(tracer, encoded, rows)
+                return _batched(tracer, encoded)
+        return _row_by_row(tracer, encoded, rows)
 
 
 def rerank(tracer: Scorer, found: Attribution, k: int) -> Attribution:
-    """Order the best candidates of each query anew, by score / self-influence; see [`ForwardInf.rerank`]."""
+    """Return the best candidates of each query, sorted by score / self-influence; see [`ForwardInf.rerank`]."""
     if found.config.get("units") == "sensitivity":
-        raise ValueError("Shares are of rises as they are: trace with ForwardInf(units='loss') before.")
+        raise ValueError(
+            "Reranking divides scores by self-influence, and these are divided by sensitivity already: trace with "
+            "ForwardInf(units='loss')."
+        )
     best = found.keep(min(k, len(found.candidates)))
     assert best.indices is not None
     rows = np.unique(best.indices)
-    if tracer.training is None:  # directions are corrected by the curvature of all candidates, not of these
+    if tracer.training is None:  # curvature is that of all candidates, not of the best alone
         tracer = tracer.with_options(training=found.candidates)
     own = self_influence(tracer, found.candidates.select(rows))[np.searchsorted(rows, best.indices)]
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -61,7 +64,7 @@ def _is_one_plain_step(tracer: Scorer) -> bool:
     return plain and rank_of_ascent(tracer.adapter, config) is None
 
 
-def _one_by_one(tracer: Scorer, encoded: Dataset, rows: Dataset) -> np.ndarray:
+def _row_by_row(tracer: Scorer, encoded: Dataset, rows: Dataset) -> np.ndarray:
     scores = np.full(len(rows), np.nan, dtype=np.float32)
     for i, theta_k, mirrored in perturbed(tracer, encoded, rows):
         alone = encoded[i : i + 1]
@@ -73,57 +76,56 @@ def _one_by_one(tracer: Scorer, encoded: Dataset, rows: Dataset) -> np.ndarray:
 
 
 def _shifts(tracer: Scorer, theta_k: Parameters, features: Rows) -> Tensor:
+    """Compute how far the outputs move, `[rows]`."""
     adapter, model = tracer.adapter, tracer.adapter.model
     batch = to_device(adapter.collate(features), model)
     before, after = (adapter.outputs(partial(call, model, theta), batch) for theta in ({}, theta_k))
     return (after - before).norm(dim=1)
 
 
-def _together(tracer: Scorer, encoded: Dataset) -> np.ndarray:
+def _batched(tracer: Scorer, encoded: Dataset) -> np.ndarray:
     names = names_for(tracer.adapter, tracer.ascent)
-    step = copies_in_memory(tracer.adapter.model, names)
-    parts = [_risen(tracer, names, encoded[start : start + step]) for start in range(0, len(encoded), step)]
-    return np.concatenate(parts)
+    size = copies_in_memory(tracer.adapter.model, names)
+    batches = (encoded[start : start + size] for start in range(0, len(encoded), size))
+    return np.concatenate([_scores_of_batch(tracer, names, features) for features in batches])
 
 
-def _risen(tracer: Scorer, names: list[str], features: Rows) -> np.ndarray:
-    """Move the model against each row, a copy of the parameters for each: how much the row's own loss rises."""
+def _scores_of_batch(tracer: Scorer, names: list[str], features: Rows) -> np.ndarray:
+    """Compute the self-influence of each row under its own copy of the parameters, `[rows]`."""
     adapter, model, config = tracer.adapter, tracer.adapter.model, tracer.ascent
-    batch = to_device(adapter.collate(features), model)
-    batch = adapter.with_shared(batch, set(names))
-    shared = {name: value for name, value in batch.items() if not isinstance(value, Tensor)}
-    own = dict(model.named_parameters())
-    theta = {name: own[name].detach() for name in names}
+    batch = adapter.with_shared(to_device(adapter.collate(features), model), set(names))
+    by_row = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+    by_batch = {name: value for name, value in batch.items() if name not in by_row}
+    parameters = dict(model.named_parameters())
+    theta = {name: parameters[name].detach() for name in names}
     radius = radius_of(config, theta.values())
 
-    def loss(theta: Tensors, row: Batch) -> Tensor:
-        alone = {name: value[None] for name, value in row.items()}
-        return adapter.loss(partial(call, model, theta), {**shared, **alone})[0]
+    def batch_of(row: Batch) -> Batch:
+        return {**by_batch, **{name: value[None] for name, value in row.items()}}
 
-    def direction_of(theta: Tensors, row: Batch) -> tuple[Tensor, Tensor]:
-        value = loss(theta, row)
-        size = value.detach().abs()  # in units of the loss, as `ascent.ascend` has it
-        return value / torch.where(size > 0, size, 1), value
+    def loss(theta: Tensors, row: Batch) -> Tensor:
+        return adapter.loss(partial(call, model, theta), batch_of(row))[0]
 
     def outputs(theta: Tensors, row: Batch) -> Tensor:
-        alone = {name: value[None] for name, value in row.items()}
-        return adapter.outputs(partial(call, model, theta), {**shared, **alone})[0]
+        return adapter.outputs(partial(call, model, theta), batch_of(row))[0]
 
-    def risen(row: Batch) -> Tensor:
-        gradient, (_, base) = grad_and_value(direction_of, has_aux=True)(theta, row)
+    def relative_loss(theta: Tensors, row: Batch) -> tuple[Tensor, Tensor]:
+        value = loss(theta, row)
+        size = value.detach().abs()  # a memorised row's own gradient would vanish in float32, as in `ascend`
+        return value / torch.where(size > 0, size, 1), value
+
+    def score(row: Batch) -> Tensor:
+        gradient, (_, base) = grad_and_value(relative_loss, has_aux=True)(theta, row)
         norm = torch.stack([g.float().square().sum() for g in gradient.values()]).sum().sqrt()
 
         def moved(radius: float) -> Tensors:
             return {name: theta[name] + (radius / norm * g).to(g.dtype) for name, g in gradient.items()}
 
-        def at(radius: float) -> Tensor:
-            return loss(moved(radius), row)
-
         if tracer.measure == "shift":
-            far = -radius if config.mode == "descent" else radius
-            return (outputs(moved(far), row) - outputs(theta, row)).norm()
-        up = base if config.mode == "descent" else at(radius)
-        down = base if config.mode == "ascent" else at(-radius)
+            signed = -radius if config.mode == "descent" else radius
+            return (outputs(moved(signed), row) - outputs(theta, row)).norm()
+        up = base if config.mode == "descent" else loss(moved(radius), row)
+        down = base if config.mode == "ascent" else loss(moved(-radius), row)
         return (up - down) / 2 if config.mode == "symmetric" else up - down
 
-    return vmap(risen)({name: value for name, value in batch.items() if name not in shared}).float().cpu().numpy()
+    return vmap(score)(by_row).float().cpu().numpy()

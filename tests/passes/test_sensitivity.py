@@ -44,7 +44,7 @@ def test_steps_without_a_radius_are_refused():
         tracer_of(digits.perceptron(), radius=0.1).sensitivity(digits.rows(90, 92), draws=0)
 
 
-def test_scores_are_told_in_its_units_if_that_is_wanted():
+def test_scores_are_divided_by_it_on_request():
     network, rows = digits.perceptron(), digits.rows(90, 100)
     tracer = tracer_of(network, radius=0.1)
     plain, found = (
@@ -59,7 +59,7 @@ def test_scores_are_told_in_its_units_if_that_is_wanted():
         ForwardInf(adapter=TensorAdapter(network), units="nats")
 
 
-def test_scores_above_their_mean_are_told_in_units_of_what_is_given():
+def test_standardised_scores_take_a_given_deviation():
     scores = np.array([[4.0, 1.0], [2.0, 5.0]], dtype=np.float32)
     np.testing.assert_allclose(standardised(scores, np.array([0.5, 2.0])), [[2.0, -1.0], [-2.0, 1.0]])
     with pytest.raises(ValueError, match="at least 2"):

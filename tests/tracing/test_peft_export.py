@@ -70,7 +70,7 @@ def test_a_fresh_process_loads_it_by_peft_and_has_the_same_losses(
     np.testing.assert_allclose(json.loads(done.stdout.splitlines()[-1]), np.stack(expected), atol=1e-4)
 
 
-def test_a_change_beyond_the_rank_is_cut_and_the_loss_told(tokens, rows, tmp_path):
+def test_a_change_beyond_the_rank_is_truncated_and_the_share_lost_returned(tokens, rows, tmp_path):
     network = untrained("llama", len(tokens))
     names = [name for name in linear_layers(network) if "proj" in name]
     tracer = ForwardInf(
@@ -101,7 +101,7 @@ def test_of_a_peft_model_its_own_adapter_is_saved_perturbed(tokens, rows, tmp_pa
         tracer.with_options(ascent=AscentConfig(lora_rank=4)).save_perturbation(rows[1], tmp_path / "other")
 
 
-def test_its_card_tells_what_it_is(tokens, rows, tmp_path):
+def test_its_card_says_what_it_is(tokens, rows, tmp_path):
     tracer = ForwardInf(untrained("llama", len(tokens)), tokens, ascent=AscentConfig(lora_rank=4))
     tracer.save_perturbation({"text": "# A\n```\nMarkdown", "other": 1}, tmp_path / "moved")
     card = (tmp_path / "moved" / "README.md").read_text()
@@ -115,11 +115,11 @@ def test_its_card_tells_what_it_is(tokens, rows, tmp_path):
 @pytest.mark.parametrize(
     ("ascent", "message"),
     [
-        (AscentConfig(), r"can't hold the change of .*layernorm.weight.*AscentConfig\(lora_rank=64\)"),
+        (AscentConfig(), r"can't represent the change of .*layernorm.weight.*AscentConfig\(lora_rank=64\)"),
         (AscentConfig(modules=["*proj.weight"], direction="cg"), "direction='cg' needs the training data"),
     ],
 )
-def test_what_lora_cannot_hold_is_told_before_computing(ascent, message, tokens, rows, tmp_path):
+def test_what_lora_cannot_represent_is_refused_before_computing(ascent, message, tokens, rows, tmp_path):
     tracer = ForwardInf(untrained("llama", len(tokens)), tokens, ascent=ascent)
     with pytest.raises(ValueError, match=message):
         tracer.save_perturbation(rows[0], tmp_path / "moved")
@@ -127,14 +127,16 @@ def test_what_lora_cannot_hold_is_told_before_computing(ascent, message, tokens,
 
 
 def test_other_models_perturbations_are_not_saved(line, tmp_path):
-    with pytest.raises(TypeError, match="Perturbations of language models can be saved, not those of LineAdapter"):
+    with pytest.raises(
+        TypeError, match="Only perturbations of language models can be saved, not those of LineAdapter"
+    ):
         ForwardInf(adapter=line).save_perturbation({"x": [1.0, 1.0], "y": 3.0}, tmp_path / "moved")
 
 
-def test_a_query_that_moves_nothing_is_told(tokens, tmp_path, rows):
+def test_a_query_that_moves_nothing_is_refused(tokens, tmp_path, rows):
     network = untrained("llama", len(tokens))
     with torch.no_grad():
         network.lm_head.weight.zero_()  # all tokens equally likely, whatever the layers before give
     tracer = ForwardInf(network, tokens, ascent=AscentConfig(lora_rank=4))
-    with pytest.raises(ValueError, match="moves the model nowhere"):
+    with pytest.raises(ValueError, match="no perturbation to save"):
         tracer.save_perturbation(rows[0], tmp_path / "moved")

@@ -50,7 +50,7 @@ def test_of_shifts_too_it_is_the_diagonal(mode, steps):
 
 
 @pytest.mark.parametrize("measure", ["rise", "shift"])
-def test_the_best_are_ordered_anew_by_shares_of_what_their_own_steps_do(measure):
+def test_the_best_are_sorted_by_score_over_self_influence(measure):
     network, rows = digits.perceptron(), digits.rows(90, 130)
     tracer = ForwardInf(adapter=TensorAdapter(network), ascent=AscentConfig(radius=0.2), measure=measure)
     scores = tracer.trace(rows, rows).scores

@@ -73,7 +73,7 @@ class Interrupted(Exception):
 
 
 @pytest.mark.parametrize(("shards", "chunk_size"), [(1, 8), (3, 8), (7, 3), (2, 9)])
-def test_a_run_goes_on_where_it_was_interrupted(tracer, tmp_path, monkeypatch, shards, chunk_size):
+def test_a_run_resumes_where_it_was_interrupted(tracer, tmp_path, monkeypatch, shards, chunk_size):
     candidates, folder = line_points(50), tmp_path / "best"
     score, sizes, stop = ForwardInf.score, [], [0]
 

@@ -8,7 +8,7 @@ from hf_forward_inf.tracing.time_budget import FIRST, slices
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that stands still unless it is moved."""
+    """A clock that moves only when a test moves it."""
     now = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     return now
@@ -31,11 +31,11 @@ def test_slices_grow_and_end_with_the_time(clock):
     assert all((np.diff(rows) > 0).all() for rows in dealt)
 
 
-def test_all_candidates_are_dealt_where_there_is_time(clock):
+def test_all_candidates_are_scored_if_there_is_time(clock):
     assert sum(map(len, deal(np.arange(300), 1e6, clock, a_second=1))) == 300
 
 
-def test_a_time_too_short_for_the_first_slice_is_told(clock):
+def test_a_time_too_short_for_the_first_slice_warns(clock):
     with pytest.warns(UserWarning, match=r"time_budget=0.1 s was over before the first 64 candidates .* \(6.4 s\)"):
         assert len(deal(np.arange(300), 0.1, clock, a_second=10)) == 1
     with pytest.raises(ValueError, match="time_budget=0 must be above 0 seconds"):
@@ -54,9 +54,9 @@ def test_with_time_enough_the_scores_are_those_of_a_trace(ascent, model, tokeniz
 def test_candidates_not_reached_have_no_score(model, tokenizer, queries, corpus):
     candidates = corpus["abstracts"].select(range(150))
     tracer = ForwardInf(model, tokenizer, references=corpus["queries"].select(range(3)))
-    with pytest.warns(UserWarning) as told:
+    with pytest.warns(UserWarning) as caught:
         found = tracer.trace(queries, candidates, time_budget=1e-6)
-    assert [str(one.message)[:16] for one in told] == ["time_budget=1e-0"]  # and nothing about lost rows
+    assert [str(one.message)[:16] for one in caught] == ["time_budget=1e-0"]  # and nothing about lost rows
     assert (np.isnan(found.scores).sum(axis=1) == 150 - FIRST).all()
     assert len(found.top(0, 100)) == FIRST
 

@@ -19,7 +19,7 @@ def test_token_scores_sum_to_the_candidates_scores(mode, model, tokenizer, queri
     assert "".join(first["terms"]).startswith(target)
 
 
-def test_they_are_kept_on_disk_and_shown_in_the_report(model, tokenizer, queries, candidates, tmp_path):
+def test_they_are_saved_and_shown_in_the_report(model, tokenizer, queries, candidates, tmp_path):
     tracer = ForwardInf(model, tokenizer)
     found = tracer.explain(tracer.trace(queries, candidates, top_k=3), k=3)
     found.save_to_disk(tmp_path / "found")
