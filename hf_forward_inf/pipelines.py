@@ -11,16 +11,16 @@ from hf_forward_inf.adapters.columns import is_conversation
 from hf_forward_inf.forward_inf import ForwardInf
 
 OPTIONS = inspect.signature(ForwardInf).parameters.keys() - {"model", "processor"}
-"""Options of [`ForwardInf`] that the pipeline hands on."""
+"""Options that the pipeline passes to [`ForwardInf`]."""
 
 
 class DataAttributionPipeline(Pipeline):
-    """Gives the training examples behind an output.
+    """Returns the training examples behind an output.
 
     Args:
-        candidates (`datasets.Dataset`): Training examples, at the pipeline's making or at a call.
-        top_k (`int`, defaults to 10): How many are given for each query.
-        **options: All options of [`ForwardInf`] (`ascent`, `reduction`, `units`, ...), when the pipeline is made.
+        candidates (`datasets.Dataset`): Training examples, given to the constructor or to a call.
+        top_k (`int`, defaults to 10): Number of candidates returned for each query.
+        **options: All options of [`ForwardInf`] (`ascent`, `reduction`, `units`, ...), given to the constructor.
 
     Example:
         >>> pipe = pipeline("data-attribution", model=model, tokenizer=tokenizer, candidates=candidates)
@@ -52,10 +52,10 @@ class DataAttributionPipeline(Pipeline):
         """Trace one output or several.
 
         Args:
-            inputs (`str`, `dict`, or a list): A text or a conversation (a list of messages), which the model answers,
-                a row with its answer, or a list of one of these. Of a model with a chat template, texts are the user's
-                turn.
-            *args: None.
+            inputs (`str`, `dict`, or a list): A text or a conversation (a list of messages), to which the model
+                generates the output, a row that holds the output, or a list of one of these. For a model with a chat
+                template, texts are the user's turn.
+            *args: Ignored.
             **options: `top_k`, `candidates`.
 
         Returns:
@@ -67,24 +67,24 @@ class DataAttributionPipeline(Pipeline):
             return []
         _, forward, _ = self._sanitize_parameters(**options)
         forward = {"candidates": self.candidates, **self._forward_params, **forward}
-        # Together, so that what no query changes is computed once for all of them.
+        # In one trace: base losses, and all else that no query changes, are computed once.
         answers = self.postprocess(self._forward(self.preprocess(inputs, **forward), **forward))
         return answers if several else answers[0]
 
     def preprocess(self, input_: Any, **preprocess_parameters: Any) -> Any:
-        """Return what the user asks as queries."""
+        """Return the inputs as query rows."""
         return Dataset.from_dict(self.tracer.adapter.rows_for(input_, preprocess_parameters.get("candidates")))
 
     def _forward(self, input_tensors: Any, **forward_parameters: Any) -> Any:
-        """Trace queries that `preprocess` made."""
+        """Trace the query rows from `preprocess`."""
         top_k = forward_parameters.get("top_k", 10)
         candidates = forward_parameters.get("candidates")
         if candidates is None:
-            raise ValueError("The data-attribution pipeline needs candidates=..., when it is made or at the call.")
+            raise ValueError("The data-attribution pipeline needs candidates=..., in the constructor or the call.")
         return {"found": self.tracer.trace(input_tensors, candidates, top_k=top_k), "top_k": top_k}
 
     def postprocess(self, model_outputs: Any, **postprocess_parameters: Any) -> list[list[dict[str, Any]]]:
-        """Give each ranking as a list of dictionaries, rank and score first."""
+        """Return each query's best candidates as a list of dictionaries, rank and score first."""
         found = model_outputs["found"]
         tops = [found.top(i, model_outputs["top_k"]).to_list() for i in range(len(found))]
         first = ("rank", "score", "candidate")
