@@ -1,10 +1,10 @@
-"""How to step: normalised or at the paper's fixed rate, the decoder or everything, how far.
+"""The ascent: normalised or at the paper's fixed learning rate, on the decoder or all parameters, at several radii.
 
     python benchmarks/ascents.py
 
-The built-in facts with their tiny mT5 (trained once), or `--model`, `--candidates`, `--queries` as in the recipe. The
-column `self` is what tuning sees, without labels: training examples that find themselves, and few hubs. `*` is what
-tuning picks.
+Uses the built-in facts with their tiny mT5 (trained once), or `--model`, `--candidates`, `--queries` as in
+`recipes/ftrace.py`. The column `self` is the measure of tuning, which needs no labels: self-retrieval x share of
+distinct candidates. `*` is the setting that tuning chooses.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""What a trace costs as the number of queries grows, in plain forward passes over the same candidates.
+"""Cost of a trace by number of queries, in plain forward passes over the same candidates.
 
     python benchmarks/costs.py
 
-The built-in facts with their tiny mT5 (trained once), or `--model`, `--candidates`, `--queries` as in the recipe.
-Nothing is taken from the cache; base losses, and whatever else a method fits first, count. Times are single runs but
-for the plain pass (median of three): read ratios, not digits.
+Uses the built-in facts with their tiny mT5 (trained once), or `--model`, `--candidates`, `--queries` as in
+`recipes/ftrace.py`. The cache is off: base losses and everything that a method fits first are included. Times are
+single runs, except for the plain pass (median of three), so that small differences mean nothing.
 """
 
 import argparse

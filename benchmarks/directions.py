@@ -1,12 +1,12 @@
-"""Fact tracing by every direction of the step: what it finds, and what a query costs.
+"""Fact tracing with every direction of the step: retrieval metrics, and the cost of a query.
 
     python benchmarks/directions.py
     python benchmarks/directions.py --model DIR --candidates FILE --queries FILE --training FILE
 
-The built-in facts with their tiny mT5 (trained once), or your own in FTRACE's format; of queries with a column
-`answered` only those that the model answers. The default modules are perturbed. Kronecker factors are fitted to
-targets drawn from the model (the true Fisher matrix), or, marked `empirical`, to the data's own. Cost is counted in
-plain forward passes over the candidates: of fitting once, and a query's. `--tune` shows what self-retrieval chooses.
+Uses the built-in facts with their tiny mT5 (trained once), or your own in FTRACE's format; if queries have a column
+`answered`, only those that the model answers. The default modules are perturbed. Kronecker factors are fitted to
+targets sampled from the model (the true Fisher matrix) or, marked `empirical`, to the targets in the data. Costs, of
+the fit and of a query, are in plain forward passes over the candidates. `--tune` shows what self-retrieval chooses.
 """
 
 import argparse
@@ -31,31 +31,31 @@ from hf_forward_inf.utils.rows import sample_rows
 
 
 class EmpiricalFisher(Seq2SeqAdapter):
-    """Fits Kronecker factors to the gradients of the true targets instead of drawn ones."""
+    """Fits Kronecker factors to gradients at the targets in the data instead of sampled ones."""
 
     @property
     def cache_key(self) -> str:
-        """Tell its factors from the true ones in the cache."""
+        """The key of the adapter's cache, different for these factors."""
         return f"{super().cache_key}, empirical Fisher"
 
     def outputs_and_loss(self, forward: Forward, batch: Batch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """Remember the loss of the batch at hand."""
+        """Return the outputs and their loss, and store the loss for [`sampled_output_gradients`]."""
         outputs, self.loss_of = super().outputs_and_loss(forward, batch)
         return outputs, self.loss_of
 
     def sampled_output_gradients(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
-        """Draw nothing: the slopes of that loss."""
+        """Return the gradient of the stored loss: nothing is sampled."""
         with torch.enable_grad():
             leaf = outputs.detach().requires_grad_()
             return torch.autograd.grad(self.loss_of(leaf), leaf)[0]
 
 
 FISHER: dict[str, type[Seq2SeqAdapter]] = {"true": Seq2SeqAdapter, "empirical": EmpiricalFisher}
-"""What Kronecker factors are fitted to: drawn targets, or the data's own."""
+"""Targets that Kronecker factors are fitted to: sampled ones, or those in the data."""
 
 
 def load(options: argparse.Namespace) -> tuple[Any, Any, Dataset, Dataset, Dataset]:
-    """Give model, tokenizer, queries, candidates and training data."""
+    """Return model, tokenizer, queries, candidates and training data."""
     if not options.model:
         corpus = builtin_facts()
         model, tokenizer = tiny_mt5(corpus["abstracts"])
@@ -79,14 +79,18 @@ def main() -> None:
     for name in ("model", "candidates", "queries", "training"):
         parser.add_argument(f"--{name}")
     parser.add_argument("--num_queries", type=int, default=50)
-    parser.add_argument("--num_candidates", type=int, default=1200, help="Of the built-in facts.")
+    parser.add_argument("--num_candidates", type=int, default=1200, help="Number of candidates of the built-in facts.")
     parser.add_argument("--directions", nargs="*", default=["gradient", "adam", "kfac", "ekfac", "cg"])
     parser.add_argument("--dampings", type=float, nargs="*", default=[1.0, 0.1, 0.01])
     parser.add_argument("--radii", type=float, nargs="*", default=[0.3, 1.0])
-    parser.add_argument("--tune", action="store_true", help="Let self-retrieval choose among the same settings, too.")
+    parser.add_argument("--tune", action="store_true", help="Also let self-retrieval choose among the same settings.")
     parser.add_argument("--modules", nargs="*", help="Perturbed modules, `all` for every one (default: the decoder).")
     parser.add_argument(
-        "--fisher", nargs="*", choices=FISHER, default=list(FISHER), help="What factors are fitted to."
+        "--fisher",
+        nargs="*",
+        choices=FISHER,
+        default=list(FISHER),
+        help="Targets for fitting Kronecker factors.",
     )
     parser.add_argument("--output", type=Path, default=Path("outputs/directions"))
     options = parser.parse_args()

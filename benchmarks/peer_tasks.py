@@ -1,4 +1,4 @@
-"""The tasks that this library and its peers are given, as plain files that need none of them to be read."""
+"""The tasks for this library and its peers, as plain files that are read without any of them."""
 
 import json
 from pathlib import Path
@@ -20,20 +20,20 @@ from hf_forward_inf.utils.rows import SENTINEL, fill_in, without_sentinels
 QUERIES = 47
 VOCABULARY = 1024
 EPOCHS = 20
-"""Of the Llama's training, about a minute."""
+"""Epochs of training the Llama, about a minute."""
 
 
 def write_task(
     folder: Path, kind: str, parts: tuple[Any, Any], queries: Dataset, candidates: Dataset, truth: list[list[int]]
 ) -> None:
-    """Write a model with its tokenizer, rows with their tokens, and the proponents."""
+    """Write the model with its tokenizer, rows with their tokens, and the proponents."""
     folder.mkdir(parents=True, exist_ok=True)
     for part in parts:
         part.save_pretrained(folder / "model")
     encode = {"seq2seq": _seq2seq_row, "causal": _causal_row}[kind]
     for name, rows, asked in (("queries", queries, True), ("candidates", candidates, False)):
         (folder / f"{name}.json").write_text(json.dumps([{**row, **encode(parts[1], row, asked)} for row in rows]))
-    # Last: a folder with this file is complete.
+    # Written last: a folder with this file is complete.
     (folder / "task.json").write_text(json.dumps({"kind": kind, "proponents": truth}))
 
 
@@ -43,7 +43,7 @@ def _seq2seq_row(tokenizer: Any, row: dict[str, Any], asked: bool) -> dict[str, 
 
 
 def _causal_row(tokenizer: Any, row: dict[str, Any], asked: bool) -> dict[str, list[int]]:
-    """Encode the filled-in sentence; a query's loss is that of its answer, given the words before."""
+    """Return the tokens of the filled-in sentence; a query's labels are those of its answer alone."""
     inputs, target = row["inputs_pretokenized"], row["targets_pretokenized"]
     read = tokenizer(fill_in(inputs, target), return_offsets_mapping=True)
     ids = read["input_ids"]
@@ -59,7 +59,7 @@ def _causal_row(tokenizer: Any, row: dict[str, Any], asked: bool) -> dict[str, l
 
 
 def seq2seq_task(folder: Path, data: Path | None) -> None:
-    """The built-in facts with a tiny mT5, or the model, candidates and answered queries of a folder."""
+    """Write the task of the built-in facts with a tiny mT5, or of a folder's model and answered queries."""
     if data is None:
         corpus = builtin_facts()
         model, tokenizer = tiny_mt5(corpus["abstracts"])
@@ -73,14 +73,14 @@ def seq2seq_task(folder: Path, data: Path | None) -> None:
 
 
 def _drawn(queries: Dataset, abstracts: Dataset) -> tuple[Dataset, Dataset]:
-    """Answered queries, and candidates for them."""
+    """Return answered queries, and candidates for them."""
     right = [i for i, right in enumerate(queries["answered"]) if right]
     queries = queries.select(right).shuffle(seed=0).select(range(min(QUERIES, len(right))))
     return queries, candidate_pool(queries, abstracts, BUILTIN_CANDIDATES, 0)[0]
 
 
 def causal_task(folder: Path) -> None:
-    """The built-in facts as sentences, with a small Llama trained on all of them."""
+    """Write the task of the built-in facts as sentences, with a small Llama trained on all of them."""
     corpus = builtin_facts()
     texts = map(fill_in, corpus["abstracts"]["inputs_pretokenized"], corpus["abstracts"]["targets_pretokenized"])
     tokenizer = train_tokenizer(list(texts), VOCABULARY)
@@ -95,7 +95,7 @@ def causal_task(folder: Path) -> None:
 
 
 def train_llama(rows: list[dict[str, list[int]]], vocabulary: int, epochs: int = EPOCHS) -> LlamaForCausalLM:
-    """Train a Llama of two layers on rows of tokens."""
+    """Return a Llama of two layers, trained on rows of tokens."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocabulary, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,

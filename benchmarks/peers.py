@@ -1,12 +1,12 @@
-"""This library beside its peers: the same model, candidates and queries, one process a method.
+"""This library and its peers on the same model, candidates and queries, one process per method.
 
     python benchmarks/peers.py
 
 Two settings: a seq2seq model (the built-in facts with their tiny mT5, or `--data DIR` with `model/`,
-`candidates.parquet` and `queries.parquet`) and a small Llama trained on the built-in facts, for peers that know causal
-models only. Each peer gets a virtual environment of its own, made at the first run. A method that fails or runs out of
-time keeps its row, with its error. Figures go to `--output`, as `table.md` and `figures.json`; a run that was stopped
-goes on with the rows that are missing there.
+`candidates.parquet` and `queries.parquet`) and a small Llama trained on the built-in facts, for peers that support
+causal models only. Each peer has a virtual environment of its own, made at the first run. A method that fails or runs
+out of time has a row with its error. Results are written to `--output`, as `table.md` and `figures.json`; a run that
+was stopped resumes with the missing rows.
 """
 
 import argparse
@@ -37,7 +37,7 @@ REQUIREMENTS = {
 }
 SHARED = ["torch==2.13.0", "transformers==5.24.0"]
 UNWANTED = ["torchvision", "torchaudio"]
-"""Dependencies of peers that none of these methods needs, and whose wheels may not fit the CPU build of torch."""
+"""Dependencies of peers that no method here needs, and whose wheels may not match the CPU build of torch."""
 
 METHODS = {
     ("ours", "forward_inf"): "Forward-INF",
@@ -59,11 +59,11 @@ METHODS = {
     ("dattri", "trak"): "TRAK",
     ("kronfluence", "ekfac"): "EK-FAC",
 }
-"""What is run: the title of each library's method."""
+"""Titles of the methods that are run, by library and name."""
 
 
 def environment(peer: str, folder: Path) -> Path:
-    """Make a peer's virtual environment, unless it is there: its Python."""
+    """Return the Python of a peer's virtual environment, which is made if it does not exist."""
     python = folder / peer / "bin" / "python"
     ready = folder / peer / "installed.txt"
     wanted = "\n".join(SHARED + REQUIREMENTS[peer])
@@ -79,7 +79,7 @@ def environment(peer: str, folder: Path) -> Path:
 
 
 def run(python: Path, task: Path, library: str, method: str, limit: float) -> tuple[dict[str, Any], np.ndarray | None]:
-    """Run a method in a process and a folder of its own: its figures and scores, or its `error`."""
+    """Run a method in its own process and folder, and return its figures and scores, or its `error`."""
     with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryDirectory() as result:
         command = [str(python), "-m", f"peer_runs.{library}", str(task.resolve()), method, result]
         private = {
@@ -87,7 +87,7 @@ def run(python: Path, task: Path, library: str, method: str, limit: float) -> tu
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "OMP_NUM_THREADS": "1",
-            # Whatever a library writes is counted, and found by no later run.
+            # All files that a library writes are counted, and no later run reads them.
             "HF_HOME": f"{scratch}/home",
             "HF_FORWARD_INF_CACHE": f"{scratch}/cache",
             "TMPDIR": f"{scratch}/tmp",
@@ -100,7 +100,7 @@ def run(python: Path, task: Path, library: str, method: str, limit: float) -> tu
         except subprocess.TimeoutExpired:
             return {"error": f"no result within {limit:.0f} s"}, None
         if ended.returncode:
-            # A message may run over several lines; its first names the error.
+            # The first line of a message names the error.
             lines = ended.stderr.strip().splitlines() or [f"exit status {ended.returncode}"]
             named = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)]
             return {"error": (named or lines)[-1], "stderr": ended.stderr[-4000:]}, None
@@ -111,20 +111,20 @@ def run(python: Path, task: Path, library: str, method: str, limit: float) -> tu
 def measure(
     library: str, method: str, task: Path, proponents: list[list[int]], options: argparse.Namespace
 ) -> dict[str, Any]:
-    """One row's figures, or its `error`; whatever went wrong, there is a row."""
+    """Return the figures of a row, or its `error`."""
     try:
         python = Path(sys.executable) if library == "ours" else environment(library, options.envs)
         figures, scores = run(python, task, library, method, options.limit)
     except (OSError, subprocess.CalledProcessError) as error:
         return {"error": str(error)}
-    if scores is not None and np.isfinite(scores).any(axis=1).all():  # not where one query alone was traced
+    if scores is not None and np.isfinite(scores).any(axis=1).all():  # unless only one query was traced
         found = evaluate(scores, proponents)
         figures |= {name: found[name] for name in ("mrr", "mrr_se", "recall@10") if name in found}
     return figures
 
 
 def as_markdown(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """Lay rows, by `library/method`, out as a table: wins and losses alike, errors where there are no figures."""
+    """Return rows, by `library/method`, as a Markdown table, with errors where there are no figures."""
     lines = ["| library | method | MRR (s.e.) | recall@10 | passes | memory | disk, MB |", "| --- " * 7 + "|"]
     for library, method in METHODS:
         if (row := rows.get(f"{library}/{method}")) is None:
@@ -148,8 +148,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="Folder with the seq2seq setting's model, candidates and queries.")
     parser.add_argument("--output", type=Path, default=Path("outputs/peers"))
     parser.add_argument("--envs", type=Path, default=Path("outputs/peers/envs"), help="The peers' environments.")
-    parser.add_argument("--limit", type=float, default=600, help="Seconds that a method may take.")
-    parser.add_argument("--overwrite", action="store_true", help="Measure again what an earlier run has measured.")
+    parser.add_argument("--limit", type=float, default=600, help="Maximum seconds for a method.")
+    parser.add_argument("--overwrite", action="store_true", help="Measure again, and ignore earlier results.")
     parser.add_argument("--settings", nargs="*", default=["seq2seq", "causal"], choices=["seq2seq", "causal"])
     parser.add_argument("--only", nargs="*", help="Libraries to run: ours, bergson, captum, dattri, kronfluence.")
     return parser.parse_args(arguments)

@@ -1,12 +1,12 @@
-"""Every attributor on human-written sentences: a tiny mT5 is trained on some, and asked in the words of others.
+"""Every attributor on human-written sentences: a tiny mT5 is trained on some, and queried with other wordings.
 
     python benchmarks/webnlg.py --data DIR
     python benchmarks/webnlg.py --data DIR --num_training 20000 --num_candidates 20000 --epochs 10
 
-DIR holds WebNLG's `abstracts.parquet` in FTRACE's format, with a column `split`. The model is trained on the `dev`
-split, or on as many sentences as asked, filled up from `train`. Queries are sentences that it was not trained on and
-that state one fact that it was taught: for each fact the first wording that the model answers. Candidates are their
-proponents and the sentences most like them, all of them of the training set.
+DIR contains WebNLG's `abstracts.parquet` in FTRACE's format, with a column `split`. The model is trained on the `dev`
+split; with `--num_training` also on random sentences of `train`. Queries are sentences outside the training set that
+state one fact of it: for each fact the first wording that the model answers. Candidates are their proponents and the
+most similar sentences, all from the training set.
 """
 
 import argparse
@@ -24,13 +24,13 @@ from hf_forward_inf.toys.tiny_models import tiny_mt5
 from hf_forward_inf.utils.processes import say
 
 WORDINGS = 6
-"""Sentences tried for each fact."""
+"""Maximum number of wordings that are tried for each fact."""
 FACTS = 400
-"""Facts asked for at most."""
+"""Maximum number of facts."""
 
 
 def training_rows(abstracts: Dataset, count: int | None) -> Dataset:
-    """Take the `dev` split, filled up with as many sentences of `train`, drawn at random, as make the count."""
+    """Return the `dev` split, extended to `count` by random sentences of `train`."""
     splits = np.array(abstracts["split"][:])
     dev, train = np.flatnonzero(splits == "dev"), np.flatnonzero(splits == "train")
     more = max(0, (count or 0) - len(dev))
@@ -38,13 +38,13 @@ def training_rows(abstracts: Dataset, count: int | None) -> Dataset:
 
 
 def held_out(abstracts: Dataset, train: Dataset) -> dict[str, list[dict]]:
-    """Find sentences outside the training set that state one fact of it, object masked: by fact."""
-    told = {fact for facts in train["facts"] for fact in facts}
+    """Return sentences outside the training set that state one of its facts, with the object masked, by fact."""
+    taught = {fact for facts in train["facts"] for fact in facts}
     known = set(train["inputs_pretokenized"])
     found = defaultdict(list)
     for row in abstracts:
         fact = row["facts"][0]
-        fits = len(row["facts"]) == 1 and row["masked_type"] == "object" and fact in told
+        fits = len(row["facts"]) == 1 and row["masked_type"] == "object" and fact in taught
         if fits and row["inputs_pretokenized"] not in known and len(found[fact]) < WORDINGS:
             known.add(row["inputs_pretokenized"])
             predicate, rest = fact.split(",", 1)

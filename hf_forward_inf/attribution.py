@@ -75,7 +75,7 @@ class Attribution:
         return replace(self, scores=standardised(self.scores, known), config=config)
 
     def select(self, queries: Sequence[int]) -> "Attribution":
-        """Return the attribution of some queries, in this order, such as those not traced only to standardise over."""
+        """Return the attribution of some queries, in this order, without those that only served to standardise."""
         kept = list(queries)
         details = self.details
         if details is not None:
@@ -89,7 +89,7 @@ class Attribution:
         """Return the attribution of each query's best candidates; all of them if `top_k` exceeds their number.
 
         Raises:
-            ValueError: If `top_k` is below 1, or above the number of candidates that have been kept.
+            ValueError: If `top_k` is below 1, or above the number of candidates that an earlier `top_k` left.
         """
         if top_k is None:
             return self

@@ -1,4 +1,4 @@
-"""bergson: gradients written down for the queries, candidates scored against them. Causal models only."""
+"""bergson: stores the gradients of queries, and scores candidates against them. Causal models only."""
 
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from peer_runs.task import Rows, Task
 
 
 def gradients(task: Task, influence: Any = "gradient", cosine: bool = False) -> np.ndarray:
-    """Products of gradients; `influence="output"` takes them forwards, a pass over the candidates a query."""
+    """Return products of gradients; `influence="output"` computes them in forward mode, one pass for each query."""
     preprocess = PreprocessConfig(unit_normalize=cosine)
     build_query(_index(task, "query"), _queries(task), PreprocessConfig())
     score_dataset(_index(task, "scores"), ScoreConfig(query_path="query", token_influence=influence), preprocess)

@@ -1,7 +1,7 @@
 """captum: TracIn at one checkpoint, in all parameters or in the last layer.
 
-The last layer's variant wants one vector and one label a row, so that its rows are tokens here, and the scores of two
-sentences the sum over their pairs of tokens: the exact product of the layer's gradients.
+The last layer's variant needs one vector and one label per row, so that its rows are tokens here. The score of two
+sentences is the sum over pairs of their tokens: the exact product of the layer's gradients.
 """
 
 from collections.abc import Callable
@@ -18,20 +18,20 @@ from peer_runs.measure import main
 from peer_runs.task import IGNORED, Rows, Task, logits_of, losses
 
 ROWS, TOKENS = 128, 1024
-"""Candidates, or their tokens, whose gradients are held at a time."""
+"""Number of candidates, or of their tokens, whose gradients are in memory at a time."""
 
 INPUTS = ("input_ids", "attention_mask", "decoder_input_ids")
 
 
 class Logits(nn.Module):
-    """The model with tensors, not names, as its arguments."""
+    """Calls the model with positional tensors instead of named ones."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """Logits of every position."""
+        """Return the logits of every position."""
         return logits_of(self.model, dict(zip(INPUTS, inputs, strict=False)))
 
 
@@ -56,7 +56,7 @@ def last_layer(task: Task) -> np.ndarray:
 def tracin(
     kind: Any, model: nn.Module, candidates: TensorDataset, loss: Callable[..., Tensor], batch: int, **options: Any
 ) -> Any:
-    """Set TracIn up with the model as its only checkpoint, at a learning rate of 1."""
+    """Return TracIn with the model as its only checkpoint, and learning rate 1."""
     return kind(
         model=model,
         train_dataset=candidates,
@@ -74,7 +74,7 @@ def _token_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _tokens(task: Task, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """What the last layer reads where there is a label, the label, and the row that it is of."""
+    """Return the last layer's input wherever there is a label, the label, and its row."""
     read: list[Tensor] = []
     handle = task.model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
     labels, owners = [], []

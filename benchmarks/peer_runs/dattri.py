@@ -12,13 +12,13 @@ from peer_runs.measure import main
 from peer_runs.task import Rows, Task, logits_of, losses
 
 BATCH = 256
-"""Rows whose gradients are held at a time: every batch draws the projection anew, so that few are cheaper."""
+"""Rows whose gradients are in memory at a time: each batch samples the projection again, so few are cheaper."""
 
 Parameters = dict[str, Tensor]
 
 
 class Functional:
-    """Losses as functions of parameters and one row, as the library differentiates them."""
+    """Losses as functions of parameters and one row, which the library differentiates."""
 
     def __init__(self, task: Task):
         self.task = task
@@ -26,17 +26,17 @@ class Functional:
         self.attribution = AttributionTask(self.loss, task.model, task.model.state_dict())
 
     def loss(self, parameters: Parameters, row: tuple[Tensor, ...]) -> Tensor:
-        """Summed cross-entropy of one row."""
+        """Return the summed cross-entropy of one row."""
         batch = {name: values[None] for name, values in zip(self.names, row, strict=True)}
         logits = logits_of(lambda **read: torch.func.functional_call(self.task.model, parameters, (), read), batch)
         return losses(logits, batch["labels"])[0]
 
     def probability(self, parameters: Parameters, row: tuple[Tensor, ...]) -> Tensor:
-        """Probability of all its target tokens."""
+        """Return the probability of all target tokens of one row."""
         return torch.exp(-self.loss(parameters, row))
 
     def rows(self, rows: Rows) -> DataLoader:
-        """Load rows in batches, padded to one length."""
+        """Return a loader of rows in batches, padded to one length."""
         batch = self.task.collate(rows)
         return DataLoader(TensorDataset(*(batch[name] for name in self.names)), batch_size=BATCH)
 

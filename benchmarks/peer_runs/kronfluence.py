@@ -18,14 +18,14 @@ Batch = dict[str, Tensor]
 
 
 class LanguageModelling(KronfluenceTask):
-    """Summed cross-entropy, for training and for queries; labels drawn from the model where factors are fitted."""
+    """Summed cross-entropy for training and queries, with labels sampled from the model where factors are fitted."""
 
     def __init__(self, model: nn.Module):
         linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         self.names = [name for name in linear if name != "lm_head"]
 
     def compute_train_loss(self, batch: Batch, model: nn.Module, sample: bool = False) -> Tensor:
-        """Loss whose curvature is fitted."""
+        """Return the loss whose curvature is fitted."""
         logits, labels = logits_of(model, batch), batch["labels"]
         if sample:
             drawn = torch.multinomial(F.softmax(logits.detach(), dim=-1).flatten(0, 1), 1).view_as(labels)
@@ -33,15 +33,15 @@ class LanguageModelling(KronfluenceTask):
         return losses(logits, labels).sum()
 
     def compute_measurement(self, batch: Batch, model: nn.Module) -> Tensor:
-        """Loss that is explained: the same."""
+        """Return the explained loss, which is the same."""
         return self.compute_train_loss(batch, model)
 
     def get_influence_tracked_modules(self) -> list[str]:
-        """Every linear layer but the output layer, as the library's own examples for language models have it."""
+        """Return all linear layers but the output layer, as in the library's own examples for language models."""
         return self.names
 
     def get_attention_mask(self, batch: Batch) -> Any:
-        """Leave padding out of the factors: a layer reads the input's tokens, or the target's."""
+        """Return masks that exclude padding from the factors, of the input's tokens or the target's."""
         inputs, targets = batch["attention_mask"], batch["labels"] != IGNORED
         if "decoder_input_ids" not in batch:
             return inputs
@@ -53,7 +53,7 @@ def _reads_inputs(name: str) -> bool:
 
 
 class Padded(torch.utils.data.Dataset):
-    """Rows of one length."""
+    """Rows padded to one length."""
 
     def __init__(self, task: Task, rows: Rows):
         self.batch = task.collate(rows)

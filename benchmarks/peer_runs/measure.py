@@ -1,4 +1,4 @@
-"""Runs one method of a library once, and measures it beside plain inference in the same process."""
+"""Run one method of a library once, and measure its cost relative to plain inference in the same process."""
 
 import gc
 import json
@@ -14,16 +14,16 @@ import torch
 from peer_runs.task import Task, plain_batches, plain_pass
 
 Method = Callable[[Task], np.ndarray]
-"""From a task to scores `[queries, candidates]`, higher = stronger proponent."""
+"""Maps a task to scores `[queries, candidates]`, higher for a stronger proponent."""
 
 REPEATS = 3
-"""Plain passes, of which the median counts."""
+"""Number of plain passes, whose median is taken."""
 
 
 def main(methods: Mapping[str, Method]) -> None:
-    """Run `python -m peer_runs.LIBRARY TASK METHOD RESULT` in a folder of its own, which the library may fill.
+    """Run `python -m peer_runs.LIBRARY TASK METHOD RESULT` in an empty folder, which the library may write to.
 
-    The model is loaded before that; whatever the library does to it or beside it counts.
+    The model is loaded before the measurement; everything that the library does with it is measured.
     """
     torch.set_num_threads(1)
     task, name, result = Task(Path(sys.argv[1])), sys.argv[2], Path(sys.argv[3])
@@ -50,12 +50,12 @@ def main(methods: Mapping[str, Method]) -> None:
 
 
 def timed(work: Callable[[], object]) -> tuple[float, float]:
-    """Run something: seconds of processor time, and the peak of resident memory in bytes, children's included.
+    """Run a function, and return seconds of processor time and peak resident memory in bytes, with child processes.
 
-    Not time on the clock, which would count whatever else the machine does; every library computes on one core.
+    Wall time would include other processes; every library computes on one core.
     """
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to what is held now (proc(5))
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the current memory (proc(5))
     start = _processor_time()
     work()
     seconds = _processor_time() - start

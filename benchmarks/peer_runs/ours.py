@@ -1,4 +1,4 @@
-"""This library: Forward-INF, and the baselines that it brings."""
+"""This library: Forward-INF and its baselines."""
 
 from functools import partial
 from typing import Any
@@ -22,14 +22,14 @@ def forward_inf(task: Task, **options: Any) -> np.ndarray:
 
 
 def forward_inf_one(task: Task) -> np.ndarray:
-    """One query alone: the rows of the others stay empty."""
+    """Trace one query alone; the other rows of scores are NaN."""
     scores = np.full((len(task.queries), len(task.candidates)), np.nan)
     scores[0] = _trace(ForwardInf(*_model(task)), task.queries[:1], task)
     return scores
 
 
 def tuned(task: Task) -> np.ndarray:
-    """The radius found by self-retrieval, whose passes count too."""
+    """Trace with the radius that self-retrieval chooses; its passes are included in the cost."""
     tracer = ForwardInf(*_model(task)).tune(Dataset.from_list([_row(task, row, False) for row in task.candidates]))
     return _trace(tracer, task.queries, task)
 
@@ -43,16 +43,16 @@ def _model(task: Task) -> tuple[Any, Any]:
 
 
 def _trace(attributor: Any, queries: Rows, task: Task) -> np.ndarray:
-    asked, told = (
+    asked, candidates = (
         Dataset.from_list([_row(task, row, kind) for row in rows])
         for rows, kind in ((queries, True), (task.candidates, False))
     )
     with progress_bars(False):
-        return attributor.trace(asked, told).scores
+        return attributor.trace(asked, candidates).scores
 
 
 def _row(task: Task, row: dict[str, Any], asked: bool) -> dict[str, str]:
-    """Columns for the model: of a causal one the sentence, and of a query the answer in it."""
+    """Return the columns that the model reads: for a causal model the sentence, and a query's answer in it."""
     inputs, target = row["inputs_pretokenized"], row["targets_pretokenized"]
     if task.kind == "seq2seq":
         return {"inputs_pretokenized": inputs, "targets_pretokenized": target}

@@ -15,7 +15,7 @@ Rows = list[dict[str, Any]]
 
 IGNORED = -100
 BATCH_TOKENS = 4096
-"""Padded tokens of a batch in the plain pass: as many as `hf_forward_inf` takes."""
+"""Padded tokens of a batch in the plain pass, as in `hf_forward_inf`."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Task:
     """A model, candidates and queries in a folder.
 
     Args:
-        folder (`Path`): Holds `model/`, `task.json`, `candidates.json` and `queries.json`; rows have `input_ids` and
-            `labels`, which for a causal model are as long as the inputs and -100 where no loss is taken.
+        folder (`Path`): Has `model/`, `task.json`, `candidates.json` and `queries.json`; rows have `input_ids` and
+            `labels`, which for a causal model are as long as the inputs and -100 where there is no loss.
     """
 
     folder: Path
@@ -36,24 +36,24 @@ class Task:
 
     @cached_property
     def candidates(self) -> Rows:
-        """Rows that may be causes."""
+        """The candidates."""
         return json.loads((self.folder / "candidates.json").read_text())
 
     @cached_property
     def queries(self) -> Rows:
-        """Rows to explain."""
+        """The queries."""
         return json.loads((self.folder / "queries.json").read_text())
 
     @cached_property
     def model(self) -> Any:
-        """The trained model. Eager attention: the only one that every peer can differentiate."""
+        """The trained model, with eager attention, the only kind that every peer can differentiate."""
         from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
         loader = {"seq2seq": AutoModelForSeq2SeqLM, "causal": AutoModelForCausalLM}[self.kind]
         return loader.from_pretrained(self.folder / "model", attn_implementation="eager").eval()
 
     def collate(self, rows: Rows, like: Rows | None = None) -> dict[str, Tensor]:
-        """Pad rows to the longest of them (or of `like`). `labels` stand where the logits predict them."""
+        """Return a batch, padded to the longest row (or that of `like`); `labels` are at their logits' positions."""
         like = like or rows
         wide = max(len(row["input_ids"]) for row in like)
         inputs = _pad([row["input_ids"] for row in rows], wide, 0)
@@ -63,7 +63,7 @@ class Task:
         }
         if self.kind == "seq2seq":
             deep = max(len(row["labels"]) for row in like)
-            # mT5's decoder starts with its padding token, 0, and reads its targets one step late.
+            # mT5's decoder starts with its padding token, 0, and reads its targets shifted by one.
             batch["decoder_input_ids"] = _pad([[0, *row["labels"][:-1]] for row in rows], deep, 0)
             batch["labels"] = _pad([row["labels"] for row in rows], deep, IGNORED)
         else:
@@ -76,19 +76,19 @@ def _pad(rows: list[list[int]], width: int, value: int) -> Tensor:
 
 
 def logits_of(model: Callable[..., Any], batch: dict[str, Tensor]) -> Tensor:
-    """Logits of every position."""
+    """Return the logits of every position."""
     read = {name: values for name, values in batch.items() if name != "labels"}
     return model(**read, use_cache=False).logits
 
 
 def losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of each row, summed over its target tokens."""
+    """Return the cross-entropy of each row, summed over its target tokens."""
     flat = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
     return flat.view_as(labels).sum(1)
 
 
 def plain_batches(task: Task) -> list[dict[str, Tensor]]:
-    """The candidates in batches for inference: sorted by length, so that little is padded."""
+    """Return the candidates in batches for inference, sorted by length, so that little is padded."""
     batches: list[Rows] = [[]]
     for row in sorted(task.candidates, key=lambda row: len(row["input_ids"]) + len(row["labels"])):
         if (len(batches[-1]) + 1) * (len(row["input_ids"]) + len(row["labels"])) > BATCH_TOKENS:
@@ -99,5 +99,5 @@ def plain_batches(task: Task) -> list[dict[str, Tensor]]:
 
 @torch.no_grad()
 def plain_pass(task: Task, batches: list[dict[str, Tensor]]) -> Tensor:
-    """Run one forward pass over the candidates: their losses."""
+    """Run one forward pass over the candidates, and return their losses."""
     return torch.cat([losses(logits_of(task.model, batch), batch["labels"]) for batch in batches])

@@ -38,8 +38,8 @@ def compare(found: Mapping[str, Attribution], task: Task) -> Table:
 
     The metrics are those of [`metrics.evaluate`]; `worst_hub`; `low_overlap/mrr` and `low_overlap/recall@10`, where
     only proponents that share few words with the query count; and for all but Forward-INF `mrr_behind` and
-    `recall@10_behind`, the mean difference to Forward-INF over queries, with its standard error `_se`. Metrics of a
-    group of queries are prefixed with its name (`answered/mrr`, `paraphrased/mrr`).
+    `recall@10_behind`, Forward-INF's value minus theirs, the mean over queries with its standard error `_se`. Metrics
+    of a group of queries are prefixed with its name (`answered/mrr`, `paraphrased/mrr`).
 
     Args:
         found (`dict[str, Attribution]`): Attributions with all scores, by attributor.

@@ -1,25 +1,28 @@
-"""Correct scores for hubs: candidates that rise for every query, whatever it says."""
+"""Corrections for hubs: candidates whose loss rises for every query."""
 
 import numpy as np
 
 
 def correct_hubs(scores: np.ndarray, references: np.ndarray) -> np.ndarray:
-    """Divide each candidate's scores by how much it rises for reference queries.
+    """Return scores divided by each candidate's mean score for reference queries.
 
-    `score / (hub + floor)`, where `hub` is the candidate's mean score over the references, at least 0, its
-    highest one left out (a reference drawn from the candidates would speak against itself), and `floor` the
-    mean of all hubs, which keeps candidates that hardly ever rise from winning by division.
+    `score / (hub + floor)`, where `hub` is the candidate's mean score over the references, at least 0, without its
+    highest one (which may come from a reference that was drawn from the candidates), and `floor` the mean of all hubs,
+    which keeps candidates with a hub near 0 from winning by division.
 
     Args:
-        scores (`np.ndarray`): `[queries, candidates]`.
-        references (`np.ndarray`): Scores of unrelated queries over the same candidates,
-            `[references, candidates]`, at least 2.
+        scores (`np.ndarray`): Scores, `[queries, candidates]`.
+        references (`np.ndarray`): Scores of at least 2 unrelated queries for the same candidates, `[references,
+            candidates]`.
 
     Returns:
-        `np.ndarray`: Corrected scores, without a unit, `[queries, candidates]`.
+        `np.ndarray`: Corrected scores, float32 `[queries, candidates]`, without a unit.
+
+    Raises:
+        ValueError: If there are fewer than 2 references.
     """
     if len(references) < 2:
-        raise ValueError(f"Correcting hubs takes at least 2 reference queries, not {len(references)}.")
+        raise ValueError(f"Correcting hubs needs at least 2 reference queries, not {len(references)}.")
     known = np.nan_to_num(references, nan=0.0)
     hub = np.sort(known, axis=0)[:-1].mean(axis=0).clip(min=0)
     floor = hub.mean() or 1.0
@@ -27,18 +30,21 @@ def correct_hubs(scores: np.ndarray, references: np.ndarray) -> np.ndarray:
 
 
 def standardised(scores: np.ndarray, deviation: np.ndarray | float | None = None) -> np.ndarray:
-    """Measure each candidate's score by how it fares with all queries: (score - mean) / deviation, over the queries.
+    """Return scores relative to each candidate's scores for all queries: (score - mean) / standard deviation.
 
-    Where every query shakes the same candidates, what tells is which query shakes one more than the others do. No
-    labels are needed, only several queries on different things.
+    If the losses of the same candidates rise for every query, this shows for which query one rises more than for the
+    others. No labels are needed, only queries on different subjects.
 
     Args:
-        scores (`np.ndarray`): `[queries, candidates]`, at least 3 queries; with a deviation at least 2.
-        deviation (`np.ndarray`, *optional*): `[candidates]`, or one for all, where it is known: few queries tell it
-            badly.
+        scores (`np.ndarray`): Scores, `[queries, candidates]`: at least 3 queries, or 2 if `deviation` is given.
+        deviation (`np.ndarray` or `float`, *optional*): Each candidate's deviation, `[candidates]`, or one for all.
+            Defaults to the standard deviation over the queries, a rough estimate if they are few.
+
+    Returns:
+        `np.ndarray`: float32 `[queries, candidates]`, NaN where there is no score.
 
     Raises:
-        ValueError: If there are fewer.
+        ValueError: If there are fewer queries.
     """
     check_enough(len(scores), 3 if deviation is None else 2)
     known = np.ma.masked_invalid(scores)
@@ -48,9 +54,9 @@ def standardised(scores: np.ndarray, deviation: np.ndarray | float | None = None
 
 
 def check_enough(queries: int, least: int = 3) -> None:
-    """Refuse to standardise over fewer than 3 queries: raise a `ValueError` that says what to do."""
+    """Raise a `ValueError` if there are too few queries to standardise over."""
     if queries < least:
         raise ValueError(
-            f"Standardising over queries takes at least {least} of them, not {queries}: trace others beside, such as "
-            "what the model gives for other inputs."
+            f"Standardising over queries needs at least {least} of them, not {queries}: trace more, such as the "
+            "model's outputs for other inputs."
         )

@@ -1,7 +1,7 @@
-"""Measures of a ranking against known proponents, as FTRACE defines them (Akyürek et al., 2022), or retraining.
+"""Metrics of a ranking against known proponents, as FTRACE defines them (Akyürek et al., 2022), or retraining.
 
-Ties never help: candidates with equal scores stand in no order, and each measure takes its expectation over
-them. Candidates without a score (NaN) share the last place.
+Ties never help: candidates with equal scores have no order, and each metric is its expectation over all orders of
+them. Candidates without a score (NaN) share the last rank.
 """
 
 from collections.abc import Sequence
@@ -13,14 +13,14 @@ KS = (1, 3, 5, 10, 25)
 
 
 def reciprocal_rank(scores: np.ndarray, proponents: Sequence[int]) -> float:
-    """1 / rank of the first proponent; 0 if there is none or none has a score.
+    """Return 1 / rank of the first proponent; 0 if there is none or none has a score.
 
-    The first proponent's rank, counted from 1, is `above + (tied + 1) / (r + 1)`: `above` candidates score higher
-    than the best proponent, and of `tied` candidates that score the same (itself included) `r` are
-    proponents, the first of which is expected there.
+    The expected rank of the first proponent, counted from 1, is `above + (tied + 1) / (r + 1)`: `above` candidates
+    score higher than the best proponent, and `tied` candidates, of which `r` are proponents, score the same (the best
+    proponent included).
 
     Args:
-        scores (`np.ndarray`): `[candidates]`.
+        scores (`np.ndarray`): Scores, `[candidates]`.
         proponents (`Sequence[int]`): Row numbers of the proponents.
 
     Example:
@@ -40,9 +40,9 @@ def reciprocal_rank(scores: np.ndarray, proponents: Sequence[int]) -> float:
 
 
 def hits_at_k(scores: np.ndarray, proponents: Sequence[int], k: int) -> float:
-    """Number of proponents among the best k, in expectation over ties.
+    """Return the number of proponents among the best k, in expectation over ties.
 
-    A group of `tied` candidates with `above` candidates before it, `r` of them proponents, adds
+    A group of `tied` candidates, `r` of them proponents, with `above` candidates before it, adds
     `r x clip(k - above, 0, tied) / tied`. Candidates without a score never count.
     """
     hits = 0.0
@@ -56,17 +56,17 @@ def hits_at_k(scores: np.ndarray, proponents: Sequence[int], k: int) -> float:
 
 
 def precision_at_k(scores: np.ndarray, proponents: Sequence[int], k: int) -> float:
-    """Share of the best k candidates that are proponents: hits@k / k."""
+    """Return the share of the best k candidates that are proponents: hits@k / k."""
     return hits_at_k(scores, proponents, k) / k
 
 
 def recall_at_k(scores: np.ndarray, proponents: Sequence[int], k: int) -> float:
-    """Share of the proponents that are among the best k candidates: hits@k / number of proponents; 0 if none."""
+    """Return the share of proponents among the best k candidates: hits@k / number of proponents; 0 if none."""
     return hits_at_k(scores, proponents, k) / len(proponents) if len(proponents) else 0.0
 
 
 def random_reciprocal_rank(candidates: int, proponents: int) -> float:
-    """Expected reciprocal rank in a random order: the sum over ranks j of P(first proponent at j) / j.
+    """Return the expected reciprocal rank in a random order: the sum over ranks j of P(first proponent at j) / j.
 
     With r proponents among N candidates, P(first at j) = P(none before j) x r / (N - j + 1), and
     P(none before j + 1) = P(none before j) x (N - j + 1 - r) / (N - j + 1).
@@ -80,7 +80,7 @@ def random_reciprocal_rank(candidates: int, proponents: int) -> float:
 
 
 def random_figures(candidates: int, proponents: Sequence[int], ks: Sequence[int] = KS) -> dict[str, float]:
-    """Give the expected measures of a random order, averaged over queries.
+    """Return the expected metrics of a random order, averaged over queries.
 
     Args:
         candidates (`int`): Number of candidates, N.
@@ -100,12 +100,12 @@ def random_figures(candidates: int, proponents: Sequence[int], ks: Sequence[int]
 def collapse(
     scores: np.ndarray, proponents: Sequence[Sequence[int]], groups: Sequence[object]
 ) -> tuple[np.ndarray, list[list[int]]]:
-    """Merge candidates of one group (equal sentences), keeping each group's highest score.
+    """Return scores and proponents with equal candidates merged, each group with its highest score.
 
     Args:
-        scores (`np.ndarray`): `[queries, candidates]`.
-        proponents (`Sequence[Sequence[int]]`): Row numbers, for each query.
-        groups (`Sequence`): A label for each candidate; equal labels are merged.
+        scores (`np.ndarray`): Scores, `[queries, candidates]`.
+        proponents (`Sequence[Sequence[int]]`): For each query, row numbers of its proponents.
+        groups (`Sequence`): A label for each candidate; candidates with equal labels are merged.
 
     Returns:
         `tuple`: Scores `[queries, groups]`, and the proponents as group numbers.
@@ -120,37 +120,36 @@ def collapse(
 
 
 def reciprocal_ranks(scores: np.ndarray, proponents: Sequence[Sequence[int]]) -> np.ndarray:
-    """Give each query's [`reciprocal_rank`], `[queries]`."""
+    """Return each query's [`reciprocal_rank`], `[queries]`."""
     return np.array([reciprocal_rank(row, rows) for row, rows in zip(scores, proponents, strict=True)])
 
 
 def recalls_at_k(scores: np.ndarray, proponents: Sequence[Sequence[int]], k: int) -> np.ndarray:
-    """Give each query's [`recall_at_k`], `[queries]`."""
+    """Return each query's [`recall_at_k`], `[queries]`."""
     return np.array([recall_at_k(row, rows, k) for row, rows in zip(scores, proponents, strict=True)])
 
 
 def worst_hub(scores: np.ndarray, k: int = 10) -> float:
-    """Largest share of the queries that have one and the same candidate among their best k.
+    """Return the largest share of queries that have the same candidate among their best k.
 
-    About (number of its facts' queries) / queries where rankings follow the queries, 1 where a candidate rises for
-    every query. Equal scores go by row number.
+    1 means that one candidate ranks high for every query. Equal scores rank in row order.
     """
     best = best_first(scores)[:, :k]
     return float(np.bincount(best.ravel()).max() / len(scores))
 
 
 def distinct(scores: np.ndarray, k: int = 10) -> float:
-    """Share of different candidates among the best k of all queries.
+    """Return the share of distinct candidates among the best k of all queries.
 
-    1 where no two queries share one, k / all places where all queries have the same best k. Without labels, it tells
-    whether rankings follow the queries. Equal scores go by row number.
+    1 if no two queries share a candidate, 1 / queries if all have the same best k. It needs no labels, and shows
+    whether rankings depend on the query. Equal scores rank in row order.
     """
     best = best_first(scores)[:, :k]
     return len(np.unique(best)) / best.size
 
 
 def best_first(scores: np.ndarray) -> np.ndarray:
-    """Give places along the last axis, best first; equal scores go by place, NaN comes last."""
+    """Return indices along the last axis, best first: equal scores in order of their index, NaN last."""
     return np.argsort(-np.nan_to_num(scores, nan=-np.inf), axis=-1, kind="stable")
 
 
@@ -163,23 +162,28 @@ def evaluate(
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Average the measures over queries.
+    """Return metrics averaged over queries.
 
     Args:
-        scores (`np.ndarray`): `[queries, candidates]`, NaN where there is none.
+        scores (`np.ndarray`): Scores, `[queries, candidates]`, NaN for no score.
         proponents (`Sequence[Sequence[int]]`): For each query, the row numbers of its proponents.
-        ks (`Sequence[int]`): Cut-offs of precision and recall; those above the number of candidates are left out.
+        ks (`Sequence[int]`): Cut-offs of precision and recall; those above the number of candidates are skipped.
         groups (`Sequence`, *optional*): Candidates with the same label are merged first ([`collapse`]).
-        resamples (`int`, defaults to 1000): Bootstrap resamples of the queries, for the interval of the MRR.
-        seed (`int`, defaults to 0): Seeds them.
+        resamples (`int`, defaults to 1000): Number of bootstrap resamples for the interval of the MRR.
+        seed (`int`, defaults to 0): Seed of the resamples.
 
     Returns:
         `dict[str, float]`: `mrr` with its standard error `mrr_se` and 95% bootstrap interval `mrr_low`, `mrr_high`;
-        `precision@k`, `recall@k`; `tied`, the share of queries whose first proponent shares its score with
-        a candidate that is none; `mrr_random`, the MRR of a random order.
+        `precision@k`, `recall@k`; `tied`, the share of queries whose first proponent has the same score as a candidate
+        that is not a proponent; `mrr_random`, the MRR of a random order.
+
+    Raises:
+        ValueError: If there are no queries, or the lengths of `scores` and `proponents` differ.
     """
     if len(scores) == 0 or len(scores) != len(proponents):
-        raise ValueError(f"{len(proponents)} lists of proponents don't fit {len(scores)} queries (at least one).")
+        raise ValueError(
+            f"{len(proponents)} lists of proponents for {len(scores)} queries: give one list for each query."
+        )
     if groups is not None:
         scores, proponents = collapse(scores, proponents, groups)
     pairs = list(zip(scores, proponents, strict=True))
@@ -210,29 +214,29 @@ def _is_tied(scores: np.ndarray, proponents: Sequence[int]) -> bool:
 def lds(
     scores: np.ndarray, subsets: np.ndarray, losses: np.ndarray, *, resamples: int = 1000, seed: int = 0
 ) -> dict[str, float]:
-    """Linear datamodeling score (Park et al., 2023): do the scores foretell what retraining on a subset does?
+    """Return the linear datamodeling score (Park et al., 2023): how well scores predict retraining on subsets.
 
-    For a query q and subsets S of the candidates, a model was trained anew on each S; `losses` has its loss on q. The
-    scores foretell it as g(S) = sum over i in S of scores[q, i]. A proponent lowers the loss, so that
+    A model is trained from scratch on each subset S of the candidates; `losses` has its loss on each query q. The
+    scores predict it as g(S) = sum over i in S of scores[q, i]. A proponent lowers the loss, so that
 
         lds(q) = Spearman correlation over S of g(S) and -loss(S, q)
 
-    and the score is the mean over queries, 1 at best, 0 for scores that know nothing. Only the ranks of sums count:
-    neither the scores' unit nor a constant added to all scores of a query changes it, subsets being of one size.
+    and the score is the mean over queries: 1 at best, 0 for uninformative scores. Only the ranks of the sums matter:
+    for subsets of equal size, neither the scores' unit nor a constant added to all scores of a query changes it.
 
     Args:
-        scores (`np.ndarray`): `[queries, candidates]`; NaN counts as 0.
-        subsets (`np.ndarray`): Booleans, `[subsets, candidates]`: who was in.
-        losses (`np.ndarray`): `[subsets, queries]`, best averaged over several seeds of the training.
-        resamples (`int`, defaults to 1000): Bootstrap resamples of the queries, for the interval.
-        seed (`int`, defaults to 0): Seeds them.
+        scores (`np.ndarray`): Scores, `[queries, candidates]`; NaN counts as 0.
+        subsets (`np.ndarray`): Booleans, `[subsets, candidates]`: which candidates are in each subset.
+        losses (`np.ndarray`): Losses, `[subsets, queries]`, preferably averaged over several training seeds.
+        resamples (`int`, defaults to 1000): Number of bootstrap resamples of the queries for the interval.
+        seed (`int`, defaults to 0): Seed of the resamples.
 
     Returns:
         `dict[str, float]`: `lds`, its standard error over queries `lds_se`, and 95% bootstrap interval `lds_low`,
         `lds_high`.
 
     Raises:
-        ValueError: If the shapes don't fit together, or there are fewer than 2 subsets.
+        ValueError: If the shapes don't match, or there are fewer than 2 subsets.
 
     Example:
         >>> scores = np.array([[3.0, 1.0, 0.0]])  # the first candidate helps the query most
@@ -247,48 +251,49 @@ def lds(
 
 
 def bootstrap_interval(values: np.ndarray, *, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """Give the 95% bootstrap interval of the mean of some queries' figures, `[queries]`."""
+    """Return the 95% bootstrap interval of the mean over queries, given one value per query, `[queries]`."""
     draws = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
     low, high = np.percentile(values[draws].mean(axis=1), [2.5, 97.5])
     return float(low), float(high)
 
 
 def lds_by_query(scores: np.ndarray, subsets: np.ndarray, losses: np.ndarray) -> np.ndarray:
-    """Give each query's [`lds`], `[queries]`."""
+    """Return each query's [`lds`], `[queries]`."""
     if losses.shape != (len(subsets), len(scores)) or subsets.shape[1:] != scores.shape[1:] or len(subsets) < 2:
         raise ValueError(
-            f"scores {scores.shape}, subsets {subsets.shape} and losses {losses.shape} don't fit: [queries, "
-            "candidates], [subsets, candidates] and [subsets, queries] are wanted, with at least 2 subsets."
+            f"scores {scores.shape}, subsets {subsets.shape} and losses {losses.shape} don't match: give [queries, "
+            "candidates], [subsets, candidates] and [subsets, queries], with at least 2 subsets."
         )
-    foretold = np.nan_to_num(scores.astype(np.float64), nan=0.0) @ subsets.T.astype(np.float64)
-    return np.array([spearman(g, -loss) for g, loss in zip(foretold, losses.T, strict=True)])
+    predicted = np.nan_to_num(scores.astype(np.float64), nan=0.0) @ subsets.T.astype(np.float64)
+    return np.array([spearman(g, -loss) for g, loss in zip(predicted, losses.T, strict=True)])
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Correlation of ranks, equal values sharing their mean rank; 0 where one of them is constant."""
+    """Return the rank correlation, equal values sharing their mean rank; 0 if one argument is constant."""
     a, b = (mean_ranks(values) - (len(values) + 1) / 2 for values in (a, b))
     spread = np.sqrt((a @ a) * (b @ b))
     return float(a @ b / spread) if spread > 0 else 0.0
 
 
 def mean_ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1 for the highest, equal values sharing their mean."""
+    """Return ranks, 1 for the highest value; equal values share their mean rank."""
     _, group, sizes = np.unique(-values, return_inverse=True, return_counts=True)
     return (np.cumsum(sizes) - (sizes - 1) / 2)[group]
 
 
 def detection(scores: np.ndarray, wrong: np.ndarray, share: float = 0.15) -> dict[str, float]:
-    """Tell how well the highest scores find what is wrong.
+    """Return how well the highest scores detect wrong examples.
 
     Args:
-        scores (`np.ndarray`): `[examples]`; NaN comes last.
-        wrong (`np.ndarray`): bool `[examples]`, with both kinds among them.
-        share (`float`, defaults to 0.15): Of the examples that are examined.
+        scores (`np.ndarray`): Scores, `[examples]`; NaN ranks last.
+        wrong (`np.ndarray`): Booleans, `[examples]`: which examples are wrong; some are, and some are not.
+        share (`float`, defaults to 0.15): Share of the examples that is examined.
 
     Returns:
-        `dict`: `detected_at_15_percent`, the share of all wrong ones among those examined; `ceiling_at_15_percent`,
-        what it could be at most; `precision_at_15_percent`, the share of wrong ones among the examined; `auc`, the
-        chance that a wrong one scores above a right one, ties counting half.
+        `dict[str, float]`: `detected_at_15_percent`, the share of all wrong examples that are among the examined ones;
+        `ceiling_at_15_percent`, its largest possible value; `precision_at_15_percent`, the share of the examined
+        examples that are wrong; `auc`, the probability that a wrong example scores above a right one, ties counting
+        half.
     """
     ranks = mean_ranks(-np.nan_to_num(scores.astype(np.float64), nan=-np.inf))  # 1 for the lowest
     bad, good = int(wrong.sum()), int((~wrong).sum())
@@ -304,5 +309,5 @@ def detection(scores: np.ndarray, wrong: np.ndarray, share: float = 0.15) -> dic
 
 
 def found_by(scores: np.ndarray, wrong: np.ndarray) -> np.ndarray:
-    """Count the wrong ones among the highest scores, `[examples]`; NaN comes last."""
+    """Return the number of wrong examples among the n highest scores, for n from 1, `[examples]`; NaN ranks last."""
     return wrong[best_first(scores)].cumsum()

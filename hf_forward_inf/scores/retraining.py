@@ -1,4 +1,4 @@
-"""Training anew without some of the data: the truth that attributions are judged by."""
+"""Retraining on subsets of the data: the ground truth that attributions are evaluated with."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -19,23 +19,23 @@ from hf_forward_inf.utils.processes import process_state
 from hf_forward_inf.utils.storage import cached_tensors, default_cache_dir
 
 Train: TypeAlias = Callable[[np.ndarray, np.ndarray], np.ndarray]
-"""Given subsets of the candidates, booleans `[models, candidates]`, and a seed for each model, trains a model on each
-and gives what comes out for the queries: their losses, float32 `[models, queries]`, or several figures of each."""
+"""Trains a model on each subset of the candidates, booleans `[models, candidates]`, with a seed for each model, and
+returns outcomes for the queries: their losses, float32 `[models, queries]`, or several values for each."""
 Outcomes: TypeAlias = Callable[[dict[str, Tensor]], Tensor]
-"""From a network's parameters to what comes out for some rows, `[rows, ...]`."""
+"""Maps a network's parameters to outcomes for some rows, `[rows, ...]`."""
 
 
 @dataclass(frozen=True)
 class Retrained:
-    """What training on subsets of the candidates did to some queries.
+    """Losses of some queries after training on subsets of the candidates.
 
     Args:
         queries (`datasets.Dataset`): The queries.
-        subsets (`np.ndarray`): Booleans, `[subsets, candidates]`: who was in.
-        losses (`np.ndarray`): `[subsets, queries]`, best averaged over several seeds of the training.
+        subsets (`np.ndarray`): Booleans, `[subsets, candidates]`: which candidates are in each subset.
+        losses (`np.ndarray`): Losses, `[subsets, queries]`, preferably averaged over several training seeds.
 
     Raises:
-        ValueError: If the shapes don't fit together.
+        ValueError: If the shapes don't match.
     """
 
     queries: Dataset
@@ -45,8 +45,8 @@ class Retrained:
     def __post_init__(self) -> None:
         if self.losses.shape != (len(self.subsets), len(self.queries)):
             raise ValueError(
-                f"losses have shape {self.losses.shape}; {len(self.subsets)} subsets and {len(self.queries)} queries "
-                f"ask for {(len(self.subsets), len(self.queries))}."
+                f"losses have shape {self.losses.shape}, but {len(self.subsets)} subsets and {len(self.queries)} "
+                f"queries need {(len(self.subsets), len(self.queries))}."
             )
 
 
@@ -65,21 +65,21 @@ def retrained_outcomes(
     together: int = 40,
     cache_dir: Path | None = None,
 ) -> np.ndarray:
-    """Train a model on every subset with every seed, and give what comes out for the queries.
+    """Train a model on every subset with every seed, and return the outcomes for the queries.
 
-    Every few models are kept as soon as they are trained: a run that was interrupted goes on with the next.
+    Outcomes are cached each time `together` models are trained, so that an interrupted run resumes.
 
     Args:
-        train (`Callable`): Trains some models, all subsets of one size.
+        train (`Callable`): Trains some models, on subsets of equal size.
         subsets (`np.ndarray`): Booleans, `[subsets, candidates]`.
-        key (`str`): Names everything that `train` depends on: data, network, settings, queries.
-        seeds (`int`, defaults to 1): Trainings of each subset.
-        together (`int`, defaults to 40): Models trained together.
-        cache_dir (`Path`, *optional*): Outcomes are kept in its folder `retraining`. Defaults to
+        key (`str`): Identifies everything that `train` depends on: data, network, settings, queries.
+        seeds (`int`, defaults to 1): Number of trainings on each subset.
+        together (`int`, defaults to 40): Number of models that are trained at once.
+        cache_dir (`Path`, *optional*): Outcomes are cached in its folder `retraining`. Defaults to
             [`storage.default_cache_dir`].
 
     Returns:
-        `np.ndarray`: float32 `[seeds, subsets, queries]`, or with as many axes more as `train` gives.
+        `np.ndarray`: float32 `[seeds, subsets, queries, ...]`, with the further axes that `train` returns, if any.
     """
     folder = (cache_dir or default_cache_dir()) / "retraining"
     pairs = [(seed, subset) for seed in range(seeds) for subset in range(len(subsets))]
@@ -101,7 +101,7 @@ def retrained_outcomes(
 
 
 def losses_of(network: nn.Module, inputs: Tensor, labels: Tensor) -> Outcomes:
-    """Give the function from parameters to each row's loss, `[rows]`."""
+    """Return a function from parameters to each row's loss, `[rows]`."""
 
     def losses(parameters: dict[str, Tensor]) -> Tensor:
         return F.cross_entropy(functional_call(network, parameters, (inputs,)), labels, reduction="none")
@@ -110,7 +110,7 @@ def losses_of(network: nn.Module, inputs: Tensor, labels: Tensor) -> Outcomes:
 
 
 def losses_and_answers_of(network: nn.Module, inputs: Tensor, labels: Tensor) -> Outcomes:
-    """Give that to each row's loss, and whether its label is the network's answer (1 or 0), `[rows, 2]`."""
+    """Return a function from parameters to each row's loss, and 1 if its label is predicted, else 0, `[rows, 2]`."""
 
     def outcomes(parameters: dict[str, Tensor]) -> Tensor:
         logits = functional_call(network, parameters, (inputs,))
@@ -122,18 +122,18 @@ def losses_and_answers_of(network: nn.Module, inputs: Tensor, labels: Tensor) ->
 
 @dataclass(frozen=True)
 class BatchedTraining:
-    """Trains many small networks at once, by stacked steps for all of them.
+    """Trains many small networks at once, with stacked parameters.
 
     Args:
-        network (`Callable`): Makes the untrained network: from `[rows, ...]` to logits `[rows, classes]`.
+        network (`Callable`): Returns the untrained network, which maps `[rows, ...]` to logits `[rows, classes]`.
         data (`tuple`): Inputs `[candidates, ...]` and labels `[candidates]`.
         queries (`tuple`): Inputs and labels of the queries.
-        steps (`int`, defaults to 400): Steps.
-        learning_rate (`float`, defaults to 1e-2): Falls to 0 along a cosine, so that training ends at rest.
-        weight_decay (`float`, defaults to 1e-3): A part of the loss: weight_decay / 2 x squared norm.
-        momentum (`float`, *optional*): Take steps of SGD with this momentum. Defaults to steps of Adam.
-        batch_size (`int`, *optional*): Rows of a step, in an order that the seed draws. Defaults to a whole subset.
-        outcomes (`Callable`, *optional*): What comes out: [`losses_of`] by default, or [`losses_and_answers_of`].
+        steps (`int`, defaults to 400): Number of training steps.
+        learning_rate (`float`, defaults to 1e-2): Initial learning rate, which falls to 0 along a cosine.
+        weight_decay (`float`, defaults to 1e-3): Added to the loss as weight_decay / 2 x squared norm.
+        momentum (`float`, *optional*): Momentum of SGD. Defaults to Adam.
+        batch_size (`int`, *optional*): Rows in a step, in an order drawn by the seed. Defaults to the whole subset.
+        outcomes (`Callable`, defaults to [`losses_of`]): Outcomes for the queries, or [`losses_and_answers_of`].
     """
 
     network: Callable[[], nn.Module]
@@ -148,25 +148,25 @@ class BatchedTraining:
 
     @property
     def settings(self) -> tuple[float | None, ...]:
-        """What training depends on beside network and data."""
+        """Everything that training depends on except network and data."""
         return self.steps, self.learning_rate, self.weight_decay, self.momentum, self.batch_size
 
     def __call__(self, subsets: np.ndarray, seeds: np.ndarray) -> np.ndarray:
-        """Train on subsets of one size; give what comes out for the queries, float32 `[models, queries, ...]`."""
+        """Train on subsets of equal size, and return outcomes for the queries, float32 `[models, queries, ...]`."""
         base, parameters = self.trained(subsets, seeds)
         with torch.no_grad():
             found = vmap(self.outcomes(base, *self.queries))(parameters)
         return found.numpy()
 
     def model(self, seed: int, subset: np.ndarray | None = None) -> nn.Module:
-        """Train one network as the others are, on all of the data or a subset."""
+        """Return one trained network, on all of the data by default, or on a subset."""
         everyone = np.ones(len(self.data[0]), dtype=bool)
         base, parameters = self.trained((everyone if subset is None else subset)[None], np.array([seed]))
         base.load_state_dict({name: value[0] for name, value in parameters.items()})
         return base.eval()
 
     def trained(self, subsets: np.ndarray, seeds: np.ndarray) -> tuple[nn.Module, dict[str, Tensor]]:
-        """Give the network, and the trained parameters of all models, stacked."""
+        """Return the network, and the trained parameters of all models, stacked."""
         networks = [self._untrained(seed) for seed in seeds.tolist()]
         parameters, buffers = stack_module_state(networks)
         if buffers:
@@ -195,14 +195,14 @@ class BatchedTraining:
         )
 
     def _batches(self, rows: Tensor, seeds: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
-        """Give every step's inputs, `[models, batch, ...]`, and labels, of each model's own rows, `[models, rows]`."""
+        """Yield each step's inputs, `[models, batch, ...]`, and labels, from the models' rows, `[models, rows]`."""
         if self.batch_size is None:
             yield from repeat((self.data[0][rows], self.data[1][rows]), self.steps)
             return
         draws = [np.random.default_rng(seed) for seed in seeds.tolist()]
         order = torch.empty(len(rows), 0, dtype=torch.long)
         for _ in range(self.steps):
-            if order.shape[1] < min(self.batch_size, rows.shape[1]):  # an epoch is over: what is left is dropped
+            if order.shape[1] < min(self.batch_size, rows.shape[1]):  # an epoch ends: an incomplete batch is dropped
                 order = torch.from_numpy(np.stack([draw.permutation(rows.shape[1]) for draw in draws]))
             batch, order = rows.gather(1, order[:, : self.batch_size]), order[:, self.batch_size :]
             yield self.data[0][batch], self.data[1][batch]

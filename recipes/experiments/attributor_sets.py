@@ -1,4 +1,4 @@
-"""Every attributor for one model, settings chosen by what retraining did to other queries than those judged."""
+"""All attributors for one model, with settings chosen by the retraining of queries that are not evaluated."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,7 +23,7 @@ DIRECTIONS: dict[str, dict[str, Any]] = {
     "cg_10": {"direction": "cg", "iterations": 10},
     "cg_20": {"direction": "cg", "iterations": 20},
 }
-"""Directions of Forward-INF's step that are tried."""
+"""Directions of Forward-INF's step that are compared."""
 BASELINES = (
     "tracin", "tracin_cosine", "trackstar", "influence_functions", "influence_functions_lissa", "representation",
     "random", "bm25", "bm25_without_answer",
@@ -42,24 +42,24 @@ def chosen_directions(
     sample: int | None = None,
     seed: int = 0,
 ) -> tuple[dict[str, AscentConfig], str]:
-    """Choose every direction's damping and radius by the LDS of other queries ([`tuning.tune`]).
+    """Return each direction's damping and radius, chosen by the LDS of other queries ([`tuning.tune`]).
 
     Args:
-        adapter (`Adapter`): Of the explained model.
+        adapter (`Adapter`): Adapter of the explained model.
         candidates (`datasets.Dataset`): The training data.
-        others (`Retrained`): What retraining did to queries that are not judged.
+        others (`Retrained`): Retrained losses of queries that are not evaluated.
         dampings (`Sequence[float]`): Dampings to try.
         radii (`Sequence[float]`): Radii to try.
-        names (`Sequence[str]`, *optional*): Directions, of [`DIRECTIONS`].
-        sample (`int`, *optional*): Candidates whose curvature counts.
-        seed (`int`, defaults to 0): Draws them.
+        names (`Sequence[str]`, *optional*): Names in [`DIRECTIONS`]. Defaults to all.
+        sample (`int`, *optional*): Number of candidates that the curvature is computed on.
+        seed (`int`, defaults to 0): Seed of that sample.
 
     Returns:
         `tuple`: Settings by direction, and the best direction.
     """
-    found, heights = {}, {}
+    found, best = {}, {}
     for name in names:
-        # Training moves every parameter, whatever the adapter's default.
+        # Training changes every parameter, not only the adapter's default modules.
         ascent = AscentConfig(**DIRECTIONS[name], modules=["all"], seed=seed)
         if name != "gradient":
             ascent = replace(ascent, sample=sample)
@@ -68,21 +68,21 @@ def chosen_directions(
         assert tuned.tuning is not None
         say(f"\n{name}, by the LDS of other queries (* is used):\n{tuned.tuning}")
         found[name] = tuned.ascent
-        heights[name] = max(trial["lds"] for trial in tuned.tuning.trials)
-    return found, max(heights, key=lambda name: heights[name])
+        best[name] = max(trial["lds"] for trial in tuned.tuning.trials)
+    return found, max(best, key=lambda name: best[name])
 
 
 def contenders(adapters: Sequence[Adapter], directions: dict[str, AscentConfig]) -> dict[str, Attributor]:
-    """Make every attributor.
+    """Return all attributors that are compared.
 
     Args:
-        adapters (`list[Adapter]`): Of models that were trained alike with several seeds; the first is explained, the
-            others join it in ensembles.
+        adapters (`list[Adapter]`): Adapters of models that were trained with several seeds; the first is explained,
+            and ensembles average over all of them.
         directions (`dict[str, AscentConfig]`): Settings of Forward-INF by name.
 
     Returns:
-        `dict`: `forward_inf`, with the settings that a user gets who sets nothing; every direction as it is,
-        `_symmetric`, to `_first_order`, and as mean over all `_seeds`; baselines.
+        `dict[str, Attributor]`: `forward_inf`, with defaults; each direction alone, `_symmetric`, `_first_order`, and
+        averaged over `_seeds`; baselines.
     """
     first = adapters[0]
     found: dict[str, Attributor] = {"forward_inf": ForwardInf(adapter=first)}

@@ -101,7 +101,7 @@ def test_the_share_of_ties_is_told():
 
 
 def test_proponents_must_fit_the_queries():
-    with pytest.raises(ValueError, match="2 lists of proponents don't fit 1 queries"):
+    with pytest.raises(ValueError, match="2 lists of proponents for 1 queries"):
         evaluate(np.zeros((1, 3)), [[0], [1]])
 
 
@@ -150,7 +150,7 @@ def test_ties_share_their_mean_rank():
 
 
 def test_lds_of_shapes_that_do_not_fit_is_refused():
-    with pytest.raises(ValueError, match=r"\(2, 4\).*\(3, 5\).*don't fit"):
+    with pytest.raises(ValueError, match=r"\(2, 4\).*\(3, 5\).*don't match"):
         lds(np.zeros((2, 4)), np.zeros((3, 5), dtype=bool), np.zeros((3, 2)))
 
 

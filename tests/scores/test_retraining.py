@@ -50,7 +50,7 @@ def test_halves_are_halves_and_repeatable():
 
 
 def test_losses_that_fit_no_subsets_are_refused():
-    with pytest.raises(ValueError, match=r"4 subsets and 5 queries ask for \(4, 5\)"):
+    with pytest.raises(ValueError, match=r"4 subsets and 5 queries need \(4, 5\)"):
         Retrained(small.rows(30, 35), SUBSETS, np.zeros((5, 4)))
 
 
