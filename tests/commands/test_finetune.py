@@ -1,5 +1,4 @@
 import json
-from pathlib import Path
 
 import pytest
 from datasets import Dataset
@@ -16,8 +15,15 @@ pytestmark = pytest.mark.usefixtures("measured_once")
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 2}
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A cache for the whole file: its tests trace the same model, which is trained once."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture
-def small(monkeypatch):
+def small(monkeypatch, trained):
+    monkeypatch.setenv("HF_FORWARD_INF_CACHE", str(trained))
     monkeypatch.setattr(questions, "FACTS_A_RELATION", 4)
     monkeypatch.setattr(questions, "QUERIES_A_RELATION", 2)
     for name, size in SMALL.items():
@@ -73,13 +79,13 @@ def test_lora_weights_are_trained_perturbed_and_loaded_again(small, tmp_path):
     assert first["mrr"] == again["mrr"] > 3 * first["random/mrr"]
 
 
-def test_any_model_and_rows_are_traced_without_figures_where_the_truth_is_unknown(small, tmp_path):
+def test_any_model_and_rows_are_traced_without_figures_where_the_truth_is_unknown(small, trained, tmp_path):
     corpus = builtin_questions()
     plain = corpus["train"].select_columns(["prompt", "completion"])
     plain.to_parquet(tmp_path / "train.parquet")
     corpus["queries"].select_columns(["prompt"]).select(range(3)).to_parquet(tmp_path / "asks.parquet")
     finetune_run(FinetuneOptions(output=str(tmp_path / "tiny"), epochs=40, removed=0), AscentConfig())
-    (folder,) = {path.parent for path in Path(tmp_path, "cache", "models").rglob("config.json")}
+    folder = min(path.parent for path in (trained / "models").rglob("config.json"))  # any whole model
     arguments = ["finetune", "--model", str(folder), "--candidates", str(tmp_path / "train.parquet"), "--queries"]
     arguments += [
         str(tmp_path / "asks.parquet"),
