@@ -52,9 +52,15 @@ def test_another_transform_is_another_cache_entry():
 
 
 def test_integers_stay_integers():
+    torch.manual_seed(0)
     network = nn.Sequential(nn.Embedding(5, 4), nn.Flatten(), nn.Linear(8, 2))
     rows = Dataset.from_dict({"x": [[0, 1], [3, 4]], "label": [0, 1]})
-    assert np.isfinite(ForwardInf(adapter=TensorAdapter(network)).trace(rows, rows).scores).all()
+    adapter = TensorAdapter(network)
+    batch = adapter.collate(adapter.encode(rows[:]))
+    assert batch["input"].dtype == torch.int64 and batch["input"].tolist() == rows["x"][:]
+    found = ForwardInf(adapter=adapter, ascent=AscentConfig(direction="gradient", radius=0.5)).trace(rows, rows)
+    assert np.diag(found.scores).min() > 0  # each row's own loss rises most along its own gradient
+    assert (found.scores.argmax(axis=1) == [0, 1]).all()
 
 
 def test_a_row_is_most_like_itself():

@@ -8,7 +8,7 @@ from experiments.memorization import MemorizationOptions
 from PIL import Image as Pillow
 from torch import nn
 
-from hf_forward_inf import AscentConfig, ForwardInf
+from hf_forward_inf import AscentConfig, Attribution, ForwardInf
 from hf_forward_inf.adapters import ImageClassificationAdapter
 from tests.helpers.images import network, rows, tensors
 from tests.helpers.recipes import recipe
@@ -25,8 +25,11 @@ def test_a_run_pairs_test_images_with_training_images(tmp_path):
     )  # fmt: skip
     metrics = recipe("memorization").main(options)
     assert metrics == json.loads((tmp_path / "metrics.json").read_text())
-    assert metrics["queries"] == 5 and metrics["candidates"] == 80 and 0 <= metrics["same_label"] <= 1
-    assert metrics["moved/query"] > 0 and metrics["moved/others"] >= 0
+    assert metrics["queries"] == 5 and metrics["candidates"] == 80
+    found = Attribution.load_from_disk(tmp_path / "attribution")
+    same = [query["label"] == found.top(i, 1)[0]["label"] for i, query in enumerate(found.queries)]
+    assert len(same) == 4 and metrics["same_label"] == np.mean(same)
+    assert metrics["moved/query"] > metrics["moved/others"] > 0
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 4 + 4 * 3 and "radius 0.1" in page and "t-SNE" in page
     assert Pillow.open(tmp_path / "pairs.png").width > 500
