@@ -1,5 +1,6 @@
 """One adapter for each kind of model."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -8,10 +9,13 @@ from hf_forward_inf.adapters.base import Adapter
 from hf_forward_inf.adapters.causal_lm import CausalLMAdapter, is_causal_lm
 from hf_forward_inf.adapters.diffusion import DiffusionAdapter, is_diffusion
 from hf_forward_inf.adapters.image_classification import ImageClassificationAdapter, is_image_classifier
+from hf_forward_inf.adapters.masked_lm import MaskedLMAdapter, is_masked_lm
 from hf_forward_inf.adapters.preference import PreferenceAdapter
+from hf_forward_inf.adapters.reward import RewardAdapter, is_reward_model
 from hf_forward_inf.adapters.seq2seq import Seq2SeqAdapter, is_seq2seq
 from hf_forward_inf.adapters.sequence_classification import SequenceClassificationAdapter, is_sequence_classifier
 from hf_forward_inf.adapters.tensors import TensorAdapter
+from hf_forward_inf.adapters.token_classification import TokenClassificationAdapter, is_token_classifier
 from hf_forward_inf.utils.models import uncompiled
 
 __all__ = [
@@ -19,14 +23,29 @@ __all__ = [
     "CausalLMAdapter",
     "DiffusionAdapter",
     "ImageClassificationAdapter",
+    "MaskedLMAdapter",
     "PreferenceAdapter",
+    "RewardAdapter",
     "Seq2SeqAdapter",
     "SequenceClassificationAdapter",
     "TensorAdapter",
+    "TokenClassificationAdapter",
     "adapter_for",
     "choose_adapter",
     "is_diffusion",
 ]
+
+
+KINDS: tuple[tuple[Callable[[Any], bool], Callable[..., Adapter]], ...] = (
+    (is_reward_model, RewardAdapter),
+    (is_sequence_classifier, SequenceClassificationAdapter),
+    (is_token_classifier, TokenClassificationAdapter),
+    (is_masked_lm, MaskedLMAdapter),
+    (is_seq2seq, Seq2SeqAdapter),
+    (is_causal_lm, CausalLMAdapter),
+    (is_image_classifier, ImageClassificationAdapter),
+)
+"""Which models have which adapter: the first that fits."""
 
 
 def choose_adapter(model: nn.Module | None, processor: Any, adapter: Adapter | None, attributor: str) -> Adapter:
@@ -59,18 +78,13 @@ def adapter_for(model: nn.Module, processor: Any = None) -> Adapter:
         TypeError: If no adapter knows this kind of model.
     """
     model = uncompiled(model)
-    if is_sequence_classifier(model):
-        return SequenceClassificationAdapter(model, processor)
-    if is_seq2seq(model):
-        return Seq2SeqAdapter(model, processor)
-    if is_causal_lm(model):
-        return CausalLMAdapter(model, processor)
-    if is_image_classifier(model):
-        return ImageClassificationAdapter(model, processor)
+    for fits, kind in KINDS:
+        if fits(model):
+            return kind(model, processor)
     raise TypeError(
         f"No adapter knows {type(model).__name__}: it has no loss over labels that the library can read. "
-        "Load a language model with AutoModelForSeq2SeqLM or AutoModelForCausalLM, an image classifier with "
-        "AutoModelForImageClassification. For a module from images to logits give "
-        "ForwardInf(adapter=ImageClassificationAdapter(model, transform=...)), for one from arrays TensorAdapter, or "
-        "write an adapter (hf_forward_inf.adapters.Adapter)."
+        "Load a language model with AutoModelForSeq2SeqLM, AutoModelForCausalLM or AutoModelForMaskedLM, a classifier "
+        "with AutoModelForSequenceClassification, AutoModelForTokenClassification or AutoModelForImageClassification. "
+        "For a module from images to logits use ForwardInf(adapter=ImageClassificationAdapter(model, transform=...)), "
+        "for one from arrays TensorAdapter, or write an adapter (hf_forward_inf.adapters.Adapter)."
     )

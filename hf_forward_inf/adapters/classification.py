@@ -45,6 +45,10 @@ class ClassifierAdapter(Adapter):
         """What the labels are, and their loss."""
         return label_kind(self.model, self.objective == "margin")
 
+    def labels_of(self, batch: Batch) -> LabelKind:
+        """Return what the labels of a batch are, where that depends on its rows."""
+        return self.labels
+
     @abstractmethod
     def logits(self, forward: Forward, batch: Batch) -> Tensor:
         """Run the model: logits `[rows, classes]`."""
@@ -70,12 +74,12 @@ class ClassifierAdapter(Adapter):
 
     def term_losses(self, forward: Forward, batch: Batch) -> Tensor:
         """Compute the loss of every row's label, `[rows, 1]`, or of each of the model's outputs, `[rows, outputs]`."""
-        return self.labels.losses(self.checked_logits(forward, batch), batch["label"])
+        return self.labels_of(batch).losses(self.checked_logits(forward, batch), batch["label"])
 
     def checked_logits(self, forward: Forward, batch: Batch) -> Tensor:
         """Run the model, and refuse logits that don't fit the labels: raise a `ValueError`."""
         logits = self.logits(forward, batch)
-        self.labels.check(logits, batch, type(self.model).__name__, self.columns[-1])
+        self.labels_of(batch).check(logits, batch, type(self.model).__name__, self.columns[-1])
         return logits
 
     def outputs(self, forward: Forward, batch: Batch) -> Tensor:
@@ -86,7 +90,7 @@ class ClassifierAdapter(Adapter):
 
     def outputs_and_loss(self, forward: Forward, batch: Batch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Compute logits, `[rows, classes]`, and return with them the function that gives their loss."""
-        return self.checked_logits(forward, batch).float(), self.labels.summed(batch["label"])
+        return self.checked_logits(forward, batch).float(), self.labels_of(batch).summed(batch["label"])
 
     def sampled_output_gradients(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
         """Compute the loss's gradient by the outputs, for labels drawn from the model's own predictions."""

@@ -14,6 +14,7 @@ from datasets import ClassLabel, Dataset
 from torch import Tensor, nn
 
 from hf_forward_inf.adapters.base import Batch
+from hf_forward_inf.adapters.language import IGNORED
 from hf_forward_inf.utils.validation import listed
 
 GENERIC = re.compile(r"LABEL_\d+")
@@ -51,6 +52,18 @@ class OneClass:
         beyond = [one is not None and 0 < self.count <= one for one in found]
         more = "Give a model with more classes, or drop the rows."
         _refuse(found, beyond, column, f", but the model knows only the classes 0 to {self.count - 1}. {more}")
+        return found
+
+    def read_lists(self, values: Sequence[Any], feature: Any, column: str) -> list[list[int] | None]:
+        """Return the classes of a column of lists; as [`read`], but that -100 stays: it is no label."""
+        find = _finder(self.names, getattr(feature, "feature", None))
+        found = [value and [one if one == IGNORED else find(one) for one in value] for value in values]
+        wrong = [
+            value is not None and any(one is None or not (one == IGNORED or 0 <= one < self.count) for one in value)
+            for value in found
+        ]
+        known = f", or their names: {_some(self.names)}" if self.names else ""
+        _refuse(values, wrong, column, f"; labels are lists of integers from 0 to {self.count - 1}{known}.")
         return found
 
     def terms(self, label: Any) -> int:
@@ -257,6 +270,18 @@ def replaced(rows: Dataset, column: str, values: list[Any]) -> Dataset:
     return (
         rows if rows.with_format(None)[column][:] == values else rows.remove_columns(column).add_column(column, values)
     )
+
+
+def only(known: tuple[str, ...], names: list[str], role: str) -> str:
+    """Return the one of the known columns that is there, the first if none is.
+
+    Raises:
+        ValueError: If several are.
+    """
+    found = [name for name in known if name in names]
+    if len(found) > 1:
+        raise ValueError(f"The rows have several columns for the {role}: {', '.join(found)}. Keep one of them.")
+    return found[0] if found else known[0]
 
 
 def precise(logits: Tensor) -> Tensor:

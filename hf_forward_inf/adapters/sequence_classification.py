@@ -11,8 +11,9 @@ from typing_extensions import Self
 
 from hf_forward_inf.adapters.base import Batch, Forward, Rows
 from hf_forward_inf.adapters.classification import ClassifierAdapter
+from hf_forward_inf.adapters.labels import Numbers, only
 from hf_forward_inf.adapters.language import input_of, preferred_ascent
-from hf_forward_inf.adapters.text_inputs import TextInputs, is_of_kind, unreadable
+from hf_forward_inf.adapters.text_inputs import ALONE, AnswersTexts, TextInputs, is_of_kind, unreadable
 from hf_forward_inf.utils.fingerprints import fingerprint
 from hf_forward_inf.utils.models import evaluating, peft_parameters, to_device
 
@@ -32,7 +33,7 @@ LABELS = ("label", "labels")
 """Columns of labels."""
 
 
-class SequenceClassificationAdapter(ClassifierAdapter):
+class SequenceClassificationAdapter(AnswersTexts, ClassifierAdapter):
     """The loss of a text's label, or that of a pair of texts.
 
     Rows have a text (`text` or `sentence`) or a pair (`sentence1` and `sentence2`, `premise` and `hypothesis`, and the
@@ -145,11 +146,20 @@ class SequenceClassificationAdapter(ClassifierAdapter):
             batch_size (`int`, defaults to 32): Rows classified together.
 
         Returns:
-            `list`: The most probable class by number, a 0 or 1 for each class, or the predicted numbers.
+            `list`: The most probable class by number, or a 0 or 1 for each class.
+
+        Raises:
+            NotImplementedError: If the model predicts numbers.
         """
-        texts = [rows[column] for column in self.texts_in(list(rows))]
+        if isinstance(self.labels, Numbers):
+            raise NotImplementedError(
+                "The model predicts numbers, and its own prediction has no loss that could be raised: give queries a "
+                f"`{self.columns[-1]}`."
+            )
+        columns = self.texts_in(list(rows))
+        texts = [[value if isinstance(value, str) else "" for value in rows[column]] for column in columns]
         features, kind = self.inputs.encode(*texts)[0], self.labels
-        step = batch_size if self.inputs.lengths(features["input_ids"]).max() < 10**9 else 1
+        step = batch_size if self.inputs.lengths(features["input_ids"]).max() < ALONE else 1
         answers: list[Any] = []
         with evaluating(self.model):
             for start in range(0, len(texts[0]), step):
@@ -176,15 +186,3 @@ class SequenceClassificationAdapter(ClassifierAdapter):
 def is_sequence_classifier(model: Any) -> bool:
     """Whether this is a transformers model that classifies whole texts."""
     return is_of_kind(model, "ForSequenceClassification")
-
-
-def only(known: tuple[str, ...], names: list[str], role: str) -> str:
-    """Return the one of the known columns that is there, the first if none is.
-
-    Raises:
-        ValueError: If several are.
-    """
-    found = [name for name in known if name in names]
-    if len(found) > 1:
-        raise ValueError(f"The rows have several columns for the {role}: {', '.join(found)}. Keep one of them.")
-    return found[0] if found else known[0]

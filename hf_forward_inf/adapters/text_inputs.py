@@ -3,16 +3,18 @@
 import copy
 import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from hf_forward_inf.adapters.base import Batch, Forward, Rows
-from hf_forward_inf.adapters.language import longest_input, pad, tokenizer_state
+from hf_forward_inf.adapters.base import Adapter, Batch, Forward, Rows
+from hf_forward_inf.adapters.labels import only
+from hf_forward_inf.adapters.language import embeddings, longest_input, pad, tokenizer_state
 from hf_forward_inf.utils.fingerprints import fingerprint
 from hf_forward_inf.utils.models import evaluating, to_device
 
@@ -86,10 +88,19 @@ class TextInputs:
             longer = [len(ids) > self.max_length for ids in encoded["input_ids"]]
             if any(longer):
                 encoded = self.tokenizer(*given, truncation=True, max_length=self.max_length, **options)
+        self._check_vocabulary(encoded["input_ids"])
         found = {"input_ids": encoded["input_ids"], "truncated": longer}
         if "token_type_ids" in encoded and "token_type_ids" in self.arguments:
             found["token_type_ids"] = encoded["token_type_ids"]
         return found, encoded
+
+    def _check_vocabulary(self, ids: list[list[int]]) -> None:
+        size, highest = embeddings(self.model), max((max(row, default=0) for row in ids), default=0)
+        if highest >= size:
+            raise ValueError(
+                f"The tokenizer returns token {highest}, and the model has {size} embeddings: give the tokenizer that "
+                "the model was trained with, or resize_token_embeddings."
+            )
 
     def lengths(self, ids: list[list[int]]) -> np.ndarray:
         """Return the number of tokens of each row, `[rows, 1]`: beyond any limit where rows must stay alone."""
@@ -157,6 +168,57 @@ class TextInputs:
         return logits[:, : len(ids)] if logits.dim() == 3 else logits
 
 
+class AnswersTexts(Adapter):
+    """What adapters share whose models answer texts: queries without an answer get the model's own."""
+
+    answers_queries = True
+    label_columns: tuple[str, ...]
+    """Names that the column of answers may have."""
+
+    def rows_for(self, inputs: Any, candidates: Dataset | None = None) -> Rows:
+        """Return what a user asks as rows without answers.
+
+        Args:
+            inputs: A text or a row (`dict`), or a list of one of these.
+            candidates (`datasets.Dataset`, *optional*): What they are traced over: they name the column of texts.
+
+        Raises:
+            TypeError: If it is something else, or the rows have not all the same columns.
+        """
+        column = self.columns[0]
+        if candidates is not None:
+            first = self.columns_in(candidates.column_names)[0]
+            column = column if first in ("chosen", "prompt") else first
+        items = inputs if self._are_several(inputs) else [inputs]
+        rows = [dict(item) if isinstance(item, Mapping) else {column: item} for item in items]
+        if any(row.keys() != rows[0].keys() for row in rows):
+            raise TypeError("Queries are all texts, or all rows of the same columns.")
+        return {name: [row[name] for row in rows] for name in rows[0]}
+
+    def _are_several(self, inputs: Any) -> bool:
+        if not isinstance(inputs, str | Mapping | Sequence):
+            raise TypeError(f"A query is a text or a row (dict), not {type(inputs).__name__}.")
+        return not isinstance(inputs, str | Mapping)
+
+    def is_open(self, row: Mapping[str, Any], column: str) -> bool:
+        """Whether a row has no answer yet, in this column."""
+        return row.get(column) is None
+
+    def with_answers(self, queries: Dataset, **options: Any) -> Dataset:
+        """Let the model answer queries that have no answer, by [`answer`] with its options."""
+        column = only(self.label_columns, queries.column_names, "label")
+        open_ = [i for i, row in enumerate(queries) if self.is_open(row, column)]
+        if not open_:
+            return queries
+        if column in queries.column_names:
+            queries = self.prepare(queries)
+        values = queries[column][:] if column in queries.column_names else [None] * len(queries)
+        plain = queries.remove_columns(column) if column in queries.column_names else queries
+        for i, answer in zip(open_, self.answer(plain.select(open_)[:], **options), strict=True):
+            values[i] = answer
+        return plain.add_column(column, values)
+
+
 def base_of(model: Any) -> Any:
     """Return the model that a PEFT model wraps; else the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -178,16 +240,15 @@ def unreadable(values: Sequence[Any], column: str, words: bool = False) -> list[
     return reasons
 
 
-def _limit(model: nn.Module, tokenizer: Any) -> int | None:
+def _limit(model: Any, tokenizer: Any) -> int | None:
     """Return the number of tokens that the model reads, where something states it."""
     positions = [
         module.num_embeddings - module.padding_idx - 1
         for name, module in model.named_modules()
         if isinstance(module, nn.Embedding) and "position_embeddings" in name and module.padding_idx is not None
     ]
-    limits = [
-        limit for limit in (longest_input(model.config, tokenizer), *positions) if limit is not None and limit > 0
-    ]
+    part = "encoder" if getattr(model.config, "is_encoder_decoder", False) else "decoder"
+    limits = [limit for limit in (longest_input(model.config, tokenizer, part), *positions) if limit is not None]
     return min(limits, default=None)
 
 

@@ -103,9 +103,20 @@ def test_a_model_answers_texts_without_labels_and_its_answers_are_traced():
     assert tracer.adapter.answer({"text": SENTENCES}, batch_size=4) == expected
     found = tracer.trace_generation(SENTENCES[:2], rows)
     assert found.queries["label"][:] == expected[:2] and found.scores.shape == (2, 6)
+    half = Dataset.from_dict({"text": SENTENCES[:2], "label": [2, None]})
+    assert tracer.trace(half, rows).queries["label"][:] == [2, expected[1]]
+    pairs = Dataset.from_dict({"premise": SENTENCES, "hypothesis": SENTENCES, "label": [0] * 6})
+    asked = tracer.trace_generation([{"premise": SENTENCES[0], "hypothesis": SENTENCES[1]}], pairs)
+    assert asked.queries.column_names == ["premise", "hypothesis", "label"]
     several = adapter_for(classifier(**KINDS["several classes"]), tokenizer())
     signs = [[float(one > 0) for one in row[0]] for row in logits]
     assert several.answer({"text": SENTENCES}) == signs
+
+
+def test_a_number_that_the_model_predicts_itself_is_no_question():
+    rows = Dataset.from_dict({"text": SENTENCES, "label": LABELS["a number"]})
+    with pytest.raises(NotImplementedError, match="has no loss that could be raised: give queries a `label`"):
+        ForwardInf(classifier(num_labels=1), tokenizer()).trace_generation("yes", rows)
 
 
 def test_baselines_and_self_influence_run():
@@ -127,7 +138,7 @@ def test_rows_beyond_a_stated_limit_are_cut_as_the_tokenizer_cuts_them():
     features = adapter.encode(rows)
     assert features["truncated"] == [True]
     assert features["input_ids"][0] == tokens(*PAIRS[0], truncation=True, max_length=9)["input_ids"]
-    with pytest.warns(UserWarning, match="4 of 6 candidates are longer than the model reads"):
+    with pytest.warns(UserWarning, match="Of 6 candidates, longer than the model reads, 4 lose their ends"):
         small = ForwardInf(adapter=SequenceClassificationAdapter(model, tokens, max_length=8), ascent=PLAIN)
         small.trace(
             Dataset.from_dict({"text": ["yes"], "label": [0]}),
