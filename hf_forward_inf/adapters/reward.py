@@ -85,7 +85,7 @@ class RewardAdapter(SequenceClassificationAdapter):
         if isinstance(answer, list):
             before = [] if prompt is None else as_messages(prompt, "prompt")
             return ChatTemplate(tokenizer, row).tokenize([*before, *as_messages(answer, name)])
-        whole, end = (prompt or "") + answer, tokenizer.eos_token or ""
+        whole, end = f"{prompt or ''}{answer}", tokenizer.eos_token or ""
         return tokenizer(whole if whole.endswith(end) else whole + end, verbose=False)["input_ids"]
 
     def lengths(self, features: Rows | Dataset) -> np.ndarray:

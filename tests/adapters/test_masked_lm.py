@@ -23,6 +23,11 @@ MODELS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def few_targets(monkeypatch):
+    monkeypatch.setattr("hf_forward_inf.curvature.kronecker.TARGETS", 24)  # quicker, and as good for this
+
+
 def filler(kind="bert"):
     torch.manual_seed(0)
     return randomised(MODELS[kind]())

@@ -21,6 +21,11 @@ SIZES = {
 }  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def few_targets(monkeypatch):
+    monkeypatch.setattr("hf_forward_inf.curvature.kronecker.TARGETS", 24)  # quicker, and as good for this
+
+
 def judge(kind="llama"):
     torch.manual_seed(0)
     return randomised(AutoModelForSequenceClassification.from_config(AutoConfig.for_model(kind, **SIZES)))
