@@ -72,7 +72,7 @@ class SequenceClassificationAdapter(AnswersTexts, ClassifierAdapter):
         super().__init__(model, objective)
         if not is_sequence_classifier(model):
             raise TypeError(f"{type(model).__name__} has no head for sequence classification.")
-        self.inputs = TextInputs(model, tokenizer, max_length)
+        self.inputs = TextInputs(self.model, tokenizer, max_length)
         own = None if text_column is None else ((text_column,) if pair_column is None else (text_column, pair_column))
         self.layouts: tuple[tuple[str, ...], ...] = (*PAIRS, *SINGLE) if own is None else (own,)
         self.label_columns = LABELS if label_column is None else (label_column,)
@@ -171,7 +171,7 @@ class SequenceClassificationAdapter(AnswersTexts, ClassifierAdapter):
     def with_model(self, model: nn.Module) -> Self:
         """Return the same adapter for another model of the same architecture."""
         other = super().with_model(model)
-        other.inputs = self.inputs.with_model(model)
+        other.inputs = self.inputs.with_model(other.model)
         return other
 
     def default_modules(self) -> list[str]:

@@ -30,7 +30,7 @@ class TokenLabelsAdapter(AnswersTexts):
 
     def __init__(self, model: nn.Module, tokenizer: Any, max_length: int | None = None):
         super().__init__(model)
-        self.inputs = TextInputs(model, tokenizer, max_length)
+        self.inputs = TextInputs(self.model, tokenizer, max_length)
 
     def lengths(self, features: Rows | Dataset) -> np.ndarray:
         """Return the number of tokens of each row, `[rows, 1]`."""
@@ -63,7 +63,7 @@ class TokenLabelsAdapter(AnswersTexts):
     def with_model(self, model: nn.Module) -> Self:
         """Return the same adapter for another model of the same architecture."""
         other = super().with_model(model)
-        other.inputs = self.inputs.with_model(model)
+        other.inputs = self.inputs.with_model(other.model)
         return other
 
     def default_modules(self) -> list[str]:
