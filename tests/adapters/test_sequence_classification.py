@@ -138,7 +138,7 @@ def test_rows_beyond_a_stated_limit_are_cut_as_the_tokenizer_cuts_them():
     features = adapter.encode(rows)
     assert features["truncated"] == [True]
     assert features["input_ids"][0] == tokens(*PAIRS[0], truncation=True, max_length=9)["input_ids"]
-    with pytest.warns(UserWarning, match="Of 6 candidates, longer than the model reads, 4 lose their ends"):
+    with pytest.warns(UserWarning, match="of 6 rows, 4 lose their ends"):
         small = ForwardInf(adapter=SequenceClassificationAdapter(model, tokens, max_length=8), ascent=PLAIN)
         small.trace(
             Dataset.from_dict({"text": ["yes"], "label": [0]}),
