@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_forward_inf.adapters.base import Batch, Forward, Rows
 from hf_forward_inf.adapters.columns import (
+    CHANGES_THE_PROMPT,
     IGNORED,
     INPUT_IDS,
     LABELS,
@@ -36,7 +37,7 @@ from hf_forward_inf.adapters.language import (
     tokenizer_state,
 )
 from hf_forward_inf.utils.fingerprints import fingerprint
-from hf_forward_inf.utils.models import peft_parameters, uncompiled
+from hf_forward_inf.utils.models import device_of, evaluating, peft_parameters, uncompiled
 
 
 class Seq2SeqAdapter(LanguageAdapter):
@@ -90,6 +91,7 @@ class Seq2SeqAdapter(LanguageAdapter):
         self.columns = (input_column, target_column)
         self.max_length = max_length or longest_input(self.model.config, tokenizer, "encoder")
         self.max_target_length = max_length or longest_input(self.model.config, tokenizer, "decoder")
+        self.batches: bool | None = None  # whether rows of different lengths can be batched, once that was tried
         # What the tokenizer puts around every target: a language, an end token.
         self.around_targets = list(tokenizer(text_target="")["input_ids"])
 
@@ -111,19 +113,45 @@ class Seq2SeqAdapter(LanguageAdapter):
         pairs = [pair for pair in (self.columns, ("prompt", "completion"), *PAIRS) if set(pair) <= set(names)]
         if {INPUT_IDS, LABELS} <= set(names):
             return (INPUT_IDS, *(name for name in ("attention_mask",) if name in names), LABELS)
-        if self.columns not in pairs and len(pairs) != 1:
+        other = self.columns not in pairs
+        if other and (len(pairs) != 1 or set(CHANGES_THE_PROMPT) & set(names)):
             raise ValueError(
                 f"Rows need columns `{self.columns[0]}` and `{self.columns[1]}`; these have {', '.join(names)}. "
                 "Rename them, or name yours: Seq2SeqAdapter(model, tokenizer, input_column=..., target_column=...)."
             )
         return (*((OUTPUT_IDS,) if OUTPUT_IDS in names else ()), *pairs[0])
 
+    @torch.no_grad()
+    def _padding_counts(self) -> bool:
+        """Whether predictions change with a later token, beyond rounding."""
+        ids = torch.tensor([list(range(min(4, embeddings(self.model))))], device=device_of(self.model))
+        with evaluating(self.model):
+            short, whole = (
+                self.model(input_ids=ids, decoder_input_ids=ids[:, :stop], use_cache=False).logits[:, :-1].float()
+                for stop in (-1, ids.shape[1])
+            )
+        return not torch.allclose(short, whole[:, : short.shape[1]], rtol=1e-2, atol=1e-3 * float(whole.abs().max()))
+
     def encode(self, rows: Rows) -> Rows:
-        """Tokenize inputs and targets; a text beyond the limit keeps its beginning and its end token."""
+        """Tokenize inputs and targets; a text beyond the limit keeps its beginning and its end token.
+
+        Raises:
+            TypeError: If the model's losses depend on padding.
+        """
+        self._check_padding()
         *_, source, target = columns = self.columns_in(rows)
         if source not in (self.columns[0], INPUT_IDS, "attention_mask"):
             self.say_once(f"`{source}` is read as the model's input, `{target}` as its target.")
         return read_rows({name: rows[name] for name in columns}, self._features, self.blank)
+
+    def _check_padding(self) -> None:
+        if self.batches is None:
+            self.batches = not self._padding_counts()
+        if not self.batches:
+            raise TypeError(
+                f"{type(self.model).__name__} predicts a target's tokens otherwise where more tokens follow, be it "
+                "padding: losses would depend on the other rows of a batch, so it can't be traced."
+            )
 
     def _features(self, row: dict[str, Any]) -> dict[str, Any]:
         decoder: list[int] | None = None
@@ -171,7 +199,7 @@ class Seq2SeqAdapter(LanguageAdapter):
         return [self._start(), *filled[:-1]]
 
     def _start(self) -> int:
-        for config in (self.model.config, getattr(self.model, "generation_config", None)):
+        for config in (getattr(self.model, "generation_config", None), self.model.config):
             if (start := getattr(config, "decoder_start_token_id", None)) is not None:
                 return int(start)
         raise ValueError(f"{type(self.model).__name__} has no decoder_start_token_id: set it in the model's config.")
