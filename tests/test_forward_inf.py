@@ -139,7 +139,7 @@ def test_no_rows_are_refused(tracer, queries, candidates):
 
 
 def test_a_missing_column_is_named(tracer, queries, candidates):
-    with pytest.raises(ValueError, match=r"candidates have no column `inputs_pretokenized`; they have id, text"):
+    with pytest.raises(ValueError, match=r"Rows need columns `inputs_pretokenized` and .*; these have id, text"):
         tracer.trace(queries, candidates.rename_column("inputs_pretokenized", "text"))
 
 
@@ -153,7 +153,7 @@ def test_an_empty_target_is_named_by_its_row(tracer, queries, candidates, empty)
 
 def test_texts_that_are_no_texts_are_refused(tracer, queries, candidates):
     numbers = candidates.remove_columns("targets_pretokenized").add_column("targets_pretokenized", list(range(40)))
-    with pytest.raises(TypeError, match="`targets_pretokenized` holds int values; it must hold text"):
+    with pytest.raises(ValueError, match="row 0: `targets_pretokenized` holds int where a text must be"):
         tracer.trace(queries, numbers)
 
 
