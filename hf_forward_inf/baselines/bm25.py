@@ -9,7 +9,7 @@ from datasets import Dataset
 from torch import nn
 
 from hf_forward_inf.adapters import Adapter, DiffusionAdapter, adapter_for
-from hf_forward_inf.adapters.causal_lm import SPAN
+from hf_forward_inf.adapters.columns import SPAN, TEMPLATE
 from hf_forward_inf.adapters.diffusion_inputs import reads_captions
 from hf_forward_inf.baselines.base import Baseline
 from hf_forward_inf.utils.rows import LAYOUTS, fill_in, holds_texts, text_and_target, text_columns
@@ -76,31 +76,34 @@ class BM25(Baseline):
         """
         from rank_bm25 import BM25Plus
 
-        columns = self._columns(queries, candidates)
-        check_rows(queries, columns if self.with_answer else columns[:1], "queries")
-        check_rows(candidates, columns if self.with_answer else columns[:1], "candidates")
-        documents = [self._words(row, columns) for row in candidates]
+        if self.adapter is None:
+            shared = [name for name in candidates.column_names if name in queries.column_names]
+            of_queries = of_candidates = text_columns(shared) or LAYOUTS[0]
+        else:
+            of_queries = _read(self.adapter.for_queries(queries.column_names), queries)
+            of_candidates = _read(self.adapter, candidates)
+        asked = self._words(queries, self._named(of_queries), "queries")
+        documents = self._words(candidates, self._named(of_candidates), "candidates")
         index = BM25Plus(documents, k1=self.k1, b=self.b)
-        return np.stack([index.get_scores(self._words(row, columns)) for row in queries]).astype(np.float32)
+        return np.stack([index.get_scores(words) for words in asked]).astype(np.float32)
 
-    def _columns(self, queries: Dataset, candidates: Dataset) -> tuple[str, ...]:
-        shared = [name for name in candidates.column_names if name in queries.column_names]
-        found = (text_columns(shared) or LAYOUTS[0]) if self.adapter is None else self._read(shared, candidates)
-        named = (self.input_column, self.target_column)
-        columns = tuple(name or default for name, default in zip_longest(named, found) if name or default)
+    def _named(self, read: tuple[str, ...]) -> tuple[str, ...]:
+        """Return the columns of texts, those that the user named in the place of those that are read."""
+        named = zip_longest((self.input_column, self.target_column), read)
+        return tuple(own or default for own, default in named if own or default)
+
+    def _words(self, rows: Dataset, columns: tuple[str, ...], role: str) -> list[list[str]]:
         if not columns:
-            raise ValueError(
-                f"{type(self.adapter).__name__} reads no column of texts: name one with BM25(input_column=...)."
-            )
-        return columns
+            raise ValueError(f"The {role} have no column of texts that is read: name one, BM25(input_column=...).")
+        check_rows(rows, columns if self.with_answer else columns[:1], role)
+        texts = (text_and_target(row, columns) for row in rows)
+        return [(fill_in(text, target) if self.with_answer else text).split() for text, target in texts]
 
-    def _read(self, names: list[str], rows: Dataset) -> tuple[str, ...]:
-        """Return the columns of texts that the adapter reads; a span is part of the target, images may be paths."""
-        assert self.adapter is not None
-        read = self.adapter.columns_in(names)
-        read = read[:-1] if isinstance(self.adapter, DiffusionAdapter) else read
-        return tuple(name for name in read if name != SPAN and (name not in names or holds_texts(rows, name)))
 
-    def _words(self, row: dict[str, Any], columns: tuple[str, ...]) -> list[str]:
-        text, target = text_and_target(row, columns)
-        return (fill_in(text, target) if self.with_answer else text).split()
+def _read(adapter: Adapter, rows: Dataset) -> tuple[str, ...]:
+    """Return the columns of texts that an adapter reads: not those that say how others are read, nor image paths."""
+    names = rows.column_names
+    columns = adapter.columns_in(names)
+    columns = columns[:-1] if isinstance(adapter, DiffusionAdapter) else columns
+    others = (SPAN, *TEMPLATE)
+    return tuple(name for name in columns if name not in others and (name not in names or holds_texts(rows, name)))

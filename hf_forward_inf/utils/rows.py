@@ -48,19 +48,19 @@ def holds_texts(rows: Dataset, column: str) -> bool:
     if isinstance(feature, Value):
         return feature.dtype in ("string", "large_string")
     messages = getattr(feature, "feature", None)
-    return isinstance(messages, dict) and "content" in messages
+    return isinstance(messages, dict) and not {"content", "value"}.isdisjoint(messages)
 
 
 def text_and_target(row: Mapping[str, Any], columns: tuple[str, ...]) -> tuple[str, str]:
-    """Return a row's input and target; the target of a conversation is its last message.
+    """Return a row's input and target: the last of several columns, the last message of a conversation.
 
     Example:
         >>> text_and_target({"prompt": "Capital of Peru?", "completion": " Lima"}, ("prompt", "completion"))
         ('Capital of Peru?', ' Lima')
     """
     values = [row.get(column) for column in columns]
-    if len(values) == 2:
-        return _plain(values[0]), _plain(values[1])
+    if len(values) > 1:
+        return "\n".join(map(_plain, values[:-1])), _plain(values[-1])
     if isinstance(values[0], list):
         return _plain(values[0][:-1]), _plain(values[0][-1:])
     return _plain(values[0]), ""
@@ -68,7 +68,7 @@ def text_and_target(row: Mapping[str, Any], columns: tuple[str, ...]) -> tuple[s
 
 def _plain(value: Any) -> str:
     if isinstance(value, list):
-        return "\n".join(str(message.get("content") or "") for message in value)
+        return "\n".join(str(message.get("content") or message.get("value") or "") for message in value)
     return str(value or "")
 
 

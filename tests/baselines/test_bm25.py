@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
+from hf_forward_inf.adapters import CausalLMAdapter, PreferenceAdapter
 from hf_forward_inf.baselines import BM25
+from tests.helpers.causal import questions, train_tokens, untrained
 
 ROWS = Dataset.from_dict(
     {
@@ -58,3 +60,32 @@ def test_bad_rows_are_refused():
         BM25().trace(QUERY, ROWS.select([]))
     with pytest.raises(ValueError, match="queries have no column `inputs_pretokenized`"):
         BM25().trace(QUERY.rename_column("inputs_pretokenized", "text"), ROWS)
+
+
+def test_an_adapter_tells_which_columns_of_queries_and_of_candidates_are_texts():
+    tokens = train_tokens()
+    network = untrained("llama", len(tokens))
+    rows = questions()
+    said = [[{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
+            for row in rows]  # fmt: skip
+    pairs = rows.rename_column("completion", "chosen").add_column("rejected", [" No."] * len(rows))
+    words = [[*row["prompt"].split(), *row["completion"].split()] for row in rows]
+    expected = [bm25_plus(words[1], words), bm25_plus(words[1], [[*one, "No."] for one in words])]
+    spans = rows.add_column("span", ["is"] * len(rows))  # names a part of the completion: its words count once
+    language = CausalLMAdapter(network, tokens)
+    preference = PreferenceAdapter(network, tokens, reference_model=untrained("llama", len(tokens)))
+    for adapter, candidates, scores in (
+        (language, rows, expected[0]),
+        (language, spans, expected[0]),
+        (language, Dataset.from_dict({"messages": said}), expected[0]),
+        (preference, pairs, expected[1]),
+    ):
+        found = BM25(adapter=adapter).trace(spans.select([1]), candidates)
+        np.testing.assert_allclose(found.scores[0], scores, rtol=1e-5)
+
+
+def test_an_adapter_that_reads_no_texts_is_refused():
+    tokens = train_tokens()
+    encoded = Dataset.from_dict({"input_ids": [[5, 6, 7]], "labels": [[5, 6, 7]]})
+    with pytest.raises(ValueError, match="The queries have no column of texts that is read: name one"):
+        BM25(adapter=CausalLMAdapter(untrained("llama", len(tokens)), tokens)).trace(encoded, encoded)
