@@ -16,6 +16,7 @@ from hf_forward_inf.adapters.seq2seq import Seq2SeqAdapter, is_seq2seq
 from hf_forward_inf.adapters.sequence_classification import SequenceClassificationAdapter, is_sequence_classifier
 from hf_forward_inf.adapters.tensors import TensorAdapter
 from hf_forward_inf.adapters.token_classification import TokenClassificationAdapter, is_token_classifier
+from hf_forward_inf.adapters.vision_language import VisionLanguageAdapter, sees_pictures
 from hf_forward_inf.utils.models import uncompiled
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "SequenceClassificationAdapter",
     "TensorAdapter",
     "TokenClassificationAdapter",
+    "VisionLanguageAdapter",
     "adapter_for",
     "choose_adapter",
     "is_diffusion",
@@ -53,7 +55,7 @@ def choose_adapter(model: nn.Module | None, processor: Any, adapter: Adapter | N
 
     Args:
         model (`torch.nn.Module`, *optional*): The trained model.
-        processor (*optional*): Its tokenizer or image processor.
+        processor (*optional*): Its tokenizer, image processor, or processor of both.
         adapter (`Adapter`, *optional*): Takes precedence over model and processor.
         attributor (`str`): Its class name, for the message.
 
@@ -72,12 +74,14 @@ def adapter_for(model: nn.Module, processor: Any = None) -> Adapter:
 
     Args:
         model (`torch.nn.Module`): The trained model.
-        processor (*optional*): Its tokenizer or image processor.
+        processor (*optional*): Its tokenizer, image processor, or processor of both.
 
     Raises:
         TypeError: If no adapter knows this kind of model.
     """
     model = uncompiled(model)
+    if is_causal_lm(model) and sees_pictures(processor):
+        return VisionLanguageAdapter(model, processor)
     for fits, kind in KINDS:
         if fits(model):
             return kind(model, processor)

@@ -222,10 +222,14 @@ class Adapter(ABC):
         with torch.no_grad():
             return self.run_shared(batch)
 
+    def first_row(self, batch: Batch) -> Batch:
+        """Return the first row of a batch: what belongs to rows is as long as the first tensor."""
+        rows = batch_size(batch)
+        return {k: v[:1] if isinstance(v, Tensor) and len(v) == rows else v for k, v in batch.items()}
+
     @torch.no_grad()
     def _halves_agree(self, batch: Batch) -> bool:
-        rows = batch_size(batch)
-        first = {k: v[:1] if isinstance(v, Tensor) and len(v) == rows else v for k, v in batch.items()}
+        first = self.first_row(batch)
         whole, again = (self.term_losses(self.model, first) for _ in range(2))
         try:
             halves = self.term_losses(self.model, self.run_shared(first))

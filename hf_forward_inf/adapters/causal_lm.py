@@ -136,6 +136,10 @@ class CausalLMAdapter(LanguageAdapter):
         return read_rows({name: rows[name] for name in columns}, self._features, self.blank)
 
     def _features(self, row: dict[str, Any]) -> dict[str, Any]:
+        return self._cut(*self._tokens(row))
+
+    def _tokens(self, row: dict[str, Any]) -> tuple[list[int], list[int]]:
+        """Return a row's tokens and labels in full."""
         ids, labels = self.rows.tokens_and_labels(row)
         if row.get(SPAN):
             labels = only_span(row[SPAN], pieces(self.tokenizer, ids), labels)
@@ -145,7 +149,10 @@ class CausalLMAdapter(LanguageAdapter):
                 f"Rows begin with two {self.tokenizer.bos_token!r} tokens: their texts hold one, and the tokenizer "
                 "adds one. Leave it out of the texts, unless the model was trained like this."
             )
-        labels = [IGNORED, *labels[1:]]  # nothing comes before the first token to predict it from
+        return ids, [IGNORED, *labels[1:]]  # nothing comes before the first token to predict it from
+
+    def _cut(self, ids: list[int], labels: list[int]) -> dict[str, Any]:
+        """Return them as features, as far as the model reads."""
         ids, labels, lost = cut(ids, labels, self.max_length)
         return {"input_ids": ids, "labels": labels, "terms": counted(labels), "truncated": lost}
 

@@ -1,7 +1,7 @@
 """Conversations as tokens: rendered by the tokenizer's chat template, with the assistant's tokens marked."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from itertools import groupby
 from typing import Any, Literal, TypeAlias
 
@@ -51,11 +51,6 @@ def _shown(value: Any) -> str:
 
 def _message(message: Message, column: str) -> Message:
     if "role" in message:
-        content = message.get("content")
-        if isinstance(content, list):
-            kinds = {part.get("type") if isinstance(part, Mapping) else type(part).__name__ for part in content}
-            if kinds - {"text"}:
-                raise UnreadableRow(f"`{column}` holds parts that are no text ({', '.join(sorted(map(str, kinds)))})")
         return message
     if set(message) != {"from", "value"} or message["from"] not in ROLES:
         raise UnreadableRow(
@@ -74,15 +69,29 @@ def without_nulls(value: Any) -> Any:
     return value
 
 
+def _check_parts(messages: list[Message], kinds: Set[str]) -> None:
+    """Refuse contents with parts of other kinds than can be read."""
+    contents = [message["content"] for message in messages if isinstance(message.get("content"), list)]
+    parts = [part for content in contents for part in content]
+    other = {part.get("type") if isinstance(part, Mapping) else type(part).__name__ for part in parts} - kinds
+    if other:
+        raise UnreadableRow(
+            f"its messages hold parts that the adapter can't read ({', '.join(sorted(map(str, other)))}): pictures "
+            "are read with a processor, ForwardInf(model, processor)"
+        )
+
+
 class ChatTemplate:
     """A tokenizer's chat template, with what one row gives it.
 
     Args:
         tokenizer (`transformers.PreTrainedTokenizerBase`): With a chat template.
         row (`dict`): A row; its columns `tools` and `chat_template_kwargs` are read.
+        sees (`bool`, defaults to `False`): Whether messages may hold pictures.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any]):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], sees: bool = False):
+        self.kinds = {"text", "image"} if sees else {"text"}
         tools, options = (without_nulls(as_object(row.get(name), name)) for name in TEMPLATE)
         self.tokenizer = tokenizer
         self.options = {"tools": tools, **(options or {})}
@@ -97,6 +106,7 @@ class ChatTemplate:
         Raises:
             UnreadableRow: If the template refuses it.
         """
+        _check_parts(messages, self.kinds)
         return str(self._apply(messages, tokenize=False, add_generation_prompt=asks)) if messages else ""
 
     def tokenize(self, messages: list[Message], asks: bool = False) -> list[int]:
@@ -121,6 +131,7 @@ class ChatTemplate:
         Raises:
             UnreadableRow: If the assistant says nothing, or it is unclear where.
         """
+        _check_parts(messages, self.kinds)
         if self._is_marked():
             made = self._apply(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
             ids, said = made["input_ids"], [bool(bit) for bit in made["assistant_masks"]]

@@ -16,6 +16,8 @@ TEMPLATE = ("tools", "chat_template_kwargs")
 INPUT_IDS, LABELS = "input_ids", "labels"
 MASKS = ("attention_mask", "completion_mask", "assistant_masks")
 """Columns that say which tokens of pre-tokenized rows are read and which count."""
+PICTURES = ("images", "image")
+"""Columns of pictures, several or one, besides those in messages."""
 IGNORED = -100
 """The label that transformers' losses skip."""
 
@@ -65,13 +67,13 @@ class TextColumns:
         pair = (self.prompt, self.completion)
         formats: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
             ((INPUT_IDS,), (LABELS, *MASKS, SPAN)),
-            (pair, (*TEMPLATE, OUTPUT_IDS, SPAN)),
-            ((self.messages,), (*TEMPLATE, OUTPUT_IDS, SPAN)),
-            ((CONVERSATIONS,), (*TEMPLATE, OUTPUT_IDS, SPAN)),
-            ((self.text,), (SPAN,)),
+            (pair, (*TEMPLATE, *PICTURES, OUTPUT_IDS, SPAN)),
+            ((self.messages,), (*TEMPLATE, *PICTURES, OUTPUT_IDS, SPAN)),
+            ((CONVERSATIONS,), (*TEMPLATE, *PICTURES, OUTPUT_IDS, SPAN)),
+            ((self.text,), (*PICTURES, SPAN)),
         ]
         if not answered:
-            formats.append(((self.prompt,), TEMPLATE))
+            formats.append(((self.prompt,), (*TEMPLATE, *PICTURES)))
         for required, optional in formats:
             if set(required) <= set(names):
                 return (*required, *(name for name in optional if name in names))
@@ -154,6 +156,11 @@ def integers(values: Any, name: str) -> list[int]:
     if not isinstance(values, list) or not all(isinstance(value, int) for value in values):
         raise UnreadableRow(f"`{name}` must hold a list of whole numbers")
     return values
+
+
+def has_pictures(value: Any) -> bool:
+    """Whether what a column of pictures holds is any."""
+    return value is not None and not (isinstance(value, list) and not value)
 
 
 def as_object(value: Any, column: str) -> Any:

@@ -1,5 +1,6 @@
 """What the adapters of language models share: tokens, padding, limits, queries that the model answers."""
 
+import copy
 import json
 import warnings
 from abc import abstractmethod
@@ -165,6 +166,13 @@ class LanguageAdapter(Adapter):
         if text not in self._said:
             self._said.add(text)
             warnings.warn(text, stacklevel=3)
+
+
+def with_template(processor: Any) -> PreTrainedTokenizerBase:
+    """Return a processor's tokenizer with the processor's chat template, where that has one of its own."""
+    tokenizer = copy.copy(processor.tokenizer)
+    tokenizer.chat_template = getattr(processor, "chat_template", None) or tokenizer.chat_template
+    return tokenizer
 
 
 def embeddings(model: Any) -> int:

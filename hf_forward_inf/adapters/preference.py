@@ -14,9 +14,10 @@ from typing_extensions import Self
 
 from hf_forward_inf.adapters.base import Adapter, Batch, Forward, Rows
 from hf_forward_inf.adapters.causal_lm import CausalLMAdapter
-from hf_forward_inf.adapters.columns import IGNORED, TEMPLATE
+from hf_forward_inf.adapters.columns import IGNORED, PICTURES, TEMPLATE
 from hf_forward_inf.adapters.language import counted
 from hf_forward_inf.adapters.pairs import half, halves, interleaved, named
+from hf_forward_inf.adapters.vision_language import VisionLanguageAdapter, sees_pictures
 from hf_forward_inf.utils.fingerprints import fingerprint, fingerprint_of_model
 from hf_forward_inf.utils.models import evaluating, peft_parameters, to_device
 
@@ -46,7 +47,7 @@ class PreferenceAdapter(Adapter):
 
     Args:
         model (`transformers.PreTrainedModel` or `peft.PeftModel`): A causal language model that was trained on pairs.
-        tokenizer (`transformers.PreTrainedTokenizerBase`): Its tokenizer.
+        tokenizer (`transformers.PreTrainedTokenizerBase`): Its tokenizer; of a vision-language model its processor.
         reference_model (`transformers.PreTrainedModel`, *optional*): What the training started from. Defaults to the
             base of a PEFT model, its adapter disabled (or to its adapter `ref`, which TRL adds where a trained adapter
             is trained on).
@@ -71,7 +72,8 @@ class PreferenceAdapter(Adapter):
         max_length: int | None = None,
     ):
         super().__init__(model)
-        self.language = CausalLMAdapter(model, tokenizer, max_length=max_length)
+        reader = VisionLanguageAdapter if sees_pictures(tokenizer) else CausalLMAdapter
+        self.language = reader(model, tokenizer, max_length=max_length)
         if reference_model is None and not peft_parameters(model):
             raise TypeError(
                 f"{type(model).__name__} is no PEFT model, so its reference is not known: give reference_model=, the "
@@ -110,7 +112,7 @@ class PreferenceAdapter(Adapter):
                 f"Pairs need columns `{CHOSEN}` and `{REJECTED}` (and `{PROMPT}`); these have {', '.join(names)}. "
                 "Queries may be outputs too, such as `prompt` and `completion`."
             )
-        return tuple(name for name in (*TEMPLATE, *COLUMNS) if name in names)
+        return tuple(name for name in (*TEMPLATE, *PICTURES, *COLUMNS) if name in names)
 
     def prepare(self, rows: Dataset) -> Dataset:
         """Return rows as Python values."""
@@ -129,7 +131,7 @@ class PreferenceAdapter(Adapter):
         prompts = rows.get(PROMPT) or [None] * len(rows[CHOSEN])
         split = zip(*map(split_prompt, prompts, rows[CHOSEN], rows[REJECTED]), strict=True)
         prompts, *answers = map(list, split)
-        shared = {PROMPT: prompts, **{name: rows[name] for name in TEMPLATE if name in rows}}
+        shared = {PROMPT: prompts, **{name: rows[name] for name in (*TEMPLATE, *PICTURES) if name in rows}}
         chosen, rejected = (self.language.encode({**shared, "completion": answer}) for answer in answers)
         begin_together(chosen, rejected)
         reasons = list(map(_reason, *(both[name] for both in (chosen, rejected) for name in ("unreadable", "terms"))))
@@ -142,7 +144,6 @@ class PreferenceAdapter(Adapter):
             "unreadable": reasons,
         }
 
-    @torch.no_grad()
     def _reference_margins(self, features: Rows, readable: list[bool]) -> list[float]:
         """Compute the margins under the reference model, 0 for rows that can't be read."""
         model: Any = self.reference_model or self.model
@@ -150,7 +151,8 @@ class PreferenceAdapter(Adapter):
         lengths = self.lengths(features)[:, 0]
         order = [i for i in np.argsort(-lengths, kind="stable") if readable[i]]
         language = self.language.with_model(model)
-        with evaluating(model), nullcontext() if self.reference_model else without_adapter(model):
+        without = nullcontext() if self.reference_model else without_adapter(model)
+        with evaluating(model), without, torch.no_grad():
             while order:
                 count = max(1, REFERENCE_TOKENS // lengths[order[0]])
                 rows, order = order[:count], order[count:]
@@ -225,9 +227,9 @@ class PreferenceAdapter(Adapter):
         """Return those of the language model."""
         return self.language.shared_parameters()
 
-    def run_shared(self, batch: Batch) -> Batch:
+    def with_shared(self, batch: Batch, names: Set[str]) -> Batch:
         """Run it for both halves."""
-        return {MARGIN: batch[MARGIN], **self.language.run_shared(_texts(batch))}
+        return {MARGIN: batch[MARGIN], **self.language.with_shared(_texts(batch), names)}
 
 
 def split_prompt(prompt: Any, chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
@@ -281,7 +283,7 @@ def _reason(chosen: str, chosen_terms: int, rejected: str, rejected_terms: int) 
 
 
 def _tokens(encoded: Rows) -> Rows:
-    return {name: encoded[name] for name in ("input_ids", "labels")}
+    return {name: values for name, values in encoded.items() if name not in ("terms", "truncated", "unreadable")}
 
 
 def _interleaved(features: Rows) -> Rows:

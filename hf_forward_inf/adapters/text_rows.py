@@ -13,10 +13,12 @@ from hf_forward_inf.adapters.columns import (
     IGNORED,
     INPUT_IDS,
     OUTPUT_IDS,
+    PICTURES,
     SPAN,
     TextColumns,
     UnreadableRow,
     each_row,
+    has_pictures,
     pretokenized,
 )
 from hf_forward_inf.adapters.generation import answer_text
@@ -39,6 +41,7 @@ class TextRows:
         self.names = names
         self.text, self.prompt, self.completion, self.messages = names
         self.turns: Turns = turns
+        self.sees = False  # whether pictures have their places in texts and messages
         # What closes a text, where the tokenizer doesn't do it by itself.
         closes = tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
         self.end = "" if closes else tokenizer.eos_token or ""
@@ -63,6 +66,8 @@ class TextRows:
             UnreadableRow: If it can't be read.
         """
         row = self.columns.conversation(row) or row
+        if name := next((name for name in PICTURES if has_pictures(row.get(name))), None):
+            raise UnreadableRow(f"it has pictures (`{name}`), which are read with a processor: give that instead")
         if INPUT_IDS in row:
             return pretokenized(row)
         if row.get(OUTPUT_IDS) is not None:
@@ -81,7 +86,7 @@ class TextRows:
                 "it is a conversation, and the tokenizer has no chat template: set tokenizer.chat_template to the one "
                 "that the model was trained with"
             )
-        return ChatTemplate(self.tokenizer, row)
+        return ChatTemplate(self.tokenizer, row, self.sees)
 
     def _both_sides(self, row: Mapping[str, Any]) -> tuple[list[Message], list[Message]]:
         """Return the messages of a prompt and of its completion."""
