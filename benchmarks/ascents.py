@@ -10,9 +10,11 @@ distinct candidates. `*` is the setting that tuning chooses.
 import argparse
 
 from hf_forward_inf import AscentConfig, ForwardInf
-from hf_forward_inf.commands.options import TraceOptions
-from hf_forward_inf.commands.trace_source import BUILTIN_CANDIDATES, load_source
+from hf_forward_inf.data import builtin_facts, load_rows
 from hf_forward_inf.evaluation.cost import measure
+from hf_forward_inf.evaluation.fact_tracing import draw_task, with_answered, with_proponents
+from hf_forward_inf.toys.tiny_models import tiny_mt5
+from hf_forward_inf.utils.models import load_language_model
 
 RADII = (0.1, 0.3, 1.0, 3.0, 10.0)
 FIXED = [(0.1, 1), (1.0, 1), (0.1, 3)]
@@ -26,12 +28,16 @@ def main() -> None:
     parser.add_argument("--num_candidates", type=int)
     parser.add_argument("--num_queries", type=int, default=60)
     given = parser.parse_args()
-    if not given.model and given.num_candidates is None:
-        given.num_candidates = BUILTIN_CANDIDATES
-    options = TraceOptions(**vars(given))
-    source = load_source(options, seed=0)
-    task = source.draw(options, seed=0)
-    tracer = ForwardInf(source.model, source.tokenizer, ascent=AscentConfig(direction="gradient"))
+    if given.model:
+        sentences, queries = load_rows(given.candidates, "abstracts"), load_rows(given.queries, "queries")
+        model, tokenizer = load_language_model(given.model)
+    else:
+        sentences, queries = (builtin_facts()[name] for name in ("abstracts", "queries"))
+        model, tokenizer = tiny_mt5(sentences)
+        given.num_candidates = given.num_candidates or 1200
+    tracer = ForwardInf(model, tokenizer, ascent=AscentConfig(direction="gradient"))
+    queries = with_answered(tracer.adapter, with_proponents(queries, sentences))
+    task = draw_task(queries, sentences, num_queries=given.num_queries, num_candidates=given.num_candidates)
     ascents = {f"radius {r:g}, decoder": AscentConfig(direction="gradient", radius=r) for r in RADII}
     ascents |= {"radius 1 in K = 3 steps, decoder": AscentConfig(direction="gradient", radius=1.0, steps=3)}
     ascents |= {f"radius {r:g}, all": AscentConfig(direction="gradient", radius=r, modules=["all"]) for r in RADII}

@@ -9,15 +9,16 @@ from datasets import Dataset
 from peer_runs.task import IGNORED, Task, logits_of, losses
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from hf_forward_inf.commands.options import TraceOptions
-from hf_forward_inf.commands.trace_source import BUILTIN_CANDIDATES, answered
+from hf_forward_inf import ForwardInf
 from hf_forward_inf.data import builtin_facts, load_rows, proponents
 from hf_forward_inf.evaluation.candidate_sets import candidate_pool
+from hf_forward_inf.evaluation.fact_tracing import with_answered
 from hf_forward_inf.toys.tiny_models import tiny_mt5, train_tokenizer
 from hf_forward_inf.utils.processes import say
 from hf_forward_inf.utils.rows import SENTINEL, fill_in, without_sentinels
 
 QUERIES = 47
+CANDIDATES = 1200
 VOCABULARY = 1024
 EPOCHS = 20
 """Epochs of training the Llama, about a minute."""
@@ -63,7 +64,7 @@ def seq2seq_task(folder: Path, data: Path | None) -> None:
     if data is None:
         corpus = builtin_facts()
         model, tokenizer = tiny_mt5(corpus["abstracts"])
-        queries, _ = answered(model, tokenizer, corpus["queries"], TraceOptions())
+        queries = with_answered(ForwardInf(model, tokenizer).adapter, corpus["queries"])
         queries, candidates = _drawn(queries, corpus["abstracts"])
     else:
         model, tokenizer = (part.from_pretrained(data / "model") for part in (AutoModelForSeq2SeqLM, AutoTokenizer))
@@ -76,7 +77,7 @@ def _drawn(queries: Dataset, abstracts: Dataset) -> tuple[Dataset, Dataset]:
     """Return answered queries, and candidates for them."""
     right = [i for i, right in enumerate(queries["answered"]) if right]
     queries = queries.select(right).shuffle(seed=0).select(range(min(QUERIES, len(right))))
-    return queries, candidate_pool(queries, abstracts, BUILTIN_CANDIDATES, 0)[0]
+    return queries, candidate_pool(queries, abstracts, CANDIDATES, 0)[0]
 
 
 def causal_task(folder: Path) -> None:

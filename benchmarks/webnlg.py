@@ -16,11 +16,14 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 
-from hf_forward_inf import AscentConfig, ForwardInf
-from hf_forward_inf.commands.options import TraceOptions
-from hf_forward_inf.commands.trace import trace_run
+from hf_forward_inf import ForwardInf
+from hf_forward_inf.commands.outputs import Run
 from hf_forward_inf.data import load_rows
+from hf_forward_inf.evaluation.comparison import run_comparison
+from hf_forward_inf.evaluation.fact_tracing import draw_task, with_answered
+from hf_forward_inf.evaluation.tables import as_text, average, compare, flat
 from hf_forward_inf.toys.tiny_models import tiny_mt5
+from hf_forward_inf.utils.options import RunOptions
 from hf_forward_inf.utils.processes import say
 
 WORDINGS = 6
@@ -66,8 +69,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--epochs", type=int, default=30)
     options = parser.parse_args()
-    folder = options.output / "data"
-    folder.mkdir(parents=True, exist_ok=True)
+    run = Run(RunOptions(output=str(options.output), overwrite=True))
     abstracts = load_rows(str(options.data / "abstracts.parquet"), "abstracts")
     train = training_rows(abstracts, options.num_training)
     model, tokenizer = tiny_mt5(train, epochs=options.epochs)
@@ -80,25 +82,21 @@ def main() -> None:
         if answer == row["targets_pretokenized"].strip():
             picked.setdefault(row["uuid"], row)
     say(f"{len(picked)} of {len(by_fact)} facts are answered in one of up to {WORDINGS} wordings.")
-    for part in (model, tokenizer):
-        part.save_pretrained(folder / "model")
-    train.to_parquet(folder / "candidates.parquet")
-    Dataset.from_list(list(picked.values())).to_parquet(folder / "queries.parquet")
-    trace_run(
-        TraceOptions(
-            output=str(options.output),
-            overwrite=True,
-            model=str(folder / "model"),
-            candidates=str(folder / "candidates.parquet"),
-            queries=str(folder / "queries.parquet"),
-            num_candidates=options.num_candidates,
-            num_queries=options.num_queries,
-            repeats=options.repeats,
-            baselines=False,
-            compare=True,
-        ),
-        AscentConfig(),
-    )
+    tracer = ForwardInf(model, tokenizer)
+    queries = with_answered(tracer.adapter, Dataset.from_list(list(picked.values())))
+    tables, costs = [], {}
+    for seed in range(options.repeats):
+        task = draw_task(
+            queries, train, num_queries=options.num_queries, num_candidates=options.num_candidates, seed=seed
+        )
+        comparison = run_comparison(task, tracer)
+        tables.append(compare(comparison.found, task))
+        if seed == 0:
+            first, found, costs = task, comparison.found["forward_inf"], comparison.costs
+    table = average(tables)
+    say(as_text(table, costs))
+    metrics = {"queries": len(first.queries), "candidates": len(first.candidates), **flat(table), **costs}
+    run.write(found, metrics, tracer, table=table, proponents=first.proponents)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from hf_forward_inf.ascent.config import AscentConfig
 from hf_forward_inf.baselines import attributors_for
 from hf_forward_inf.commands.options import FinetuneOptions
 from hf_forward_inf.commands.outputs import Run
-from hf_forward_inf.commands.trace_source import load_model
 from hf_forward_inf.data import load_rows, proponents
 from hf_forward_inf.data.questions import builtin_questions
 from hf_forward_inf.evaluation import cost
@@ -26,6 +25,7 @@ from hf_forward_inf.forward_inf import ForwardInf
 from hf_forward_inf.passes.candidate_pass import encode
 from hf_forward_inf.toys.tiny_models import train_tokenizer
 from hf_forward_inf.utils.fingerprints import fingerprint, fingerprint_of_model
+from hf_forward_inf.utils.models import load_language_model
 from hf_forward_inf.utils.processes import process_state, say
 from hf_forward_inf.utils.rows import sample_rows
 from hf_forward_inf.utils.storage import default_cache_dir, write_folder
@@ -53,7 +53,7 @@ class Finetuning:
     def __init__(self, options: FinetuneOptions, rows: Dataset, seed: int):
         self.options, self.seed = options, seed
         if options.model:
-            self.base, self.tokenizer = load_model(options.model)
+            self.base, self.tokenizer = load_language_model(options.model)
         else:
             self.tokenizer = train_tokenizer([*rows["prompt"], *rows["completion"]], 4096)
             self.base = _tiny_llama(len(self.tokenizer), seed)

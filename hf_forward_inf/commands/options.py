@@ -18,53 +18,31 @@ LEAST_TUNING = 3
 """Least number of queries by which `leakage` chooses settings: scores are standardised over them."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TraceOptions(RunOptions):
-    """What to trace, and where the results go.
-
-    With none of `model`, `candidates` and `queries`, the built-in facts are traced with a tiny mT5 trained on them.
+    """Which model, queries and candidates, and where the results go.
 
     Args:
-        model (`str`, *optional*): Seq2seq or causal language model: hub name or local folder.
-        candidates (`str`, *optional*): Training examples: hub name[:config], local folder, parquet, JSON or CSV.
-        queries (`str`, *optional*): Outputs to explain, in the same forms as `candidates`.
-        train (`bool`, defaults to `False`): Train a tiny mT5 on the candidates instead of loading a model.
-        epochs (`int`, defaults to 25): Epochs of the training.
-        num_candidates (`int`, *optional*): Number of candidates: the queries' proponents, filled up with distractors.
-            All if unset.
-        own_candidates (`bool`, defaults to `False`): Rank each query among its own set of candidates, as FTRACE does.
-        num_queries (`int`, defaults to 60): Number of queries traced at most, drawn at random.
-        unanswered (`bool`, defaults to `False`): Also trace as many queries that the model answers wrongly; report
-            both groups separately.
-        paraphrased (`bool`, defaults to `False`): Also trace each query in other words (column paraphrases); report
-            them separately.
-        repeats (`int`, defaults to 1): Samples of queries and candidates; figures are means, with standard errors over
-            samples.
-        strict (`bool`, defaults to `False`): Proponents are only candidates in which the queried object is masked.
+        model (`str`): Seq2seq or causal language model: hub name or local folder.
+        candidates (`str`): Training examples: hub name[:config], local folder, parquet, JSON or CSV.
+        queries (`str`): Outputs to explain, in the same forms as `candidates`. The model answers those without answer.
+        num_queries (`int`, *optional*): Number of queries traced at most, drawn at random. All if unset.
         tune (`bool`, defaults to `False`): Choose the radius by self-retrieval, without labels.
         reduction (`str`, defaults to `"sum"`): Loss of a candidate: sum or mean over its target tokens.
         time_budget (`float`, *optional*): Seconds for scoring; candidates not reached by then, in a random order, get
             no score.
         tokens (`bool`, defaults to `False`): Colour in the report the tokens of the best candidates by their part of
             the score.
-        baselines (`bool`, defaults to `True`): Also run BM25 and fixed learning rates, if proponents are known.
+        baselines (`bool`, defaults to `True`): Also run BM25, and fixed learning rates if proponents are known.
         compare (`bool`, defaults to `False`): Also run every attributor: gradients, curvature, hidden states, fusion
             and cascade.
     """
 
-    output: str = "outputs/ftrace"
-    model: str | None = None
-    candidates: str | None = None
-    queries: str | None = None
-    train: bool = False
-    epochs: int = field(default=25, metadata={"min": 1})
-    num_candidates: int | None = field(default=None, metadata={"min": 1})
-    own_candidates: bool = False
-    num_queries: int = field(default=60, metadata={"min": 1})
-    unanswered: bool = False
-    paraphrased: bool = False
-    repeats: int = field(default=1, metadata={"min": 1})
-    strict: bool = False
+    output: str = "outputs/trace"
+    model: str
+    candidates: str
+    queries: str
+    num_queries: int | None = field(default=None, metadata={"min": 1})
     tune: bool = False
     reduction: Literal["sum", "mean"] = "sum"
     time_budget: float | None = field(default=None, metadata={"above": 0})
@@ -72,23 +50,12 @@ class TraceOptions(RunOptions):
     baselines: bool = True
     compare: bool = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        given = [name for name in ("model", "candidates", "queries") if getattr(self, name) is not None]
-        if given and (self.candidates is None or self.queries is None):
-            raise ValueError(f"--{given[0]} is given: give --candidates and --queries with it.")
-        if given and self.model is None and not self.train:
-            raise ValueError("Which model? Give --model, or --train for a tiny one trained on the candidates.")
-        if self.model is not None and self.train:
-            raise ValueError("Give either --model or --train: a model that was trained before, or a new one.")
-        if self.own_candidates and self.num_candidates is not None:
-            raise ValueError("Give either --own_candidates, sets whose sizes FTRACE fixed, or --num_candidates.")
 
-
-@dataclass
+@dataclass(kw_only=True)
 class CompareOptions(TraceOptions):
-    """What to trace with every attributor, and where the results go."""
+    """Which model, queries and candidates to run every attributor on, and where the results go."""
 
+    output: str = "outputs/compare"
     compare: bool = True
 
 

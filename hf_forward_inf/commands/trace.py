@@ -1,70 +1,81 @@
-"""A whole run of fact tracing: load, trace, evaluate, write."""
+"""The run of `trace` and `compare`: the user's model, queries and candidates."""
 
 from typing import Any
 
+from datasets import Dataset
+
 from hf_forward_inf.ascent.config import AscentConfig
-from hf_forward_inf.baselines import attributors_for
 from hf_forward_inf.commands.options import TraceOptions
 from hf_forward_inf.commands.outputs import Run, plotted
-from hf_forward_inf.commands.trace_source import load_source
+from hf_forward_inf.data import load_rows, proponents
 from hf_forward_inf.evaluation import cost
 from hf_forward_inf.evaluation.comparison import run_baselines, run_comparison
-from hf_forward_inf.evaluation.tables import as_text, average, compare, flat
+from hf_forward_inf.evaluation.tables import as_text, compare, flat
+from hf_forward_inf.evaluation.task import MAIN, Task, has_facts
 from hf_forward_inf.forward_inf import ForwardInf
 from hf_forward_inf.report.plots import budget_plot
+from hf_forward_inf.utils.models import load_language_model
 from hf_forward_inf.utils.processes import say
+from hf_forward_inf.utils.rows import sample_rows
 
 
 def trace_run(options: TraceOptions, ascent: AscentConfig) -> dict[str, Any]:
-    """Run it all and write `metrics.json`, `attribution/` and `report.html` into the output folder.
+    """Trace, compare with other attributors, and write `metrics.json`, `attribution/` and `report.html`.
 
-    Losses are cached as they are computed: a run that was interrupted goes on from there when it is started again.
+    Losses are cached as they are computed: an interrupted run resumes when it is started again.
 
     Returns:
         `dict`: What `metrics.json` holds.
-
-    Raises:
-        FileExistsError: If the folder holds a finished run and `overwrite` is not set.
-        OSError: If the folder can't be written to. Both before anything is computed.
     """
     run = Run(options)
-    source = load_source(options, options.seed)
-    first = source.draw(options, options.seed)
-    tracer = ForwardInf(source.model, source.tokenizer, ascent=ascent, reduction=options.reduction)
+    model, tokenizer = load_language_model(options.model)
+    tracer = ForwardInf(model, tokenizer, ascent=ascent, reduction=options.reduction)
+    task = load_task(tracer, options)
     if options.tune:
-        tracer = tracer.tune(first.candidates)
+        tracer = tracer.tune(task.candidates)
         say(f"Self-retrieval among the candidates (* is used):\n{tracer.tuning}")
-    tables, costs, plot = [], {}, ""
-    for repeat in range(options.repeats):
-        task = source.draw(options, options.seed + repeat) if repeat else first
-        say(f"Tracing {len(task.queries)} queries over {len(task.candidates):,} candidates ...")
-        found = {"forward_inf": tracer.trace(task.queries, task.candidates, time_budget=options.time_budget)}
-        if options.baselines:
-            found |= run_baselines(task, tracer)
-        if options.compare and repeat == 0:
-            comparison = run_comparison(task, tracer)
-            found |= comparison.found
-            costs = comparison.costs
-            plot = plotted(budget_plot, comparison.curves) if comparison.curves else ""
-        elif options.compare:
-            others = attributors_for(tracer, training=task.candidates).items()
-            found |= {name: other.trace(task.queries, task.candidates) for name, other in others}
-        tables.append(compare(found, task))
-        if repeat == 0:
-            kept = found["forward_inf"].keep(options.top_k)
-            if options.tokens:
-                kept = tracer.explain(kept)
-            chosen = found.get("fixed_learning_rate")
-    table = average(tables)
-    metrics: dict[str, Any] = {**source.figures, "queries": len(first.queries), "candidates": len(first.candidates)}
-    metrics |= flat(table)
-    if chosen is not None:
-        metrics |= {f"fixed_learning_rate/{key}": chosen.config[key] for key in ("learning_rate", "steps")}
-    metrics |= {**costs, **cost.measure(tracer, first.queries, first.candidates)}
+
+    say(f"Tracing {len(task.queries)} queries over {len(task.candidates):,} candidates with {options.model} ...")
+    found = {"forward_inf": tracer.trace(task.queries, task.candidates, time_budget=options.time_budget)}
+    costs: dict[str, float] = {}
+    plot = ""
+    if options.baselines:
+        found |= run_baselines(task, tracer)
+    if options.compare:
+        comparison = run_comparison(task, tracer)
+        found |= comparison.found
+        costs = comparison.costs
+        plot = plotted(budget_plot, comparison.curves) if comparison.curves else ""
+
+    table = compare(found, task)
+    metrics = {"queries": len(task.queries), "candidates": len(task.candidates), **flat(table), **costs}
+    if "fixed_learning_rate" in found:
+        chosen = found["fixed_learning_rate"].config
+        metrics |= {f"fixed_learning_rate/{key}": chosen[key] for key in ("learning_rate", "steps")}
+    metrics |= cost.measure(tracer, task.queries, task.candidates)
     if table:
         say(as_text(table, costs))
-    say(
-        f"A query costs {metrics['forward_passes_per_query']:.2f} forward passes over the candidates, "
-        f"measured in this process."
-    )
-    return run.write(kept, metrics, tracer, table=table, proponents=first.proponents, plot=plot)
+    say(f"A query costs {metrics['forward_passes_per_query']:.2f} forward passes over the candidates in this process.")
+
+    shown = found["forward_inf"].keep(min(options.top_k, len(task.candidates)))
+    if options.tokens:
+        shown = tracer.explain(shown)
+    return run.write(shown, metrics, tracer, table=table, proponents=task.proponents, plot=plot)
+
+
+def load_task(tracer: ForwardInf, options: TraceOptions) -> Task:
+    """Load queries and candidates; the model answers queries that have no answer. Proponents go by facts, if known."""
+    candidates, queries = load_rows(options.candidates, "abstracts"), load_rows(options.queries, "queries")
+    if options.num_queries is not None:
+        queries = sample_rows(queries, options.num_queries, options.seed)
+    queries = _answered(tracer, queries)
+    truth = proponents(queries, candidates) if has_facts(queries, candidates) else None
+    known = [row for row, rows in enumerate(truth or []) if rows]
+    return Task(queries, candidates, truth if known else None, {MAIN: known or list(range(len(queries)))})
+
+
+def _answered(tracer: ForwardInf, queries: Dataset) -> Dataset:
+    complete = tracer.adapter.with_answers(queries)
+    if complete is not queries:
+        say("Some queries have no answer: the model's own is traced.")
+    return complete

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_forward_inf.utils.processes import process_state
+
 
 def device_of(model: nn.Module) -> torch.device:
     """Return the device of the model's first parameter that is in memory, or that of an offloaded model's inputs."""
@@ -113,3 +115,16 @@ def is_quantised(model: nn.Module) -> bool:
     """Return whether linear layers have weights that can't be differentiated, such as those of 8 or 4 bits."""
     weights = (layer.weight for layer in linear_layers(model).values())
     return any(not weight.is_floating_point() or type(weight.data) is not Tensor for weight in weights)  # type: ignore[operator]
+
+
+def load_language_model(name: str) -> tuple[Any, Any]:
+    """Load a seq2seq or causal language model and its tokenizer: a hub name or local folder.
+
+    Returns:
+        `tuple`: The model, in evaluation mode on the device of this process, and the tokenizer.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(name)
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    return kind.from_pretrained(name).to(process_state().device).eval(), AutoTokenizer.from_pretrained(name)

@@ -115,7 +115,8 @@ def test_a_template_that_moves_earlier_turns_is_refused_unless_the_last_turn_cou
     moving = copy.deepcopy(tokens)
     moving.chat_template = (
         "{% for m in messages %}{% if m.role == 'user' %}"
-        "{% if loop.index0 >= messages | length - 2 %}TOOLS {% endif %}USER {{ m.content }} {% else %}SAY {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+        "{% if loop.index0 >= messages | length - 2 %}TOOLS {% endif %}USER {{ m.content }} "
+        "{% else %}SAY {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}SAY {% endif %}"
     )
     (reason,) = CausalLMAdapter(network, moving).encode({"messages": [TALK * 2]})["unreadable"]
