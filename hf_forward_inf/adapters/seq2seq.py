@@ -124,7 +124,13 @@ class Seq2SeqAdapter(LanguageAdapter):
     @torch.no_grad()
     def _padding_counts(self) -> bool:
         """Whether predictions change with a later token, beyond rounding."""
-        ids = torch.tensor([list(range(min(4, embeddings(self.model))))], device=device_of(self.model))
+        special = {*self.tokenizer.all_special_ids, self.model.config.pad_token_id}
+        plain = [token for token in range(min(len(self.tokenizer), embeddings(self.model))) if token not in special][
+            :4
+        ]
+        if len(plain) < 2:
+            return False
+        ids = torch.tensor([plain], device=device_of(self.model))
         with evaluating(self.model):
             short, whole = (
                 self.model(input_ids=ids, decoder_input_ids=ids[:, :stop], use_cache=False).logits[:, :-1].float()
