@@ -91,7 +91,8 @@ def _parts(name: str, value: Any, seen: dict[int, Any]) -> Iterator[bytes]:
 def _inside(value: Any) -> Iterator[tuple[str, Any]]:
     """Name what an object consists of."""
     yield "type", f"{type(value).__module__}.{type(value).__qualname__}"
-    if hasattr(value, "to_json_string"):  # a configuration
+    # A configuration: diffusers' models have a `to_json_string` of their own, without their weights.
+    if hasattr(value, "to_json_string") and not isinstance(value, nn.Module):
         yield "config", value.to_json_string()
         yield "attention", getattr(value, "_attn_implementation", None)
     elif isinstance(value, Mapping):

@@ -3,6 +3,7 @@ import copy
 import torch
 
 from hf_forward_inf.utils.fingerprints import fingerprint, fingerprint_of_model
+from tests.helpers.drawing import stable_diffusion
 
 
 def test_equal_values_have_equal_names_whatever_objects_they_are():
@@ -17,6 +18,15 @@ def test_a_change_in_one_weight_changes_the_models_name(model):
         model.decoder.final_layer_norm.weight[0] += 1e-6
     assert fingerprint_of_model(model) != before
     assert fingerprint_of_model(copy.deepcopy(model).bfloat16()) != before
+
+
+def test_a_change_in_one_weight_of_a_denoiser_changes_its_name():
+    unet = stable_diffusion().unet
+    before = fingerprint_of_model(unet)
+    assert fingerprint_of_model(stable_diffusion().unet) == before
+    with torch.no_grad():
+        unet.conv_out.bias[0] += 1e-6
+    assert fingerprint_of_model(unet) != before
 
 
 def test_what_diffusers_notes_in_a_configuration_in_any_order_changes_no_name():
