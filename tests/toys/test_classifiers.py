@@ -106,7 +106,7 @@ def test_transformers_models_are_loaded_with_their_processor(tmp_path):
     vision_transformer().save_pretrained(tmp_path)
     processor().save_pretrained(tmp_path)
     adapter = load_classifier(str(tmp_path))
-    assert adapter.classes() == 3 and adapter.image_processor is not None
+    assert adapter.model.config.num_labels == 3 and adapter.image_processor is not None
 
 
 def test_weights_of_something_else_and_missing_ones_are_told(tmp_path):
