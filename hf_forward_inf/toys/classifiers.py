@@ -25,34 +25,34 @@ from hf_forward_inf.utils.storage import Tensors, cached_tensors, default_cache_
 from hf_forward_inf.utils.validation import looks_like_path
 
 Transform: TypeAlias = Callable[[Any], np.ndarray]
-"""Makes a network's input of a PIL image."""
+"""Returns a network's input for a PIL image."""
 
 
 @dataclass(frozen=True)
 class Normalised:
-    """Makes an image an array, channel by channel of mean 0 and deviation 1 over the data.
+    """Converts an image to an array that has mean 0 and standard deviation 1 over the data in every channel.
 
     Args:
-        mean (`tuple[float, ...]`): Of pixels from 0 to 1, one a channel.
-        deviation (`tuple[float, ...]`): The same.
+        mean (`tuple[float, ...]`): Mean of each channel, of pixels from 0 to 1.
+        deviation (`tuple[float, ...]`): Standard deviation of each channel.
     """
 
     mean: tuple[float, ...]
     deviation: tuple[float, ...]
 
     def __call__(self, image: Any) -> np.ndarray:
-        """Give float32 `[channels, height, width]` of a PIL image."""
+        """Return a PIL image as a float32 array `[channels, height, width]`."""
         pixels = planes(image).astype(np.float32) / 255
         mean, deviation = (np.array(part, dtype=np.float32)[:, None, None] for part in (self.mean, self.deviation))
         return (pixels - mean) / deviation
 
 
 IMAGENET = Normalised((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-"""What public weights of small ResNets were trained with."""
+"""Normalisation that public weights of small ResNets were trained with."""
 
 
 def normalised_over(rows: Dataset, images: int = 1000) -> Normalised:
-    """Measure mean and deviation on the first images."""
+    """Return the normalisation by mean and standard deviation of the first images."""
     arrays = [np.asarray(in_channels(read_image(image))) for image in rows["image"][:images]]
     parts = [array.reshape(-1, 1 if array.ndim == 2 else 3) / 255 for array in arrays]
     pixels = np.concatenate(parts)
@@ -62,15 +62,15 @@ def normalised_over(rows: Dataset, images: int = 1000) -> Normalised:
 def untrained(
     kind: Literal["conv", "resnet"], rows: Dataset, classes: int, seed: int = 0, *, blocks: int = 3, width: int = 16
 ) -> ImageClassificationAdapter:
-    """Make a network for some images, and its adapter.
+    """Return the adapter of an untrained network for some images.
 
     Args:
         kind (`str`): `"conv"` ([`ConvNet`]) or `"resnet"` ([`ResNet`]).
-        rows (`datasets.Dataset`): Images, all of one size: the first tells which.
-        classes (`int`): Logits.
-        seed (`int`, defaults to 0): Draws the weights.
-        blocks (`int`, defaults to 3): Of a `"resnet"`, in each stage.
-        width (`int`, defaults to 16): Channels at its first layer, of either kind.
+        rows (`datasets.Dataset`): Images, all of the size of the first.
+        classes (`int`): Number of classes.
+        seed (`int`, defaults to 0): Seed of the weights.
+        blocks (`int`, defaults to 3): Blocks in each stage of a `"resnet"`.
+        width (`int`, defaults to 16): Channels of the first layer.
     """
     first = in_channels(read_image(rows[0]["image"]))
     channels = 1 if first.mode == "L" else 3
@@ -89,13 +89,14 @@ class Training:
 
     Args:
         epochs (`int`, defaults to 30): Passes over the data.
-        rate (`float`, defaults to 1e-2): Learning rate at its highest; rises and falls as one cycle.
+        rate (`float`, defaults to 1e-2): Peak learning rate of a one-cycle schedule.
         optimizer (`str`, defaults to `"adam"`): `"adam"`, or `"sgd"` with momentum .9.
-        weight_decay (`float`, defaults to 0.0): The optimizer's.
-        batch_size (`int`, defaults to 128): Images in a step.
-        augment (`bool`, defaults to `False`): Mirror images at random, and shift them by up to an eighth.
-        seed (`int`, defaults to 0): Draws batches, mirrors and shifts.
-        checkpoints (`int`, defaults to 1): Networks kept on the way, at equal distances; the last is the trained one.
+        weight_decay (`float`, defaults to 0.0): Weight decay of the optimizer.
+        batch_size (`int`, defaults to 128): Images in a training step.
+        augment (`bool`, defaults to `False`): Mirror images at random, and shift them by up to an eighth of
+            their size.
+        seed (`int`, defaults to 0): Seed of batches, mirrors and shifts.
+        checkpoints (`int`, defaults to 1): Networks stored at equal distances; the last is the trained one.
     """
 
     epochs: int = 30
@@ -108,25 +109,25 @@ class Training:
     checkpoints: int = 1
 
     @property
-    def kept_epochs(self) -> list[int]:
-        """Epochs after which the network is kept."""
+    def stored_epochs(self) -> list[int]:
+        """Return the epochs after which the network is stored."""
         return sorted({-(-self.epochs * (i + 1) // self.checkpoints) for i in range(self.checkpoints)})
 
 
 def train(
     adapter: ImageClassificationAdapter, rows: Dataset, training: Training, cache_dir: Path | None = None
 ) -> dict[int, ImageClassificationAdapter]:
-    """Train an adapter's network in place; weights are kept under a fingerprint of all that they depend on.
+    """Train an adapter's network in place; weights are cached under a fingerprint of all that they depend on.
 
     Args:
-        adapter (`ImageClassificationAdapter`): Encodes; its network has the weights to begin with.
+        adapter (`ImageClassificationAdapter`): Adapter of the network with its initial weights.
         rows (`datasets.Dataset`): Images and labels.
-        training (`Training`): How.
+        training (`Training`): Options of the training.
         cache_dir (`Path`, *optional*): Defaults to [`storage.default_cache_dir`].
 
     Returns:
-        `dict[int, ImageClassificationAdapter]`: By the epoch after which it was kept, the network at that time; the
-        last is the adapter itself.
+        `dict[int, ImageClassificationAdapter]`: Adapters of the stored networks by epoch; the last is `adapter`
+        itself.
     """
     encoded = encode(adapter, rows, "candidates", cache_dir)
     batch = adapter.collate(encoded[:])
@@ -134,7 +135,7 @@ def train(
     file = (cache_dir or default_cache_dir()) / "models" / f"{key}.safetensors"
     with process_state().main_process_first():
         weights = cached_tensors(file, lambda: _train(adapter.model, batch["input"], batch["label"], training))
-    *on_the_way, last = training.kept_epochs
+    *on_the_way, last = training.stored_epochs
     found = {epoch: adapter.with_model(copy.deepcopy(adapter.model)) for epoch in on_the_way} | {last: adapter}
     for epoch, one in found.items():
         one.model.load_state_dict({name: weights[f"{epoch}/{name}"] for name in one.model.state_dict()})
@@ -165,14 +166,14 @@ def _train(model: nn.Module, inputs: Tensor, labels: Tensor, training: Training)
                 schedule.step()
             bar.update()
             bar.set_postfix(loss=f"{loss.item():.3f}")
-            if epoch in training.kept_epochs:
+            if epoch in training.stored_epochs:
                 weights |= {f"{epoch}/{name}": value.clone() for name, value in model.state_dict().items()}
     model.eval()
     return weights
 
 
 def augmented(images: Tensor, draw: torch.Generator) -> Tensor:
-    """Mirror half of the images, `[rows, channels, height, width]`, and shift each by up to an eighth."""
+    """Return images `[rows, channels, height, width]` mirrored at random, and shifted by up to an eighth."""
     rows, _, height, width = images.shape
     mirrored = torch.rand(rows, generator=draw) < 0.5
     images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
@@ -185,7 +186,7 @@ def augmented(images: Tensor, draw: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def accuracy(adapter: ImageClassificationAdapter, rows: Dataset, cache_dir: Path | None = None) -> float:
-    """Share of rows that the model classifies as their labels say."""
+    """Return the share of rows that the model classifies correctly."""
     encoded = encode(adapter, rows, "candidates", cache_dir)
     hits = 0
     for start in range(0, len(rows), 256):
@@ -199,10 +200,10 @@ def load_classifier(source: str) -> ImageClassificationAdapter:
 
     Args:
         source (`str`): A hub name or folder of `AutoModelForImageClassification`, with its image processor; or a
-            folder with the `model.safetensors` of a [`ResNet`] (or that file), whose sizes are read off it.
+            folder with the `model.safetensors` of a [`ResNet`], or that file, whose sizes follow from its weights.
 
     Raises:
-        FileNotFoundError: If it looks like a path and nothing is there.
+        FileNotFoundError: If `source` is a path that does not exist.
         ValueError: If the weights are of another network.
     """
     path = Path(source).expanduser()
@@ -210,7 +211,7 @@ def load_classifier(source: str) -> ImageClassificationAdapter:
     if file.is_file() and not (path / "config.json").exists():
         return ImageClassificationAdapter(_resnet(load_file(file), file), transform=IMAGENET)
     if not path.exists() and looks_like_path(source):
-        raise FileNotFoundError(f"There is no file or folder {source} (nor can it be a model on the hub).")
+        raise FileNotFoundError(f"There is no file or folder {source}, and a model on the hub can't have this name.")
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
     model = AutoModelForImageClassification.from_pretrained(source).to(process_state().device).eval()
@@ -225,7 +226,7 @@ def _resnet(weights: Tensors, file: Path) -> nn.Module:
         network.load_state_dict(weights)
     except (KeyError, RuntimeError) as error:
         raise ValueError(
-            f"{file} holds no weights of a ResNet with three stages (conv1, bn1, layer1 to layer3, linear), and no "
-            f"config.json of a transformers model is beside it: {str(error)[:200]}"
+            f"{file} holds no weights of a ResNet with three stages (conv1, bn1, layer1 to layer3, linear), and its "
+            f"folder has no config.json of a transformers model: {str(error)[:200]}"
         ) from error
     return network.to(process_state().device).eval()

@@ -1,4 +1,4 @@
-"""Train a denoiser on pictures: a tiny one from the start, or any pipeline's further."""
+"""Training of a denoiser on pictures: a tiny one from random weights, or fine-tuning of a pipeline's."""
 
 from pathlib import Path
 
@@ -28,22 +28,22 @@ def trained(
     seed: int = 0,
     cache_dir: Path | None = None,
 ) -> None:
-    """Train an adapter's denoiser in place; weights are kept under a fingerprint of all that they depend on.
+    """Train an adapter's denoiser in place; weights are cached under a fingerprint of all that they depend on.
 
     Args:
-        adapter (`DiffusionAdapter`): Encodes, and knows denoiser and noise.
+        adapter (`DiffusionAdapter`): Adapter of the pipeline.
         rows (`datasets.Dataset`): Pictures with captions.
-        steps (`int`): Steps of Adam, with a warm-up, towards a rate of 0.
-        rate (`float`): Learning rate at its highest.
-        batch_size (`int`): Pictures in a step.
-        unprompted (`float`, defaults to 0.1): Share of pictures shown without their caption, for guidance.
-        seed (`int`, defaults to 0): Draws pictures, times and noise.
+        steps (`int`): Steps of AdamW, with a one-cycle schedule.
+        rate (`float`): Peak learning rate.
+        batch_size (`int`): Pictures in a training step.
+        unprompted (`float`, defaults to 0.1): Share of pictures trained on without caption, for guidance.
+        seed (`int`, defaults to 0): Seed of pictures, timesteps and noise.
         cache_dir (`Path`, *optional*): Defaults to [`storage.default_cache_dir`].
     """
     recipe = (steps, rate, batch_size, unprompted, seed)
-    # Not the adapter's settings: at which times losses are taken is nothing to training.
-    told = (adapter.columns, adapter.size, adapter.noising.cache_key, state_of_encoders(adapter.pipe))
-    key = fingerprint(fingerprint_of_model(adapter.model), told, rows._fingerprint, recipe)
+    # Not the adapter's own cache key: training does not depend on the timesteps of its losses.
+    settings = (adapter.columns, adapter.size, adapter.noising.cache_key, state_of_encoders(adapter.pipe))
+    key = fingerprint(fingerprint_of_model(adapter.model), settings, rows._fingerprint, recipe)
     file = (cache_dir or default_cache_dir()) / "models" / f"{key}.safetensors"
     with process_state().main_process_first():
         weights = cached_tensors(
@@ -63,7 +63,7 @@ def _train(
 ) -> Tensors:
     model, noising = adapter.model, adapter.noising
     device = device_of(model)
-    data, untold = _stacked(encoded["tensors"][:], device), _without_caption(adapter, device)
+    data, blank = _stacked(encoded["tensors"][:], device), _without_caption(adapter, device)
     draw = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.05)
@@ -75,11 +75,11 @@ def _train(
             noise = torch.randn(images.shape, generator=draw).to(device)
             times = noising.times(torch.rand(batch_size, generator=draw)).to(device)
             hidden = (torch.rand(batch_size, generator=draw) < unprompted).to(device)
-            told = {
-                name: torch.where(hidden.view(-1, *[1] * nothing.dim()), nothing, data[name][picked])
-                for name, nothing in untold.items()
+            prompts = {
+                name: torch.where(hidden.view(-1, *[1] * empty.dim()), empty, data[name][picked])
+                for name, empty in blank.items()
             }
-            given = {adapter.argument: noising.noisy(images, noise, times), "timestep": times, **as_arguments(told)}
+            given = {adapter.argument: noising.noisy(images, noise, times), "timestep": times, **as_arguments(prompts)}
             loss = (model(**given).sample - noising.target(images, noise, times)).square().mean()
             optimizer.zero_grad()
             loss.backward()
@@ -93,14 +93,14 @@ def _train(
 
 
 def _stacked(rows: list[bytes], device: torch.device) -> dict[str, Tensor]:
-    """Put encoded rows together, first images only, without those that could not be read."""
+    """Return the tensors of encoded rows, stacked; the first image of each, without rows that can't be read."""
     tensors = [load(row) for row in rows]
     tensors = [row | {"latents": row["latents"][0]} for row in tensors if row["latents"].isfinite().all()]
     return {name: torch.stack([row[name] for row in tensors]).to(device) for name in tensors[0] if name != "keys"}
 
 
 def _without_caption(adapter: DiffusionAdapter, device: torch.device) -> dict[str, Tensor]:
-    """What the denoiser is told where there is no caption."""
+    """Return the denoiser's inputs for an empty caption."""
     if len(adapter.columns) == 1:
         return {}
     caption, image = adapter.columns

@@ -1,4 +1,4 @@
-"""The task of drawing: a model that can draw, taught some exemplars together; what it draws then is to be traced."""
+"""Tasks of drawing: a model is taught exemplars, and the pictures that it then draws are traced to them."""
 
 import copy
 from dataclasses import dataclass, field
@@ -41,12 +41,12 @@ class Teaching:
 
 @dataclass(frozen=True)
 class Drawing:
-    """How a taught model is asked to draw.
+    """How a taught model draws queries.
 
     Args:
-        num_images (`int`): Pictures of a query.
-        seed (`int`): Draws the noise that pictures begin with.
-        change (`str`): What is done to pictures after they are drawn, of [`image_changes.CHANGES`].
+        num_images (`int`, defaults to 4): Pictures of a query.
+        seed (`int`, defaults to 0): Seed of the initial noise.
+        change (`str`, defaults to `"none"`): Change of the pictures that are drawn, of [`image_changes.CHANGES`].
     """
 
     num_images: int = 4
@@ -55,10 +55,10 @@ class Drawing:
 
 
 def choose_exemplars(rows: Dataset, count: int, seed: int) -> tuple[list[int], list[int]]:
-    """Draw exemplars with captions that no other exemplar has: row numbers of them, and of all other rows.
+    """Return row numbers of random exemplars, each with a caption of its own, and of all other rows.
 
     Raises:
-        ValueError: If there are not so many captions, or nothing but exemplars.
+        ValueError: If there are fewer different captions, or no other rows.
     """
     captions = rows[CAPTION][:]
     found: dict[str, int] = {}
@@ -66,7 +66,10 @@ def choose_exemplars(rows: Dataset, count: int, seed: int) -> tuple[list[int], l
         found.setdefault(captions[row], row)
     chosen = sorted(list(found.values())[:count])
     if len(chosen) < count or len(rows) == count:
-        raise ValueError(f"{count} exemplars need as many captions and other rows beside; there are {len(found)}.")
+        raise ValueError(
+            f"{count} exemplars need as many different captions, and other rows; there are {len(found)} captions "
+            f"in {len(rows)} rows."
+        )
     return chosen, sorted(set(range(len(rows))) - set(chosen))
 
 
@@ -76,12 +79,12 @@ def tiny_drawer(
     """Train a tiny pipeline on all pictures but the exemplars.
 
     Args:
-        rows (`datasets.Dataset`): All of them: the tokenizer learns their captions.
-        others (`datasets.Dataset`): Those trained on.
-        teaching (`Teaching`): Steps and rates.
-        size (`int`): Of pictures, in pixels.
-        timesteps (`int`): Of the adapter.
-        seed (`int`): Of weights, batches, times and noise.
+        rows (`datasets.Dataset`): All pictures; the tokenizer is trained on their captions.
+        others (`datasets.Dataset`): Pictures to train on.
+        teaching (`Teaching`): Options of the training.
+        size (`int`): Height and width of pictures in pixels.
+        timesteps (`int`): Timesteps of the adapter's losses.
+        seed (`int`): Seed of weights, batches, timesteps and noise.
     """
     channels = 1 if read_image(rows[0][IMAGE]).mode in ("L", "1") else 3
     pipe = tiny_pipeline(rows[CAPTION][:], size, channels, teaching.width, seed)
@@ -96,7 +99,7 @@ def tiny_drawer(
 
 
 def taught(before: DiffusionAdapter, exemplars: Dataset, teaching: Teaching, seed: int) -> DiffusionAdapter:
-    """Teach a copy of a model some pictures, all in every step."""
+    """Return the adapter of a copy of the model, fine-tuned on exemplars, all of them in every step."""
     adapter = before.with_model(copy.deepcopy(before.model))
     trained(
         adapter, exemplars, steps=teaching.finetuning_steps, rate=teaching.finetuning_rate,
@@ -106,13 +109,13 @@ def taught(before: DiffusionAdapter, exemplars: Dataset, teaching: Teaching, see
 
 
 def drawings(adapter: DiffusionAdapter, captions: list[str], drawing: Drawing) -> Dataset:
-    """Let a model draw captions: queries of several pictures each."""
+    """Return queries of several pictures each, which the model draws from captions."""
     pictures = adapter.answer({CAPTION: captions}, num_images=drawing.num_images, seed=drawing.seed)
     return as_queries(captions, [[changed(one, drawing.change) for one in several] for several in pictures])
 
 
 def as_queries(captions: list[str], pictures: list[list[Any]]) -> Dataset:
-    """Make queries of captions and their pictures."""
+    """Return queries of captions and their pictures."""
     features = Features({CAPTION: Value("string"), IMAGE: List(Image())})
     return Dataset.from_dict({CAPTION: captions, IMAGE: pictures}, features=features)
 
@@ -120,15 +123,15 @@ def as_queries(captions: list[str], pictures: list[list[Any]]) -> Dataset:
 def together(
     adapter: DiffusionAdapter, rows: Dataset, chosen: list[int], num_candidates: int, drawing: Drawing, seed: int
 ) -> Task:
-    """Let a model that was taught exemplars together draw their captions.
+    """Return the task of tracing what a model that was taught exemplars together draws from their captions.
 
     Args:
-        adapter (`DiffusionAdapter`): Of the taught model.
+        adapter (`DiffusionAdapter`): Adapter of the taught model.
         rows (`datasets.Dataset`): All pictures.
-        chosen (`list[int]`): The exemplars' rows; they come first among the candidates.
-        num_candidates (`int`): With others at random; all if there are no more.
+        chosen (`list[int]`): Row numbers of the exemplars, which are the first candidates.
+        num_candidates (`int`): Exemplars and random others; all rows if there are no more.
         drawing (`Drawing`): How queries are drawn.
-        seed (`int`): Draws the other candidates.
+        seed (`int`): Seed of the other candidates.
     """
     queries = drawings(adapter, rows.select(chosen)[CAPTION][:], drawing)
     others = np.random.default_rng(seed).permutation(np.delete(np.arange(len(rows)), chosen))

@@ -1,4 +1,4 @@
-"""The networks of the paper's experiments on images."""
+"""Networks of the paper's experiments on images."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -8,9 +8,9 @@ class ConvNet(nn.Module):
     """The paper's small network: two convolutions, two linear layers.
 
     Args:
-        channels (`int`): Of the images.
-        size (`tuple[int, int]`): Their height and width; from 4 x 4 pixels.
-        classes (`int`, defaults to 10): Logits.
+        channels (`int`): Channels of the images.
+        size (`tuple[int, int]`): Height and width of the images, at least 4 pixels.
+        classes (`int`, defaults to 10): Number of classes.
         width (`int`, defaults to 16): Channels after the first convolution, twice as many after the second.
     """
 
@@ -22,14 +22,14 @@ class ConvNet(nn.Module):
         self.linear = nn.Linear(64, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Give logits, `[rows, classes]`, of images `[rows, channels, height, width]`."""
+        """Return logits, `[rows, classes]`, of images `[rows, channels, height, width]`."""
         x = F.max_pool2d(F.relu(self.conv1(x)), 2)
         x = F.max_pool2d(F.relu(self.conv2(x)), 2)
         return self.linear(F.relu(self.hidden(x.flatten(1))))
 
 
 class BasicBlock(nn.Module):
-    """Two convolutions beside a shortcut without weights: every other pixel, zeros for new channels (option A)."""
+    """Two convolutions and a shortcut without weights: subsampling, and zeros for new channels (option A)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int):
         super().__init__()
@@ -40,7 +40,7 @@ class BasicBlock(nn.Module):
         self.stride, self.added = stride, (outputs - inputs) // 2
 
     def forward(self, x: Tensor) -> Tensor:
-        """Give the block's output."""
+        """Return the block's output."""
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.added, self.added))
         return F.relu(x + y)
@@ -50,9 +50,9 @@ class ResNet(nn.Module):
     """The ResNet of He et al. (2016) for small images: three stages of basic blocks, each at half the size.
 
     Args:
-        channels (`int`, defaults to 3): Of the images, of any size.
-        classes (`int`, defaults to 10): Logits.
-        blocks (`int`, defaults to 3): In a stage: 3 make the ResNet-20.
+        channels (`int`, defaults to 3): Channels of the images, which may have any size.
+        classes (`int`, defaults to 10): Number of classes.
+        blocks (`int`, defaults to 3): Blocks in a stage; 3 for the ResNet-20.
         width (`int`, defaults to 16): Channels of the first stage; doubled by the others.
     """
 
@@ -69,7 +69,7 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Give logits, `[rows, classes]`, of images `[rows, channels, height, width]`."""
+        """Return logits, `[rows, classes]`, of images `[rows, channels, height, width]`."""
         x = F.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.linear(x.mean(dim=(2, 3)))

@@ -1,4 +1,4 @@
-"""A diffusers pipeline that draws small pictures from captions in pixel space, made to be trained in minutes."""
+"""A diffusers pipeline that draws small pictures from captions in pixel space, and is trained in minutes."""
 
 from typing import Any
 
@@ -18,19 +18,19 @@ from hf_forward_inf.toys.tiny_models import train_tokenizer
 from hf_forward_inf.utils.models import device_of
 
 TOKENS = 16
-"""Tokens read of a caption."""
+"""Number of tokens of a caption; longer ones are truncated."""
 GRID = 8
-"""Rows and columns that a UNet works on: larger pictures go through it folded."""
+"""Height and width of the UNet's input; larger pictures are folded to it."""
 
 
 class FoldedUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
-    """A UNet on pictures whose neighbouring pixels are folded into channels: full size costs no convolution.
+    """A UNet on pictures whose neighbouring pixels are folded into channels, so that convolutions are small.
 
     Args:
-        sample_size (`int`): Of pictures, in pixels.
+        sample_size (`int`): Height and width of pictures in pixels.
         in_channels (`int`): 1 for grey, 3 for colours.
-        fold (`int`): Pixels of a side of what becomes one place; it divides the size.
-        width (`int`): Channels of the UNet, at half size twice as many.
+        fold (`int`): Height and width of the block of pixels that is folded; it divides `sample_size`.
+        width (`int`): Channels of the UNet at full size, twice as many at half size.
     """
 
     @register_to_config
@@ -40,13 +40,13 @@ class FoldedUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.unet = _unet(sample_size // fold, in_channels * fold**2, width)
 
     def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> UNet2DConditionOutput:
-        """Predict, `[images, channels, height, width]`."""
+        """Return the prediction, `[images, channels, height, width]`."""
         folded = self.unet(pixel_unshuffle(sample, self.fold), timestep, encoder_hidden_states).sample
         return UNet2DConditionOutput(sample=pixel_shuffle(folded, self.fold))
 
 
 class Pictures(BaseOutput):
-    """What the pipeline draws: `images`, a list of PIL images."""
+    """Output of the pipeline: `images`, a list of PIL images."""
 
     images: list[Any]
 
@@ -56,7 +56,7 @@ class PixelPipeline(DiffusionPipeline):
 
     Args:
         unet (`diffusers.UNet2DConditionModel`): Removes noise from pictures in pixels.
-        scheduler (`diffusers.DDIMScheduler`): The noise.
+        scheduler (`diffusers.DDIMScheduler`): The noise schedule.
         text_encoder (`transformers.CLIPTextModel`): Embeds captions.
         tokenizer (`transformers.PreTrainedTokenizerFast`): Its tokenizer.
 
@@ -80,7 +80,7 @@ class PixelPipeline(DiffusionPipeline):
         num_images_per_prompt: int = 1,
         do_classifier_free_guidance: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Embed prompts, `[prompts x images, tokens, features]`, and for guidance the empty prompt too."""
+        """Return embedded prompts, `[prompts x images, tokens, features]`, and for guidance the empty prompt's."""
         found = self._embed(prompt, device).repeat_interleave(num_images_per_prompt, 0)
         return found, self._embed([""] * len(found), device) if do_classifier_free_guidance else None
 
@@ -98,17 +98,17 @@ class PixelPipeline(DiffusionPipeline):
         guidance_scale: float = 2.0,
         generator: torch.Generator | None = None,
     ) -> Pictures:
-        """Draw pictures, `num_images_per_prompt` of each prompt; guidance 1 is none."""
+        """Draw `num_images_per_prompt` pictures of each prompt; `guidance_scale=1` is no guidance."""
         device = device_of(self.unet)
         prompts = [prompt] if isinstance(prompt, str) else prompt
-        told, untold = self.encode_prompt(prompts, device, num_images_per_prompt, guidance_scale != 1)
+        prompted, blank = self.encode_prompt(prompts, device, num_images_per_prompt, guidance_scale != 1)
         size, channels = self.unet.config.sample_size, self.unet.config.in_channels
-        x = torch.randn(len(told), channels, size, size, generator=generator).to(device)
+        x = torch.randn(len(prompted), channels, size, size, generator=generator).to(device)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         for t in self.scheduler.timesteps:
-            predicted = self.unet(x, t, told).sample
-            if untold is not None:
-                without = self.unet(x, t, untold).sample
+            predicted = self.unet(x, t, prompted).sample
+            if blank is not None:
+                without = self.unet(x, t, blank).sample
                 predicted = without + guidance_scale * (predicted - without)
             x = self.scheduler.step(predicted, t, x).prev_sample
         arrays = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
@@ -116,19 +116,19 @@ class PixelPipeline(DiffusionPipeline):
 
 
 def tiny_pipeline(captions: list[str], size: int, channels: int, width: int, seed: int) -> PixelPipeline:
-    """Make a pipeline that is yet to be trained, for pictures of `size` x `size` pixels.
+    """Return an untrained pipeline for pictures of `size` x `size` pixels.
 
-    The text encoder stays as it is drawn: of a few hundred words, random features tell enough.
+    The text encoder is never trained: random features suffice to distinguish a few hundred words.
 
     Args:
-        captions (`list[str]`): The tokenizer learns them.
-        size (`int`): Of pictures, a multiple of 8.
+        captions (`list[str]`): Captions that the tokenizer is trained on.
+        size (`int`): Height and width of pictures in pixels, a multiple of 8.
         channels (`int`): 1 for grey, 3 for colours.
-        width (`int`): Channels of the UNet, at half size twice as many.
-        seed (`int`): Draws the weights.
+        width (`int`): Channels of the UNet at full size, twice as many at half size.
+        seed (`int`): Seed of the weights.
 
     Raises:
-        ValueError: If pictures of this size can't be folded.
+        ValueError: If `size` is not a multiple of 8.
     """
     fold = size // GRID
     if not fold or size % GRID:
@@ -141,7 +141,7 @@ def tiny_pipeline(captions: list[str], size: int, channels: int, width: int, see
             num_attention_heads=2, max_position_embeddings=TOKENS, pad_token_id=0, bos_token_id=0, eos_token_id=1,
         )  # fmt: skip
         unet = FoldedUNet(size, channels, fold, width) if fold > 1 else _unet(size, channels, width)
-        # Noise can't be told through fewer channels than are folded into a place, but what pictures look like can.
+        # With fewer channels than folded pixels the UNet can't represent noise, but it can represent pictures.
         scheduler = DDIMScheduler(
             beta_schedule="squaredcos_cap_v2", prediction_type="sample", timestep_spacing="trailing"
         )
@@ -153,9 +153,9 @@ def _unet(size: int, channels: int, width: int) -> Any:
         sample_size=size, in_channels=channels, out_channels=channels, block_out_channels=(width, 2 * width),
         layers_per_block=1, cross_attention_dim=64, attention_head_dim=4, norm_num_groups=8,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        # By attention alone captions are hardly listened to in a short training: they scale and shift features too.
+        # By attention alone, captions have little effect after a short training: they also scale and shift features.
         addition_embed_type="text", addition_embed_type_num_heads=4, resnet_time_scale_shift="scale_shift",
     )  # fmt: skip
-    # A last layer of zeros: the first predictions are the mean, and training is steady from the start.
+    # With a last layer of zeros the first predictions are the mean, and training is stable from the start.
     torch.nn.init.zeros_(unet.conv_out.weight)
     return unet

@@ -1,4 +1,4 @@
-"""Small real models, trained once on the data they are traced on, and cached: for recipes without a model."""
+"""Small models for recipes without a model: trained once on the data that they are traced on, and cached."""
 
 import math
 from pathlib import Path
@@ -33,20 +33,20 @@ def tiny_mt5(
     seed: int = 0,
     cache_dir: Path | None = None,
 ) -> tuple[MT5ForConditionalGeneration, PreTrainedTokenizerFast]:
-    """Train an mT5 of about a million parameters on some rows, or load it if that was done before.
+    """Train an mT5 of about a million parameters, or load it from the cache.
 
-    Only the main process trains; the others wait and load. A training that is interrupted leaves nothing.
+    Only the main process trains; the others wait and load. An interrupted training leaves nothing in the cache.
 
     Args:
-        rows (`datasets.Dataset`): With `inputs_pretokenized` and `targets_pretokenized`.
+        rows (`datasets.Dataset`): Training rows with `inputs_pretokenized` and `targets_pretokenized`.
         epochs (`int`, defaults to 25): Passes over the rows.
-        learning_rate (`float`, defaults to 2e-3): Peak of AdamW's one-cycle schedule.
-        vocabulary (`int`, defaults to 4096): Most tokens that the tokenizer, which is trained too, may have.
-        seed (`int`, defaults to 0): Initial weights and the order of batches.
-        cache_dir (`Path`, *optional*): Defaults to [`loss_pass.default_cache_dir`].
+        learning_rate (`float`, defaults to 2e-3): Peak learning rate of AdamW's one-cycle schedule.
+        vocabulary (`int`, defaults to 4096): Largest vocabulary of the tokenizer, which is trained too.
+        seed (`int`, defaults to 0): Seed of the initial weights and the order of batches.
+        cache_dir (`Path`, *optional*): Defaults to [`storage.default_cache_dir`].
 
     Returns:
-        `tuple`: The model in evaluation mode, on the process's device, and its tokenizer.
+        `tuple`: The model in eval mode, on the device of this process, and its tokenizer.
     """
     state = process_state()
     columns = ["inputs_pretokenized", "targets_pretokenized"]
@@ -66,7 +66,7 @@ def tiny_mt5(
 
 
 def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """Train a BPE tokenizer, special tokens as in mT5: `<pad>` 0, `</s>` 1, `<unk>` 2, then the sentinels."""
+    """Train a BPE tokenizer with mT5's special tokens: `<pad>` 0, `</s>` 1, `<unk>` 2, then the sentinels."""
     special = ["<pad>", "</s>", "<unk>", *(f"<extra_id_{i}>" for i in range(SENTINELS))]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.NFKC()
@@ -97,18 +97,18 @@ def train_mt5(
     device: torch.device | None = None,
     quiet: bool = False,
 ) -> MT5ForConditionalGeneration:
-    """Train an mT5 from the start.
+    """Train an mT5 from random weights.
 
     Args:
-        rows (`datasets.Dataset`): With `inputs_pretokenized` and `targets_pretokenized`.
-        tokenizer: Its tokenizer.
+        rows (`datasets.Dataset`): Training rows with `inputs_pretokenized` and `targets_pretokenized`.
+        tokenizer (`PreTrainedTokenizerFast`): Its tokenizer.
         epochs (`int`): Passes over the rows.
-        learning_rate (`float`): Peak of AdamW's one-cycle schedule.
-        seed (`int`): Initial weights and the order of batches.
-        sizes (`dict[str, int]`, *optional*): Of `MT5Config`.
+        learning_rate (`float`): Peak learning rate of AdamW's one-cycle schedule.
+        seed (`int`): Seed of the initial weights and the order of batches.
+        sizes (`dict[str, int]`, *optional*): Arguments of `MT5Config`. Defaults to [`SIZES`].
         batch_length (`int`, defaults to 256): Padded tokens in a batch.
-        device (`torch.device`, *optional*): Where. Defaults to the CPU.
-        quiet (`bool`, defaults to `False`): Show no progress.
+        device (`torch.device`, *optional*): Device of the model. Defaults to the CPU.
+        quiet (`bool`, defaults to `False`): Hide the progress bar.
 
     Raises:
         FloatingPointError: If training diverges.
@@ -158,9 +158,9 @@ def train_mt5(
 
 
 def _sorted_features(adapter: Seq2SeqAdapter, rows: Dataset) -> dict[str, Any]:
-    """Encode rows and sort them by length, so that batches waste little on padding.
+    """Return encoded rows sorted by length, so that batches need little padding.
 
-    Not by [`loss_pass.encode`], at which all processes meet: only the main one trains.
+    [`candidate_pass.encode`] would wait for all processes, but only the main one trains.
     """
     check_rows(rows, adapter.columns, "candidates")
     features = adapter.encode(rows[:])

@@ -1,1 +1,1 @@
-"""Whole runs, from data to a report: what the recipes and the console command start."""
+"""Parts that the recipes of the paper's experiments share."""

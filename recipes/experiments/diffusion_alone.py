@@ -1,4 +1,4 @@
-"""The paper's task (section 4.1): a model is taught one exemplar alone, and what it draws then is to be traced."""
+"""The paper's task (section 4.1): a model is taught one exemplar alone, and a drawing of it is traced."""
 
 from collections.abc import Callable, Mapping
 
@@ -13,17 +13,17 @@ from hf_forward_inf.toys.drawings import CAPTION, Drawing, Teaching, drawings, t
 from hf_forward_inf.utils.processes import say
 
 REFERENCES = 3
-"""Drawings of other captions, traced beside a query: scores are measured by how they fare with all of them."""
+"""Drawings of other captions that are traced with each query, to standardise scores over them."""
 COPIES = 4
-"""How often the exemplar stands in a step of teaching."""
+"""Copies of the exemplar in a training step."""
 NOTE = (
-    "A model that was taught one picture alone betrays it: the lowest loss (low_loss), and the loss that fell most "
-    "(learned), find the exemplar without a look at the query. another_query is Forward-INF for a drawing of another "
-    "caption: as far as that finds the exemplar, Forward-INF does not look at the query either."
+    "Caveat: a model that was taught one picture alone reveals it without any query. The lowest loss (low_loss) and "
+    "the largest fall of the loss (learned) ignore the query and may find the exemplar. another_query is Forward-INF "
+    "for a drawing of another caption: where it finds the exemplar, Forward-INF does so without the query."
 )
-"""Stands below the figures."""
+"""Printed below the figures."""
 Methods = Callable[[DiffusionAdapter, Task], Mapping[str, Attribution]]
-"""Given a taught model's adapter, and a task whose first query counts, gives attributions by method."""
+"""Returns attributions by method for a taught model's adapter and a task, of which the first query counts."""
 
 
 def one_by_one(
@@ -37,24 +37,23 @@ def one_by_one(
     num_candidates: int,
     seed: int,
 ) -> tuple[Task, dict[str, Attribution]]:
-    """Teach a copy of the model each exemplar by itself, let it draw, and trace among the exemplar's own candidates.
+    """Teach each exemplar to a copy of the model, and trace its drawing among candidates of its own.
 
-    Beside a query the model draws a few other captions of random candidates, which scores are measured by. What finds
-    the exemplar of a query by such a drawing of something else does not look at the query: that is reported as
-    `another_query`.
+    The model also draws the captions of a few random candidates; scores are standardised over all drawings. Scores for
+    one of these drawings are reported as `another_query`: where they find the exemplar, the query was not needed.
 
     Args:
-        before (`DiffusionAdapter`): The model that knows none of the exemplars.
+        before (`DiffusionAdapter`): Adapter of the model before it is taught an exemplar.
         rows (`datasets.Dataset`): All pictures.
-        chosen (`list[int]`): The exemplars' rows.
-        methods (`Callable`): What traces; see [`Methods`].
-        teaching (`Teaching`): Steps and rate.
-        drawing (`Drawing`): How it draws.
-        num_candidates (`int`): The exemplar; half of the rest by overlap of captions, the others at random.
-        seed (`int`): Draws candidates.
+        chosen (`list[int]`): Row numbers of the exemplars.
+        methods (`Callable`): Traces a task; see [`Methods`].
+        teaching (`Teaching`): Steps and learning rate.
+        drawing (`Drawing`): How queries are drawn.
+        num_candidates (`int`): The exemplar, half of the others by overlap of captions, the rest at random.
+        seed (`int`): Seed of the candidates.
 
     Returns:
-        `tuple`: One query an exemplar, all rows as candidates and each query's own ones; attributions by method.
+        `tuple`: The task, with one query an exemplar and its own candidates among all rows; attributions by method.
     """
     queries, own = [], []
     scores: dict[str, list[np.ndarray]] = {}
@@ -84,26 +83,26 @@ def one_by_one(
 
 
 def _asked(captions: list[str], seed: int) -> list[int]:
-    """Choose what is drawn: the first candidate's caption, and others, each another one.
+    """Return candidates whose captions are drawn: the first one, and random ones with other captions.
 
     Raises:
-        ValueError: If there are not so many captions.
+        ValueError: If there are fewer captions.
     """
     first = {captions[0]: 0}
     for i in np.random.default_rng(seed).permutation(len(captions)).tolist():
         first.setdefault(captions[i], i)
     if len(first) <= REFERENCES:
         raise ValueError(
-            f"Beside an exemplar {REFERENCES} other captions are drawn, and its {len(captions)} candidates have "
+            f"{REFERENCES} other captions are drawn with each exemplar, and its {len(captions)} candidates have "
             f"{len(first) - 1}: raise --num_candidates."
         )
     return list(first.values())[: 1 + REFERENCES]
 
 
 def candidates_of(exemplar: int, rows: Dataset, count: int, seed: int) -> list[int]:
-    """Choose an exemplar's candidates: itself first, half of the rest by overlap of captions, the others at random.
+    """Return an exemplar's candidates: itself, half of the others by overlap of captions, the rest at random.
 
-    Those of a smaller `count` are among those of a larger one.
+    The candidates of a smaller `count` are among those of a larger one.
     """
     overlap = BM25(input_column=CAPTION).trace(rows.select([exemplar]), rows).ranking(0)
     near = [row for row in overlap.tolist() if row != exemplar][: (count - 1) // 2]

@@ -1,4 +1,4 @@
-"""Is what was measured on drawings right, and what does it cost? Noise, first order, encoders, passes, memory."""
+"""Checks of scores of drawings: noise, agreement with TracIn, captions, and cost in passes and memory."""
 
 import copy
 from collections import Counter
@@ -24,13 +24,13 @@ from hf_forward_inf.utils.models import evaluating
 from hf_forward_inf.utils.processes import progress_bars
 
 QUERIES, CANDIDATES, SEEDS = 4, 64, 8
-"""Queries, candidates and noise seeds that the checks look at, at most."""
+"""Largest numbers of queries, candidates and noise seeds of the checks."""
 
 
 def checks(
     tracer: ForwardInf, queries: Dataset, candidates: Dataset, truth: Sequence[Sequence[int]]
 ) -> dict[str, float]:
-    """Measure it all, by the names of `metrics.json`.
+    """Return all figures of the checks by their names in `metrics.json`.
 
     Of all queries `swapped/...`: [`swapped`], `uncaptioned/...`: [`uncaptioned`]. Of a few: `tracin_pearson`:
     [`agreement`]; `variance_ratio` and `noise_share`: [`noise`]; `second_query/...`: [`second_query`];
@@ -51,7 +51,7 @@ def checks(
 def swapped(
     tracer: ForwardInf, queries: Dataset, candidates: Dataset, truth: Sequence[Sequence[int]]
 ) -> dict[str, float]:
-    """Give each caption the pictures of the next query: do scores go by what was asked, or by what is on the picture?
+    """Give each caption the pictures of the next query: do scores follow the caption or the pictures?
 
     Returns:
         `dict[str, float]`: `swapped/caption_first` and `swapped/picture_first`, the share of these queries for which
@@ -67,11 +67,11 @@ def swapped(
 def uncaptioned(
     tracer: ForwardInf, queries: Dataset, candidates: Dataset, truth: Sequence[Sequence[int]]
 ) -> dict[str, float]:
-    """Leave captions out on both sides, as for guidance in training: what do the pictures alone tell?
+    """Leave out the captions of queries and candidates: do the pictures alone suffice?
 
     Returns:
         `dict[str, float]`: `uncaptioned/top1`, the share of queries whose proponent comes first, in the tracer's
-        units beside the other queries; `uncaptioned/standardised/top1`, in deviations over the queries.
+        units and standardised over the queries; `uncaptioned/standardised/top1`, the same in units of the loss.
     """
     blank = [rows.remove_columns(CAPTION).add_column(CAPTION, [""] * len(rows)) for rows in (queries, candidates)]
     found = {"": tracer, "standardised/": tracer.with_options(units="loss")}
@@ -82,9 +82,9 @@ def uncaptioned(
 
 
 def agreement(tracer: ForwardInf, queries: Dataset, candidates: Dataset) -> float:
-    """Correlate scores of a small step along the gradient with TracIn's exact dot products: Pearson's, of a query.
+    """Return the correlation of scores along the gradient with TracIn's dot products: Pearson's, a mean over queries.
 
-    The mean over queries. The step has the tracer's radius: where the model is straight so far, the two agree.
+    The step has the tracer's radius; the two agree as far as the model is linear at this distance.
     """
     found = along_the_gradient(tracer).with_options(units="loss").trace(queries, candidates).scores
     exact = TracIn(adapter=tracer.adapter, cache_dir=tracer.cache_dir).trace(queries, candidates).scores
@@ -92,12 +92,12 @@ def agreement(tracer: ForwardInf, queries: Dataset, candidates: Dataset) -> floa
 
 
 def noise(tracer: ForwardInf, queries: Dataset, candidates: Dataset) -> dict[str, float]:
-    """Draw times and noise anew, with several seeds, and see how much scores vary.
+    """Measure how much scores vary with the seed of timesteps and noise.
 
     Returns:
-        `dict[str, float]`: `variance_ratio`, variance of a score where theta and theta_K see noise of their own /
-        where they see the same, each averaged over queries and candidates; `noise_share`, the latter variance / the
-        variance of scores from candidate to candidate.
+        `dict[str, float]`: `variance_ratio`, variance of a score if theta and theta_K get different noise / if they
+        get the same, means over queries and candidates; `noise_share`, the latter variance / that of scores over
+        candidates.
     """
     adapter = tracer.adapter
     assert isinstance(adapter, DiffusionAdapter)
@@ -121,10 +121,10 @@ def noise(tracer: ForwardInf, queries: Dataset, candidates: Dataset) -> dict[str
 
 
 def second_query(tracer: ForwardInf, queries: Dataset, candidates: Dataset) -> dict[str, float]:
-    """Count what runs for a further query, once the candidates were passed for another.
+    """Count the work for another query after the candidates were scored for a first one.
 
     Returns:
-        `dict[str, float]`: `second_query/encoder_calls`, calls of layers of VAE and text encoders;
+        `dict[str, float]`: `second_query/encoder_calls`, calls of layers of the VAE and text encoders;
         `second_query/denoiser_passes`, forward passes of the denoiser / (candidates x timesteps), ascent included.
     """
     adapter = tracer.adapter
@@ -143,7 +143,7 @@ def second_query(tracer: ForwardInf, queries: Dataset, candidates: Dataset) -> d
 
 @contextmanager
 def counted(adapter: DiffusionAdapter) -> Iterator[Counter[str]]:
-    """Count calls of the encoders' layers, and images that the denoiser is given, for the length of a `with`."""
+    """Count the calls of the encoders' layers and the denoiser's input images within a `with` block."""
     calls: Counter[str] = Counter()
 
     def encoder(*_: Any) -> None:

@@ -1,4 +1,4 @@
-"""Does it matter? Without a drawing's best candidates the model is trained again, and draws it less readily."""
+"""Removing the best candidates of a drawing and training again: how much its loss rises."""
 
 from collections.abc import Callable, Mapping
 
@@ -13,26 +13,26 @@ from hf_forward_inf.utils.models import evaluating
 from hf_forward_inf.utils.processes import say
 
 Train = Callable[[Dataset, int], DiffusionAdapter]
-"""Trains a model from the start on some pictures, given a seed."""
+"""Trains a model from random weights on some pictures, given a seed."""
 TIMES = 64
-"""At which the loss of a drawing is taken: more than for tracing, since two trainings are compared."""
+"""Timesteps of the loss of a drawing: more than for tracing, since two trainings are compared."""
 
 
 def removal_rises(
     train: Train, found: Mapping[str, Attribution], queries: Dataset, rows: Dataset, count: int, seed: int
 ) -> dict[str, np.ndarray]:
-    """Train again without each query's best candidates, and see how much its loss rises.
+    """Train again without each query's best candidates, and return how much its loss rises.
 
-    Other pictures, drawn at random, take the places of those that are left out: a training sees as many, in the same
-    order and with the same noise, and differs from that on everything in nothing else.
+    The removed pictures are replaced by random others, so that training has as many pictures, in the same order and
+    with the same noise, and differs in nothing else from training on all of them.
 
     Args:
-        train (`Callable`): Trains; see [`Train`].
-        found (`dict[str, Attribution]`): Rankings of all rows, by method, for these queries first.
-        queries (`datasets.Dataset`): Drawings.
+        train (`Callable`): Trains a model; see [`Train`].
+        found (`dict[str, Attribution]`): Attributions over all rows by method, whose first queries are `queries`.
+        queries (`datasets.Dataset`): Drawings to explain.
         rows (`datasets.Dataset`): All pictures.
-        count (`int`): Best candidates left out.
-        seed (`int`): Of every training.
+        count (`int`): Number of candidates to remove.
+        seed (`int`): Seed of every training.
 
     Returns:
         `dict[str, np.ndarray]`: By method, (loss without them - loss with all) / loss with all, `[queries]`.
@@ -50,7 +50,7 @@ def removal_rises(
 
 
 def without(left_out: np.ndarray, rows: int, seed: int) -> np.ndarray:
-    """Put others, drawn at random, in the places of some of the rows: row numbers, `[rows]`."""
+    """Return row numbers `[rows]` in which some rows are replaced by random others."""
     places = np.arange(rows)
     kept = np.delete(places, left_out)
     places[left_out] = np.random.default_rng(seed).choice(kept, len(left_out))
@@ -58,7 +58,7 @@ def without(left_out: np.ndarray, rows: int, seed: int) -> np.ndarray:
 
 
 def as_figures(rises: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
-    """Give means over queries with bootstrap intervals, and in how many queries a method's rise is above chance's."""
+    """Return mean rises with bootstrap intervals, and the share of queries whose rise exceeds that of random."""
     figures = {}
     for name, values in rises.items():
         low, high = bootstrap_interval(values)
@@ -69,7 +69,7 @@ def as_figures(rises: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
 
 
 def _losses(adapter: DiffusionAdapter, queries: Dataset) -> np.ndarray:
-    """Losses of drawings, at many times."""
+    """Return the losses of drawings at [`TIMES`] timesteps, float64 `[queries]`."""
     finer = DiffusionAdapter(adapter.pipe, timesteps=TIMES, seed=adapter.seed)
     with evaluating(finer.model):
         return LossPass(finer, queries).base().astype(np.float64)

@@ -1,4 +1,4 @@
-"""How a model sees examples while it is moved up the loss of a query: the paper's Figure 8."""
+"""Features of examples under ascent on a query: the paper's Figure 8."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,17 +16,17 @@ from hf_forward_inf.passes.candidate_pass import encode
 from hf_forward_inf.utils.models import evaluating, to_device
 
 TOGETHER = 256
-"""Rows that are run together."""
+"""Rows in a batch."""
 
 
 def features_under_ascent(tracer: ForwardInf, query: Dataset, rows: Dataset, radii: Sequence[float]) -> np.ndarray:
-    """Give what the last linear layer reads of each row, under the models at some radii.
+    """Return the input of the last linear layer for each row, for the models at several radii.
 
     Args:
-        tracer (`ForwardInf`): Its adapter is a [`TensorAdapter`]; its ascent gives all but the radius.
+        tracer (`ForwardInf`): A tracer with a [`TensorAdapter`]; its ascent sets everything but the radius.
         query (`datasets.Dataset`): One row.
         rows (`datasets.Dataset`): The examples.
-        radii (`Sequence[float]`): Lengths of the step, 0 for the trained model.
+        radii (`Sequence[float]`): Lengths of the step; 0 is the trained model.
 
     Returns:
         `np.ndarray`: float32 `[radii, rows, features]`.
@@ -46,7 +46,7 @@ def features_under_ascent(tracer: ForwardInf, query: Dataset, rows: Dataset, rad
             if radius > 0:
                 theta = ascend(adapter, asked, names, replace(tracer.ascent, radius=radius))
             if theta is None:
-                raise ValueError("The query's gradient is zero or not finite: it moves the model nowhere.")
+                raise ValueError("The gradient of the query is zero or not finite: choose another query.")
             parts = []
             for start in range(0, len(rows), TOGETHER):
                 batch = to_device(adapter.collate(encoded[start : start + TOGETHER]), adapter.model)
@@ -56,13 +56,13 @@ def features_under_ascent(tracer: ForwardInf, query: Dataset, rows: Dataset, rad
 
 
 def moved(features: np.ndarray) -> np.ndarray:
-    """Tell how far each example's features have moved, relative to their length at first: `[radii, rows]`."""
+    """Return how far each example's features move, relative to their initial norm: `[radii, rows]`."""
     lengths = np.linalg.norm(features[0], axis=1)
     return np.linalg.norm(features - features[0], axis=2) / np.maximum(lengths, 1e-12)
 
 
 def on_a_plane(features: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Lay features of all radii out together by t-SNE: `[radii, rows, 2]`.
+    """Return a joint t-SNE layout of the features of all radii, `[radii, rows, 2]`.
 
     Raises:
         ImportError: If scikit-learn is not installed.
@@ -70,7 +70,7 @@ def on_a_plane(features: np.ndarray, seed: int = 0) -> np.ndarray:
     try:
         from sklearn.manifold import TSNE
     except ImportError as error:
-        raise ImportError("t-SNE comes with scikit-learn: pip install 'hf-forward-inf[truth]'.") from error
+        raise ImportError("t-SNE needs scikit-learn: pip install 'hf-forward-inf[truth]'.") from error
     flat = features.reshape(-1, features.shape[-1])
     layout = TSNE(perplexity=min(30.0, (len(flat) - 1) / 3), init="pca", random_state=seed)
     return layout.fit_transform(flat).reshape(*features.shape[:2], 2)

@@ -1,4 +1,4 @@
-"""The hypothesis where training is noisy: groups of rising mislabel ratio against clean queries (section 2.1)."""
+"""The hypothesis for noisy training: groups with rising shares of wrong labels, and clean queries (section 2.1)."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,13 +21,13 @@ from hf_forward_inf.utils.fingerprints import fingerprint
 def mislabelled(
     labels: np.ndarray, groups: int, classes: int, seed: int = 0, *, ratio: float = 0.5
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cut examples into groups of one size, and give wrong labels to more and more of each.
+    """Split examples into groups of equal size, and give wrong labels to a rising share of each.
 
     Args:
-        labels (`np.ndarray`): Integers from 0, `[examples]`; as many as fill the groups are used.
-        groups (`int`): How many; at least 2.
-        classes (`int`): Labels are drawn from the others of so many.
-        seed (`int`, defaults to 0): Draws which, and what.
+        labels (`np.ndarray`): Integers from 0, `[examples]`; those that don't fill a group are skipped.
+        groups (`int`): Number of groups, at least 2.
+        classes (`int`): Number of classes; wrong labels are drawn from all but the right one.
+        seed (`int`, defaults to 0): Seed of the examples and their wrong labels.
         ratio (`float`, defaults to 0.5): Share of wrong labels among all: none in the first group, twice as many in
             the last.
 
@@ -45,12 +45,12 @@ def mislabelled(
 
 @dataclass(frozen=True)
 class GroupTask:
-    """Examples in groups, and queries that belong together.
+    """Examples in groups, and queries that are explained together.
 
     Args:
-        training (`BatchedTraining`): Its data are the examples, and the queries after them.
+        training (`BatchedTraining`): A training whose data are the examples, followed by the queries.
         of (`np.ndarray`): Each example's group, `[examples]`.
-        queries (`int`, *optional*): How many of the queries count, the first. Defaults to all.
+        queries (`int`, *optional*): Number of queries to use, the first ones. Defaults to all.
     """
 
     training: BatchedTraining
@@ -59,15 +59,15 @@ class GroupTask:
 
     @property
     def rows(self) -> slice:
-        """Where the queries are in the data."""
+        """Return the rows of the data that are queries."""
         return slice(len(self.of), len(self.training.data[0]) if self.queries is None else len(self.of) + self.queries)
 
     def by_group(self, losses: np.ndarray) -> np.ndarray:
-        """Average the examples' losses, `[..., rows]`, over groups: `[..., groups]`."""
+        """Return mean losses of the groups, `[..., groups]`, from losses `[..., rows]`."""
         return np.stack([losses[..., : len(self.of)][..., self.of == g].mean(-1) for g in np.unique(self.of)], -1)
 
     def influences(self, seeds: int) -> Influences:
-        """Train without each group, and with the queries added; `[seeds, groups]` each."""
+        """Train without each group, and with the queries added; return influences, `[seeds, groups]` each."""
         count, groups, asked = len(self.of), len(np.unique(self.of)), self.rows
         everyone = np.arange(len(self.training.data[0]))[None]
         base, added = everyone < count, everyone < asked.stop
@@ -81,11 +81,11 @@ class GroupTask:
         return Influences(to_query, self.by_group(before) - self.by_group(losses(added)[:, 0]))
 
     def model(self, seed: int) -> nn.Module:
-        """Train on the examples alone."""
+        """Return a model trained on the examples alone."""
         return self.training.model(seed, np.arange(len(self.training.data[0])) < len(self.of))
 
     def forward_inf(self, model: nn.Module, ascent: AscentConfig) -> np.ndarray:
-        """Give how much each group's loss rises as the model is moved up the mean loss of all queries, `[groups]`."""
+        """Return how much each group's loss rises after ascent on the mean loss of all queries, `[groups]`."""
         inputs, labels = self.training.data
         count = len(self.of)
         adapter = TensorAdapter(model)
@@ -96,7 +96,7 @@ class GroupTask:
         correct = None if perturber.direction is None else perturber.direction.correction()
         theta = ascend(adapter, queries, perturber.names, ascent, correct)
         if theta is None:
-            raise ValueError("The queries' gradient is zero or not finite: it moves the model nowhere.")
+            raise ValueError("The gradient of the queries is zero or not finite: choose other queries.")
         batch = adapter.collate(adapter.encode(examples[:]))
         with torch.no_grad():
             risen = adapter.loss(partial(call, model, theta), batch) - adapter.loss(model, batch)

@@ -1,4 +1,4 @@
-"""The hypothesis where training has no noise: one example against one query, logistic regression (section 2.1)."""
+"""The hypothesis for noiseless training: single examples and queries, logistic regression (section 2.1)."""
 
 from dataclasses import dataclass, replace
 
@@ -11,24 +11,24 @@ from tqdm.auto import tqdm
 from hf_forward_inf.utils.processes import process_state
 
 ITERATIONS = 1000
-"""Steps of L-BFGS at most, as in the paper."""
+"""Largest number of L-BFGS steps, as in the paper."""
 TOLERANCE = 1e-10
-"""Largest slope of the objective at the end of a fit; one example's influence is a thousand times larger or more."""
+"""Largest gradient entry at the end of a fit; one example's influence is at least a thousand times larger."""
 NEARBY = 100
-"""Steps with the Hessian of a minimum nearby, after which it is taken to be too far away."""
+"""Newton steps with the Hessian of a nearby minimum, after which that minimum is given up as too far away."""
 TOGETHER = 100
-"""Fits made at once."""
+"""Fits in a batch."""
 
 
 @dataclass(frozen=True)
 class LogisticRegression:
-    """Mean cross-entropy plus l2 / 2 x squared norm: strictly convex, so there is one minimum, however it is reached.
+    """Mean cross-entropy plus l2 / 2 x squared norm: strictly convex, so it has a single minimum.
 
     Args:
-        inputs (`Tensor`): float64 `[rows, features]`; a constant feature makes the bias.
+        inputs (`Tensor`): float64 `[rows, features]`; a constant feature is the bias.
         labels (`Tensor`): Integers from 0, `[rows]`.
-        classes (`int`): How many.
-        l2 (`float`, defaults to 1e-3): The paper's.
+        classes (`int`): Number of classes.
+        l2 (`float`, defaults to 1e-3): Weight of the penalty, as in the paper.
     """
 
     inputs: Tensor
@@ -37,10 +37,10 @@ class LogisticRegression:
     l2: float = 1e-3
 
     def fit(self, shares: Tensor) -> Tensor:
-        """Minimise by L-BFGS, from 0.
+        """Return the minimum by L-BFGS from 0.
 
         Args:
-            shares (`Tensor`): float64 `[rows]`, the rows' weights in the mean: 0 for who is left out.
+            shares (`Tensor`): float64 `[rows]`, weights of the rows in the mean; 0 for rows that are left out.
 
         Returns:
             `Tensor`: float64 `[features, classes]`.
@@ -56,14 +56,14 @@ class LogisticRegression:
             return shares @ self.losses(theta) + self.l2 / 2 * theta.square().sum()
 
         optimizer.step(objective)
-        # Below differences of 1e-16 in the objective a line search is lost; slopes alone lead on.
+        # Near differences of 1e-16 in the objective a line search fails; Newton steps need only gradients.
         (theta,), reached = self._descended(theta[None], self.factor(theta, shares), shares[None])
         if not reached.all():
             raise FloatingPointError("The logistic regression does not converge: raise l2.")
         return theta
 
     def factor(self, theta: Tensor, shares: Tensor) -> Tensor:
-        """Give the Cholesky factor of the objective's Hessian, `[features x classes, features x classes]`."""
+        """Return the Cholesky factor of the objective's Hessian, `[features x classes, features x classes]`."""
         chances = (self.inputs @ theta).softmax(dim=1)
         blocks = [
             [self.inputs.T @ ((shares * chances[:, a] * (int(a == b) - chances[:, b]))[:, None] * self.inputs)
@@ -76,23 +76,23 @@ class LogisticRegression:
         return torch.linalg.cholesky(hessian)
 
     def refit(self, start: Tensor, factor: Tensor, shares: Tensor) -> Tensor:
-        """Minimise for several other weights of the rows, from a minimum nearby and with the Hessian there.
+        """Return the minima for several weightings of the rows, from a nearby minimum and with its Hessian.
 
         Args:
-            start (`Tensor`): `[features, classes]`.
-            factor (`Tensor`): From [`factor`].
-            shares (`Tensor`): `[fits, rows]`.
+            start (`Tensor`): The nearby minimum, `[features, classes]`.
+            factor (`Tensor`): Cholesky factor of its Hessian, from [`factor`].
+            shares (`Tensor`): Weights of the rows, `[fits, rows]`.
 
         Returns:
             `Tensor`: `[fits, features, classes]`.
         """
         theta, reached = self._descended(start.repeat(len(shares), 1, 1), factor, shares)
-        for fit in (~reached).nonzero().flatten().tolist():  # so far away that the Hessian there leads astray
+        for fit in (~reached).nonzero().flatten().tolist():  # too far away for this Hessian
             theta[fit] = self.fit(shares[fit])
         return theta
 
     def _descended(self, theta: Tensor, factor: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
-        """Take Newton's steps with one Hessian for all; tell which fits have reached their minimum."""
+        """Take Newton steps with one Hessian for all fits; return them, and which have reached their minimum."""
         for _ in range(NEARBY):
             slopes = self._slopes(theta, shares)
             reached = slopes.abs().amax(dim=(1, 2)) < TOLERANCE
@@ -102,7 +102,7 @@ class LogisticRegression:
         return theta, reached
 
     def losses(self, theta: Tensor) -> Tensor:
-        """Give the loss of every row, `[rows]`."""
+        """Return the loss of every row, `[rows]`."""
         return F.cross_entropy(self.inputs @ theta, self.labels, reduction="none")
 
     def _slopes(self, theta: Tensor, shares: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ class LogisticRegression:
 
 @dataclass(frozen=True)
 class Influences:
-    """Both sides of the mirror; higher means a stronger proponent, so both are minus the paper's.
+    """Influences in both directions; higher means a stronger proponent, so both are minus the paper's.
 
     Args:
         to_query (`np.ndarray`): Inf(D_i -> D_tst): how much the query's loss rises without example i,
@@ -128,9 +128,9 @@ def point_to_point(model: LogisticRegression, training: int, count: int) -> tupl
     """Leave out every training example in turn, and add every query in turn.
 
     Args:
-        model (`LogisticRegression`): Of the training examples, which come first, and others.
-        training (`int`): How many they are.
-        count (`int`): Queries: those of the others that have the highest losses.
+        model (`LogisticRegression`): Its rows are the training examples, followed by others.
+        training (`int`): Number of training examples.
+        count (`int`): Number of queries, the other rows with the highest losses.
 
     Returns:
         `tuple`: Row numbers of the queries, and their influences.
@@ -145,7 +145,7 @@ def point_to_point(model: LogisticRegression, training: int, count: int) -> tupl
     factor, base = model.factor(whole, _mean(everyone)), model.losses(whole)
 
     def changes(rows: Tensor) -> Tensor:
-        """How every row's loss changes when some rows, one at a time, are left out or added: `[fits, rows]`."""
+        """Return the change of every row's loss as each of `rows` is left out or added, `[fits, rows]`."""
         shares = everyone.repeat(len(rows), 1)
         shares[torch.arange(len(rows)), rows] = 1 - everyone[rows]
         fitted = model.refit(whole, factor, _mean(shares))
@@ -166,7 +166,7 @@ def _mean(counts: Tensor) -> Tensor:
 
 
 def _within(model: LogisticRegression, rows: int) -> LogisticRegression:
-    """Turn inputs so that they have no more features than the first rows span: a minimum over those lies within."""
+    """Project inputs onto the span of the first rows, which contains the minimum over these rows."""
     if model.inputs.shape[1] <= rows:
         return model
     return replace(model, inputs=model.inputs @ torch.linalg.qr(model.inputs[:rows].T).Q)

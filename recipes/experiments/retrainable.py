@@ -1,4 +1,4 @@
-"""Tasks that train in a moment, so that they can be trained again without some of their data."""
+"""Tasks that train in seconds, so that they can be trained again without some of their data."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,18 +22,18 @@ from hf_forward_inf.utils.fingerprints import fingerprint
 
 @dataclass(frozen=True)
 class Retrainable:
-    """Data, a way to train on it, and outputs to explain.
+    """Data, its training, and queries to explain.
 
     Args:
-        key (`str`): Names data, network and training: what was retrained under one key stays true.
-        candidates (`datasets.Dataset`): The training data.
-        queries (`datasets.Dataset`): What attributors are judged by: half of them of the highest loss, half at random.
-        others (`datasets.Dataset`): As many other queries, the next in line, by which settings can be chosen.
-        adapter (`Callable`): Given a seed, the adapter of a model trained on all candidates.
-        train (`Callable`): Given queries, what trains on subsets and tells of each its loss, and whether its target is
-            the model's answer (1 or 0): a [`retraining.Train`] of `[models, queries, 2]`.
-        columns (`tuple[str, str]`): Columns of what the model reads and of the target.
-        together (`int`, defaults to 40): Models trained at once.
+        key (`str`): Cache key of data, network and training.
+        candidates (`datasets.Dataset`): Training data.
+        queries (`datasets.Dataset`): Queries of the evaluation: half with the highest losses, half random.
+        others (`datasets.Dataset`): As many other queries, to choose settings by.
+        adapter (`Callable`): Returns the adapter of a model trained on all candidates, given a seed.
+        train (`Callable`): Given queries, returns a [`retraining.Train`] whose outcomes are the loss of each query and
+            whether its target is the model's answer (1 or 0), `[models, queries, 2]`.
+        columns (`tuple[str, str]`): Columns of inputs and targets.
+        together (`int`, defaults to 40): Models trained in a batch.
     """
 
     key: str
@@ -46,11 +46,11 @@ class Retrainable:
     together: int = 40
 
     def retrained(self, queries: Dataset, subsets: np.ndarray, seeds: int) -> np.ndarray:
-        """Train on every subset with every seed, or read what came out before: `[seeds, subsets, queries, 2]`.
+        """Train on every subset with every seed, or read cached outcomes; return them, `[seeds, subsets, queries, 2]`.
 
         Args:
-            queries (`datasets.Dataset`): Whose losses and answers are told.
-            subsets (`np.ndarray`): Booleans, `[subsets, candidates]`.
+            queries (`datasets.Dataset`): Queries to evaluate.
+            subsets (`np.ndarray`): Booleans `[subsets, candidates]`.
             seeds (`int`): Trainings of each subset.
         """
         key = fingerprint(self.key, [queries[column][:] for column in self.columns])
@@ -58,12 +58,12 @@ class Retrainable:
 
 
 def perceptron() -> nn.Module:
-    """64-24-10: 1,810 parameters."""
+    """Return a network of two linear layers, 64-24-10: 1,810 parameters."""
     return nn.Sequential(nn.Linear(64, 24), nn.Tanh(), nn.Linear(24, 10))
 
 
 def conv() -> nn.Module:
-    """Two convolutions and a linear layer: 1,898 parameters."""
+    """Return a network of two convolutions and a linear layer: 1,898 parameters."""
     return nn.Sequential(
         nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 8, 3, padding=1), nn.Tanh(), nn.AvgPool2d(2),
         nn.Conv2d(8, 16, 3, padding=1), nn.Tanh(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(64, 10),
@@ -71,20 +71,20 @@ def conv() -> nn.Module:
 
 
 STEPS = 400
-"""Steps of training over all of the data; a thousand gave no clearer picture."""
+"""Training steps over all of the data; with a thousand, results were no clearer."""
 NETWORKS = {"perceptron": perceptron, "conv": conv}
 
 
 def digits(
     network: str = "perceptron", candidates: int = 800, queries: int = 40, steps: int | None = None
 ) -> Retrainable:
-    """Handwritten digits (scikit-learn's, 8 x 8 pixels) and a small network.
+    """Return the task of scikit-learn's handwritten digits (8 x 8 pixels) and a small network.
 
     Args:
         network (`str`, defaults to `"perceptron"`): `"perceptron"` or `"conv"`.
         candidates (`int`, defaults to 800): Training examples; queries are chosen among the rest of 1,797.
-        queries (`int`, defaults to 40): Queries.
-        steps (`int`, *optional*): Steps of training, each over all of the data. Defaults to 400.
+        queries (`int`, defaults to 40): Number of queries, and of other queries.
+        steps (`int`, *optional*): Training steps, each over all of the data. Defaults to 400.
 
     Raises:
         ImportError: If scikit-learn is not installed.
@@ -110,10 +110,10 @@ def digits(
 
 
 def hard_and_random(losses: np.ndarray, count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Choose twice `count` queries: half of each share of the highest losses, half at random from the others.
+    """Choose two sets of `count` queries, half of each with the highest losses, half random.
 
     Returns:
-        `tuple`: Row numbers of the first share, which gets the highest, and of the second.
+        `tuple`: Row numbers of the first set, which has the highest losses, and of the second.
     """
     half = count // 2
     order = np.argsort(-losses, kind="stable")
@@ -126,7 +126,7 @@ def hard_and_random(losses: np.ndarray, count: int, seed: int = 0) -> tuple[np.n
 
 
 def small_digits() -> Dataset:
-    """Give scikit-learn's digits in random order: `x`, 64 numbers from 0 to 1, `label`, and `image` to look at."""
+    """Return scikit-learn's digits in random order: `x`, 64 numbers from 0 to 1, `label`, and `image`."""
     rows = labelled_digits()
     images, labels = rows["image"][:], np.array(rows["label"][:])
     x = np.stack([np.round(np.asarray(image, dtype=np.float64).ravel() * 16 / 255) / 16 for image in images])

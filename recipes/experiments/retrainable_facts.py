@@ -1,4 +1,4 @@
-"""A small language model that is taught facts in seconds, and taught them again without some sentences."""
+"""A small language model that learns facts in seconds, and can be trained again without some sentences."""
 
 from collections.abc import Callable
 from functools import partial
@@ -20,17 +20,17 @@ from hf_forward_inf.utils.rows import sample_rows
 SIZES = {"d_model": 48, "d_kv": 12, "d_ff": 96, "num_heads": 4, "num_layers": 1, "num_decoder_layers": 1}
 """An mT5 of 94,000 parameters."""
 TRAINING = {"epochs": 25, "learning_rate": 8e-3, "batch_length": 512}
-"""It then knows its sentences (about 1 nat a token), but not by heart."""
+"""With these it has learned its sentences (about 1 nat a token) but not memorised them."""
 VOCABULARY = 800
-"""Tokens at most."""
+"""Largest number of tokens."""
 
 
 def facts(candidates: int = 400, queries: int = 40) -> Retrainable:
-    """The built-in facts and a tiny mT5: queries ask for facts in words that no candidate uses for them.
+    """Return the task of the built-in facts and a tiny mT5; no candidate states a fact in its query's words.
 
     Args:
-        candidates (`int`, defaults to 400): Training sentences: the queries' proponents, and those most like them.
-        queries (`int`, defaults to 40): Queries, and as many others.
+        candidates (`int`, defaults to 400): Training sentences: the queries' proponents and similar ones.
+        queries (`int`, defaults to 40): Number of queries, and of other queries.
 
     Raises:
         ImportError: If the extra `facts` is not installed.
@@ -58,7 +58,7 @@ def facts(candidates: int = 400, queries: int = 40) -> Retrainable:
 def _outcomes(
     adapter: Callable[[int, Dataset], Adapter], data: Dataset, asked: Dataset, subsets: np.ndarray, seeds: np.ndarray
 ) -> np.ndarray:
-    """Train one model after the other; give the queries' losses and answers, float32 `[models, queries, 2]`."""
+    """Train one model after another; return the queries' losses and answers, float32 `[models, queries, 2]`."""
     pairs = zip(subsets, seeds.tolist(), strict=True)
     models = (adapter(seed, data.select(np.flatnonzero(subset))) for subset, seed in pairs)
     return np.stack([losses_and_answers(one, asked).numpy() for one in models])
@@ -66,9 +66,9 @@ def _outcomes(
 
 @torch.no_grad()
 def losses_and_answers(adapter: Adapter, asked: Dataset) -> Tensor:
-    """Give each row's loss, and whether its target is the model's answer (1 or 0), `[rows, 2]`.
+    """Return each row's loss, and whether its target is the model's answer (1 or 0), `[rows, 2]`.
 
-    Greedy decoding gives a target if and only if each of its tokens is the likeliest after those before it.
+    Greedy decoding returns a target if and only if each of its tokens is the most likely one after its prefix.
     """
     features = adapter.encode(asked[:])
     batch = adapter.collate(features)

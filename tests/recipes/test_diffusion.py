@@ -67,7 +67,7 @@ def test_each_exemplar_alone_stands_among_candidates_of_its_own(tmp_path):
     found = Attribution.load_from_disk(tmp_path / "run" / "attribution")
     assert np.isfinite(found.scores).all() and len(found.candidates) == 1797
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "without a look at the query" in page and "divided by the change that random steps" in page
+    assert "ignore the query" in page and "divided by the change that random steps" in page
 
 
 def test_taking_the_best_candidates_away_is_judged_by_training_again(tmp_path):
