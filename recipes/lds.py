@@ -3,6 +3,7 @@
     python recipes/lds.py
     python recipes/lds.py --network conv
     python recipes/lds.py --task facts    # a tiny mT5 in place of a classifier
+    python recipes/lds.py --task sentences    # a tiny Llama
 
 With no option: scikit-learn's digits and a network of 1,810 parameters, trained again on 120 random halves of 800
 examples with 3 seeds. Compared are all directions of Forward-INF, first order along the same directions, means over

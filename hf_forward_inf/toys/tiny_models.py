@@ -9,17 +9,29 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tqdm.auto import tqdm
-from transformers import MT5Config, MT5ForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MT5Config,
+    MT5ForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
 
-from hf_forward_inf.adapters.seq2seq import Seq2SeqAdapter
+from hf_forward_inf.adapters import CausalLMAdapter, Seq2SeqAdapter
 from hf_forward_inf.passes.candidate_pass import batches, check_terms
 from hf_forward_inf.utils.fingerprints import fingerprint
+from hf_forward_inf.utils.models import device_of
 from hf_forward_inf.utils.processes import process_state
 from hf_forward_inf.utils.storage import default_cache_dir, write_folder
 from hf_forward_inf.utils.validation import check_rows
 
 SIZES = {"d_model": 128, "d_kv": 32, "d_ff": 256, "num_heads": 4, "num_layers": 2, "num_decoder_layers": 2}
 """Sizes of the tiny mT5."""
+LLAMA_SIZES = {
+    "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "max_position_embeddings": 128,
+}  # fmt: skip
+"""Sizes of the tiny Llama."""
 SENTINELS = 4
 """`<extra_id_0>` ... `<extra_id_3>`."""
 
@@ -126,44 +138,90 @@ def train_mt5(
         )
         model = MT5ForConditionalGeneration(config)
         model.to(device)  # type: ignore[arg-type]
-        adapter = Seq2SeqAdapter(model, tokenizer)
-        features = _sorted_features(adapter, rows)
-        cuts = [
-            adapter.collate({name: values[rows] for name, values in features.items()})
-            for rows in batches(adapter.lengths(features), batch_length)
-        ]
-        optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.95))
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, learning_rate, total_steps=epochs * len(cuts), pct_start=0.1
-        )
-        model.train()
-        title = f"training a tiny mT5 on {len(rows)} sentences"
-        bar = tqdm(total=epochs, desc=title, unit="epoch", disable=quiet)
-        for _ in range(epochs):
-            total = 0.0
-            for i in torch.randperm(len(cuts)).tolist():
-                loss = model(**{name: tensor.to(device) for name, tensor in cuts[i].items()}).loss
-                optimizer.zero_grad()
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                schedule.step()
-                total += loss.item()
-            bar.set_postfix(loss=f"{total / len(cuts):.3f}")
-            bar.update()
-        bar.close()
-        if not math.isfinite(total):
-            raise FloatingPointError("Training diverged: the loss is not finite. Lower the learning rate.")
+        fit(Seq2SeqAdapter(model, tokenizer), rows, epochs, learning_rate, batch_length=batch_length, quiet=quiet)
     return model
 
 
-def _sorted_features(adapter: Seq2SeqAdapter, rows: Dataset) -> dict[str, Any]:
+def train_llama(
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerFast,
+    epochs: int,
+    learning_rate: float,
+    seed: int,
+    *,
+    sizes: dict[str, int] = LLAMA_SIZES,
+    batch_length: int = 256,
+    quiet: bool = False,
+) -> LlamaForCausalLM:
+    """Train a Llama from random weights, on the CPU; arguments as in [`train_mt5`], sizes of `LlamaConfig`."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        special: dict[str, Any] = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **special, **cast(Any, sizes)))
+        fit(CausalLMAdapter(model, tokenizer), rows, epochs, learning_rate, batch_length=batch_length, quiet=quiet)
+    return model
+
+
+def fit(
+    adapter: Seq2SeqAdapter | CausalLMAdapter,
+    rows: Dataset,
+    epochs: int,
+    learning_rate: float,
+    *,
+    batch_length: int = 256,
+    quiet: bool = False,
+) -> None:
+    """Train an adapter's model in place, by AdamW with a one-cycle schedule.
+
+    Args:
+        adapter (`Adapter`): Encodes the rows; its model computes the loss.
+        rows (`datasets.Dataset`): Training examples.
+        epochs (`int`): Passes over the rows.
+        learning_rate (`float`): Peak of the schedule.
+        batch_length (`int`, defaults to 256): Padded tokens in a batch.
+        quiet (`bool`, defaults to `False`): Show no progress.
+
+    Raises:
+        FloatingPointError: If training diverges.
+    """
+    model, device = adapter.model, device_of(adapter.model)
+    features = _sorted_features(adapter, rows)
+    cuts = [
+        adapter.collate({name: values[rows] for name, values in features.items()})
+        for rows in batches(adapter.lengths(features), batch_length)
+    ]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, learning_rate, total_steps=epochs * len(cuts), pct_start=0.1
+    )
+    model.train()
+    title = f"training a tiny {type(model).__name__} on {len(rows)} sentences"
+    bar = tqdm(total=epochs, desc=title, unit="epoch", disable=quiet)
+    for _ in range(epochs):
+        total = 0.0
+        for i in torch.randperm(len(cuts)).tolist():
+            loss = model(**{name: tensor.to(device) for name, tensor in cuts[i].items()}).loss
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            total += loss.item()
+        bar.set_postfix(loss=f"{total / len(cuts):.3f}")
+        bar.update()
+    bar.close()
+    if not math.isfinite(total):
+        raise FloatingPointError("Training diverged: the loss is not finite. Lower the learning rate.")
+
+
+def _sorted_features(adapter: Seq2SeqAdapter | CausalLMAdapter, rows: Dataset) -> dict[str, Any]:
     """Return encoded rows sorted by length, so that batches need little padding.
 
     [`candidate_pass.encode`] would wait for all processes, but only the main one trains.
     """
-    check_rows(rows, adapter.columns, "candidates")
+    columns = adapter.columns_in(rows.column_names)
+    check_rows(rows, columns, "candidates")
     features = adapter.encode(rows[:])
-    check_terms(np.array(features["terms"]), adapter.columns[-1], "candidates")
+    check_terms(np.array(features["terms"]), columns[-1], "candidates")
     order = np.lexsort(adapter.lengths(features).T)
     return {name: [values[i] for i in order] for name, values in features.items()}

@@ -8,6 +8,7 @@ from datasets import Dataset, concatenate_datasets
 from experiments.attributor_sets import DIRECTIONS, chosen_directions
 from experiments.retrainable import NETWORKS, Retrainable, digits
 from experiments.retrainable_facts import facts
+from experiments.retrainable_sentences import sentences
 from hf_forward_inf.adapters import Adapter
 from hf_forward_inf.ascent.config import AscentConfig
 from hf_forward_inf.attribution import Attributor
@@ -30,6 +31,11 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "directions": ["gradient", "adam", "kfac", "ekfac", "cg_5"],
         "dampings": [0.1, 0.01], "radii": [0.3, 1.0],
     },
+    "sentences": {
+        "num_candidates": 600, "subsets": 60, "seeds": 2, "sample": 128,
+        "without": ["influence_functions_lissa", "self_retrieval"],
+        "directions": ["gradient", "kfac", "ekfac", "cg_5"], "dampings": [0.1, 0.01], "radii": [0.3, 1.0],
+    },
 }  # fmt: skip
 """Values of options that are unset, by task: about twenty minutes on two CPU cores."""
 SELF_RETRIEVAL_RADII = (0.1, 0.3, 1.0)
@@ -49,22 +55,24 @@ class LdsOptions(RunOptions):
     """What to train again and again, and where the results go.
 
     Args:
-        task (`str`, defaults to `"digits"`): Images and a small classifier (digits), or sentences and a small mT5
-            (facts).
+        task (`str`, defaults to `"digits"`): Images and a small classifier (digits), masked sentences and a small mT5
+            (facts), or whole sentences and a small Llama (sentences).
         network (`str`, defaults to `"perceptron"`): For digits: perceptron or conv.
-        num_candidates (`int`, *optional*): Training examples. Defaults to 800; facts: 400.
+        num_candidates (`int`, *optional*): Training examples. Defaults to 800; facts: 400; sentences: 600.
         num_queries (`int`, defaults to 40): Queries; as many others serve to choose settings.
-        subsets (`int`, *optional*): Random halves that are trained on. Defaults to 120; facts: 60.
-        seeds (`int`, *optional*): Trainings of each half, averaged. Defaults to 3; facts: 2.
+        subsets (`int`, *optional*): Random halves that are trained on. Defaults to 120; of language models 60.
+        seeds (`int`, *optional*): Trainings of each half, averaged. Defaults to 3; of language
+            models 2.
         directions (`list[str]`, *optional*): Directions of the ascent to compare.
         dampings (`list[float]`, *optional*): Dampings tried on the other queries.
         radii (`list[float]`, *optional*): Radii tried on the other queries.
         sample (`int`, *optional*): Training examples whose curvature counts.
-        without (`list[str]`, *optional*): Attributors to leave out. Defaults to none; facts: the slow ones.
+        without (`list[str]`, *optional*): Attributors to leave out. Defaults to none; of language models the
+            slow ones.
     """
 
     output: str = "outputs/lds"
-    task: Literal["digits", "facts"] = "digits"
+    task: Literal["digits", "facts", "sentences"] = "digits"
     network: str = field(default="perceptron", metadata={"choices": tuple(NETWORKS)})
     num_candidates: int | None = field(default=None, metadata={"min": 2})
     num_queries: int = field(default=40, metadata={"min": 1})
@@ -92,9 +100,10 @@ class LdsOptions(RunOptions):
 def load_task(options: LdsOptions) -> Retrainable:
     """Load what is trained again, and find the queries."""
     assert options.num_candidates is not None
-    if options.task == "facts":
-        return facts(options.num_candidates, options.num_queries)
-    return digits(options.network, options.num_candidates, options.num_queries)
+    if options.task == "digits":
+        return digits(options.network, options.num_candidates, options.num_queries)
+    make = {"facts": facts, "sentences": sentences}[options.task]
+    return make(options.num_candidates, options.num_queries)
 
 
 def retrain_halves(task: Retrainable, options: LdsOptions) -> tuple[Retrained, Retrained]:

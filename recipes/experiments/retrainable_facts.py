@@ -10,6 +10,7 @@ from torch import Tensor
 
 from experiments.retrainable import Retrainable
 from hf_forward_inf.adapters import Adapter, Seq2SeqAdapter
+from hf_forward_inf.adapters.columns import IGNORED
 from hf_forward_inf.data import builtin_facts
 from hf_forward_inf.evaluation.candidate_sets import candidate_pool
 from hf_forward_inf.scores.retraining import Train
@@ -47,7 +48,7 @@ def facts(candidates: int = 400, queries: int = 40) -> Retrainable:
         return Seq2SeqAdapter(model.eval(), tokenizer)
 
     def train(asked: Dataset) -> Train:
-        return partial(_outcomes, adapter, data, asked)
+        return partial(trained_outcomes, adapter, data, asked)
 
     key = fingerprint("facts, losses and answers", data["id"][:], SIZES, TRAINING, VOCABULARY)
     judged, others = asked.select(range(half)), asked.select(range(half, 2 * half))
@@ -55,7 +56,7 @@ def facts(candidates: int = 400, queries: int = 40) -> Retrainable:
     return Retrainable(key, data, judged, others, adapter, train, columns, together=5)
 
 
-def _outcomes(
+def trained_outcomes(
     adapter: Callable[[int, Dataset], Adapter], data: Dataset, asked: Dataset, subsets: np.ndarray, seeds: np.ndarray
 ) -> np.ndarray:
     """Train one model after another; return the queries' losses and answers, float32 `[models, queries, 2]`."""
@@ -74,6 +75,6 @@ def losses_and_answers(adapter: Adapter, asked: Dataset) -> Tensor:
     batch = adapter.collate(features)
     losses = adapter.loss(adapter.model, batch)
     logits, _ = adapter.outputs_and_loss(adapter.model, batch)
-    targets = torch.tensor([token for labels in features["labels"] for token in labels])
+    targets = torch.tensor([token for labels in features["labels"] for token in labels if token != IGNORED])
     right = (logits.argmax(dim=1) == targets).split(features["terms"])
     return torch.stack([losses, torch.tensor([float(tokens.all()) for tokens in right])], dim=1)
