@@ -60,15 +60,16 @@ def mislabel_run(options: MislabelOptions) -> dict[str, Any]:
     table = {name: detection(one, wrong) for name, one in scores.items()}
     for name, row in table.items():
         say(f"{name:12}" + "".join(f"  {key} {value:.3f}" for key, value in row.items()))
-    on_the_way: dict[str, float] = {}
-    for epoch, alone in found.items() if len(found) > 1 else ():
-        figures = flat({name: detection(one, wrong) for name, one in alone.items()})
-        on_the_way |= {f"epoch_{epoch}/{name}": value for name, value in figures.items()}
+    by_epoch: dict[str, float] = {}
+    if len(found) > 1:
+        for epoch, alone in found.items():
+            figures = flat({name: detection(one, wrong) for name, one in alone.items()})
+            by_epoch |= {f"epoch_{epoch}/{name}": value for name, value in figures.items()}
     tracer = _tracer(list(kept.values())[-1], options.radius, options)
     highest = best_first(scores["forward_inf"])[:SHOWN]
     attribution = tracer.trace(rows.select(highest), rows, top_k=min(options.top_k, len(rows)))
     curves = {name: found_by(one, wrong) / wrong.sum() for name, one in scores.items()}
-    metrics: dict[str, Any] = {"candidates": len(rows), "mislabelled": int(wrong.sum()), **flat(table), **on_the_way}
+    metrics: dict[str, Any] = {"candidates": len(rows), "mislabelled": int(wrong.sum()), **flat(table), **by_epoch}
     return run.write(
         captioned(attribution, _notes(rows, truth, highest)), metrics, tracer, table=table,
         columns=tuple(table["loss"]), plot=plotted(detection_plot, curves), plot_caption=CAPTION,

@@ -91,8 +91,10 @@ def own_candidates(
     for i, target in enumerate(queries["targets_pretokenized"]):
         same = draw.permutation(np.array(with_target[target], dtype=int))[:size]
         random = draw.permutation(len(abstracts))[:size]
-        rows = [*truth[i], *nearest[i], *same, *random]
-        sets.append({texts[row]: int(row) for row in reversed(rows)}.values())  # the first of equal texts stays
+        own: dict[tuple[str, str], int] = {}
+        for row in [*truth[i], *nearest[i], *same, *random]:
+            own.setdefault(texts[row], int(row))
+        sets.append(own.values())
     union = sorted(set().union(*sets))
     place = {row: n for n, row in enumerate(union)}
     return abstracts.select(union), [sorted(place[row] for row in rows) for rows in sets]
