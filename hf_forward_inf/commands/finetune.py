@@ -135,7 +135,7 @@ def finetune_run(options: FinetuneOptions, ascent: AscentConfig) -> dict[str, An
         ValueError: If no answer repeats what it was taught.
     """
     run = Run(options)
-    train, queries = _data(options)
+    train, queries = load_data(options)
     finetuning = Finetuning(options, train, options.seed)
     adapter = finetuning(train)
     task, figures = _task(adapter, train, queries)
@@ -160,7 +160,8 @@ def finetune_run(options: FinetuneOptions, ascent: AscentConfig) -> dict[str, An
     return run.write(kept, metrics, tracer, table=table, proponents=task.proponents)
 
 
-def _data(options: FinetuneOptions) -> tuple[Dataset, Dataset]:
+def load_data(options: FinetuneOptions) -> tuple[Dataset, Dataset]:
+    """Load training rows and queries, the built-in ones by default."""
     if options.model:
         say(f"Fine-tuning {options.model} on {options.candidates}, tracing its answers to {options.queries}.")
         return load_rows(str(options.candidates), "abstracts"), load_rows(str(options.queries), "queries")
