@@ -58,7 +58,25 @@ def call(model: nn.Module, theta: Mapping[str, Tensor | LowRank], **inputs: Any)
     """Run the model with the parameters theta in place of its own; with an empty theta, unchanged."""
     whole = {name: value for name, value in theta.items() if isinstance(value, Tensor)}
     with added(model, {name: value for name, value in theta.items() if isinstance(value, LowRank)}):
-        return functional_call(model, whole, (), inputs) if whole else model(**inputs)
+        if not whole:
+            return model(**inputs)
+        return functional_call(model, _everywhere(model, whole), (), inputs, tie_weights=False)
+
+
+def _everywhere(model: nn.Module, theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Name every place of a parameter, so that tied ones change together.
+
+    A module that has two names is in one place: `functional_call`, left to find ties itself, would replace its
+    parameters twice and restore the replaced ones.
+    """
+    own = dict(model.named_parameters())
+    values = {id(own[name]): value for name, value in theta.items()}
+    return {
+        f"{prefix}.{name}" if prefix else name: values[id(p)]
+        for prefix, module in model.named_modules()
+        for name, p in module.named_parameters(recurse=False, remove_duplicate=False)
+        if id(p) in values
+    }
 
 
 def perturbed_names(adapter: Adapter, modules: list[str] | None, lora: bool = False) -> list[str]:

@@ -14,8 +14,9 @@ from hf_forward_inf.utils.processes import process_state
 def device_of(model: nn.Module) -> torch.device:
     """Return the device of the model's first parameter that is in memory, or that of an offloaded model's inputs."""
     devices = (p.device for p in model.parameters() if p.device.type != "meta")
-    placed = getattr(getattr(model, "_hf_hook", None), "execution_device", None)
-    return next(devices, torch.device("meta") if placed is None else torch.device(placed))
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    placed = (torch.device(hook.execution_device) for hook in hooks if getattr(hook, "execution_device", None) is not None)
+    return next(devices, None) or next(placed, torch.device("meta"))
 
 
 def batch_size(batch: dict[str, Any]) -> int:

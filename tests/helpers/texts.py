@@ -43,9 +43,9 @@ def randomised(model):
     return model.eval()
 
 
-def plain_scores(model, loss_of, query, candidates, radius):
+def plain_scores(model, loss_of, query, candidates, radius, names=None):
     """Algorithm 1 in plain torch: one step of this length along the gradient of the query's loss."""
-    parameters = list(model.parameters())
+    parameters = [p for name, p in model.named_parameters() if names is None or name in names]
     gradients = torch.autograd.grad(loss_of(query), parameters, allow_unused=True)
     norm = torch.stack([g.norm() for g in gradients if g is not None]).norm()
     with torch.no_grad():
