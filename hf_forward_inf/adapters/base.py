@@ -12,11 +12,15 @@ from datasets import Dataset
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from hf_forward_inf.utils.models import batch_size, uncompiled
+from hf_forward_inf.utils.models import batch_size, evaluating, to_device, uncompiled
 from hf_forward_inf.utils.processes import process_state
 
 SAME_LOSS = 1e-5
-"""Relative difference up to which two computations of a loss are the same."""
+"""Relative difference up to which the same operations give the same loss."""
+SAME_ROW = 1e-3
+"""Relative difference up to which a row has the same loss in batches of other shapes."""
+ROUNDING = 0.05
+"""The same where weights have less than float32's precision."""
 Rows: TypeAlias = dict[str, list[Any]]
 """A slice of a `datasets.Dataset`: column name to values."""
 Batch: TypeAlias = dict[str, Any]
@@ -47,6 +51,8 @@ class Adapter(ABC):
     """Units of scores that are best for this kind of model ([`ForwardInf`])."""
     shares: bool | None = None
     """Whether `run_shared` gives the same losses as the whole model; `None` until it was tried."""
+    batches_rows: bool | None = None
+    """Whether padding and other rows of a batch leave a row's loss alone; `None` until it was tried."""
 
     def __init__(self, model: nn.Module):
         self.model: Any = uncompiled(model)
@@ -175,7 +181,7 @@ class Adapter(ABC):
     def with_model(self, model: nn.Module) -> Self:
         """Give the same adapter for another model of the same architecture, such as a checkpoint."""
         other = copy.copy(self)
-        other.model, other.shares = uncompiled(model), None
+        other.model, other.shares, other.batches_rows = uncompiled(model), None, None
         return other
 
     def default_modules(self) -> list[str]:
@@ -226,6 +232,43 @@ class Adapter(ABC):
         """Return the first row of a batch: what belongs to rows is as long as the first tensor."""
         rows = batch_size(batch)
         return {k: v[:1] if isinstance(v, Tensor) and len(v) == rows else v for k, v in batch.items()}
+
+    def can_batch(self, features: Dataset, lengths: np.ndarray) -> bool:
+        """Return whether rows of several lengths have the same losses together as each by itself.
+
+        The first time, a few rows, the shortest and the longest, are run both ways. A model whose losses differ
+        (attention that counts padding, experts with a limited capacity) is run on one row at a time.
+
+        Args:
+            features (`datasets.Dataset`): Encoded rows.
+            lengths (`np.ndarray`): Their lengths, `[rows, axes]`.
+        """
+        if self.batches_rows is None and (lengths != lengths[0]).any():
+            ends = [end for axis in lengths.T for end in (axis.argmin(), axis.argmax())]
+            with evaluating(self.model):
+                self.batches_rows = self._same_together([features[int(i)] for i in dict.fromkeys(ends)])
+        return self.batches_rows is not False
+
+    @torch.no_grad()
+    def _same_together(self, rows: list[dict[str, Any]]) -> bool:
+        def losses(some: list[dict[str, Any]]) -> Tensor:
+            batch = self.collate({name: [row[name] for row in some] for name in some[0]})
+            return self.loss(self.model, to_device(batch, self.model))
+
+        alone = torch.cat([losses([row]) for row in rows])
+        again = torch.cat([losses([row]) for row in rows])
+        exact = next(self.model.parameters()).dtype in (torch.float32, torch.float64)
+        allowed = 4 * (again - alone).abs() + (SAME_ROW if exact else ROUNDING) * alone.abs().clamp(min=1)
+        difference = (losses(rows) - alone).abs()
+        if not (difference > allowed).any():
+            return True
+        if process_state().is_main_process:
+            warnings.warn(
+                f"{type(self.model).__name__} gives a row another loss in a batch than by itself (by up to "
+                f"{difference.max().item():.2g}): rows are run one by one, which is slower.",
+                stacklevel=3,
+            )
+        return False
 
     @torch.no_grad()
     def _halves_agree(self, batch: Batch) -> bool:

@@ -138,6 +138,7 @@ class KroneckerFit:
             theta = {name: own[name].detach().requires_grad_() for name in self.names}
             with recorded([layer.module for layer in self.layers]) as uses, torch.enable_grad():
                 outputs, _ = self.adapter.outputs_and_loss(partial(call, self.adapter.model, theta), batch)
+            uses = [use for use in uses if use.output.requires_grad]  # some models run their blocks without it, too
             asked = [use.output for use in uses] + [theta[name] for name in self.rest]
             for left in reversed(range(self.draws)):
                 slopes = self.adapter.sampled_output_gradients(outputs.detach(), generator).to(outputs.dtype)

@@ -60,6 +60,7 @@ class Sample:
             names (`set[str]`, *optional*): The parameters to differentiate. If none of them belongs to the adapter's
                 shared part, that part is run here, without a graph.
         """
-        for rows in batches(self.lengths, MAX_BATCH_LENGTH):
+        limit = MAX_BATCH_LENGTH if self.adapter.can_batch(self.features, self.lengths) else 1
+        for rows in batches(self.lengths, limit):
             batch = to_device(self.adapter.collate(self.features[rows]), self.adapter.model)
             yield self.adapter.with_shared(batch, names) if names else batch

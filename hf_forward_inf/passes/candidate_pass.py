@@ -57,11 +57,13 @@ class CandidatePass:
         encoded = encode(adapter, candidates, "candidates", self.cache_dir, first_row=first_row)
         self.terms = np.array(encoded["terms"], dtype=np.float32)
         lengths = adapter.lengths(encoded.with_format(None))
+        if not adapter.can_batch(encoded.with_format(None), lengths):
+            self.max_batch_length = 1
         # Longest first: if memory runs out, it does so at the start. Ties stay in order, so that runs agree.
         self.order = np.lexsort(-lengths.T[::-1])
         self.encoded = encoded.select(self.order)
         # Processes share whole batches: shapes, and so every bit of a loss, are those of a single process.
-        cuts = list(batches(lengths[self.order], max_batch_length))
+        cuts = list(batches(lengths[self.order], self.max_batch_length))
         self.shares = [cuts[process :: self.state.num_processes] for process in range(self.state.num_processes)]
         self.weights = fingerprint_of_model(adapter.model)
         hooked = foreign_hooks(adapter.model)

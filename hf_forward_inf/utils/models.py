@@ -15,8 +15,8 @@ def device_of(model: nn.Module) -> torch.device:
     """Return the device of the model's first parameter that is in memory, or that of an offloaded model's inputs."""
     devices = (p.device for p in model.parameters() if p.device.type != "meta")
     hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
-    placed = (torch.device(hook.execution_device) for hook in hooks if getattr(hook, "execution_device", None) is not None)
-    return next(devices, None) or next(placed, torch.device("meta"))
+    placed = (getattr(hook, "execution_device", None) for hook in hooks)
+    return next(devices, None) or torch.device(next((place for place in placed if place is not None), "meta"))
 
 
 def batch_size(batch: dict[str, Any]) -> int:

@@ -46,7 +46,12 @@ def randomised(model):
 def plain_scores(model, loss_of, query, candidates, radius, names=None):
     """Algorithm 1 in plain torch: one step of this length along the gradient of the query's loss."""
     parameters = [p for name, p in model.named_parameters() if names is None or name in names]
+    frozen = [p for p in parameters if not p.requires_grad]
+    for p in frozen:
+        p.requires_grad_()
     gradients = torch.autograd.grad(loss_of(query), parameters, allow_unused=True)
+    for p in frozen:
+        p.requires_grad_(False)
     norm = torch.stack([g.norm() for g in gradients if g is not None]).norm()
     with torch.no_grad():
         before = torch.stack([loss_of(row) for row in candidates])

@@ -36,11 +36,15 @@ def test_a_second_query_costs_one_pass_and_the_same_query_none(line):
 
 
 def test_the_encoder_runs_once_for_all_queries_of_a_block(model, tokenizer, queries, candidates, encoder_calls):
-    ForwardInf(model, tokenizer, ascent=AscentConfig(direction="cg", sample=10)).trace(queries, candidates)
+    tracer = ForwardInf(model, tokenizer, ascent=AscentConfig(direction="cg", sample=10))
+    tracer.adapter.shares = tracer.adapter.batches_rows = True  # as if that had been tried
+    tracer.trace(queries, candidates)
     # Ascents, the sample, base losses, one block of queries.
     assert sum(encoder_calls) == len(queries) + 10 + 2 * len(candidates)
 
 
 def test_the_encoder_runs_for_every_query_that_perturbs_it(model, tokenizer, queries, candidates, encoder_calls):
-    ForwardInf(model, tokenizer, ascent=AscentConfig(direction="gradient", modules=["all"])).trace(queries, candidates)
+    tracer = ForwardInf(model, tokenizer, ascent=AscentConfig(direction="gradient", modules=["all"]))
+    tracer.adapter.shares = tracer.adapter.batches_rows = True
+    tracer.trace(queries, candidates)
     assert sum(encoder_calls) == len(queries) + (1 + len(queries)) * len(candidates)
