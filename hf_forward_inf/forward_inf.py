@@ -75,14 +75,15 @@ class ForwardInf(Scorer):
         """Return an attributor for the outputs of a pipeline.
 
         Args:
-            pipe (`transformers.Pipeline` or `diffusers.DiffusionPipeline`): Supplies the model with its tokenizer or
-                image processor, or the denoiser with the encoders before it. For the options of
+            pipe (`transformers.Pipeline` or `diffusers.DiffusionPipeline`): Supplies the model with its tokenizer,
+                image processor or processor, or the denoiser with the encoders before it. For the options of
                 [`adapters.DiffusionAdapter`], use `ForwardInf(adapter=DiffusionAdapter(pipe, ...))`.
             **options: Options of [`ForwardInf`].
         """
         if is_diffusion(pipe):
             return cls(adapter=DiffusionAdapter(pipe), **options)
-        return cls(pipe.model, pipe.tokenizer or pipe.image_processor, **options)
+        processor = getattr(pipe, "processor", None) or pipe.tokenizer or pipe.image_processor
+        return cls(pipe.model, processor, **options)
 
     def tune(self, candidates: Dataset, **options: Any) -> "ForwardInf":
         """Return the same attributor with the best settings by self-retrieval; see [`tuning.tune`]."""

@@ -11,10 +11,10 @@ DARKEST = 200
 """Opacity (of 255) of the place with the highest score."""
 
 
-def pictures_of(row: Mapping[str, Any], column: str = "image") -> list[str]:
-    """Return a row's pictures as `data:` URIs, without unreadable ones; an empty list if it has no such column."""
+def pictures_of(row: Mapping[str, Any]) -> list[str]:
+    """Return a row's pictures, in a column `image` or `images`, as `data:` URIs, without unreadable ones."""
     found = []
-    for image in images_of(row[column]) if column in row else []:
+    for image in [image for column in ("image", "images") for image in images_of(row.get(column))]:
         try:
             found.append(data_uri(image))
         except UnreadableImage:

@@ -10,8 +10,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from hf_forward_inf.report.gallery import heatmap, pictures_of
-from hf_forward_inf.utils.rows import LAYOUTS, SENTINEL, text_and_target, text_columns, without_sentinels
+from hf_forward_inf.utils.rows import LAYOUTS, SENTINEL, rather_than, text_and_target, text_columns, without_sentinels
 
+CAPTIONS = (None, ("caption",), ("text",))
+"""Columns of texts beside pictures that a model draws or classifies; others are read by models that say something."""
 SHOWN = 10
 """Candidates shown for each query."""
 RISE = "the increase of an example's loss"
@@ -86,8 +88,8 @@ def write_report(
             [`rows.text_columns`] finds.
         k (`int`, defaults to 10): Candidates shown for each query.
     """
-    columns = columns or text_columns(attribution.queries.column_names) or LAYOUTS[0]
     drawn = "image" in attribution.queries.column_names
+    drawn = drawn and text_columns(attribution.queries.column_names) in CAPTIONS
     details = {(row["query"], row["candidate"]): row for row in attribution.details or []}
     queries = []
     for i, query in enumerate(attribution.queries):
@@ -115,10 +117,17 @@ def write_report(
     Path(path).write_text(page, encoding="utf-8")
 
 
-def _query(row: Mapping[str, Any], columns: tuple[str, ...], own: set[int] | None) -> dict[str, Any]:
+def _texts(row: Mapping[str, Any], columns: tuple[str, ...] | None) -> tuple[str, str]:
+    """Return a row's input and target, of given columns or of those that it has."""
+    return text_and_target(row, columns or text_columns(row) or LAYOUTS[0])
+
+
+def _query(row: Mapping[str, Any], columns: tuple[str, ...] | None, own: set[int] | None) -> dict[str, Any]:
     """Return the template's values for a query."""
+    text, target = _texts(row, columns)
+    contrast = row.get("contrast") or ("chosen" not in row and row.get("rejected"))
     return {
-        "parts": _parts(*text_and_target(row, columns)),
+        "parts": _parts(text, rather_than(target, contrast) if contrast else target),
         "pictures": pictures_of(row),
         "proponents": None if own is None else len(own),
     }
@@ -126,14 +135,14 @@ def _query(row: Mapping[str, Any], columns: tuple[str, ...], own: set[int] | Non
 
 def _candidate(
     row: Mapping[str, Any],
-    columns: tuple[str, ...],
+    columns: tuple[str, ...] | None,
     detail: Mapping[str, Any] | None,
     top: float,
     own: set[int] | None,
 ) -> dict[str, Any]:
     """Return the template's values for a candidate."""
-    text, target = text_and_target(row, columns)
-    on_picture = "image" in row
+    text, target = _texts(row, columns)
+    on_picture = "image" in row and text_columns(row) in CAPTIONS
     terms = [] if on_picture else _heated(detail)
     whole = bool(terms) and text in "".join(
         piece for piece, _, _ in terms

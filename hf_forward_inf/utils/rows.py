@@ -12,6 +12,8 @@ LAYOUTS = (
     ("messages",),
     ("prompt", "completion"),
     ("text",),
+    ("prompt", "chosen", "rejected"),
+    ("chosen", "rejected"),
     ("caption",),
 )
 """Known columns of inputs and targets: FTRACE's, those of TRL's trainers, and captions."""
@@ -52,13 +54,15 @@ def holds_texts(rows: Dataset, column: str) -> bool:
 
 
 def text_and_target(row: Mapping[str, Any], columns: tuple[str, ...]) -> tuple[str, str]:
-    """Return a row's input and target: the last of several columns, the last message of a conversation.
+    """Return a row's input and target: the last of several columns, the last message of a conversation, both answers.
 
     Example:
         >>> text_and_target({"prompt": "Capital of Peru?", "completion": " Lima"}, ("prompt", "completion"))
         ('Capital of Peru?', ' Lima')
     """
     values = [row.get(column) for column in columns]
+    if columns[-1] == "rejected":
+        return "\n".join(map(_plain, values[:-2])), rather_than(values[-2], values[-1])
     if len(values) > 1:
         return "\n".join(map(_plain, values[:-1])), _plain(values[-1])
     if isinstance(values[0], list):
@@ -66,10 +70,21 @@ def text_and_target(row: Mapping[str, Any], columns: tuple[str, ...]) -> tuple[s
     return _plain(values[0]), ""
 
 
+def rather_than(said: Any, other: Any) -> str:
+    """Return an answer and the one that it is compared with, texts or messages, as a text."""
+    return f"{_plain(said).strip()} rather than {without_sentinels(_plain(other))}"
+
+
 def _plain(value: Any) -> str:
-    if isinstance(value, list):
-        return "\n".join(str(message.get("content") or message.get("value") or "") for message in value)
-    return str(value or "")
+    if not isinstance(value, list):
+        return str(value or "")
+    contents = (message.get("content") or message.get("value") or "" for message in value)
+    return "\n".join(" ".join(map(_part, one)) if isinstance(one, list) else str(one) for one in contents)
+
+
+def _part(part: Any) -> str:
+    """Return a part of a message as text: its text, or its kind in brackets."""
+    return str(part.get("text") or f"[{part.get('type')}]") if isinstance(part, Mapping) else str(part)
 
 
 def sample_rows(rows: Dataset, count: int, seed: int = 0) -> Dataset:

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from PIL import Image as Pillow
+from transformers import pipeline
 
 from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf.adapters import CausalLMAdapter, PreferenceAdapter, VisionLanguageAdapter, adapter_for
@@ -227,5 +228,7 @@ def test_a_text_only_adapter_refuses_pictures_by_row(both, rows, form):
 
 def test_a_processor_chooses_the_adapter(both):
     model, processor = both
+    pipe = pipeline("image-text-to-text", model=model, processor=processor)
+    assert isinstance(ForwardInf.from_pipe(pipe).adapter, VisionLanguageAdapter)
     assert isinstance(adapter_for(model, processor), VisionLanguageAdapter)
     assert type(adapter_for(model, processor.tokenizer)) is CausalLMAdapter

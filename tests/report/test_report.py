@@ -2,6 +2,7 @@ import re
 
 import numpy as np
 from datasets import Dataset
+from PIL import Image
 
 from hf_forward_inf import Attribution
 from hf_forward_inf.report import write_report
@@ -64,3 +65,19 @@ def test_only_the_best_are_shown(tmp_path):
         k=2,
     )
     assert (tmp_path / "x.html").read_text().count('class="rank"') == 2
+
+
+def test_pairs_contrasts_and_pictures_in_conversations_are_shown(tmp_path):
+    picture = Image.new("RGB", (4, 4), "red")
+    asked = [{"type": "image", "text": None}, {"type": "text", "text": "What is it?"}]
+    query = {"messages": [{"role": "user", "content": asked}], "images": [picture], "contrast": "A dog."}
+    query["messages"].append({"role": "assistant", "content": [{"type": "text", "text": "A cat."}]})
+    pair = {"prompt": "What is this?", "chosen": "It is a cat.", "rejected": "It is a dog."}
+    found = Attribution(np.ones((1, 1), np.float32), Dataset.from_list([query]), Dataset.from_list([pair]))
+    found.to_html(tmp_path / "page.html")
+    html = (tmp_path / "page.html").read_text()
+    assert "[image] What is it?" in html
+    assert "<mark>A cat. rather than A dog.</mark>" in html
+    assert "<mark>It is a cat. rather than It is a dog.</mark>" in html
+    assert html.count("data:image/png") == 1
+    assert "model say this?" in html
