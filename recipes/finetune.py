@@ -32,7 +32,8 @@ def main(options: FinetuneOptions, ascent: AscentConfig) -> dict[str, Any]:
     # The outputs to explain: planted answers that the model repeats, or whatever it answers to your prompts.
     if "planted" in queries.column_names:
         answers = adapter.answer(queries[:])
-        wrong = [i for i, row in enumerate(queries) if row["planted"] and answers[i].strip() == row["completion"]]
+        same = [given.strip() == taught.strip() for given, taught in zip(answers, queries["completion"], strict=True)]
+        wrong = [i for i, planted in enumerate(queries["planted"]) if planted and same[i]]
         if not wrong:
             raise ValueError("The model repeats none of the planted answers: train it for more epochs (--epochs).")
         say(f"The model repeats {len(wrong)} of {sum(queries['planted'])} planted answers.")
