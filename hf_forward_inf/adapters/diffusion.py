@@ -144,7 +144,7 @@ class DiffusionAdapter(Adapter):
             for start in range(0, len(pictures), ENCODED_TOGETHER):
                 part = slice(start, start + ENCODED_TOGETHER)
                 read, why = zip(*(values_of(images, self.size, channels) for images in pictures[part]), strict=True)
-                encoded["tensors"] += map(save, self._encoded(read, told and told[part]))
+                encoded["tensors"] += map(save, self._encoded(read, None if told is None else told[part]))
                 encoded["images"] += map(len, read)
                 encoded["unreadable"] += why
         encoded["terms"] = [self.shape[1] * self.shape[2]] * len(pictures)

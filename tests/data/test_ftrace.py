@@ -129,7 +129,7 @@ def test_a_pool_is_filled_with_random_rows_at_last(corpus):
 
 
 def test_a_pool_too_small_for_the_proponents_is_refused(corpus):
-    with pytest.raises(ValueError, match="num_candidates=10 can't hold them"):
+    with pytest.raises(ValueError, match="294 proponents, more than num_candidates=10"):
         candidate_pool(corpus["queries"], corpus["abstracts"], 10)
 
 
