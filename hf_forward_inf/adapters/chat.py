@@ -151,22 +151,19 @@ class ChatTemplate:
     def _turn_by_turn(self, messages: list[Message], turns: Turns) -> tuple[list[int], list[bool]]:
         text = self.render(messages)
         encoded = self._tokens(text)
-        ids = encoded["input_ids"]
-        said = [False] * len(ids)
+        said = [False] * len(encoded["input_ids"])
         speaking = [turn for turn, message in enumerate(messages) if message.get("role") == "assistant"]
         for turn in speaking if turns == "all" else speaking[-1:]:
-            asked = self.render(messages[:turn], asks=True) if turn else text[: self._behind_header(text)]
-            start = common(asked, text)
-            stop = start + self._length_of_turn(messages, turn, start, text)
-            first = common(self._tokens(asked)["input_ids"], ids)
-            last = self._tokens_before(stop, text, encoded)
+            first, last = self._tokens_between(*self._span(messages, turn, text), text, encoded)
             said[first:last] = [True] * (last - first)
-        return ids, said
+        return encoded["input_ids"], said
 
-    def _length_of_turn(self, messages: list[Message], turn: int, start: int, text: str) -> int:
-        """Find how long an assistant's turn is in the text of the whole conversation, where it starts there."""
-        bare, asked = self.render(messages[:turn]), self.render(messages[:turn], asks=True)
-        finished = self.render(messages[: turn + 1])
+    def _span(self, messages: list[Message], turn: int, text: str) -> tuple[int, int]:
+        """Find where an assistant's turn begins and ends in the text of the whole conversation."""
+        bare = self.render(messages[:turn])
+        asked = self.render(messages[:turn], asks=True) if turn else text[: self._behind_header(text)]
+        finished = self.render(messages[: turn + 1]) if turn + 1 < len(messages) else text
+        start = common(asked, text)
         if start < common(bare, asked) or finished[:start] != text[:start]:
             raise UnreadableRow(
                 "the chat template writes earlier turns in another way once later ones follow, so it is unclear which "
@@ -175,11 +172,13 @@ class ChatTemplate:
             )
         left_out, length = overlap(finished[start:], text[start:])
         end = start + left_out + length
-        if end < len(finished) and self.tokenizer.is_fast:
-            # Where the turn goes on in another way, a token whose first characters agree is not part of it.
-            ends = [stop for _, stop in self._tokens(finished)["offset_mapping"] if stop <= end]
-            length -= end - max(ends, default=end)
-        return length
+        return self._last_boundary(asked, start), start + length - (end - self._last_boundary(finished, end))
+
+    def _last_boundary(self, text: str, place: int) -> int:
+        """Move a place at which another text goes on differently back to the end of a token."""
+        if place == len(text) or not self.tokenizer.is_fast:
+            return place
+        return max((stop for _, stop in self._tokens(text)["offset_mapping"] if stop <= place), default=place)
 
     def _behind_header(self, text: str) -> int:
         """Find where a turn begins in which the assistant speaks first: behind what asks for it after a question."""
@@ -194,11 +193,13 @@ class ChatTemplate:
             text, add_special_tokens=False, verbose=False, return_offsets_mapping=self.tokenizer.is_fast
         )
 
-    def _tokens_before(self, stop: int, text: str, encoded: Any) -> int:
-        """Count the tokens that begin before a place in the text."""
+    def _tokens_between(self, start: int, stop: int, text: str, encoded: Any) -> tuple[int, int]:
+        """Find the tokens that reach into a part of a text: the first, and the one behind the last."""
         if self.tokenizer.is_fast:
-            return sum(begin < stop for begin, _ in encoded["offset_mapping"])
-        return common(self._tokens(text[:stop])["input_ids"], encoded["input_ids"])
+            places = encoded["offset_mapping"]
+            return sum(end <= start for _, end in places), sum(begin < stop for begin, _ in places)
+        first, last = (common(self._tokens(text[:end])["input_ids"], encoded["input_ids"]) for end in (start, stop))
+        return first, last
 
     def _apply(self, messages: list[Message], **options: Any) -> Any:
         if any(isinstance(message.get("content"), list) for message in messages) and not self._takes_parts():
