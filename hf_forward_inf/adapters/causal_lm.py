@@ -213,7 +213,7 @@ class CausalLMAdapter(LanguageAdapter):
         return [self.rows.answer_in(row) or "" for row in found.to_list()]
 
     def lengths(self, features: Rows | Dataset) -> np.ndarray:
-        """Tokens of each row, `[rows, 1]`."""
+        """Return the number of tokens of each row, `[rows, 1]`."""
         return np.array([[len(ids)] for ids in features["input_ids"]])
 
     def collate(self, features: Rows) -> Batch:
@@ -226,7 +226,7 @@ class CausalLMAdapter(LanguageAdapter):
         }
 
     def term_losses(self, forward: Forward, batch: Batch) -> Tensor:
-        """Cross-entropy of every token, aligned with `input_ids`: `[rows, tokens]`, 0 where it does not count."""
+        """Return the cross-entropy of every token of `input_ids`, `[rows, tokens]`, 0 where it doesn't count."""
         logits, labels = self._logits(forward, batch)
         losses = F.cross_entropy(
             logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
@@ -235,7 +235,7 @@ class CausalLMAdapter(LanguageAdapter):
         return F.pad(losses, (batch["labels"].shape[1] - labels.shape[1], 0))
 
     def _logits(self, forward: Forward, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Logits from the first position that predicts a token that counts, and the tokens predicted."""
+        """Return the logits from the first position that predicts a token that counts, and the tokens predicted."""
         labels, options = batch["labels"], {}
         first = max(1, int((labels != IGNORED).any(0).int().argmax()))
         virtual = virtual_tokens(self.model)
@@ -248,37 +248,37 @@ class CausalLMAdapter(LanguageAdapter):
         return logits if self.shortens else logits[:, virtual + first - 1 : -1], labels[:, first:]
 
     def outputs_and_loss(self, forward: Forward, batch: Batch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """Logits of the tokens that count, `[tokens, vocabulary]`, and their cross-entropy."""
+        """Return the logits of the tokens that count, `[tokens, vocabulary]`, and their cross-entropy."""
         logits, labels = self._logits(forward, batch)
         valid = labels != IGNORED
         return logits[valid].float(), partial(F.cross_entropy, target=labels[valid], reduction="sum")
 
     def term_texts(self, features: Rows) -> list[list[str]]:
-        """The text of every token."""
+        """Return the text of every token."""
         return [pieces(self.tokenizer, ids) for ids in features["input_ids"]]
 
     @torch.no_grad()
     def representation(self, batch: Batch) -> Tensor:
-        """Mean of the hidden states from which the tokens that count are predicted, `[rows, hidden]`."""
+        """Return the mean of the hidden states from which tokens that count are predicted, `[rows, hidden]`."""
         states = input_of(self.model.get_output_embeddings(), lambda: self._logits(self.model, batch)).float()
         states = states[:, virtual_tokens(self.model) * (not self.shortens) :]
-        # Where the output layer read the last hidden states only, so did it of the labels.
+        # Where the output layer reads the last hidden states only, they belong to the last labels.
         valid = (batch["labels"] != IGNORED)[:, -states.shape[1] :]
         predicting = F.pad(valid[:, 1:], (0, 1)) if states.shape[1] == batch["labels"].shape[1] else valid
         return (states * predicting[..., None]).sum(1) / predicting.sum(1, keepdim=True)
 
     def with_model(self, model: nn.Module) -> Self:
-        """Give the same adapter for another model of the same architecture."""
+        """Return the same adapter for another model of the same architecture."""
         other = super().with_model(model)
         other.blocks, other.causal = Blocks(other.model), None
         return other
 
     def default_modules(self) -> list[str]:
-        """Of a PEFT model what it has trained, else everything."""
+        """Return, of a PEFT model, what it has trained, else everything."""
         return peft_parameters(self.model) or ["all"]
 
     def shared_parameters(self) -> Set[str]:
-        """What the first half of the blocks and the embeddings read: perturb none of it, and they are run once."""
+        """Return the parameters of the embeddings and the first half of the blocks: unperturbed, they run once."""
         ids = torch.zeros(1, 2, dtype=torch.long, device=device_of(self.model))
         self.blocks.explore(lambda: self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False))
         return self.blocks.before_middle

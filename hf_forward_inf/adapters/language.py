@@ -226,25 +226,26 @@ def longest_input(config: Any, tokenizer: PreTrainedTokenizerBase, part: str = "
 
 
 def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Give everything that tokens depend on, as text: part of the cache key.
+    """Return everything that tokens depend on, as text: part of the cache key.
 
-    Not padding and truncation, which are what the last call has left there: a tokenizer is the same after its use.
+    Padding and truncation are left out: they are settings of the tokenizer's last call.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     state = json.loads(backend.to_str()) | {"padding": None, "truncation": None} if backend is not None else None
     vocabulary = json.dumps(state or tokenizer.get_vocab())
-    return f"{vocabulary}\n{tokenizer.chat_template or ''}"
+    special = json.dumps(tokenizer.special_tokens_map, default=str)
+    return f"{vocabulary}\n{special}\n{tokenizer.chat_template or ''}"
 
 
 def preferred_ascent(model: nn.Module, direction: str | None = None) -> dict[str, Any]:
-    """K-FAC, fitted once on a small sample: no query costs more than along the gradient, and more of it is true.
+    """Return K-FAC, fitted once on a small sample: queries cost no more than along the gradient and find more.
 
-    Retraining a tiny mT5 (60 halves of 400 sentences, 40 queries, decoder perturbed) gives it an LDS of .51
-    (.45 - .57) at radius 2, .57 at 1; 5 conjugate-gradient products on 64 sentences .48, Adam's direction .22, the
-    gradient .19. The longer step has the better recall.
+    On a retrained tiny mT5 (60 halves of 400 sentences, 40 queries, decoder perturbed) its LDS is .51 (.45 - .57) at
+    radius 2 and .57 at 1; that of 5 conjugate-gradient products on 64 sentences is .48, of Adam's direction .22, of
+    the gradient .19. The longer step has the better recall.
 
-    Factors take the squares of the layers' sides, and eigenvectors of them: for models of more than [`LARGE`]
-    parameters, and for quantised weights, whose gradients nobody knows, the gradient is preferred.
+    Factors need memory for the squares of the layers' sides, and their eigenvectors: for models of more than
+    [`LARGE`] parameters, and for quantised weights, which have no gradients, the gradient is preferred.
     """
     if direction is None:
         large = sum(p.numel() for p in model.parameters()) > LARGE
@@ -272,7 +273,7 @@ def sees_later_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> b
 
 
 def input_of(module: nn.Module, run: Callable[[], object]) -> Tensor:
-    """Give what a module reads while something runs; transformers' `output_hidden_states` leaves hooks behind."""
+    """Return what a module reads while `run` runs; transformers' `output_hidden_states` would leave hooks behind."""
     read: list[Tensor] = []
     handle = module.register_forward_pre_hook(lambda _, args: read.append(args[0]))
     try:
@@ -283,7 +284,7 @@ def input_of(module: nn.Module, run: Callable[[], object]) -> Tensor:
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
-    """Cut a text where its tokens end: a token's text depends on the ones before it."""
+    """Return the text of each token, cut from the whole text: a token's text depends on the ones before it."""
     ends = [len(tokenizer.decode(ids[:end])) for end in range(len(ids) + 1)]
     text = str(tokenizer.decode(ids))
     return [text[a:b] for a, b in pairwise(ends)]

@@ -211,7 +211,7 @@ class Seq2SeqAdapter(LanguageAdapter):
         raise ValueError(f"{type(self.model).__name__} has no decoder_start_token_id: set it in the model's config.")
 
     def lengths(self, features: Rows | Dataset) -> np.ndarray:
-        """Target length first: the decoder runs once a query, the encoder once a block of queries."""
+        """Return the lengths, targets first: the decoder runs once a query, the encoder once a block of queries."""
         pairs = zip(features["labels"], features["input_ids"], strict=True)
         return np.array([(len(labels), len(ids)) for labels, ids in pairs])
 
@@ -225,7 +225,7 @@ class Seq2SeqAdapter(LanguageAdapter):
         }
 
     def term_losses(self, forward: Forward, batch: Batch) -> Tensor:
-        """Cross-entropy of every target token, `[rows, target tokens]`, 0 where padded."""
+        """Return the cross-entropy of every target token, `[rows, target tokens]`, 0 where padded."""
         logits, labels = self._logits(forward, batch).float(), batch["labels"]
         # Flat: along the last axis, the softmax is several times faster than along a middle one.
         losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
@@ -236,25 +236,25 @@ class Seq2SeqAdapter(LanguageAdapter):
         return forward(**{key: value for key, value in batch.items() if key != "labels"}, use_cache=False).logits
 
     def outputs_and_loss(self, forward: Forward, batch: Batch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """Logits of the target tokens, padding left out, `[tokens, vocabulary]`, and their cross-entropy."""
+        """Return the logits of the target tokens without padding, `[tokens, vocabulary]`, and their cross-entropy."""
         valid = batch["labels"] != IGNORED
         targets = batch["labels"][valid]
         return self._logits(forward, batch)[valid].float(), partial(F.cross_entropy, target=targets, reduction="sum")
 
     def term_texts(self, features: Rows) -> list[list[str]]:
-        """The text of every target token."""
+        """Return the text of every target token."""
         filled = [[self.padding if label == IGNORED else label for label in ids] for ids in features["labels"]]
         return [pieces(self.tokenizer, ids) for ids in filled]
 
     @torch.no_grad()
     def representation(self, batch: Batch) -> Tensor:
-        """Mean of the decoder's last hidden states over the target tokens, `[rows, d_model]`."""
+        """Return the mean of the decoder's last hidden states over the target tokens, `[rows, d_model]`."""
         states = input_of(self.model.get_output_embeddings(), lambda: self._logits(self.model, batch)).float()
         valid = (batch["labels"] != IGNORED)[..., None]
         return (states * valid).sum(1) / valid.sum(1)
 
     def default_modules(self) -> list[str]:
-        """The decoder, and the output layer where it has weights of its own; of a PEFT model what it has trained."""
+        """Return the decoder, and an output layer with weights of its own; of a PEFT model what it has trained."""
         if trained := peft_parameters(self.model):
             return trained
         names = {id(module): name for name, module in self.model.named_modules()}
@@ -267,7 +267,7 @@ class Seq2SeqAdapter(LanguageAdapter):
         return {id(parameter) for parameter in self.model.get_encoder().parameters()}
 
     def shared_parameters(self) -> Set[str]:
-        """Everything that the encoder reads, a tied embedding included."""
+        """Return the parameters that the encoder reads, a tied embedding included."""
         prefix = self._shared_ids()
         return {name for name, parameter in self.model.named_parameters() if id(parameter) in prefix}
 

@@ -15,8 +15,12 @@ LAYOUTS = (
     ("prompt", "chosen", "rejected"),
     ("chosen", "rejected"),
     ("caption",),
+    ("conversations",),
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("question", "answer"),
 )
-"""Known columns of inputs and targets: FTRACE's, those of TRL's trainers, and captions."""
+"""Known columns of inputs and targets: FTRACE's, those of TRL's trainers, captions, and other habits."""
 SENTINEL = re.compile(r"<extra_id_\d+>")
 
 

@@ -79,7 +79,7 @@ def test_an_input_follows_its_instruction(adapter):
         ({"messages": [[{"from": "function_call", "value": "f"}]]}, "row 0: .* it needs `role` and `content`"),
         (
             {"messages": [[{"role": "user", "content": [{"type": "image"}]}]]},
-            r"row 0: `messages` holds parts that are no text \(image\)",
+            r"row 0: its messages hold parts that the adapter can't read \(image\)",
         ),
         ({"text": [["Of", "Peru"]]}, "row 0: `text` holds list where a text"),
         ({"text": [3]}, "row 0: `text` holds int where a text"),
