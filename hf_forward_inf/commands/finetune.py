@@ -1,4 +1,4 @@
-"""A whole run on a causal model: fine-tune it, trace what it says, fine-tune it again without what was found."""
+"""The run of `finetune`: train a causal model, trace its answers, train it again without what was found."""
 
 import copy
 import tempfile
@@ -78,7 +78,7 @@ class Finetuning:
         return self.adapter.with_model(self._trained(copy.deepcopy(self.base), rows, rate))
 
     def _trained(self, model: Any, rows: Dataset, rate: float) -> Any:
-        """Train by transformers' Trainer; weights are kept under a fingerprint of all that they depend on."""
+        """Train with transformers' Trainer; weights are cached under a fingerprint of all that they depend on."""
         adapter = CausalLMAdapter(model, self.tokenizer)
         options, state = self.options, process_state()
         encoded = encode(adapter, rows, "candidates")
@@ -125,9 +125,9 @@ def finetune_run(options: FinetuneOptions, ascent: AscentConfig) -> dict[str, An
     """Run it all and write `metrics.json`, `attribution/` and `report.html` into the output folder.
 
     Where it is known which examples are wrong (columns `facts` and `planted`), the answers that repeat a planted one
-    are traced and measured bare, right answers under `right/`; then the best candidates of the wrong answers are
-    taken away, and `wrong_gone` is the share of them that the model no longer gives after training again,
-    `random/wrong_gone` the same after taking away as many random rows.
+    are traced and reported under bare names, right answers under `right/`; then the best candidates of the wrong
+    answers are removed, and `wrong_gone` is the share of them that the model no longer gives after training again,
+    `random/wrong_gone` the same after removing as many random rows.
 
     Raises:
         FileExistsError: If the folder holds a finished run and `overwrite` is not set.
@@ -156,8 +156,8 @@ def finetune_run(options: FinetuneOptions, ascent: AscentConfig) -> dict[str, An
     if task.proponents is not None and options.removed:
         metrics |= _without(finetuning, train, task, found["forward_inf"].ranking, options.removed)
     metrics |= cost.measure(tracer, task.queries, train)
-    kept = tracer.explain(found["forward_inf"].keep(options.top_k))
-    return run.write(kept, metrics, tracer, table=table, proponents=task.proponents)
+    shown = tracer.explain(found["forward_inf"].keep(options.top_k))
+    return run.write(shown, metrics, tracer, table=table, proponents=task.proponents)
 
 
 def load_data(options: FinetuneOptions) -> tuple[Dataset, Dataset]:
@@ -171,7 +171,7 @@ def load_data(options: FinetuneOptions) -> tuple[Dataset, Dataset]:
 
 
 def _task(adapter: CausalLMAdapter, train: Dataset, queries: Dataset) -> tuple[Task, dict[str, float]]:
-    """Let the model answer; of planted and right answers, those that it gives are traced, else whatever it says."""
+    """Return what is traced: the planted and right answers that the model gives, or all its answers, and figures."""
     if "planted" not in queries.column_names or not has_facts(queries, train):
         asked = queries.remove_columns([n for n in ("completion", "output_ids") if n in queries.column_names])
         return Task(adapter.with_answers(asked), train), {}

@@ -1,4 +1,4 @@
-"""A whole run over pictures too many for the disk: what a pipeline drew, traced to a stream of captioned pictures."""
+"""The run of `laion`: pictures that a pipeline drew, traced over a stream of captioned pictures."""
 
 import shutil
 from dataclasses import replace
@@ -27,21 +27,21 @@ from hf_forward_inf.utils.rows import sample_rows
 from hf_forward_inf.utils.storage import write_folder
 
 UNFINISHED = "unfinished"
-"""Folder, beside the results to be, of what a run has drawn and found so far."""
+"""Folder in the output folder with what an unfinished run has drawn and found so far."""
 
 
 DIGITS = ("a bold handwritten three", "a thin handwritten zero, leaning right", "a handwritten seven")
-"""What the tiny model draws if nobody says."""
+"""Default captions for the tiny model."""
 
 
 def laion_run(options: LaionOptions, ascent: AscentConfig) -> dict[str, Any]:
     """Trace drawings over a stream, and write `metrics.json`, `attribution/` and `report.html` into the output folder.
 
-    Scores tell how a drawing fares beside all drawings, the references included, if there are 3 or more: some
-    candidates are shaken whatever a picture shows. A query costs as much as a reference.
+    With 3 or more queries, the references included, scores are standardised over them: the losses of some candidates
+    change whatever a picture shows. A reference costs as much as a query.
 
-    What was drawn, and the best candidates after each chunk, are kept in the output folder until all is done: the same
-    call goes on from there.
+    Drawings, and the best candidates after each chunk, are in the output folder until the run is finished: the same
+    call resumes.
 
     Raises:
         FileExistsError: If the folder holds a finished run and `overwrite` is not set.
@@ -51,7 +51,9 @@ def laion_run(options: LaionOptions, ascent: AscentConfig) -> dict[str, Any]:
     run = Run(options)
     adapter, stream = _source(options, options.seed)
     if CAPTION not in adapter.columns:
-        raise ValueError(f"{type(adapter.pipe).__name__} draws without captions, and candidates are told by theirs.")
+        raise ValueError(
+            f"{type(adapter.pipe).__name__} draws without captions: give a text-to-image pipeline as --model."
+        )
     first = first_chunk(stream, options.chunk_size)
     asked = options.prompt or ([""] if options.images else list(DIGITS))
     queries = _queries(
@@ -60,7 +62,7 @@ def laion_run(options: LaionOptions, ascent: AscentConfig) -> dict[str, Any]:
     tracer = ForwardInf(adapter=adapter, ascent=ascent)
     if tracer.ascent.sample is not None:
         tracer.training = sample_rows(first, tracer.ascent.sample, options.seed)
-    say(f"Tracing {len(asked)} drawings, and {len(queries) - len(asked)} of other captions beside ...")
+    say(f"Tracing {len(asked)} drawings, and {len(queries) - len(asked)} drawings of other captions ...")
     found = tracer.trace_stream(
         queries, stream, top_k=options.top_k, chunk_size=options.chunk_size, standardise=len(queries) >= 3,
         folder=run.folder / UNFINISHED,
@@ -118,7 +120,7 @@ def _others(first: Dataset, asked: list[str], count: int, seed: int) -> list[str
 def _queries(
     adapter: DiffusionAdapter, asked: list[str], others: list[str], options: LaionOptions, seed: int
 ) -> Dataset:
-    """Let the model draw all captions, once: what is asked for (if it was not drawn before) comes first."""
+    """Return drawings of all captions, those asked for first; an interrupted run reads what it has drawn."""
     given = [read_image(path) for path in options.images]
     key = fingerprint(
         fingerprint_of_model(adapter.model), adapter.cache_key, asked, others, options.num_images, seed,

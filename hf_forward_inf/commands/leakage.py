@@ -1,4 +1,4 @@
-"""Training images in the test set, and whether each finds its training copy: the paper's Table 2."""
+"""The run of `leakage`: are the training copies of images in the test set found (the paper's Table 2)?"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -34,12 +34,12 @@ MEASURES: dict[str, tuple[Objective, Measure]] = {
     "cross_entropy": ("cross_entropy", "rise"),
     "margin": ("margin", "rise"),
 }
-"""What of a candidate is its score, the first preferred: the shift of its prediction, or the rise of its loss (the
-paper's) or of minus its margin."""
+"""What a score measures of a candidate, in order of preference: the shift of its prediction, the rise of its loss (the
+paper's score), or the fall of its margin."""
 BASELINES = ("tracin", "tracin_cosine", "influence_functions", "representation")
 """Attributors that are compared with, over all parameters and with their defaults."""
 CORRECTIONS = ("reranked", "", "standardised")
-"""What is done to scores, the first preferred: shares of the own step's ([`ForwardInf.rerank`]), nothing, or
+"""Corrections of scores, in order of preference: shares of the own step's ([`ForwardInf.rerank`]), none, or
 [`corrections.standardised`]."""
 
 
@@ -68,7 +68,7 @@ class Setting:
         return self.corrected(self.tracer.trace(queries, candidates)).keep(top_k)
 
     def corrected(self, found: Attribution) -> Attribution:
-        """Correct what the tracer found; every score is kept, NaN for candidates that are not among the best."""
+        """Return corrected scores of all candidates, NaN for those that reranking leaves out."""
         if self.correction == "reranked":
             best = self.tracer.rerank(found)
             return replace(best, scores=best.dense(), indices=None)
@@ -84,7 +84,7 @@ class Setting:
 
 
 def leaked(candidates: Dataset, rows: np.ndarray, changes: list[str]) -> tuple[Dataset, dict[str, list[int]]]:
-    """Make test images of some candidates, once for each change; tell each change's row numbers."""
+    """Return test images made of some candidates, once for each change, and the row numbers of each change."""
     labels = candidates.select(rows)["label"][:]
     images = [changed(row["image"], change) for change in changes for row in candidates.select(rows)]
     features = Features({"image": Image(), "label": candidates.features["label"]})
@@ -94,7 +94,7 @@ def leaked(candidates: Dataset, rows: np.ndarray, changes: list[str]) -> tuple[D
 
 
 def draw_tasks(candidates: Dataset, options: LeakageOptions) -> tuple[Task, Task]:
-    """Draw the leaked images: those that settings are chosen by, among a pool, and those that are judged.
+    """Draw the leaked images: those by which settings are chosen, among a pool, and those that are evaluated.
 
     Raises:
         ValueError: If there are fewer candidates than queries.
@@ -145,7 +145,7 @@ def choose(adapter: ImageClassificationAdapter, task: Task, options: LeakageOpti
 
 
 def lead(scores: np.ndarray, truth: list[list[int]]) -> float:
-    """By how much copies stand above all other candidates, in deviations of a query's scores: mean over queries."""
+    """Return how far copies score above the best other candidate, in deviations of a query's scores; mean over queries."""
     leads = []
     for row, own in zip(scores, truth, strict=True):
         leads.append((np.max(row[own]) - np.nanmax(np.delete(row, own))) / max(np.nanstd(row), 1e-12))
@@ -164,8 +164,8 @@ def leakage_run(options: LeakageOptions) -> dict[str, Any]:
     """Run it all and write `metrics.json`, `attribution/` and `report.html` into the output folder.
 
     Bare figures are those of the settings that did best on the tuning queries, `cross_entropy` those of the paper's
-    score; baselines stand under their names, changes under theirs (`shifted/top1`). For exact copies, a cosine with
-    itself is 1: cosines and representations find them whatever they are worth; near-duplicates tell more.
+    score; baselines and changes have their names in front (`shifted/top1`). The cosine of an exact copy with itself is
+    1, so that cosines and representations always find it; near-duplicates are the fairer comparison.
 
     Raises:
         FileExistsError: If the folder holds a finished run and `overwrite` is not set.

@@ -1,4 +1,4 @@
-"""Wrong labels, and whether self-influence finds them: the paper's section on mislabelled data."""
+"""The run of `mislabel`: does self-influence find wrong labels (the paper's section 4.3)?"""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ CAPTION = "The share of all wrong labels among the examples examined, those of h
 
 
 def flip(labels: np.ndarray, share: float, classes: int, seed: int = 0) -> np.ndarray:
-    """Give a share of the rows a label drawn from all classes: some keep the one that they had."""
+    """Return labels of which a share is drawn again from all classes: some of these stay the same."""
     draw, noisy = np.random.default_rng(seed), labels.copy()
     rows = draw.permutation(len(labels))[: round(share * len(labels))]
     noisy[rows] = draw.integers(0, classes, len(rows))
@@ -53,8 +53,8 @@ def mislabel_run(options: MislabelOptions) -> dict[str, Any]:
     if not 0 < wrong.sum() < len(wrong):
         raise ValueError(f"{wrong.sum()} of {len(wrong)} labels are wrong: nothing is to be found, or nothing else.")
     say(f"{wrong.sum()} of {len(rows):,} labels are wrong.")
-    kept = checkpoints(options, rows, options.checkpoints)
-    found = {epoch: self_influences(adapter, rows, options) for epoch, adapter in kept.items()}
+    adapters = checkpoints(options, rows, options.checkpoints)
+    found = {epoch: self_influences(adapter, rows, options) for epoch, adapter in adapters.items()}
     scores = {name: np.sum([one[name] for one in found.values()], axis=0) for name in next(iter(found.values()))}
     scores["random"] = np.random.default_rng(options.seed).random(len(rows))
     table = {name: detection(one, wrong) for name, one in scores.items()}
@@ -65,7 +65,7 @@ def mislabel_run(options: MislabelOptions) -> dict[str, Any]:
         for epoch, alone in found.items():
             figures = flat({name: detection(one, wrong) for name, one in alone.items()})
             by_epoch |= {f"epoch_{epoch}/{name}": value for name, value in figures.items()}
-    tracer = _tracer(list(kept.values())[-1], options.radius, options)
+    tracer = _tracer(list(adapters.values())[-1], options.radius, options)
     highest = best_first(scores["forward_inf"])[:SHOWN]
     attribution = tracer.trace(rows.select(highest), rows, top_k=min(options.top_k, len(rows)))
     curves = {name: found_by(one, wrong) / wrong.sum() for name, one in scores.items()}
