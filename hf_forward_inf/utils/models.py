@@ -47,11 +47,20 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
         for model in models:
             model.eval()
         # A compiled module doesn't run hooks that were registered after its compilation.
-        with torch.compiler.set_stance("force_eager"), torch.inference_mode(False):
+        with torch.compiler.set_stance("force_eager"), _out_of_inference_mode():
             yield
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def _out_of_inference_mode() -> Iterator[None]:
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():  # leaving the one alone would switch gradients on
+        yield
 
 
 def uncompiled(model: nn.Module) -> nn.Module:

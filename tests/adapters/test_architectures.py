@@ -3,13 +3,23 @@
 import inspect
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    CLIPVisionConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 from hf_forward_inf import AscentConfig, ForwardInf
+from hf_forward_inf.adapters import CausalLMAdapter
 from hf_forward_inf.ascent.parameters import names_for
 from hf_forward_inf.curvature.perturber import Perturber
 from hf_forward_inf.passes.candidate_pass import encode
@@ -68,7 +78,7 @@ CAUSAL = {
 }  # fmt: skip
 SEQ2SEQ = (
     "t5", "mt5", "umt5", "longt5", "switch_transformers", "bart", "mbart", "pegasus", "marian", "blenderbot",
-    "blenderbot-small", "m2m_100", "nllb-moe", "plbart", "prophetnet", "led", "bigbird_pegasus",
+    "blenderbot-small", "m2m_100", "nllb-moe", "plbart", "led", "bigbird_pegasus",
 )  # fmt: skip
 RUN_WHOLE = {"rwkv", "bamba", "dory", "hrm_text", "gemma3n_text", "gemma4_text"}
 """Those whose second half does not follow from the states in the middle."""
@@ -170,3 +180,86 @@ def test_a_model_that_sees_the_tokens_it_is_to_predict_is_refused(kind, options)
     model = untrained(AutoModelForCausalLM, kind, options)
     with pytest.raises(TypeError, match="sees the tokens that it is to predict"):
         ForwardInf(model, tokenizer()).trace(texts(), texts())
+
+
+class Counting(LlamaForCausalLM):
+    """Predictions that depend on how long the batch is."""
+
+    def forward(self, input_ids, **options):
+        output = super().forward(input_ids, **options)
+        output.logits = output.logits + input_ids.shape[1] * torch.linspace(0, 0.1, len(WORDS))
+        return output
+
+
+def test_rows_that_change_with_their_batch_are_run_one_by_one(tmp_path):
+    torch.manual_seed(0)
+    model = randomised(Counting(untrained(AutoModelForCausalLM, "llama", {}).config))
+    tracer = ForwardInf(model, tokenizer(), ascent=ALL, cache_dir=tmp_path)
+    with pytest.warns(UserWarning, match="Counting gives a row another loss in a batch than by itself"):
+        found = tracer.trace(texts().select([0]), texts()).scores[0]
+    assert_close(found, plain_scores(model, lambda row: loss_of_text(model, row), 0, range(4), 0.3))
+
+
+def test_a_vision_tower_with_as_many_blocks_is_not_taken_for_the_language_model(tmp_path):
+    vision = CLIPVisionConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=4, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    text = untrained(AutoModelForCausalLM, "llama", {"num_hidden_layers": 4}).config
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=1)
+    torch.manual_seed(0)
+    model = randomised(LlavaForConditionalGeneration(config))
+    adapter = CausalLMAdapter(model, tokenizer())
+    tracer = ForwardInf(adapter=adapter, ascent=DEFAULT, cache_dir=tmp_path)
+    found = tracer.trace(texts().select([0]), texts()).scores[0]
+    names = names_for(adapter, tracer.ascent)
+    assert adapter.shares and not any("vision" in name for name in names)
+    assert_close(found, plain_scores(model, lambda row: loss_of_text(model, row), 0, range(4), 0.3, names))
+
+
+@pytest.mark.parametrize("way", ["torch.compile(model)", "model.compile()", "compiled layers"])
+@pytest.mark.parametrize("options", [{}, {"lora_rank": 8}, {"direction": "kfac", "sample": 4}])
+def test_a_compiled_model_has_the_scores_of_the_model(way, options, tmp_path):
+    model = untrained(AutoModelForCausalLM, "llama", {})
+    ascent = AscentConfig(**{"direction": "gradient", **options}, radius=0.3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = ForwardInf(model, tokenizer(), ascent=ascent, cache_dir=tmp_path / "plain")
+        scores = expected.trace(texts().select([0]), texts()).scores
+        torch._dynamo.reset()
+        compiled = model
+        if way == "torch.compile(model)":
+            compiled = torch.compile(model, backend="eager")
+        else:
+            for module in [model] if way == "model.compile()" else model.model.layers:
+                module.compile(backend="eager")
+        loss_of_text(compiled, 0)  # compiled by now: hooks that come later would not run
+        tracer = ForwardInf(compiled, tokenizer(), ascent=ascent, cache_dir=tmp_path / "compiled")
+        np.testing.assert_array_equal(tracer.trace(texts().select([0]), texts()).scores, scores)
+
+
+def test_a_trace_in_inference_mode_has_the_same_scores(tmp_path):
+    model = untrained(AutoModelForCausalLM, "llama", {})
+    tracer = ForwardInf(model, tokenizer(), ascent=ALL, cache_dir=tmp_path)
+    with torch.inference_mode():
+        found = tracer.trace(texts().select([0]), texts()).scores[0]
+        made = untrained(AutoModelForCausalLM, "llama", {})
+    assert_close(found, plain_scores(model, lambda row: loss_of_text(model, row), 0, range(4), 0.3))
+    with pytest.raises(ValueError, match="was made in inference mode, and autograd can't use it"):
+        ForwardInf(made, tokenizer()).trace(texts(), texts())
+
+
+def test_of_an_offloaded_model_what_is_in_memory_is_perturbed(tmp_path):
+    untrained(AutoModelForCausalLM, "llama", {}).save_pretrained(tmp_path / "model")
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    places = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    places |= {"model.layers.0": "disk", "model.layers.1": "cpu"}
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=places, offload_folder=tmp_path / "offloaded"
+    ).eval()
+    found, expected = (
+        ForwardInf(one, tokenizer(), ascent=DEFAULT, cache_dir=tmp_path / name).trace(texts(), texts()).scores
+        for name, one in {"offloaded": model, "whole": whole}.items()
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"layers\.0\..+ is not in memory .+ load the model without offloading"):
+        ForwardInf(model, tokenizer(), ascent=ALL).trace(texts(), texts())

@@ -15,6 +15,11 @@ def encoder_calls(model):
     return rows
 
 
+def tried(adapter):
+    """As if it were known how the model may be run: what finds out runs the encoder, too."""
+    adapter.shares = adapter.batches_rows = adapter.batches = True
+
+
 def test_base_losses_are_transformers_own(model, tokenizer, candidates):
     losses = LossPass(Seq2SeqAdapter(model, tokenizer), candidates).base()
     for row, loss in zip(candidates, losses, strict=True):
@@ -37,7 +42,7 @@ def test_a_second_query_costs_one_pass_and_the_same_query_none(line):
 
 def test_the_encoder_runs_once_for_all_queries_of_a_block(model, tokenizer, queries, candidates, encoder_calls):
     tracer = ForwardInf(model, tokenizer, ascent=AscentConfig(direction="cg", sample=10))
-    tracer.adapter.shares = tracer.adapter.batches_rows = True  # as if that had been tried
+    tried(tracer.adapter)
     tracer.trace(queries, candidates)
     # Ascents, the sample, base losses, one block of queries.
     assert sum(encoder_calls) == len(queries) + 10 + 2 * len(candidates)
@@ -45,6 +50,6 @@ def test_the_encoder_runs_once_for_all_queries_of_a_block(model, tokenizer, quer
 
 def test_the_encoder_runs_for_every_query_that_perturbs_it(model, tokenizer, queries, candidates, encoder_calls):
     tracer = ForwardInf(model, tokenizer, ascent=AscentConfig(direction="gradient", modules=["all"]))
-    tracer.adapter.shares = tracer.adapter.batches_rows = True
+    tried(tracer.adapter)
     tracer.trace(queries, candidates)
     assert sum(encoder_calls) == len(queries) + (1 + len(queries)) * len(candidates)
