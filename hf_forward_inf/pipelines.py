@@ -1,10 +1,18 @@
 """The transformers task "data-attribution": `pipeline("data-attribution", model=..., candidates=...)`."""
 
 import inspect
-from typing import Any, cast
+from typing import Any
 
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Pipeline
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    Pipeline,
+)
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from hf_forward_inf.adapters.columns import is_conversation
@@ -12,6 +20,28 @@ from hf_forward_inf.forward_inf import ForwardInf
 
 OPTIONS = inspect.signature(ForwardInf).parameters.keys() - {"model", "processor"}
 """Options that the pipeline passes to [`ForwardInf`]."""
+
+
+HEADS = {
+    "ForSequenceClassification": AutoModelForSequenceClassification,
+    "ForTokenClassification": AutoModelForTokenClassification,
+    "ForMaskedLM": AutoModelForMaskedLM,
+}
+"""What loads a model that was saved with a head; language models that generate are told apart by their kind."""
+
+
+class AutoModelForAttribution:
+    """Loads a model with the head that it was saved with: another would be new, and know nothing."""
+
+    @classmethod
+    def from_pretrained(cls, name: str, **options: Any) -> Any:
+        """Load a model, by its name on the hub or its folder."""
+        config = options.get("config") or AutoConfig.from_pretrained(name)
+        saved = " ".join(config.architectures or [])
+        generating = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        return next((loader for head, loader in HEADS.items() if head in saved), generating).from_pretrained(
+            name, **options
+        )
 
 
 class DataAttributionPipeline(Pipeline):
@@ -94,6 +124,6 @@ class DataAttributionPipeline(Pipeline):
 PIPELINE_REGISTRY.register_pipeline(
     "data-attribution",
     pipeline_class=DataAttributionPipeline,
-    pt_model=cast(Any, (AutoModelForSeq2SeqLM, AutoModelForCausalLM)),
+    pt_model=AutoModelForAttribution,
     type="text",
 )

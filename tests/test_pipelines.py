@@ -1,10 +1,12 @@
 import pytest
 import torch
+import transformers
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, pipeline
+from transformers import BertConfig, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, pipeline
 
 from hf_forward_inf import AscentConfig, ForwardInf
+from tests.helpers import texts
 
 
 @pytest.fixture
@@ -77,3 +79,28 @@ def test_a_causal_model_answers_a_prompt_and_is_traced(tmp_path):
     pipe = pipeline("data-attribution", model=str(tmp_path), candidates=rows)
     (first,) = pipe("Peru ?", top_k=1)
     assert set(first) == {"rank", "score", "candidate", "prompt", "completion"}
+
+
+@pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification", "MaskedLM"])
+def test_a_model_is_loaded_with_the_head_that_it_was_saved_with(head, tmp_path):
+    tokens = texts.tokenizer()
+    config = BertConfig(
+        vocab_size=len(texts.WORDS), hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8,
+        max_position_embeddings=32, num_labels=3,
+    )  # fmt: skip
+    network = texts.randomised(getattr(transformers, f"BertFor{head}")(config))
+    for part in (network, tokens):
+        part.save_pretrained(tmp_path)
+    rows, asked = {
+        "SequenceClassification": ({"sentence": texts.SENTENCES, "label": [0, 1, 2, 0, 1, 2]}, "yes"),
+        "TokenClassification": ({"tokens": [["a", "cat"], ["yes"]], "ner_tags": [[0, 1], [2]]}, {"tokens": ["a"]}),
+        "MaskedLM": ({"text": texts.SENTENCES}, "a [MASK] sat"),
+    }[head]
+    ascent = AscentConfig(direction="gradient", radius=0.3)
+    candidates = Dataset.from_dict(rows)
+    pipe = pipeline("data-attribution", model=str(tmp_path), candidates=candidates, ascent=ascent, device=-1)
+    assert type(pipe.model) is type(network)
+    answer = pipe(asked, top_k=2)
+    expected = ForwardInf(network, tokens, ascent=ascent).trace_generation([asked], candidates).top(0, 2)
+    assert [row["candidate"] for row in answer] == expected["candidate"][:]
+    assert [row["score"] for row in answer] == pytest.approx(expected["score"][:], rel=1e-4)
