@@ -22,10 +22,12 @@ from hf_forward_inf.adapters.diffusion_inputs import (
     denoiser_name,
     denoiser_of,
     encoders_evaluating,
+    has_no_class,
     latents_of,
     reads_captions,
     state_of_encoders,
     too_long,
+    unknown_input,
     values_of,
 )
 from hf_forward_inf.adapters.diffusion_noise import draw, noising_for
@@ -35,39 +37,40 @@ from hf_forward_inf.utils.models import is_quantised, peft_parameters
 from hf_forward_inf.utils.validation import listed
 
 ENCODED_TOGETHER = 16
-"""Rows that go through the VAE and the text encoder at once."""
-BESIDE = ("safety_checker", "image_encoder")
-"""Components that a pipeline may have, and a loss has no use for."""
+"""Number of rows in one batch of the VAE and the text encoder."""
+UNUSED = ("safety_checker", "image_encoder")
+"""Components that a pipeline may have and that the loss does not depend on."""
 
 
 class DiffusionAdapter(Adapter):
-    """The denoising loss, as trainers have it: mean squared error of what the denoiser predicts.
+    """The denoising loss, as in training: the mean squared error of what the denoiser predicts.
 
-    A row is an image with its caption; for a model of classes (DiT), with its class; for an unconditional model, an
-    image. Images are resized to the model's size, and what of their longer side is beyond its shape is cut off, half
-    of it at each end. VAE (the mean of its latents) and text encoder run once a row, and their output is kept;
-    afterwards only the denoiser runs. Several images in one row, a list, share the caption: a query of pictures drawn
-    from one prompt. Their losses are averaged.
+    A row is an image with its caption; for a model of classes (DiT, a UNet with `num_class_embeds`), an image with its
+    class; for an unconditional model, an image. Images are resized to the model's size, their longer side cropped
+    equally at both ends. The VAE (the mean of its latents) and the text encoder run once a row, and their output is
+    cached; afterwards only the denoiser runs. Several images in one row, a list, share the caption: a query of
+    pictures drawn from one prompt. Their losses are averaged.
 
     The loss is a mean over times, one drawn in each of `timesteps` equal strata of the schedule, and summed over
     latent pixels, its terms. Times and noise belong to the row: they come from `seed`, image and caption, so they are
     the same for every model, every query, any number of processes and after a resume. Guidance has no part in it.
 
-    A row whose image can't be read (corrupt, missing, an address, larger than [`images.MAX_PIXELS`]) is named, has
-    no score, and the run goes on. In a list with others an image is left out.
+    A row whose image can't be read (corrupt, missing, a web address, larger than [`images.MAX_PIXELS`]) is named, has
+    no score, and the run continues. In a list of several images, only that image is left out.
 
-    The weights are the pipeline's own: what draws is what is traced. A pipeline that a trainer of diffusers has saved
-    after training with an exponential moving average (`--use_ema`) holds the averaged weights. A checkpoint from the
-    middle of training holds both: load its folder `unet_ema` with the denoiser's class, and put it into the pipeline.
+    The weights are the pipeline's own. A pipeline that one of diffusers' trainers saved after training with an
+    exponential moving average (`--use_ema`) holds the averaged weights. A checkpoint from the middle of training holds
+    both: load its folder `unet_ema` with the denoiser's class, and put it into the pipeline.
 
     Args:
         pipe (`diffusers.DiffusionPipeline`): Its `unet` or `transformer` is the model; with `vae`, or in pixels.
-        timesteps (`int`, defaults to 8): Times at which a row's loss is taken. Cost grows with them, and the noise in
-            scores falls; 8 is enough where theta and theta_K see the same noise.
+        timesteps (`int`, defaults to 8): Number of times at which a row's loss is computed. More cost more and make
+            scores less noisy; 8 are enough where theta and theta_K see the same noise.
         image_column (`str`, defaults to `"image"`): Column of images, or of lists of images: an `Image` feature,
             paths, or arrays of integers from 0 to 255.
         caption_column (`str`, defaults to `"caption"`): Column of captions; an empty one is an empty prompt.
-        label_column (`str`, defaults to `"label"`): Column of classes, of a model that is told one; `None` is none.
+        label_column (`str`, defaults to `"label"`): Column of classes, for a model of classes. `None` means no class,
+            for a model that has such an input (DiT).
         size (`tuple[int, int]`, *optional*): Height and width of images in pixels. Defaults to the model's.
         seed (`int`, defaults to 0): Draws times and noise.
 
@@ -103,8 +106,8 @@ class DiffusionAdapter(Adapter):
         # The noisy image is the denoiser's first argument, `sample` or `hidden_states`.
         self.argument = next(iter(inspect.signature(self.model.forward).parameters))
         self.classes = count_classes(pipe)
-        told = [caption_column] if reads_captions(pipe) else [label_column] if self.classes else []
-        self.columns = (*told, image_column)
+        conditions_column = [caption_column] if reads_captions(pipe) else [label_column] if self.classes else []
+        self.columns = (*conditions_column, image_column)
         scale = 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.size = size or _size(self.model, scale)
         self.shape = (self.model.config.in_channels, self.size[0] // scale, self.size[1] // scale)
@@ -126,7 +129,8 @@ class DiffusionAdapter(Adapter):
         """
         if self.classes:
             labels = rows[self.columns[0]][:]
-            odd = [i for i, label in enumerate(labels) if label is not None and label not in range(self.classes)]
+            known = {*range(self.classes), *([None] if has_no_class(self.pipe) else [])}
+            odd = [i for i, label in enumerate(labels) if label not in known]
             if odd:
                 raise ValueError(
                     f"Column `{self.columns[0]}` holds {labels[odd[0]]!r} in {listed(np.array(odd))}; the model's "
@@ -135,8 +139,8 @@ class DiffusionAdapter(Adapter):
         return undecoded(rows, self.columns[-1])
 
     def encode(self, rows: Rows) -> Rows:
-        """Turn images into latents and captions into embeddings, as bytes: Arrow reads them without a copy."""
-        told = rows[self.columns[0]] if len(self.columns) > 1 else None
+        """Encode images as latents and captions as embeddings, in bytes: Arrow reads them without a copy."""
+        given = rows[self.columns[0]] if len(self.columns) > 1 else None
         pictures = [images_of(value) or [None] for value in rows[self.columns[-1]]]
         encoded: Rows = {"tensors": [], "images": [], "unreadable": []}
         channels = self.shape[0] if self.vae is None else self.vae.config.in_channels
@@ -144,23 +148,23 @@ class DiffusionAdapter(Adapter):
             for start in range(0, len(pictures), ENCODED_TOGETHER):
                 part = slice(start, start + ENCODED_TOGETHER)
                 read, why = zip(*(values_of(images, self.size, channels) for images in pictures[part]), strict=True)
-                encoded["tensors"] += map(save, self._encoded(read, None if told is None else told[part]))
+                encoded["tensors"] += map(save, self._encoded(read, None if given is None else given[part]))
                 encoded["images"] += map(len, read)
                 encoded["unreadable"] += why
         encoded["terms"] = [self.shape[1] * self.shape[2]] * len(pictures)
-        encoded["truncated"] = too_long(self.pipe, told or [None] * len(pictures))
+        encoded["truncated"] = too_long(self.pipe, given or [None] * len(pictures))
         return encoded
 
-    def _encoded(self, read: Sequence[list[np.ndarray]], told: list[Any] | None) -> list[dict[str, Tensor]]:
+    def _encoded(self, read: Sequence[list[np.ndarray]], given: list[Any] | None) -> list[dict[str, Tensor]]:
         counts = [len(images) for images in read]
         latents = latents_of(self.vae, np.stack([array for images in read for array in images])).split(counts)
-        beside = conditions(self.pipe, told, self.size) if told else {}
+        conditional = {} if given is None else conditions(self.pipe, given, self.size)
         found = []
         for i, images in enumerate(read):
             # An empty caption and none are one prompt, and so one noise.
-            words = "" if told is None or told[i] is None else told[i]
+            words = "" if given is None or given[i] is None else given[i]
             keys = [int(Hasher.hash_bytes([f"{self.seed} {words}".encode(), a.tobytes()])[:15], 16) for a in images]
-            row = {name: values[i].cpu().contiguous() for name, values in beside.items()}
+            row = {name: values[i].cpu().contiguous() for name, values in conditional.items()}
             found.append(
                 {
                     "latents": latents[i].clone(memory_format=torch.contiguous_format),
@@ -171,7 +175,7 @@ class DiffusionAdapter(Adapter):
         return found
 
     def lengths(self, features: Rows | Dataset) -> np.ndarray:
-        """Latent pixels that the denoiser works on, `[rows, 1]`, in units of 64."""
+        """Return the number of latent pixels that the denoiser reads, `[rows, 1]`, in units of 64."""
         pixels = self.timesteps * self.shape[1] * self.shape[2]
         return np.array([[max(1, images * pixels // PIXELS_A_TOKEN)] for images in features["images"]])
 
@@ -193,32 +197,33 @@ class DiffusionAdapter(Adapter):
         return {**batch, **{name: torch.stack([row[name] for row in rows]) for name in rows[0]}}
 
     def term_losses(self, forward: Forward, batch: Batch) -> Tensor:
-        """Squared error of every latent pixel, averaged over channels, times and images: `[rows, pixels]`."""
+        """Compute every latent pixel's squared error, averaged over channels, times and images, `[rows, pixels]`."""
         predicted, target = self._predicted(forward, batch)
         errors = (predicted - target).square().mean(dim=3).flatten(3)
         return torch.einsum("ritp,ri->rp", errors, batch["weights"]) / errors.shape[2]
 
     def _predicted(self, forward: Forward, batch: Batch) -> tuple[Tensor, Tensor]:
-        """What the denoiser predicts and what it is to predict, `[rows, images, times, channels, ...]`."""
+        """Return the denoiser's predictions and their targets, `[rows, images, times, channels, ...]`."""
         noise, shape = batch["noise"], batch["noise"].shape
         latents = batch["latents"][:, :, None].expand(shape).flatten(0, 2)
         times = self.noising.times(batch["parts"].flatten())
         copies = shape[1] * shape[2]
         own = ("latents", "noise", "parts", "weights")
-        told = {name: value.repeat_interleave(copies, 0) for name, value in batch.items() if name not in own}
+        conditional = {name: value.repeat_interleave(copies, 0) for name, value in batch.items() if name not in own}
         flat = noise.flatten(0, 2)
-        given = {self.argument: self.noising.noisy(latents, flat, times), **told}
+        given = {self.argument: self.noising.noisy(latents, flat, times), **conditional}
         dtype = next(self.model.parameters()).dtype
         given = {name: value.to(dtype) if value.is_floating_point() else value for name, value in given.items()}
         output = forward(timestep=times, **as_arguments(given)).sample.float()
-        # Models that learn the variance too give it in further channels.
+        # Models that learn the variance too return it in further channels.
         output = output[:, : self.shape[0]].view(shape)
         return output, self.noising.target(latents, flat, times).view(shape)
 
     def outputs_and_loss(self, forward: Forward, batch: Batch) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """Predictions of the rows that could be read, `[pixels, channels]`, and their squared error.
+        """Compute the predictions for rows that could be read, `[pixels, channels]`, and return with them their loss.
 
-        At one of each row's times: curvature is a mean over examples and times alike, and more examples tell more.
+        At one of each row's times: the curvature is a mean over examples and times alike, and more examples are worth
+        more than more times.
         """
         readable = batch["latents"].isfinite().flatten(1).all(dim=1)
         batch = {name: value[readable] for name, value in batch.items()}
@@ -234,17 +239,17 @@ class DiffusionAdapter(Adapter):
         return predicted, lambda outputs: ((outputs - target).square().sum(1) * shares).sum()
 
     def sampled_output_gradients(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
-        """Slopes of the squared error for targets drawn around the predictions: their covariance is its Hessian."""
+        """Compute the loss's gradients for targets drawn around the predictions: their covariance is its Hessian."""
         drawn = torch.randn(outputs.shape, generator=generator).to(outputs.device)
         return drawn * (2 / self.shape[0]) ** 0.5
 
     @torch.no_grad()
     def representation(self, batch: Batch) -> Tensor:
-        """Latents, averaged over a row's images: `[rows, features]`."""
+        """Return latents, averaged over a row's images, `[rows, features]`."""
         return torch.einsum("richw,ri->rchw", batch["latents"], batch["weights"]).flatten(1)
 
     def term_texts(self, features: Rows) -> list[list[str]]:
-        """Each latent pixel's place, `row,column`."""
+        """Return each latent pixel's place, `row,column`."""
         places = [f"{y},{x}" for y in range(self.shape[1]) for x in range(self.shape[2])]
         return [places] * len(features["terms"])
 
@@ -252,49 +257,56 @@ class DiffusionAdapter(Adapter):
         """Draw pictures.
 
         Args:
-            rows (`dict[str, list]`): With captions or classes; without columns for a model that is told nothing.
-            num_images (`int`, defaults to 4): Pictures of each row.
+            rows (`dict[str, list]`): With captions or classes; without columns for an unconditional model.
+            num_images (`int`, defaults to 4): Number of pictures of each row.
             seed (`int`, defaults to 0): Draws the noise they begin with, the same for every row.
             **options: Of the pipeline: `num_inference_steps`, `guidance_scale`, ...
 
         Returns:
             `list[list[PIL.Image.Image]]`: Pictures of each row.
+
+        Raises:
+            NotImplementedError: If the pipeline does not draw by class.
         """
-        told = rows[self.columns[0]] if len(self.columns) > 1 else [None]
+        if self.classes and "class_labels" not in inspect.signature(self.pipe.__call__).parameters:
+            raise NotImplementedError(
+                f"{type(self.pipe).__name__} does not draw by class: give queries their `{self.columns[-1]}`."
+            )
+        given = rows[self.columns[0]] if len(self.columns) > 1 else [None]
         return [
             self.pipe(
                 **self._request(value, num_images), generator=torch.Generator().manual_seed(seed), **options
             ).images
-            for value in told
+            for value in given
         ]
 
-    def _request(self, told: Any, num_images: int) -> dict[str, Any]:
-        """What the pipeline is to draw."""
+    def _request(self, given: Any, num_images: int) -> dict[str, Any]:
+        """Return what the pipeline is asked to draw."""
         if reads_captions(self.pipe):
-            return {"prompt": told, "num_images_per_prompt": num_images}
-        return {"class_labels": [told] * num_images} if self.classes else {"batch_size": num_images}
+            return {"prompt": given, "num_images_per_prompt": num_images}
+        return {"class_labels": [given] * num_images} if self.classes else {"batch_size": num_images}
 
     def with_model(self, model: nn.Module) -> Self:
-        """Give the same adapter, and a pipeline of its own, for another denoiser."""
+        """Return the same adapter, with a pipeline of its own, for another denoiser."""
         other = super().with_model(model)
         other.pipe = type(self.pipe)(**{**self.pipe.components, str(denoiser_name(self.pipe)): model})
         return other
 
     def default_modules(self) -> list[str]:
-        """Of a denoiser with LoRA what it has trained, else everything."""
+        """Return the trained weights of a denoiser with LoRA, else everything."""
         return peft_parameters(self.model) or ["all"]
 
     def default_ascent(self, direction: str | None = None) -> dict[str, Any]:
         """Conjugate gradients, by a small step: along the plain gradient all pictures point the same way.
 
-        20 digits taught together and 200 candidates (`recipes/diffusion.py`): the exemplar comes first for all 20
-        queries, each on its own, where along the gradient it does for 8, both in units of sensitivity; in units of the
-        loss for 1 and for none. (By what was asked more than by what was drawn: under another's caption, a drawing is
-        traced to the caption's exemplar.) The sample is small since a graph of it is kept (one time of each picture).
+        On 20 digits taught together and 200 candidates (`recipes/diffusion.py`), the exemplar ranks first for all 20
+        queries, against 8 along the gradient, both in units of sensitivity; in units of the loss, for 1 and for none.
+        (It is found by the caption more than by the picture: under another's caption, a drawing is traced to that
+        caption's exemplar.) The sample is small since its graph stays in memory (one time of each picture).
 
-        In half precision the step is ten times as long: a shorter one is rounded away (bfloat16, random UNet, 24
-        candidates: Spearman with float32's scores .81 to .91, against .99). A quantised denoiser goes along the
-        gradient, since its weights have none.
+        In half precision the step is ten times as long: a shorter one is lost to rounding (bfloat16, random UNet, 24
+        candidates: Spearman with float32's scores .81 to .91, against .99). A quantised denoiser moves along the
+        gradient of a LoRA, since its weights have none.
         """
         if is_quantised(self.model):
             return {}
@@ -309,24 +321,25 @@ def is_diffusion(pipe: Any) -> bool:
 
 
 def _check_kind(pipe: Any) -> None:
-    """Refuse pipelines with parts that are not run here, or whose denoiser reads what it is not given here."""
+    """Raise a `TypeError` for pipelines with parts that are not run here, or whose denoiser reads more inputs."""
     denoiser, vae = denoiser_of(pipe), getattr(pipe, "vae", None)
     parts = {name for name, part in pipe.components.items() if isinstance(part, nn.Module) and part is not denoiser}
-    if unknown := sorted(parts - {*ENCODERS, *BESIDE}):
-        raise TypeError(f"What {type(pipe).__name__} does with its {', '.join(unknown)} is not known here.")
+    if unknown := sorted(parts - {*ENCODERS, *UNUSED}):
+        raise TypeError(f"{type(pipe).__name__} is not supported: it has {', '.join(unknown)}.")
     arguments = inspect.signature(denoiser.forward).parameters
     if vae is not None and denoiser.config.in_channels != vae.config.latent_channels:
         raise TypeError(
-            f"{type(denoiser).__name__} reads {denoiser.config.in_channels} channels where the VAE gives "
-            f"{vae.config.latent_channels}: it paints into images, or packs them, and that is not known here."
+            f"{type(denoiser).__name__} reads {denoiser.config.in_channels} channels where the VAE returns "
+            f"{vae.config.latent_channels}: inpainting and packed latents are not supported."
         )
     if denoiser_name(pipe) == "transformer" and (
         "pooled_projections" not in arguments if reads_captions(pipe) else not count_classes(pipe)
     ):
         raise TypeError(
-            f"What {type(denoiser).__name__} is told beside the image is not known: of transformers, those of Stable "
-            "Diffusion 3 and DiT are."
+            f"{type(denoiser).__name__} is not supported: of transformers, those of Stable Diffusion 3 and DiT are."
         )
+    if what := unknown_input(pipe):
+        raise TypeError(f"{type(denoiser).__name__} is not supported: it reads {what}.")
 
 
 def _size(model: Any, scale: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""What runs before the denoiser, once a row: the VAE, and the text encoders, which tell it what to draw."""
+"""What runs before the denoiser, once a row: the VAE and the text encoders."""
 
 import inspect
 from collections.abc import Iterator
@@ -25,22 +25,24 @@ NESTED = "added_cond_kwargs."
 """Begins the names of conditions that a UNet takes in a dictionary (SDXL)."""
 
 
-def conditions(pipe: Any, told: list[Any], size: tuple[int, int]) -> dict[str, Tensor]:
-    """Give what a denoiser is told beside the noisy image, without classifier-free guidance: a loss has none.
+def conditions(pipe: Any, given: list[Any], size: tuple[int, int]) -> dict[str, Tensor]:
+    """Return what a denoiser reads besides the noisy image, without classifier-free guidance: a loss has none.
 
     Args:
         pipe (`diffusers.DiffusionPipeline`): With an `encode_prompt` of its own, for captions; or of a model of
             classes.
-        told (`list`): Captions of the rows, an empty prompt where there is none; or classes, and the class that
+        given (`list`): Captions of the rows, an empty prompt where there is none; or classes, and the class that
             stands for none.
-        size (`tuple[int, int]`): Height and width of the images in pixels, which SDXL is told.
+        size (`tuple[int, int]`): Height and width of the images in pixels, which SDXL reads.
 
     Returns:
         `dict[str, Tensor]`: By the denoiser's argument, `[rows, ...]`.
     """
     if not reads_captions(pipe):
-        return {"class_labels": torch.tensor([count_classes(pipe) if label is None else int(label) for label in told])}
-    captions = texts_of(told)
+        return {
+            "class_labels": torch.tensor([count_classes(pipe) if label is None else int(label) for label in given])
+        }
+    captions = texts_of(given)
     asked = {"prompt": captions, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
     known = inspect.signature(pipe.encode_prompt).parameters
     asked |= {name: None for name in ("prompt_2", "prompt_3") if name in known}
@@ -60,30 +62,55 @@ def reads_captions(pipe: Any) -> bool:
 
 
 def denoiser_name(pipe: Any) -> str | None:
-    """Name the component that removes noise, `None` where there is none."""
+    """Return the name of the component that removes noise, `None` where there is none."""
     return next((name for name in DENOISERS if isinstance(getattr(pipe, name, None), nn.Module)), None)
 
 
 def denoiser_of(pipe: Any) -> Any:
-    """Give the module that removes noise, `None` where there is none."""
+    """Return the module that removes noise, `None` where there is none."""
     name = denoiser_name(pipe)
     return name and getattr(pipe, name)
 
 
 def count_classes(pipe: Any) -> int:
-    """How many classes a pipeline draws by number (DiT), 0 if it draws none; the next number stands for no class."""
-    return 0 if reads_captions(pipe) else getattr(denoiser_of(pipe).config, "num_embeds_ada_norm", None) or 0
+    """Return how many classes a pipeline draws by number (DiT, a UNet with `num_class_embeds`), 0 if it draws none."""
+    config = denoiser_of(pipe).config
+    counts = (getattr(config, name, None) for name in ("num_embeds_ada_norm", "num_class_embeds"))
+    return 0 if reads_captions(pipe) else next((count for count in counts if count), 0)
+
+
+def has_no_class(pipe: Any) -> bool:
+    """Whether a pipeline of classes draws without one too: for DiT, the number after the last class stands for none."""
+    return bool(getattr(denoiser_of(pipe).config, "num_embeds_ada_norm", None))
+
+
+def unknown_input(pipe: Any) -> str | None:
+    """Return what a UNet reads or was trained on that is not given to it here, `None` where there is nothing."""
+    config = denoiser_of(pipe).config
+    if kind := getattr(config, "class_embed_type", None):
+        return f"classes of class_embed_type={kind!r}"
+    if reads_captions(pipe) and getattr(config, "num_class_embeds", None):
+        return "a class besides the caption"
+    if getattr(config, "time_cond_proj_dim", None) is not None:
+        return "the scale of guidance (it was distilled, not trained by this loss)"
+    if getattr(config, "addition_embed_type", None) not in (None, "text_time"):
+        return f"conditions of addition_embed_type={config.addition_embed_type!r}"
+    if kind := getattr(config, "encoder_hid_dim_type", None):
+        return f"conditions of encoder_hid_dim_type={kind!r}"
+    if getattr(pipe.config, "requires_aesthetics_score", False):
+        return "an aesthetics score"
+    return None
 
 
 def as_arguments(conditions: Batch) -> Batch:
-    """Put conditions into the form in which a denoiser takes them."""
+    """Return conditions in the form in which a denoiser takes them."""
     nested = {name.removeprefix(NESTED): value for name, value in conditions.items() if name.startswith(NESTED)}
     plain = {name: value for name, value in conditions.items() if not name.startswith(NESTED)}
     return {**plain, NESTED[:-1]: nested} if nested else plain
 
 
 def state_of_encoders(pipe: Any) -> str:
-    """Name everything that encodings depend on."""
+    """Return a fingerprint of everything that encodings depend on."""
     modules = [getattr(pipe, name, None) for name in ENCODERS]
     tokenizers = [getattr(pipe, name, None) for name in TOKENIZERS]
     return fingerprint(
@@ -94,9 +121,9 @@ def state_of_encoders(pipe: Any) -> str:
 
 @contextmanager
 def encoders_evaluating(pipe: Any) -> Iterator[None]:
-    """Switch dropout off in what runs before the denoiser, and keep no graph.
+    """Switch off dropout in what runs before the denoiser, and record no graph.
 
-    diffusers' warnings are held back: it tells of every caption that it cuts off.
+    diffusers' warnings are silenced: there is one for every caption that it truncates.
 
     A VAE in float16 whose configuration says that it overflows there (SDXL's) runs in float32, as in its pipeline.
     """
@@ -105,7 +132,7 @@ def encoders_evaluating(pipe: Any) -> Iterator[None]:
     overflows = vae is not None and vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
     from diffusers.utils import logging
 
-    told = logging.get_verbosity()
+    verbosity = logging.get_verbosity()
     with evaluating(*(encoder for encoder in encoders if encoder is not None)), torch.no_grad():
         try:
             logging.set_verbosity_error()
@@ -113,7 +140,7 @@ def encoders_evaluating(pipe: Any) -> Iterator[None]:
                 vae.float()
             yield
         finally:
-            logging.set_verbosity(told)
+            logging.set_verbosity(verbosity)
             if overflows:
                 vae.half()  # bit for bit what it was
 
@@ -137,7 +164,7 @@ def values_of(images: list[Any], size: tuple[int, int], channels: int) -> tuple[
 
 
 def too_long(pipe: Any, captions: list[Any]) -> list[bool]:
-    """Tell which captions have more tokens than the text encoder reads: their ends are cut off."""
+    """Return which captions have more tokens than the text encoder reads: their ends are cut off."""
     tokenizer = getattr(pipe, "tokenizer", None)
     if tokenizer is None or not reads_captions(pipe) or tokenizer.model_max_length >= LARGE_INTEGER:
         return [False] * len(captions)
@@ -147,7 +174,7 @@ def too_long(pipe: Any, captions: list[Any]) -> list[bool]:
 
 
 def texts_of(captions: list[Any]) -> list[str]:
-    """Make prompts of captions; one that is missing is empty."""
+    """Return captions as prompts; one that is missing is empty."""
     return ["" if caption is None else str(caption) for caption in captions]
 
 
@@ -164,7 +191,11 @@ def latents_of(vae: Any, images: np.ndarray) -> Tensor:
     tensor = torch.from_numpy(images)
     if vae is None:
         return tensor
-    given = vae.encode(tensor.to(device_of(vae), vae.dtype))
-    latents = given.latent_dist.mode() if hasattr(given, "latent_dist") else given.latents
+    encoded = vae.encode(tensor.to(device_of(vae), vae.dtype))
+    latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
     shift, scale = getattr(vae.config, "shift_factor", None) or 0.0, getattr(vae.config, "scaling_factor", 1.0)
+    mean, deviation = (getattr(vae.config, f"latents_{name}", None) for name in ("mean", "std"))
+    if mean is not None and deviation is not None:  # by channel, instead of one shift for all
+        shift, by_channel = (latents.new_tensor(value).view(1, -1, 1, 1) for value in (mean, deviation))
+        scale = scale / by_channel
     return ((latents - shift) * scale).float().cpu()

@@ -1,4 +1,4 @@
-"""How a diffusion model was trained: noise of which strength is added, and what is to be predicted."""
+"""How a diffusion model was trained: how much noise is added, and what is to be predicted."""
 
 from typing import Any, Protocol
 
@@ -9,23 +9,23 @@ from hf_forward_inf.utils.fingerprints import fingerprint
 
 
 class Noising(Protocol):
-    """Adds noise as in training. Times are what the denoiser is told; `[n]`, with images `[n, channels, ...]`."""
+    """Adds noise as in training. Times are those that the denoiser reads, `[n]`, for images `[n, channels, ...]`."""
 
     def times(self, parts: Tensor) -> Tensor:
-        """Give the times at parts (from 0, no noise, up to 1) of the schedule."""
+        """Return the times at parts (from 0, no noise, up to 1) of the schedule."""
         ...
 
     def noisy(self, images: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """Add the noise that belongs to the times."""
+        """Return images with the noise of their times."""
         ...
 
     def target(self, images: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """Give what the denoiser is to predict."""
+        """Return what the denoiser is to predict."""
         ...
 
     @property
     def cache_key(self) -> str:
-        """All that it depends on, as text."""
+        """Everything that it depends on, as text."""
         ...
 
 
@@ -39,7 +39,7 @@ class Diffusion:
         self.scheduler: Any = DDPMScheduler.from_config(scheduler.config)
         self.kind = self.scheduler.config.prediction_type
         if self.kind not in ("epsilon", "v_prediction", "sample"):
-            raise ValueError(f"prediction_type={self.kind!r} is unknown: epsilon, v_prediction and sample are known.")
+            raise ValueError(f"prediction_type={self.kind!r} is not supported: epsilon, v_prediction and sample are.")
 
     @property
     def cache_key(self) -> str:
@@ -47,23 +47,23 @@ class Diffusion:
         return fingerprint(self.kind, self.scheduler.alphas_cumprod.tolist())
 
     def times(self, parts: Tensor) -> Tensor:
-        """Give whole timesteps from 0."""
+        """Return whole timesteps from 0."""
         steps = self.scheduler.config.num_train_timesteps
         return (parts * steps).long().clamp(max=steps - 1)
 
     def noisy(self, images: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """Give x_t."""
+        """Return x_t."""
         return self.scheduler.add_noise(images, noise, times)
 
     def target(self, images: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """Give e, v = sqrt(a_t) e - sqrt(1 - a_t) x, or x."""
+        """Return e, v = sqrt(a_t) e - sqrt(1 - a_t) x, or x."""
         if self.kind == "v_prediction":
             return self.scheduler.get_velocity(images, noise, times)
         return noise if self.kind == "epsilon" else images
 
 
 class Flow:
-    """Flow matching: x_t = (1 - t) x + t e, and the target is e - x; the denoiser is told t x 1000."""
+    """Flow matching: x_t = (1 - t) x + t e, and the target is e - x; the denoiser reads t x 1000."""
 
     def __init__(self, scheduler: Any):
         self.steps = scheduler.config.num_train_timesteps
@@ -74,21 +74,21 @@ class Flow:
         return fingerprint("flow", self.steps)
 
     def times(self, parts: Tensor) -> Tensor:
-        """Give times from 0 to the number of steps."""
+        """Return times from 0 to the number of steps."""
         return parts * self.steps
 
     def noisy(self, images: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """Give x_t."""
+        """Return x_t."""
         t = (times / self.steps).view(-1, *[1] * (images.dim() - 1))
         return (1 - t) * images + t * noise
 
     def target(self, images: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """Give e - x."""
+        """Return e - x."""
         return noise - images
 
 
 def noising_for(scheduler: Any) -> Noising:
-    """Tell from a pipeline's scheduler how its model was trained.
+    """Return how a model was trained, according to its pipeline's scheduler.
 
     Raises:
         TypeError: If the scheduler is of neither kind.
@@ -98,13 +98,13 @@ def noising_for(scheduler: Any) -> Noising:
     if "FlowMatch" in type(scheduler).__name__:
         return Flow(scheduler)
     raise TypeError(
-        f"How a model with the scheduler {type(scheduler).__name__} was trained is unknown: DDPM's family (with "
-        "alphas_cumprod) and flow matching are known."
+        f"{type(scheduler).__name__} is not supported: schedulers of DDPM's family (with alphas_cumprod) and of flow "
+        "matching are."
     )
 
 
 def draw(key: int, parts: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Draw an image's times and noises, the same for the same key on every machine.
+    """Return an image's times and noises, the same for the same key on every machine.
 
     Args:
         key (`int`): Seeds the draw.

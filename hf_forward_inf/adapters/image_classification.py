@@ -19,29 +19,29 @@ from hf_forward_inf.utils.models import peft_parameters
 
 
 class ImageClassificationAdapter(TensorAdapter):
-    """Cross-entropy of an image's label.
+    """The loss of an image's label.
 
-    Images are read whatever their mode, oriented as the camera says, and become grey or RGB as the model takes them,
-    what is transparent white; then the image processor or the transform makes the model's input of them. They are
-    read once: what the model takes is kept. BatchNorm stays in evaluation mode, and its running statistics as they
-    are.
+    Images of any mode are read, turned by their EXIF orientation, and converted to grey or RGB as the model reads
+    them, transparent parts to white; then the image processor or the transform returns the model's input, which is
+    cached. BatchNorm stays in evaluation mode, and its running statistics do not change. Labels are read as
+    [`ClassifierAdapter`] says.
 
     Args:
         model (`torch.nn.Module`): Loaded with `AutoModelForImageClassification`, or any module from images
             `[rows, channels, height, width]`, its first argument, to logits `[rows, classes]`.
         image_processor (`transformers.BaseImageProcessor`, *optional*): The model's.
-        transform (`Callable`, *optional*): From a `PIL.Image.Image` to an array or tensor, instead. Without
-            randomness. Without either, a module gets pixels from 0 to 1, in the size that the image has.
-        image_column (`str`, defaults to `"image"`): Column of images: an `Image` feature, paths, or arrays of integers
-            from 0 to 255.
+        transform (`Callable`, *optional*): From a `PIL.Image.Image` to an array or tensor, instead. It must not draw
+            at random. Without either, a module reads pixels from 0 to 1, in the image's own size.
+        image_column (`str`, defaults to `"image"`): Column of images: an `Image` feature, paths, or arrays of whole
+            numbers from 0 to 255 or of fractions from 0 to 1.
         label_column (`str`, defaults to `"label"`): Column of labels, integers from 0.
-        objective (`str`, defaults to `"cross_entropy"`): As in [`TensorAdapter`].
-        channels (`int`, *optional*): 3 for RGB, 1 for grey. Defaults to what the model's configuration or first
-            convolution says; images of a model that says nothing keep to grey or RGB.
-        first (`str`, *optional*): The child of the model with which perturbation begins, `"layer3"` of a ResNet. What
-            its children before it compute is then computed once for many queries, and a query costs what the others
-            cost. Defaults to all of it; of transformers' models with a list of blocks, the first half is run once if
-            nothing but blocks of the second is perturbed (`AscentConfig.modules`).
+        objective (`str`, defaults to `"cross_entropy"`): As in [`ClassifierAdapter`].
+        channels (`int`, *optional*): 3 for RGB, 1 for grey. Defaults to the number in the model's configuration or of
+            its first convolution; where neither states one, images stay grey or RGB.
+        first (`str`, *optional*): The first child of the model that is perturbed, such as `"layer3"` of a ResNet. The
+            children before it are then run once for many queries. By default everything is perturbed; of transformers'
+            models with a list of blocks, the first half is run once if only blocks of the second are perturbed
+            (`AscentConfig.modules`).
 
     Raises:
         TypeError: If a transformers model comes without its image processor.
@@ -66,7 +66,7 @@ class ImageClassificationAdapter(TensorAdapter):
         first: str | None = None,
     ):
         if image_processor is not None and transform is not None:
-            raise ValueError("Give either an image_processor or a transform: each makes the model's input.")
+            raise ValueError("Give either an image_processor or a transform: each returns the model's input.")
         if image_processor is None and transform is None and is_image_classifier(model):
             raise TypeError(
                 f"{type(model).__name__} needs its image processor: AutoImageProcessor.from_pretrained(...), or "
@@ -87,11 +87,11 @@ class ImageClassificationAdapter(TensorAdapter):
         return fingerprint(super().cache_key, self.channels, processor)
 
     def prepare(self, rows: Dataset) -> Dataset:
-        """Check labels, and leave decoding to `encode`: it tells which images can't be read."""
+        """Check labels, and leave decoding to `encode`, which names the images that can't be read."""
         return undecoded(super().prepare(rows), self.columns[0])
 
     def encode(self, rows: Rows) -> Rows:
-        """Make the model's input of images; `unreadable` tells why there is none."""
+        """Return the model's input for images; `unreadable` says why there is none."""
         readable, why, sizes = [], [], []
         for value in rows[self.columns[0]]:
             try:
@@ -109,7 +109,7 @@ class ImageClassificationAdapter(TensorAdapter):
         }
 
     def array(self, value: Any) -> Tensor:
-        """Read an image, and make the model's input of it."""
+        """Return the model's input for an image."""
         image = in_channels(read_image(value), self.channels)
         if self.image_processor is not None:
             return self.image_processor(images=image, return_tensors="pt")["pixel_values"][0].contiguous()
@@ -118,33 +118,33 @@ class ImageClassificationAdapter(TensorAdapter):
         return super().array(planes(image).astype(np.float32) / 255)
 
     def lengths(self, features: Rows | Dataset) -> np.ndarray:
-        """Pixels, `[rows, 1]`, in units of 64."""
+        """Return the number of pixels, `[rows, 1]`, in units of 64."""
         return np.array(features["size"][:])[:, None]
 
     def logits(self, forward: Forward, batch: Batch) -> Tensor:
-        """Run the model, or what of it comes after the prefix: logits `[rows, classes]`."""
+        """Run the model, or its second part where the first was run: logits `[rows, classes]`."""
         with self.blocks.run_second_half(batch.get("states")):
             return super().logits(forward, batch)
 
     def shared_parameters(self) -> Set[str]:
-        """Everything before `first`, or outside the second half of the blocks."""
+        """Return the parameters before `first`, or outside the second half of the blocks."""
         return self.blocks.before_middle if self.blocks.middle else frozenset()
 
     def run_shared(self, batch: Batch) -> Batch:
-        """Run what comes before, where something does."""
+        """Run the first part, where there is one."""
         return {**batch, "states": self._states(batch)} if self.blocks.middle else batch
 
     def _states(self, batch: Batch) -> Tensor:
         return self.blocks.run_first_half(lambda: self.model(**{self.argument: batch["input"]}))
 
     def with_model(self, model: nn.Module) -> Self:
-        """Give the same adapter for another model of the same architecture."""
+        """Return the same adapter for another model of the same architecture."""
         other = super().with_model(model)
         other.blocks = Blocks(other.model, self.first)
         return other
 
     def default_modules(self) -> list[str]:
-        """From `first` on; of a PEFT model what it has trained, else everything."""
+        """Return the children from `first` on; the trained weights of a PEFT model, else everything."""
         if self.first is not None:
             names = [name for name, _ in self.model.named_children()]
             late = names[names.index(self.first) :]
@@ -165,16 +165,16 @@ def is_image_classifier(model: Any) -> bool:
 
 
 def _channels(model: nn.Module) -> int | None:
-    """How many channels the model's images have, 1 or 3, if it says so.
+    """Return the number of channels of the model's images, 1 or 3, where it is stated.
 
     Raises:
-        ValueError: If it takes other images than grey or RGB ones.
+        ValueError: If its images are neither grey nor RGB.
     """
     first = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     found = getattr(getattr(model, "config", None), "num_channels", first)
     if found not in (None, 1, 3):
         raise ValueError(
-            f"{type(model).__name__} takes images of {found} channels: say channels=3 or channels=1, and make the "
-            "others by transform=..."
+            f"{type(model).__name__} reads images of {found} channels: give channels=3 or channels=1, and a "
+            "transform=... that adds the others."
         )
     return found

@@ -28,8 +28,8 @@ class TensorAdapter(ClassifierAdapter):
         input_column (`str`, defaults to `"x"`): Column of arrays: numbers in lists of any depth, or whatever
             `transform` reads.
         label_column (`str`, defaults to `"label"`): Column of labels, integers from 0.
-        transform (`Callable`, *optional*): Turns what the input column holds into a row's array. Without randomness:
-            a candidate is to have one loss.
+        transform (`Callable`, *optional*): Turns what the input column holds into a row's array. It must not draw
+            at random: a candidate has one loss.
         objective (`str`, defaults to `"cross_entropy"`): `"cross_entropy"` or `"margin"` ([`ClassifierAdapter`]).
 
     Raises:

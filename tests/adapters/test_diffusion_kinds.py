@@ -3,14 +3,23 @@ import copy
 import numpy as np
 import pytest
 import torch
-from diffusers import LDMPipeline, PixArtTransformer2DModel, UNet2DConditionModel
+from diffusers import (
+    DDPMPipeline,
+    DDPMScheduler,
+    LDMPipeline,
+    PixArtTransformer2DModel,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 from diffusers.training_utils import EMAModel
 
 from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf.adapters import DiffusionAdapter
+from hf_forward_inf.adapters.diffusion_inputs import latents_of
 from hf_forward_inf.passes.candidate_pass import encode
 from hf_forward_inf.passes.loss_pass import LossPass
 from tests.helpers.drawing import (
+    SMALL,
     classes,
     rows,
     stable_diffusion,
@@ -120,15 +129,74 @@ def test_averaged_weights_of_a_checkpoint_can_be_put_into_the_pipeline(tmp_path)
 def test_denoisers_that_read_what_nobody_gives_them_are_refused():
     base = stable_diffusion()
     base.unet.register_to_config(in_channels=9)
-    with pytest.raises(TypeError, match="reads 9 channels where the VAE gives 4: it paints into images"):
+    with pytest.raises(TypeError, match="reads 9 channels where the VAE returns 4: inpainting and"):
         DiffusionAdapter(base)
     pipe = unconditional(4)
-    with pytest.raises(TypeError, match="LDMPipeline does with its vqvae is not known"):
+    with pytest.raises(TypeError, match="LDMPipeline is not supported: it has vqvae"):
         DiffusionAdapter(LDMPipeline(stable_diffusion().vae, pipe.unet, pipe.scheduler))
     pipe = stable_diffusion_3()
     pipe.transformer = PixArtTransformer2DModel(
         num_attention_heads=1, attention_head_dim=4, num_layers=1, caption_channels=4, cross_attention_dim=4,
         sample_size=8, out_channels=4,
     )  # fmt: skip
-    with pytest.raises(TypeError, match="What PixArtTransformer2DModel is told beside the image is not known"):
+    with pytest.raises(TypeError, match="PixArtTransformer2DModel is not supported: of transformers"):
         DiffusionAdapter(pipe)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"class_embed_type": "timestep"}, "it reads classes of class_embed_type='timestep'"),
+        ({"num_class_embeds": 3}, "it reads a class besides the caption"),
+        ({"time_cond_proj_dim": 8}, "it reads the scale of guidance"),
+        ({"addition_embed_type": "text"}, "it reads conditions of addition_embed_type='text'"),
+        ({"encoder_hid_dim_type": "text_proj"}, "it reads conditions of encoder_hid_dim_type='text_proj'"),
+    ],
+)
+def test_denoisers_with_inputs_besides_captions_are_refused(options, message):
+    pipe = stable_diffusion()
+    pipe.unet.register_to_config(**options)
+    with pytest.raises(TypeError, match=f"UNet2DConditionModel is not supported: {message}"):
+        DiffusionAdapter(pipe)
+
+
+def unet_of_classes():
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+    unet = UNet2DModel(
+        sample_size=8, in_channels=3, out_channels=3, attention_head_dim=4, num_class_embeds=3, **SMALL, **blocks
+    )
+    return DDPMPipeline(unet, DDPMScheduler())
+
+
+def test_a_unet_of_classes_reads_labels():
+    adapter = DiffusionAdapter(unet_of_classes(), timesteps=2)
+    data = rows(3).remove_columns("caption").add_column("label", [0, 2, 1])
+    batch = adapter.collate(adapter.encode(data[:]))
+    found = adapter.loss(adapter.model, batch)
+    for i, label in enumerate([0, 2, 1]):
+        noise, parts = batch["noise"][i, 0], batch["parts"][i, 0]
+        times = (parts * 1000).long()
+        noisy = DDPMScheduler().add_noise(batch["latents"][i].expand(2, -1, -1, -1), noise, times)
+        predicted = adapter.model(noisy, times, class_labels=torch.tensor([label] * 2)).sample
+        expected = (predicted - noise).square().mean(dim=(0, 1)).sum()
+        torch.testing.assert_close(found[i], expected, rtol=1e-5, atol=1e-6)
+    assert np.isfinite(ForwardInf(adapter=adapter).trace(data.select([1]), data).scores).all()
+    for label, shown in ((3, 3), (None, None)):
+        odd = rows(2).remove_columns("caption").add_column("label", [0, label])
+        with pytest.raises(
+            ValueError, match=f"holds {shown} in row 1; the model's classes are the integers from 0 to 2"
+        ):
+            ForwardInf(adapter=adapter).trace(data.select([0]), odd)
+    with pytest.raises(NotImplementedError, match="DDPMPipeline does not draw by class: give queries their `image`"):
+        adapter.answer({"label": [1]})
+
+
+def test_latents_are_scaled_by_channel_where_the_vae_says_so():
+    pipe, mean, deviation = stable_diffusion(), [0.1, -0.2, 0.3, 0.0], [0.5, 2.0, 1.0, 4.0]
+    image = torch.rand(1, 3, 16, 16) * 2 - 1
+    plain = pipe.vae.encode(image).latent_dist.mode()
+    pipe.vae.register_to_config(latents_mean=mean, latents_std=deviation, shift_factor=7.0)
+    found = latents_of(pipe.vae, image.numpy())
+    by_channel = [(plain[0, c] - mean[c]) / deviation[c] * pipe.vae.config.scaling_factor for c in range(4)]
+    torch.testing.assert_close(found[0], torch.stack(by_channel))
