@@ -80,7 +80,7 @@ def count_classes(pipe: Any) -> int:
 
 
 def has_no_class(pipe: Any) -> bool:
-    """Whether a pipeline of classes draws without one too: for DiT, the number after the last class stands for none."""
+    """Whether a pipeline of classes draws without one too: in DiT, the number after the last class means none."""
     return bool(getattr(denoiser_of(pipe).config, "num_embeds_ada_norm", None))
 
 
