@@ -185,7 +185,9 @@ class ChatTemplate:
         user = [{"role": "user", "content": "?"}]
         bare, asked = self.render(user), self.render(user, asks=True)
         header = asked[common(bare, asked) :]
-        return text.find(header) + len(header) if header in text else 0
+        # Of a header that opens a thought, finished turns have the first part.
+        found = next((n for n in range(len(header), len(header) // 2, -1) if header[:n] in text), 0)
+        return text.find(header[:found]) + found
 
     def _tokens(self, text: str) -> Any:
         # The template writes the special tokens itself. verbose=False: our own warning counts the long rows, once.

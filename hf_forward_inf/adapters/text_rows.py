@@ -91,8 +91,10 @@ class TextRows:
     def _both_sides(self, row: Mapping[str, Any]) -> tuple[list[Message], list[Message]]:
         """Return the messages of a prompt and of its completion."""
         after = row[self.completion]
-        if after is None or isinstance(after, str):
-            after = [{"role": "assistant", "content": after or ""}]
+        if not after:
+            raise UnreadableRow(f"`{self.completion}` is empty")
+        if isinstance(after, str):
+            after = [{"role": "assistant", "content": after}]
         return as_messages(row[self.prompt], self.prompt), as_messages(after, self.completion)
 
     def _text_row(self, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
@@ -222,6 +224,8 @@ def only_span(span: str, texts: list[str], labels: list[int]) -> list[int]:
     Raises:
         UnreadableRow: If the part is not among the tokens that count.
     """
+    if not isinstance(span, str):
+        raise UnreadableRow(f"`{SPAN}` holds {type(span).__name__} where a text must be")
     text, ends = "".join(texts), [0, *accumulate(len(piece) for piece in texts)]
     at = text.find(span)
     while at >= 0:

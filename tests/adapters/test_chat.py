@@ -134,3 +134,14 @@ def test_nulls_that_arrow_adds_to_tool_calls_are_not_rendered(adapter_of):
     alone = [adapter.encode({"messages": [talk]}) for talk in talks]
     assert together["input_ids"] == [one["input_ids"][0] for one in alone]
     assert together["labels"] == [one["labels"][0] for one in alone]
+
+
+@pytest.mark.parametrize("family", sorted(set(TEMPLATES) - {"gemma", "llama-2"}))
+def test_an_assistant_that_speaks_first_is_counted_as_trl_counts_it(adapter_of, network, family):
+    reference, adapter = adapter_of(template(family, True)).tokenizer, adapter_of(template(family, False))
+    talk = [{"role": "assistant", "content": "Hello."}, *CONVERSATIONS[0]]
+    calls = [*CONVERSATIONS[0], {"role": "assistant", "content": "Or Cuzco."}]
+    rows = Dataset.from_dict({"messages": [talk, calls, talk[:-1]]})
+    encoded = adapter.encode(rows[:])
+    expected = trained_on(network, reference, rows, assistant_only_loss=True)
+    assert (encoded["input_ids"], encoded["labels"]) == expected

@@ -87,6 +87,8 @@ def test_an_input_follows_its_instruction(adapter):
         ({"input_ids": [[5, 6]], "labels": [[5]]}, "row 0: `labels` has 1 values for 2 tokens"),
         ({"input_ids": [[5, 6, 7]], "attention_mask": [[1, 0, 1]]}, "row 0: `attention_mask` masks tokens between"),
         ({"input_ids": [[5, 10_000]]}, "row 0: token None has the id 10000 and the model"),
+        ({"prompt": [TALK[:1]], "completion": [None]}, "row 0: `completion` is empty"),
+        ({"text": ["Of Peru?"], "span": [3]}, "row 0: `span` holds int where a text must be"),
         ({"messages": [TALK], "tools": ["search"]}, "row 0: `tools` holds a text that is not JSON"),
     ],
 )
