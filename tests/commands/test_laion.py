@@ -18,7 +18,7 @@ from hf_forward_inf.data.digits import captioned_digits
 from tests.helpers.drawing import counted, rows, square, stable_diffusion
 from tests.helpers.shards import encoded, write_shard, write_shards
 
-RECIPE = str(Path(__file__).parents[2] / "recipes" / "laion.py")
+COMMAND = "import sys\nfrom hf_forward_inf.cli import main\nsys.exit(main(['laion', *sys.argv[1:]]))\n"
 ASCENT = AscentConfig(direction="cg", sample=4, iterations=2)
 
 
@@ -101,9 +101,11 @@ def test_two_processes_stream_and_explain_as_one_does(options, tmp_path):
         "--num_references", "2", "--timesteps", "1", "--chunk_size", "7", "--top_k", "3", "--heatmaps",
         "--sample", "4", "--iterations", "2", "--direction", "cg",
     ]  # fmt: skip
+    script = tmp_path / "command.py"
+    script.write_text(COMMAND)
     launches = {
-        "one": [sys.executable, RECIPE],
-        "two": [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", RECIPE],
+        "one": [sys.executable, script],
+        "two": [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", script],
     }
     found, said = {}, {}
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
