@@ -1,6 +1,7 @@
 """What gradient baselines share: products of one direction per query with every candidate's gradient."""
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +25,7 @@ from hf_forward_inf.curvature.outer_products import Parts, QueryGradients
 from hf_forward_inf.passes.candidate_pass import MAX_BATCH_LENGTH, CandidatePass, encode
 from hf_forward_inf.utils.fingerprints import fingerprint
 from hf_forward_inf.utils.models import batch_size, device_of, evaluating, to_device
+from hf_forward_inf.utils.processes import process_state
 
 Directions: TypeAlias = dict[str, Tensor]
 """One direction in parameter space per query, by parameter: `[queries, numel]`."""
@@ -98,8 +100,7 @@ class GradientBaseline(ModelBaseline):
         adapter = self.adapter
         with evaluating(adapter.model):
             encoded = encode(adapter, queries, "queries", self.cache_dir)
-            names = perturbed_names(adapter, self.modules or ["all"])
-            asked = ExampleGradients(encoded_adapter(adapter, encoded.column_names), names, encoded[:1])
+            asked = self._gradients(encoded_adapter(adapter, encoded.column_names), encoded[:1])
             gradients = asked.with_adapter(adapter)
             run = CandidatePass(adapter, candidates, cache_dir=self.cache_dir, max_batch_length=self.max_batch_length)
             found, own = [], []
@@ -112,6 +113,22 @@ class GradientBaseline(ModelBaseline):
                 own.append(block.norms())
             return np.concatenate(found), np.concatenate(own), np.sqrt(figures[-1])
 
+    def _gradients(self, adapter: Adapter, example: Rows) -> ExampleGradients:
+        """Return what computes gradients example by example, with a warning that names what it can't compute."""
+        gradients = ExampleGradients(adapter, perturbed_names(adapter, self.modules or ["all"]), example)
+        if gradients.left_out and process_state().is_main_process:
+            sizes = {
+                name: gradients.model.get_parameter(name).numel() for name in gradients.names + gradients.left_out
+            }
+            share = sum(sizes[name] for name in gradients.left_out) / sum(sizes.values())
+            more = f" and {len(gradients.left_out) - 3} more" if len(gradients.left_out) > 3 else ""
+            warnings.warn(
+                f"{self.name} leaves out {share:.1%} of the weights, whose gradients can't be computed example by "
+                f"example: {', '.join(gradients.left_out[:3])}{more}.",
+                stacklevel=3,
+            )
+        return gradients
+
     def own_products(
         self, rows: Dataset, directions: Callable[[Directions, ExampleGradients], Directions]
     ) -> np.ndarray:
@@ -120,7 +137,7 @@ class GradientBaseline(ModelBaseline):
         found = []
         with evaluating(adapter.model):
             encoded = encode(adapter, rows, "candidates", self.cache_dir)
-            gradients = ExampleGradients(adapter, perturbed_names(adapter, self.modules or ["all"]), encoded[:1])
+            gradients = self._gradients(adapter, encoded[:1])
             for block in self._blocks(len(rows), gradients):
                 raw = query_gradients(gradients, encoded[block])
                 made = directions(raw, gradients)

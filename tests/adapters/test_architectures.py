@@ -21,6 +21,7 @@ from transformers import (
 from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf.adapters import CausalLMAdapter
 from hf_forward_inf.ascent.parameters import names_for
+from hf_forward_inf.baselines import TracIn
 from hf_forward_inf.curvature.perturber import Perturber
 from hf_forward_inf.passes.candidate_pass import encode
 from hf_forward_inf.utils.fingerprints import fingerprint_of_model
@@ -263,3 +264,15 @@ def test_of_an_offloaded_model_what_is_in_memory_is_perturbed(tmp_path):
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     with pytest.raises(ValueError, match=r"layers\.0\..+ is not in memory .+ load the model without offloading"):
         ForwardInf(model, tokenizer(), ascent=ALL).trace(texts(), texts())
+
+
+def test_a_gradient_baseline_names_the_experts_that_it_leaves_out(tmp_path):
+    model = untrained(AutoModelForCausalLM, "mixtral", {})
+    experts = {name for name, _ in model.named_parameters() if ".experts." in name or ".gate." in name}
+    share = sum(model.get_parameter(name).numel() for name in experts) / sum(p.numel() for p in model.parameters())
+    with pytest.warns(UserWarning, match=f"tracin leaves out {share:.1%} of the weights, .+layers.0.mlp.experts"):
+        found = TracIn(model, tokenizer(), cache_dir=tmp_path).trace(texts().select([0]), texts()).scores[0]
+    known = [p for name, p in model.named_parameters() if name not in experts]
+    gradients = [torch.autograd.grad(loss_of_text(model, row), known) for row in range(4)]
+    products = [sum((a * b).sum().item() for a, b in zip(gradients[0], row, strict=True)) for row in gradients]
+    assert_close(found, products, tolerance=2e-3)

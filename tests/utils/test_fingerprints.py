@@ -1,8 +1,14 @@
 import copy
 
+import numpy as np
+import pytest
 import torch
+from torch import nn
 
-from hf_forward_inf.utils.fingerprints import fingerprint, fingerprint_of_model
+from hf_forward_inf import AscentConfig, ForwardInf
+from hf_forward_inf.adapters import TensorAdapter
+from hf_forward_inf.utils.fingerprints import fingerprint, fingerprint_of_model, foreign_hooks
+from tests.helpers import digits
 from tests.helpers.drawing import stable_diffusion
 
 
@@ -37,3 +43,60 @@ def test_what_diffusers_notes_in_a_configuration_in_any_order_changes_no_name():
     assert fingerprint_of_model(one) == fingerprint_of_model(other)
     other.config = {"size": 16}
     assert fingerprint_of_model(one) != fingerprint_of_model(other)
+
+
+class Scaled(nn.Module):
+    """A linear layer whose outputs an attribute divides."""
+
+    def __init__(self, temperature):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.temperature = nn.Linear(64, 10), temperature
+
+    def forward(self, x):
+        return self.layer(x) / self.temperature
+
+
+def rises(model, cache_dir):
+    ascent = AscentConfig(direction="gradient", radius=0.3)
+    rows = digits.rows(0, 6)
+    return ForwardInf(adapter=TensorAdapter(model), ascent=ascent, cache_dir=cache_dir).trace(rows, rows).scores
+
+
+@pytest.mark.parametrize(
+    "attribute", [2.5, np.array([2.5]), torch.tensor(2.5), {"inner": 2.5}, [2.5], lambda x: x / 2.5, {2.5, 3}]
+)
+def test_a_changed_attribute_changes_the_models_name(attribute):
+    model = Scaled(1.0)
+    name = fingerprint_of_model(model)
+    model.temperature = attribute
+    changed = fingerprint_of_model(model)
+    assert changed != name
+    assert fingerprint_of_model(copy.deepcopy(model).train()) == changed
+    model.temperature = 1.0
+    assert fingerprint_of_model(model) == name
+
+
+def test_losses_under_another_attribute_or_autocast_are_not_taken_from_the_cache(tmp_path):
+    model, shared = Scaled(1.0), tmp_path / "shared"
+    rises(model, shared)
+    model.temperature = 5.0
+    np.testing.assert_array_equal(rises(model, shared), rises(model, tmp_path / "other"))
+    with torch.autocast("cpu", torch.bfloat16):
+        np.testing.assert_array_equal(rises(model, shared), rises(model, tmp_path / "half"))
+    np.testing.assert_array_equal(rises(model, shared), rises(model, tmp_path / "other"))
+
+
+def test_losses_under_a_hook_are_not_cached(tmp_path):
+    model, shared = Scaled(1.0), tmp_path / "shared"
+    before = rises(model, shared)
+    handle = model.layer.register_forward_hook(lambda module, args, output: output + torch.arange(10.0))
+    assert foreign_hooks(model) == ["layer"]
+    with pytest.warns(UserWarning, match="layer has a forward hook of your own: .+ losses are not cached"):
+        steered = rises(model, shared)
+    assert not np.allclose(steered, before)
+    handle.remove()
+    np.testing.assert_array_equal(rises(model, shared), before)
+    model.layer.forward = lambda x: nn.Linear.forward(model.layer, x) + torch.arange(10.0)
+    with pytest.warns(UserWarning, match="losses are not cached"):
+        np.testing.assert_allclose(rises(model, shared), steered, atol=1e-5)
