@@ -203,6 +203,11 @@ def check_language_model(model: nn.Module, tokenizer: Any, fits: bool, does: str
         )
     if tokenizer is None:
         raise TypeError(f"{type(model).__name__} needs its tokenizer: ForwardInf(model, tokenizer).")
+    if hasattr(tokenizer, "tokenizer") and not hasattr(tokenizer, "eos_token_id"):
+        raise TypeError(
+            f"{type(tokenizer).__name__} is no tokenizer, nor a processor of texts and images: give its `tokenizer`, "
+            "if the rows are texts alone."
+        )
 
 
 def pad(sequences: list[list[int]], value: int) -> Tensor:

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -232,3 +234,6 @@ def test_a_processor_chooses_the_adapter(both):
     assert isinstance(ForwardInf.from_pipe(pipe).adapter, VisionLanguageAdapter)
     assert isinstance(adapter_for(model, processor), VisionLanguageAdapter)
     assert type(adapter_for(model, processor.tokenizer)) is CausalLMAdapter
+    hearing = SimpleNamespace(tokenizer=processor.tokenizer, feature_extractor=object())
+    with pytest.raises(TypeError, match="is no tokenizer, nor a processor of texts and images"):
+        adapter_for(model, hearing)
