@@ -57,7 +57,8 @@ class CausalLMAdapter(LanguageAdapter):
 
     Args:
         model (`transformers.PreTrainedModel` or `peft.PeftModel`): A causal language model. Of a PEFT model the
-            trained weights are perturbed, of others all, unless other modules are named.
+            trained weights are perturbed, of others all, except those that the first half of the blocks reads: that
+            half then runs once for all queries. `AscentConfig(modules=["all"])` or other names perturb them, too.
         tokenizer (`transformers.PreTrainedTokenizerBase`): Its tokenizer.
         text_column (`str`, defaults to `"text"`): Column of texts.
         prompt_column (`str`, defaults to `"prompt"`): Column of prompts.
