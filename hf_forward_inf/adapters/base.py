@@ -136,6 +136,24 @@ class Adapter(ABC):
         drawn = torch.multinomial(chances.cpu(), 1, generator=generator).to(outputs.device)
         return chances.scatter_add(1, drawn, -torch.ones_like(drawn, dtype=chances.dtype))
 
+    def divergence(self, before: Tensor, after: Tensor) -> Tensor:
+        """Return how far each prediction has moved: KL(before, after) in nats, `[terms]`.
+
+        Of logits, unless overridden.
+
+        Args:
+            before (`Tensor`): What [`outputs_and_loss`] returns first, `[terms, classes]`.
+            after (`Tensor`): The same of a perturbed model.
+
+        Raises:
+            NotImplementedError: If the outputs are not logits of one class each, and an adapter does not say more.
+        """
+        if type(self).sampled_output_gradients is not Adapter.sampled_output_gradients:
+            raise NotImplementedError(
+                f"{type(self).__name__} does not say by how much predictions differ: give a radius, not trust."
+            )
+        return divergence_of_logits(before, after)
+
     def representation(self, batch: Batch) -> Tensor:
         """Give each example's hidden state, `[rows, features]`, for comparing examples by what the model sees."""
         raise NotImplementedError(f"{type(self).__name__} does not say which hidden states represent an example.")
@@ -290,3 +308,9 @@ class Adapter(ABC):
                 stacklevel=3,
             )
         return False
+
+
+def divergence_of_logits(before: Tensor, after: Tensor) -> Tensor:
+    """Return KL(before, after) of logits `[terms, classes]`, in nats, `[terms]`."""
+    before, after = before.float().log_softmax(-1), after.float().log_softmax(-1)
+    return (before.exp() * (before - after)).sum(-1)

@@ -96,6 +96,10 @@ class ClassifierAdapter(Adapter):
         """Compute the loss's gradient by the outputs, for labels drawn from the model's own predictions."""
         return self.labels.sampled(outputs, generator)
 
+    def divergence(self, before: Tensor, after: Tensor) -> Tensor:
+        """Return how far each prediction has moved, as the kind of labels says, `[rows]`."""
+        return self.labels.divergence(before, after)
+
     def term_texts(self, features: Rows) -> list[list[str]]:
         """Return the name of each row's class, or those of the model's outputs."""
         return [self.labels.texts(label) for label in features["label"]]

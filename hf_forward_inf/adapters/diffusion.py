@@ -243,6 +243,10 @@ class DiffusionAdapter(Adapter):
         drawn = torch.randn(outputs.shape, generator=generator).to(outputs.device)
         return drawn * (2 / self.shape[0]) ** 0.5
 
+    def divergence(self, before: Tensor, after: Tensor) -> Tensor:
+        """Mean squared difference of predictions, the KL divergence if losses are negative log-likelihoods."""
+        return (before - after).float().square().sum(1) / self.shape[0]
+
     @torch.no_grad()
     def representation(self, batch: Batch) -> Tensor:
         """Return latents, averaged over a row's images, `[rows, features]`."""

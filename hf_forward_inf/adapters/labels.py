@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from datasets import ClassLabel, Dataset
 from torch import Tensor, nn
 
-from hf_forward_inf.adapters.base import Batch
+from hf_forward_inf.adapters.base import Batch, divergence_of_logits
 from hf_forward_inf.adapters.language import IGNORED
 from hf_forward_inf.utils.validation import listed
 
@@ -102,6 +102,10 @@ class OneClass:
         # Drawn on the CPU, so that a seed means the same targets on every device.
         drawn = torch.multinomial(chances.cpu(), 1, generator=generator).to(outputs.device)
         return chances.scatter_add(1, drawn, -torch.ones_like(drawn, dtype=chances.dtype))
+
+    def divergence(self, before: Tensor, after: Tensor) -> Tensor:
+        """Return the KL divergence of the predicted classes, `[rows]`."""
+        return divergence_of_logits(before, after)
 
     def predicted(self, logits: Tensor) -> list[Any]:
         """Return the most probable class of each row."""
@@ -195,6 +199,11 @@ class SeveralClasses(_PerOutput):
         drawn = torch.bernoulli(chances.cpu(), generator=generator).to(outputs.device)
         return (chances - drawn) / self.count**0.5
 
+    def divergence(self, before: Tensor, after: Tensor) -> Tensor:
+        """Return the mean KL divergence of the classes, each of which applies or not, `[rows]`."""
+        pairs = (torch.stack([logits.float(), torch.zeros_like(logits)], dim=-1) for logits in (before, after))
+        return divergence_of_logits(*pairs).mean(1)
+
     def predicted(self, logits: Tensor) -> list[Any]:
         """Return a 0 or 1 for each class of each row."""
         return (logits > 0).float().tolist()
@@ -231,6 +240,10 @@ class Numbers(_PerOutput):
     def sampled(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
         """Return the gradient of the loss by the outputs, for targets drawn around them."""
         return torch.randn(outputs.shape, generator=generator).to(outputs.device) * (2 / self.count) ** 0.5
+
+    def divergence(self, before: Tensor, after: Tensor) -> Tensor:
+        """Return the mean squared difference, the KL divergence if losses are negative log-likelihoods, `[rows]`."""
+        return (before - after).float().square().mean(1)
 
     def predicted(self, logits: Tensor) -> list[Any]:
         """Return the outputs: a number a row, or a list of them."""

@@ -123,6 +123,10 @@ class RewardAdapter(SequenceClassificationAdapter):
         """Compute the loss's gradient by the outputs, for preferences or numbers drawn from the predictions."""
         return (CHOICE if outputs.shape[1] == 2 else self.labels).sampled(outputs, generator)
 
+    def divergence(self, before: Tensor, after: Tensor) -> Tensor:
+        """Return how far each prediction has moved: of pairs, the probability that the chosen answer is better."""
+        return (CHOICE if before.shape[1] == 2 else self.labels).divergence(before, after)
+
     def representation(self, batch: Batch) -> Tensor:
         """Return what the last layer reads; of pairs, for the chosen answer less that for the rejected."""
         plain = {name: value for name, value in batch.items() if not name.startswith(REJECTED)}

@@ -44,6 +44,9 @@ class AscentConfig:
             parameters, divided equally among the steps. Defaults to the adapter's, else to 1.0 (1e-3 if relative).
         relative (`bool`, *optional*): Whether the radius is a share of the norm of the perturbed parameters, so that
             one value suits models of any size. Defaults to False if a radius is given, else to the adapter's.
+        trust (`float`, *optional*): Length of the path as its effect: the change of the model's predictions on some
+            training examples, the mean KL divergence in nats for each prediction, the same for every query
+            ([`trust.TrustRegion`]). The radius is then only where the search for the length begins.
         learning_rate (`float`, *optional*): The paper's alpha, instead of a radius.
         optimizer (`str`, defaults to `"sgd"`): `"sgd"` or `"adam"`, with `learning_rate` only.
         steps (`int`, defaults to 1): The paper's K.
@@ -80,6 +83,7 @@ class AscentConfig:
 
     radius: float | None = field(default=None, metadata=POSITIVE)
     relative: bool | None = None
+    trust: float | None = field(default=None, metadata=POSITIVE)
     learning_rate: float | None = field(default=None, metadata=POSITIVE)
     optimizer: Literal["sgd", "adam"] = field(default="sgd", metadata={"choices": tuple(OPTIMIZERS)})
     steps: int = field(default=1, metadata=POSITIVE)
@@ -104,8 +108,9 @@ class AscentConfig:
         self._check_direction()
 
     def _check_length(self) -> None:
-        if self.radius is not None and self.learning_rate is not None:
-            raise ValueError("Give either a radius or a learning_rate: each of them sets the length of the step.")
+        for name in ("radius", "trust"):
+            if getattr(self, name) is not None and self.learning_rate is not None:
+                raise ValueError(f"Give either a {name} or a learning_rate: each of them sets the length of the step.")
         if self.relative and (self.learning_rate is not None or self.lora_rank is not None):
             raise ValueError(
                 "relative=True is for a radius in weight space: leave it out with learning_rate or lora_rank."

@@ -149,5 +149,5 @@ def copies_in_memory(model: nn.Module, names: list[str]) -> int:
 
 
 def has_length(adapter: Adapter, config: AscentConfig) -> bool:
-    """Whether steps have a radius in weight space: a fixed learning rate and a LoRA step have none."""
-    return config.radius is not None and rank_of_ascent(adapter, config) is None
+    """Whether steps have a radius in weight space: a fixed learning rate, a trust and a LoRA step have none."""
+    return config.radius is not None and config.trust is None and rank_of_ascent(adapter, config) is None

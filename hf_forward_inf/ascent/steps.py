@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from typing import Protocol, TypeAlias
 
@@ -33,6 +33,16 @@ class Direction(Protocol):
         ...
 
 
+class Length(Protocol):
+    """A rule for the length of a query's change, other than a fixed radius."""
+
+    fingerprint: str
+
+    def scaled(self, theta: Parameters) -> tuple[Parameters, float]:
+        """Return theta with its change scaled, and the factor."""
+        ...
+
+
 class PerturbedModels(Protocol):
     """Some perturbed models: their fingerprint is known at once, their parameters are computed when first used."""
 
@@ -57,6 +67,8 @@ class Perturbation:
         names (`list[str]`): Parameters to perturb ([`parameters.perturbed_names`]).
         config (`AscentConfig`): Steps and their length; completed ([`AscentConfig.completed`]).
         direction (`Direction`, *optional*): Corrects the gradients ([`directions.direction_for`]).
+        length (`Length`, *optional*): Sets the length of each query's change ([`trust.TrustRegion`]). Defaults to that
+            of `config`.
     """
 
     def __init__(
@@ -66,11 +78,12 @@ class Perturbation:
         names: list[str],
         config: AscentConfig,
         direction: Direction | None = None,
+        length: Length | None = None,
     ):
         self.adapter, self.queries, self.names = adapter, queries, names
-        self.config, self.direction = config, direction
-        corrected = None if direction is None else direction.fingerprint
-        self.fingerprint = fingerprint(queries, names, asdict(config), corrected)
+        self.config, self.direction, self.length = config, direction, length
+        parts = [None if part is None else part.fingerprint for part in (direction, length)]
+        self.fingerprint = fingerprint(queries, names, asdict(config), parts)
 
     def __len__(self) -> int:
         return len(self.queries["terms"])
@@ -80,7 +93,19 @@ class Perturbation:
         """theta_K of each query, `None` where the gradient is zero or not finite."""
         rows = [{key: [values[i]] for key, values in self.queries.items()} for i in range(len(self))]
         correct = None if self.direction is None else self.direction.correction()
-        return [ascend(self.adapter, row, self.names, self.config, correct) for row in rows]
+        return [self._theta(row, correct) for row in rows]
+
+    def _theta(self, query: Rows, correct: Correction | None) -> Parameters | None:
+        """Take the steps of one query; with a rule for the length, one step first, to find that of the path."""
+        config = self.config
+        if self.length is not None and config.steps > 1:
+            first = ascend(self.adapter, query, self.names, replace(config, steps=1), correct)
+            if first is None:
+                return None
+            assert config.radius is not None
+            config = replace(config, radius=config.radius * self.length.scaled(first)[1])
+        theta = ascend(self.adapter, query, self.names, config, correct)
+        return theta if theta is None or self.length is None else self.length.scaled(theta)[0]
 
 
 class Mirrored:

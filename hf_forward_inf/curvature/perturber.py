@@ -10,6 +10,8 @@ from hf_forward_inf.ascent.config import AscentConfig
 from hf_forward_inf.ascent.parameters import copies_in_memory, names_for
 from hf_forward_inf.ascent.steps import Direction, Perturbation
 from hf_forward_inf.curvature.directions import direction_for
+from hf_forward_inf.curvature.sample import Sample
+from hf_forward_inf.curvature.trust import ROWS, TrustRegion
 
 
 class Perturber:
@@ -21,7 +23,7 @@ class Perturber:
         adapter (`Adapter`): Knows the model.
         ascent (`AscentConfig`): Parameters, direction and length; completed ([`AscentConfig.completed`]).
         training (`datasets.Dataset`, *optional*): What the model was trained on: only directions that are corrected by
-            curvature read it.
+            curvature read it, and trust.
         cache_dir (`Path`, *optional*): As in [`ForwardInf`].
 
     Raises:
@@ -35,6 +37,14 @@ class Perturber:
         self.adapter, self.ascent = adapter, ascent
         self.names = names_for(adapter, ascent)
         self.direction: Direction | None = direction_for(ascent, adapter, training, self.names, cache_dir)
+        self.length = None if ascent.trust is None else self._trust_region(training, cache_dir)
+
+    def _trust_region(self, training: Dataset | None, cache_dir: Path | None) -> TrustRegion:
+        assert self.ascent.trust is not None
+        if training is None:
+            raise ValueError("trust is measured on training data: give ForwardInf(..., training=...), or a radius.")
+        sample = Sample(self.adapter, training, ROWS, self.ascent.seed, cache_dir)
+        return TrustRegion(sample, self.names, self.ascent.trust)
 
     @property
     def block_size(self) -> int:
@@ -43,7 +53,7 @@ class Perturber:
 
     def perturbation(self, queries: Rows) -> Perturbation:
         """Return the models theta_K of some encoded queries, computed when first used."""
-        return Perturbation(self.adapter, queries, self.names, self.ascent, self.direction)
+        return Perturbation(self.adapter, queries, self.names, self.ascent, self.direction, self.length)
 
     def blocks(self, queries: Dataset) -> Iterator[tuple[slice, Perturbation]]:
         """Perturb the model for all encoded queries: yield the rows of each block and their models."""

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_forward_inf.adapters.base import Batch, Rows
 from hf_forward_inf.algorithm import Scorer
-from hf_forward_inf.ascent.parameters import Parameters, call, copies_in_memory, names_for, radius_of, rank_of_ascent
+from hf_forward_inf.ascent.parameters import Parameters, call, copies_in_memory, has_length, names_for, radius_of
 from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.passes.candidate_pass import encode
 from hf_forward_inf.scores.metrics import best_first
@@ -60,8 +60,8 @@ def rerank(tracer: Scorer, found: Attribution, k: int) -> Attribution:
 
 def _is_one_plain_step(tracer: Scorer) -> bool:
     config = tracer.ascent
-    plain = config.direction == "gradient" and config.steps == 1 and config.radius is not None
-    return plain and rank_of_ascent(tracer.adapter, config) is None
+    plain = config.direction == "gradient" and config.steps == 1 and has_length(tracer.adapter, config)
+    return plain
 
 
 def _row_by_row(tracer: Scorer, encoded: Dataset, rows: Dataset) -> np.ndarray:

@@ -1,0 +1,99 @@
+"""How far a query moves the model, in nats: until its predictions have changed by a given divergence."""
+
+import math
+import warnings
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from hf_forward_inf.ascent.lora import LowRank
+from hf_forward_inf.ascent.parameters import Parameters, call
+from hf_forward_inf.curvature.sample import Sample
+from hf_forward_inf.utils.fingerprints import fingerprint
+
+ROWS = 32
+"""Training examples on which the divergence is measured."""
+MEASUREMENTS = 5
+"""Maximum number of measurements for a query."""
+CLOSE = 0.15
+"""A divergence is accepted within this relative distance, about."""
+LARGEST_FACTOR = 30.0
+"""The length changes at most by this factor from one measurement to the next."""
+
+
+class TrustRegion:
+    """Scales a change of the model so that its predictions move by a given divergence.
+
+    The divergence is the mean, over the predictions on some training examples, of KL(before, after)
+    ([`Adapter.divergence`]). It grows with the square of a small change's length, so that few measurements suffice:
+    from the second on, the exponent is taken from the last two.
+
+    A radius in weight space does not transfer from one model to another, nor from one query to another; a divergence
+    does.
+
+    Args:
+        sample (`Sample`): Training examples, forwarded once for each measurement.
+        names (`list[str]`): The perturbed parameters.
+        trust (`float`): The divergence, in nats for each prediction.
+    """
+
+    def __init__(self, sample: Sample, names: list[str], trust: float):
+        self.adapter, self.trust = sample.adapter, trust
+        self.fingerprint = fingerprint(sample.fingerprint, trust)
+        self.batches = list(sample.batches(set(names)))
+        self.warned = False
+
+    @torch.no_grad()
+    def divergence(self, theta: Parameters) -> float:
+        """Return the mean divergence of the predictions under theta from those of the model itself."""
+        total, count = 0.0, 0
+        for batch in self.batches:
+            before, after = (
+                self.adapter.outputs_and_loss(partial(call, self.adapter.model, one), batch)[0]
+                for one in (Parameters(), theta)
+            )
+            each = self.adapter.divergence(before, after)
+            total, count = total + each.double().sum().item(), count + len(each)
+        return total / max(count, 1)
+
+    def scaled(self, theta: Parameters) -> tuple[Parameters, float]:
+        """Return theta with its change scaled to the trust, and the factor."""
+        factor, exponent = 1.0, 2.0
+        tried: list[tuple[float, float]] = []  # log factor, log divergence
+        for _ in range(MEASUREMENTS):
+            found = self.divergence(self._at(theta, factor))
+            if not 0 < found < math.inf:
+                factor /= LARGEST_FACTOR if found != 0 else 1 / LARGEST_FACTOR
+                continue
+            if abs(math.log(found / self.trust)) < CLOSE:
+                return self._at(theta, factor), factor
+            tried.append((math.log(factor), math.log(found)))
+            if len(tried) > 1 and tried[-1][0] != tried[-2][0]:
+                exponent = (tried[-1][1] - tried[-2][1]) / (tried[-1][0] - tried[-2][0])
+            step = (self.trust / found) ** (1 / min(max(exponent, 0.5), 4.0))
+            factor *= min(max(step, 1 / LARGEST_FACTOR), LARGEST_FACTOR)
+        self._warn(found)
+        return self._at(theta, factor), factor
+
+    def _at(self, theta: Parameters, factor: float) -> Parameters:
+        own = dict(self.adapter.model.named_parameters())
+        return {name: _scaled(own.get(name), value, factor) for name, value in theta.items()}
+
+    def _warn(self, found: float) -> None:
+        if not self.warned:
+            warnings.warn(
+                f"A query's step can't be scaled to trust={self.trust:g} nats: after {MEASUREMENTS} measurements its "
+                f"predictions move by {found:.2g}. The last length is used; give a radius if the loss is flat or "
+                "explodes.",
+                stacklevel=2,
+            )
+        self.warned = True
+
+
+def _scaled(own: Tensor | None, value: Tensor | LowRank, factor: float) -> Tensor | LowRank:
+    if isinstance(value, LowRank):
+        return value * factor
+    assert own is not None
+    before = own.detach().float()
+    return (before + factor * (value.float() - before)).to(value.dtype)
