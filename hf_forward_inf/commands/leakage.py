@@ -145,7 +145,7 @@ def choose(adapter: ImageClassificationAdapter, task: Task, options: LeakageOpti
 
 
 def lead(scores: np.ndarray, truth: list[list[int]]) -> float:
-    """Return how far copies score above the best other candidate, in deviations of a query's scores; mean over queries."""
+    """Return how far copies score above the best other candidate, in deviations of a query's scores (mean)."""
     leads = []
     for row, own in zip(scores, truth, strict=True):
         leads.append((np.max(row[own]) - np.nanmax(np.delete(row, own))) / max(np.nanstd(row), 1e-12))
