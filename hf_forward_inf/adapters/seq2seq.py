@@ -37,7 +37,7 @@ from hf_forward_inf.adapters.language import (
     tokenizer_state,
 )
 from hf_forward_inf.utils.fingerprints import fingerprint
-from hf_forward_inf.utils.models import device_of, evaluating, peft_parameters, uncompiled
+from hf_forward_inf.utils.models import evaluating, peft_parameters, to_device, uncompiled
 
 
 class Seq2SeqAdapter(LanguageAdapter):
@@ -130,7 +130,7 @@ class Seq2SeqAdapter(LanguageAdapter):
         ]
         if len(plain) < 2:
             return False
-        ids = torch.tensor([plain], device=device_of(self.model))
+        ids = to_device({"ids": torch.tensor([plain])}, self.model)["ids"]
         with evaluating(self.model):
             short, whole = (
                 self.model(input_ids=ids, decoder_input_ids=ids[:, :stop], use_cache=False).logits[:, :-1].float()
