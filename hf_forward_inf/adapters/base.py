@@ -24,7 +24,7 @@ ROUNDING = 0.05
 Rows: TypeAlias = dict[str, list[Any]]
 """A slice of a `datasets.Dataset`: column name to values."""
 Batch: TypeAlias = dict[str, Any]
-"""Padded tensors, as the model's forward takes them, and whatever the adapter's loss needs beside them."""
+"""Padded tensors: the arguments of the model's forward, and whatever else the adapter's loss needs."""
 Forward: TypeAlias = Callable[..., Any]
 """The model's forward: under its own parameters, or under perturbed ones (`torch.func.functional_call`)."""
 
@@ -58,7 +58,7 @@ class Adapter(ABC):
         self.model: Any = uncompiled(model)
 
     def columns_in(self, names: Iterable[str]) -> tuple[str, ...]:
-        """Give the columns to read of rows that have columns of these names."""
+        """Return which of a dataset's columns are read."""
         return self.columns
 
     @property
@@ -79,15 +79,15 @@ class Adapter(ABC):
     def encode(self, rows: Rows) -> Rows:
         """Turn rows into features that Arrow can hold, one list entry a row.
 
-        Beside its own features it returns `terms` (`int`: how many terms the example's loss sums, 0 where
+        Besides the adapter's own features there are `terms` (`int`: the number of terms in the example's loss, 0 if
         there is nothing to predict) and `truncated` (`bool`: whether the row was longer than the model reads and
-        lost its end; or `str`: what it lost, `"beginning"`, `"end"`, `"beginning and end"` or nothing);
-        where rows may be corrupt, `unreadable` too (`str`: what of it can't be read and why, empty where all can).
+        lost its end; or `str`: what it lost, `"beginning"`, `"end"`, `"beginning and end"` or nothing); if rows may
+        be corrupt, `unreadable` too (`str`: what can't be read and why, empty if the row can be read).
         """
 
     @abstractmethod
     def lengths(self, features: Rows | Dataset) -> np.ndarray:
-        """Give the lengths that padding will bring to a common size, `[rows, axes]`.
+        """Return the lengths that padding brings to a common size, `[rows, axes]`.
 
         Rows are sorted by them, the first axis first: put first the one whose padding costs most.
         """
@@ -98,14 +98,14 @@ class Adapter(ABC):
 
     @abstractmethod
     def term_losses(self, forward: Forward, batch: Batch) -> Tensor:
-        """Give the terms that sum to each example's loss, float32 `[rows, terms]`, 0 where padded."""
+        """Return the terms of each example's loss, float32 `[rows, terms]`, 0 where padded."""
 
     def loss(self, forward: Forward, batch: Batch) -> Tensor:
-        """Give each example's loss, summed over its terms, float32 `[rows]`."""
+        """Return each example's loss, the sum of its terms, float32 `[rows]`."""
         return self.term_losses(forward, batch).sum(dim=1)
 
     def outputs(self, forward: Forward, batch: Batch) -> Tensor:
-        """Give each example's prediction, whatever its label, `[rows, numbers]`: a change's length tells how large."""
+        """Return each example's prediction, `[rows, numbers]`; the norm of its change is the shift."""
         raise NotImplementedError(
             f"{type(self).__name__} does not say how far a prediction moves: measure='shift' is for classifiers."
         )
@@ -119,14 +119,14 @@ class Adapter(ABC):
         raise NotImplementedError(f"{type(self).__name__} does not say what its model predicts.")
 
     def sampled_output_gradients(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
-        """Give the loss's gradient by the outputs, for targets drawn from the model's own predictions.
+        """Return the loss's gradient by the outputs, for targets drawn from the model's own predictions.
 
         Its mean is 0 and its covariance the H of the Gauss-Newton matrix, so that Kronecker factors estimate that
         matrix and not the scatter of the gradients at the true targets. Cross-entropy over logits, unless overridden.
 
         Args:
-            outputs (`Tensor`): What `outputs_and_loss` gave, detached: logits, `[terms, classes]`.
-            generator (`torch.Generator`): Draws, on the CPU.
+            outputs (`Tensor`): What `outputs_and_loss` returned, detached: logits, `[terms, classes]`.
+            generator (`torch.Generator`): Draws the targets, on the CPU.
 
         Returns:
             `Tensor`: Of the outputs' shape.
@@ -155,15 +155,15 @@ class Adapter(ABC):
         return divergence_of_logits(before, after)
 
     def representation(self, batch: Batch) -> Tensor:
-        """Give each example's hidden state, `[rows, features]`, for comparing examples by what the model sees."""
+        """Return each example's hidden state, `[rows, features]`, for comparing examples by their representations."""
         raise NotImplementedError(f"{type(self).__name__} does not say which hidden states represent an example.")
 
     def term_texts(self, features: Rows) -> list[list[str]]:
-        """Give, for every term of each example's loss, the text that it stands for."""
+        """Return the text of every term of each example's loss, such as its token."""
         raise NotImplementedError(f"{type(self).__name__} does not say what the terms of its loss stand for.")
 
     def answer(self, rows: Rows) -> list[Any]:
-        """Let the model answer rows that have no target yet: one value a row, for the last of `columns`."""
+        """Return the model's answers to rows without a target: one value for each, for the last of `columns`."""
         raise NotImplementedError(f"{type(self).__name__} does not generate: give queries a `{self.columns[-1]}`.")
 
     def with_outputs(self, rows: Rows, outputs: list[Any]) -> Rows:
@@ -183,7 +183,7 @@ class Adapter(ABC):
         return dict.fromkeys(self.columns[:-1], values)
 
     def with_answers(self, queries: Dataset, **options: Any) -> Dataset:
-        """Let the model answer queries that have no answer, by [`answer`] with its options."""
+        """Return the queries with the model's answers where they have none, by [`answer`] with its options."""
         answer: Any = self.answer
         rows = queries[:]
         return Dataset.from_dict({**rows, self.columns[-1]: answer(rows, **options)})
@@ -197,13 +197,13 @@ class Adapter(ABC):
         return self
 
     def with_model(self, model: nn.Module) -> Self:
-        """Give the same adapter for another model of the same architecture, such as a checkpoint."""
+        """Return the same adapter for another model of the same architecture, such as a checkpoint."""
         other = copy.copy(self)
         other.model, other.shares, other.batches_rows = uncompiled(model), None, None
         return other
 
     def default_modules(self) -> list[str]:
-        """Name the modules that are perturbed if the user names none: those that carry the answer."""
+        """Return the names of the modules that are perturbed by default."""
         return ["all"]
 
     def default_ascent(self, direction: str | None = None) -> dict[str, Any]:

@@ -199,7 +199,7 @@ class CausalLMAdapter(LanguageAdapter):
         return None if self.max_length is None else self.max_length - len(asked)
 
     def answer(self, rows: Rows, max_new_tokens: int = 64, batch_size: int = 32) -> list[str]:
-        """Let the model complete prompts by greedy decoding.
+        """Complete prompts by greedy decoding.
 
         Args:
             rows (`dict[str, list]`): With the prompt column, or messages that end with the user's.

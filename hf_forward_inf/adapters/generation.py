@@ -21,7 +21,7 @@ def generate(
     decoder: bool,
     **options: Any,
 ) -> list[list[int]]:
-    """Let a model answer by greedy decoding unless options say otherwise.
+    """Generate answers, by greedy decoding unless options say otherwise.
 
     Args:
         model (`transformers.PreTrainedModel`): The model.

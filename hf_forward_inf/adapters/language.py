@@ -100,7 +100,7 @@ class LanguageAdapter(Adapter):
     def with_answers(
         self, queries: Dataset, max_new_tokens: int = 64, batch_size: int = 32, **options: Any
     ) -> Dataset:
-        """Let the model answer, by greedy decoding, the queries that have no answer.
+        """Answer, by greedy decoding, the queries that have no answer.
 
         What it generates is what is traced, token by token: it is in the column `output_ids`, with an end token only
         where the model generated one. The answer's text is for people.

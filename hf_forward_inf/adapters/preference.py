@@ -206,7 +206,7 @@ class PreferenceAdapter(Adapter):
         return self.language.rows_for(inputs, candidates)
 
     def with_answers(self, queries: Dataset, **options: Any) -> Dataset:
-        """Let the model answer queries without an answer ([`LanguageAdapter.with_answers`]); pairs have two."""
+        """Answer queries without an answer ([`LanguageAdapter.with_answers`]); pairs have two."""
         return queries if CHOSEN in queries.column_names else self.language.with_answers(queries, **options)
 
     def with_model(self, model: nn.Module) -> Self:
@@ -248,7 +248,7 @@ def split_prompt(prompt: Any, chosen: Any, rejected: Any) -> tuple[Any, Any, Any
 
 
 def begin_together(chosen: Rows, rejected: Rows) -> None:
-    """Let the answers of a pair begin at the same token, the earlier: one may have grown over the prompt's end."""
+    """Make both answers of a pair begin at the same token, the earlier: one may have merged with the prompt."""
     for i, both in enumerate(zip(chosen["labels"], rejected["labels"], strict=True)):
         if not all(map(counted, both)) or chosen["truncated"][i] or rejected["truncated"][i]:
             continue

@@ -322,7 +322,7 @@ class Seq2SeqAdapter(LanguageAdapter):
         return str(self.tokenizer.decode([token for token in answer if token not in special])).strip()
 
     def answer(self, rows: Rows, max_new_tokens: int = 64, batch_size: int = 64) -> list[str]:
-        """Let the model answer inputs by greedy decoding.
+        """Answer inputs by greedy decoding.
 
         Args:
             rows (`dict[str, list]`): A slice with the input column; targets are not read.

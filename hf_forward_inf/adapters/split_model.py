@@ -108,7 +108,7 @@ class Blocks:
 
     @contextmanager
     def run_second_half(self, states: Tensor | None) -> Iterator[None]:
-        """Let a run begin at the middle, with these states; with none, at the beginning."""
+        """Start runs at the middle block, from these states; without states, at the beginning."""
         if states is None:
             yield
             return

@@ -205,7 +205,7 @@ class AnswersTexts(Adapter):
         return row.get(column) is None
 
     def with_answers(self, queries: Dataset, **options: Any) -> Dataset:
-        """Let the model answer queries that have no answer, by [`answer`] with its options."""
+        """Return the queries with the model's answers where they have none, by [`answer`] with its options."""
         column = only(self.label_columns, queries.column_names, "label")
         open_ = [i for i, row in enumerate(queries) if self.is_open(row, column)]
         if not open_:

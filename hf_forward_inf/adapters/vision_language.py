@@ -116,7 +116,7 @@ class VisionLanguageAdapter(CausalLMAdapter):
 
     @contextmanager
     def _as_before(self) -> Iterator[None]:
-        """Let a run leave nothing in the model."""
+        """Restore whatever a run leaves in the model."""
         noted = [(module, getattr(module, STATE)) for module in self.model.modules() if hasattr(module, STATE)]
         try:
             yield

@@ -83,7 +83,7 @@ def laion_run(options: LaionOptions, ascent: AscentConfig) -> dict[str, Any]:
 
 
 def _first(found: Attribution, count: int) -> Attribution:
-    """Keep the first queries, and of the candidates those that are among their best."""
+    """Return the first queries, with those candidates that are among their best."""
     found = found.select(range(count))
     assert found.indices is not None
     rows = np.unique(found.indices)

@@ -51,7 +51,7 @@ def checks(
 def swapped(
     tracer: ForwardInf, queries: Dataset, candidates: Dataset, truth: Sequence[Sequence[int]]
 ) -> dict[str, float]:
-    """Give each caption the pictures of the next query: do scores follow the caption or the pictures?
+    """Swap pictures between captions: do scores follow the caption or the pictures?
 
     Returns:
         `dict[str, float]`: `swapped/caption_first` and `swapped/picture_first`, the share of these queries for which
