@@ -66,7 +66,7 @@ class TextColumns:
         names = list(names)
         pair = (self.prompt, self.completion)
         formats: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
-            ((INPUT_IDS,), (LABELS, *MASKS, SPAN)),
+            ((INPUT_IDS,), (LABELS, *MASKS, *PICTURES, SPAN)),
             (pair, (*TEMPLATE, *PICTURES, OUTPUT_IDS, SPAN)),
             ((self.messages,), (*TEMPLATE, *PICTURES, OUTPUT_IDS, SPAN)),
             ((CONVERSATIONS,), (*TEMPLATE, *PICTURES, OUTPUT_IDS, SPAN)),
@@ -161,6 +161,12 @@ def integers(values: Any, name: str) -> list[int]:
 def has_pictures(value: Any) -> bool:
     """Whether what a column of pictures holds is any."""
     return value is not None and not (isinstance(value, list) and not value)
+
+
+def refuse_pictures(row: Mapping[str, Any]) -> None:
+    """Raise an [`UnreadableRow`] if a row has pictures besides its texts."""
+    if name := next((name for name in PICTURES if has_pictures(row.get(name))), None):
+        raise UnreadableRow(f"it has pictures (`{name}`), which are read with a processor: give that instead")
 
 
 def as_object(value: Any, column: str) -> Any:

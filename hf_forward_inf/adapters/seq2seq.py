@@ -20,10 +20,12 @@ from hf_forward_inf.adapters.columns import (
     LABELS,
     OUTPUT_IDS,
     PAIRS,
+    PICTURES,
     UnreadableRow,
     integers,
     pretokenized,
     read_rows,
+    refuse_pictures,
 )
 from hf_forward_inf.adapters.language import (
     LanguageAdapter,
@@ -119,7 +121,7 @@ class Seq2SeqAdapter(LanguageAdapter):
                 f"Rows need columns `{self.columns[0]}` and `{self.columns[1]}`; these have {', '.join(names)}. "
                 "Rename them, or name yours: Seq2SeqAdapter(model, tokenizer, input_column=..., target_column=...)."
             )
-        return (*((OUTPUT_IDS,) if OUTPUT_IDS in names else ()), *pairs[0])
+        return (*(name for name in (OUTPUT_IDS, *PICTURES) if name in names), *pairs[0])
 
     @torch.no_grad()
     def _padding_counts(self) -> bool:
@@ -161,6 +163,7 @@ class Seq2SeqAdapter(LanguageAdapter):
 
     def _features(self, row: dict[str, Any]) -> dict[str, Any]:
         decoder: list[int] | None = None
+        refuse_pictures(row)
         if INPUT_IDS in row:
             ids, _ = pretokenized({name: row[name] for name in row if name != LABELS})
             labels = _without_padding(integers(row[LABELS], LABELS))

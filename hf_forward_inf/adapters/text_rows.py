@@ -13,13 +13,12 @@ from hf_forward_inf.adapters.columns import (
     IGNORED,
     INPUT_IDS,
     OUTPUT_IDS,
-    PICTURES,
     SPAN,
     TextColumns,
     UnreadableRow,
     each_row,
-    has_pictures,
     pretokenized,
+    refuse_pictures,
 )
 from hf_forward_inf.adapters.generation import answer_text
 
@@ -66,8 +65,7 @@ class TextRows:
             UnreadableRow: If it can't be read.
         """
         row = self.columns.conversation(row) or row
-        if name := next((name for name in PICTURES if has_pictures(row.get(name))), None):
-            raise UnreadableRow(f"it has pictures (`{name}`), which are read with a processor: give that instead")
+        refuse_pictures(row)
         if INPUT_IDS in row:
             return pretokenized(row)
         if row.get(OUTPUT_IDS) is not None:

@@ -9,7 +9,7 @@ from datasets import Dataset
 from torch import nn
 
 from hf_forward_inf.adapters import Adapter, DiffusionAdapter, adapter_for
-from hf_forward_inf.adapters.columns import SPAN, TEMPLATE
+from hf_forward_inf.adapters.columns import PICTURES, SPAN, TEMPLATE
 from hf_forward_inf.adapters.diffusion_inputs import reads_captions
 from hf_forward_inf.baselines.base import Baseline
 from hf_forward_inf.utils.rows import LAYOUTS, fill_in, holds_texts, text_and_target, text_columns
@@ -105,5 +105,5 @@ def _read(adapter: Adapter, rows: Dataset) -> tuple[str, ...]:
     names = rows.column_names
     columns = adapter.columns_in(names)
     columns = columns[:-1] if isinstance(adapter, DiffusionAdapter) else columns
-    others = (SPAN, *TEMPLATE)
+    others = (SPAN, *TEMPLATE, *PICTURES)
     return tuple(name for name in columns if name not in others and (name not in names or holds_texts(rows, name)))

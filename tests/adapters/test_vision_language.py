@@ -228,6 +228,19 @@ def test_a_text_only_adapter_refuses_pictures_by_row(both, rows, form):
         ForwardInf(model, tokenizer).trace(given, given)
 
 
+@pytest.mark.parametrize("columns", ["input_ids", "inputs_pretokenized"])
+def test_pictures_beside_tokens_or_a_seq2seq_models_texts_are_refused(model, tokenizer, queries, columns):
+    picture = pictures(1)[0]
+    if columns == "input_ids":
+        network, processor = seeing("llava")
+        given, reader = Dataset.from_list([{"input_ids": [9, 8, 7], "image": picture}]), processor.tokenizer
+    else:
+        network, reader = model, tokenizer
+        given = Dataset.from_list([{**queries[0], "image": picture}])
+    with pytest.raises(ValueError, match=r"row 0: it has pictures \(`image`\)"):
+        ForwardInf(network, reader).trace(given, given)
+
+
 def test_a_processor_chooses_the_adapter(both):
     model, processor = both
     pipe = pipeline("image-text-to-text", model=model, processor=processor)
