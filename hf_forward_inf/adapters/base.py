@@ -15,6 +15,8 @@ from typing_extensions import Self
 from hf_forward_inf.utils.models import batch_size, evaluating, to_device, uncompiled
 from hf_forward_inf.utils.processes import process_state
 
+RANDOM = 0.01
+"""Relative difference beyond which two computations of the same loss are no rounding."""
 SAME_LOSS = 1e-5
 """Relative difference up to which the same operations give the same loss."""
 SAME_ROW = 1e-3
@@ -179,6 +181,8 @@ class Adapter(ABC):
             inputs: A text or a number, or a list of them.
             candidates (`datasets.Dataset`, *optional*): What they are traced over.
         """
+        if not self.columns[:-1]:  # a model that draws without any input
+            return {}
         values = [inputs] if isinstance(inputs, str | int) else list(inputs)
         return dict.fromkeys(self.columns[:-1], values)
 
@@ -277,13 +281,22 @@ class Adapter(ABC):
         again = torch.cat([losses([row]) for row in rows])
         exact = next(self.model.parameters()).dtype in (torch.float32, torch.float64)
         allowed = 4 * (again - alone).abs() + (SAME_ROW if exact else ROUNDING) * alone.abs().clamp(min=1)
-        difference = (losses(rows) - alone).abs()
-        if not (difference > allowed).any():
-            return True
+        if ((again - alone).abs() > RANDOM * alone.abs().clamp(min=1)).any():
+            raise ValueError(
+                f"{type(self.model).__name__} returns another loss each time it is run: it draws at random, so its "
+                "losses can't be compared. If its configuration can switch that off, do so."
+            )
+        try:
+            difference = (losses(rows) - alone).abs()
+            if not (difference > allowed).any():
+                return True
+            why = f"differs by up to {difference.max().item():.2g}"
+        except ValueError as error:  # classifiers without a padding token
+            why = f"can't be had: {error}"
         if process_state().is_main_process:
             warnings.warn(
-                f"{type(self.model).__name__} gives a row another loss in a batch than by itself (by up to "
-                f"{difference.max().item():.2g}): rows are run one by one, which is slower.",
+                f"The loss that {type(self.model).__name__} gives a row in a batch {why}, compared with that of the "
+                "row by itself: rows are run one by one, which is slower.",
                 stacklevel=3,
             )
         return False

@@ -13,7 +13,7 @@ from hf_forward_inf.adapters.base import Batch, Forward, Rows
 from hf_forward_inf.adapters.classification import ClassifierAdapter
 from hf_forward_inf.adapters.labels import Numbers, only
 from hf_forward_inf.adapters.language import input_of, preferred_ascent
-from hf_forward_inf.adapters.text_inputs import ALONE, AnswersTexts, TextInputs, is_of_kind, unreadable
+from hf_forward_inf.adapters.text_inputs import AnswersTexts, TextInputs, is_of_kind, unreadable
 from hf_forward_inf.utils.fingerprints import fingerprint
 from hf_forward_inf.utils.models import evaluating, peft_parameters, to_device
 
@@ -138,12 +138,11 @@ class SequenceClassificationAdapter(AnswersTexts, ClassifierAdapter):
         return states[torch.arange(len(states), device=states.device), ends]
 
     @torch.no_grad()
-    def answer(self, rows: Rows, batch_size: int = 32) -> list[Any]:
+    def answer(self, rows: Rows) -> list[Any]:
         """Classify rows that have no label yet.
 
         Args:
             rows (`dict[str, list]`): With the columns of the texts.
-            batch_size (`int`, defaults to 32): Rows classified together.
 
         Returns:
             `list`: The most probable class by number, or a 0 or 1 for each class.
@@ -156,16 +155,13 @@ class SequenceClassificationAdapter(AnswersTexts, ClassifierAdapter):
                 "The model predicts numbers, and its own prediction has no loss that could be raised: give queries a "
                 f"`{self.columns[-1]}`."
             )
-        columns = self.texts_in(list(rows))
+        columns, answers = self.texts_in(list(rows)), []
         texts = [[value if isinstance(value, str) else "" for value in rows[column]] for column in columns]
-        features, kind = self.inputs.encode(*texts)[0], self.labels
-        step = batch_size if self.inputs.lengths(features["input_ids"]).max() < ALONE else 1
-        answers: list[Any] = []
         with evaluating(self.model):
-            for start in range(0, len(texts[0]), step):
-                part = {name: values[start : start + step] for name, values in features.items()}
-                batch = to_device(self.inputs.collate(part), self.model)
-                answers += kind.predicted(self.logits(self.model, batch))
+            for parts in zip(*texts, strict=True):  # one by one: not every model can be given padding
+                features, _ = self.inputs.encode(*([part] for part in parts))
+                batch = to_device(self.inputs.collate(features), self.model)
+                answers += self.labels.predicted(self.logits(self.model, batch))
         return answers
 
     def with_model(self, model: nn.Module) -> Self:
@@ -179,8 +175,17 @@ class SequenceClassificationAdapter(AnswersTexts, ClassifierAdapter):
         return peft_parameters(self.model) or ["all"]
 
     def default_ascent(self, direction: str | None = None) -> dict[str, Any]:
-        """K-FAC, if the model is of a size that allows it ([`language.preferred_ascent`])."""
-        return preferred_ascent(self.model, direction)
+        """Conjugate gradients, if the model is of a size that allows it; a short step.
+
+        Measured on a character BERT of 22,000 parameters that learns the country of a city (600 rows, 8 countries, 40
+        held-out queries, 40 retrained halves x 2 seeds): an LDS of .28 (standard error .03) with 128 rows, .29 with
+        all, against .12 along K-FAC's direction and .07 along the gradient, at their best radii; and 42% of 40
+        training rows rank first for themselves, against 15% and 7%.
+        """
+        if direction is None:
+            direction = "gradient" if preferred_ascent(self.model)["direction"] == "gradient" else "cg"
+        options = {"damping": 0.03, "sample": 128} if direction == "cg" else {}
+        return {"direction": direction, "radius": 0.3, **options}
 
 
 def is_sequence_classifier(model: Any) -> bool:

@@ -2,12 +2,10 @@
 
 import copy
 import inspect
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from typing_extensions import Self
@@ -16,22 +14,15 @@ from hf_forward_inf.adapters.base import Adapter, Batch, Forward, Rows
 from hf_forward_inf.adapters.labels import only
 from hf_forward_inf.adapters.language import embeddings, longest_input, pad, tokenizer_state
 from hf_forward_inf.utils.fingerprints import fingerprint
-from hf_forward_inf.utils.models import evaluating, to_device
 
 UNKNOWN = {"bbox": "boxes on a page", "pixel_values": "images", "visual_embeds": "images"}
 """Inputs of models that read more than text, and what they are."""
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 """What a model is given of a batch."""
-ALONE = 10**9
-"""Length of a row that must be the only one of its batch."""
 
 
 class TextInputs:
     """Tokenizes texts, or pairs of them, and runs a model on batches that are padded on the right.
-
-    A model is only given padded batches if it returns the same for a text with and without padding, which is checked
-    once. Some do not (convolutions, Fourier transforms or pooling over all tokens, or a prediction read off the last
-    position): their rows are run one by one.
 
     Args:
         model (`transformers.PreTrainedModel` or `peft.PeftModel`): Reads `input_ids`.
@@ -52,8 +43,6 @@ class TextInputs:
         self.model: Any = model
         self.tokenizer = tokenizer
         self.max_length = max_length or _limit(model, tokenizer)
-        self.pads: bool | None = None
-        """Whether padding changes nothing, once that is known."""
 
     @property
     def cache_key(self) -> str:
@@ -103,21 +92,12 @@ class TextInputs:
             )
 
     def lengths(self, ids: list[list[int]]) -> np.ndarray:
-        """Return the number of tokens of each row, `[rows, 1]`: beyond any limit where rows must stay alone."""
-        self._try_padding(min(ids, key=len))
-        return np.array([[len(row) + (ALONE if self.pads is False else 0)] for row in ids])
+        """Return the number of tokens of each row, `[rows, 1]`."""
+        return np.array([[len(row)] for row in ids])
 
     def collate(self, features: Rows) -> Batch:
-        """Pad on the right.
-
-        Raises:
-            RuntimeError: If rows of several lengths come together, and the model's predictions depend on padding.
-        """
+        """Pad on the right."""
         ids, segments = features["input_ids"], features.get("token_type_ids")
-        if len({len(row) for row in ids}) > 1:
-            self._try_padding(min(ids, key=len))
-            if self.pads is False:
-                raise RuntimeError(f"{type(self.model).__name__} can't run rows of several lengths together.")
         batch = {"input_ids": pad(ids, self.filler), "attention_mask": pad([[1] * len(row) for row in ids], 0)}
         return batch if segments is None else {**batch, "token_type_ids": pad(segments, 0)}
 
@@ -132,40 +112,6 @@ class TextInputs:
         other = copy.copy(self)
         other.model = model
         return other
-
-    @torch.no_grad()
-    def _try_padding(self, ids: list[int]) -> None:
-        """Find out whether a row's logits are the same with padding.
-
-        Raises:
-            ValueError: If they are not even the same without: the model draws at random.
-        """
-        added = [more for more in (1, 2, 5) if self.max_length is None or len(ids) + more <= self.max_length]
-        if self.pads is not None or not added:
-            return
-        with evaluating(self.model):
-            alone = self._logits(ids, 0)
-            if not _close(alone, self._logits(ids, 0)):
-                raise ValueError(
-                    f"{type(self.model).__name__} returns other predictions each time it is run: its losses can't be "
-                    "compared. If its configuration can switch off what is drawn at random, do that."
-                )
-            self.pads = all(_close(alone, self._logits(ids, more)) for more in added)
-        if not self.pads:
-            warnings.warn(
-                f"{type(self.model).__name__} returns other predictions where a text is padded: rows are run one by "
-                "one, which is slower.",
-                stacklevel=2,
-            )
-
-    def _logits(self, ids: list[int], more: int) -> Tensor:
-        """Run one row with `more` padding tokens: the logits of the row or of its tokens."""
-        batch = {
-            "input_ids": torch.tensor([ids + [self.filler] * more]),
-            "attention_mask": torch.tensor([[1] * len(ids) + [0] * more]),
-        }
-        logits = self.run(self.model, to_device(batch, self.model))
-        return logits[:, : len(ids)] if logits.dim() == 3 else logits
 
 
 class AnswersTexts(Adapter):
@@ -250,10 +196,3 @@ def _limit(model: Any, tokenizer: Any) -> int | None:
     part = "encoder" if getattr(model.config, "is_encoder_decoder", False) else "decoder"
     limits = [limit for limit in (longest_input(model.config, tokenizer, part), *positions) if limit is not None]
     return min(limits, default=None)
-
-
-def _close(one: Tensor, other: Tensor) -> bool:
-    """Whether two outputs differ by no more than rounding does."""
-    tolerance = min(100 * torch.finfo(one.dtype).eps, 0.05)
-    same = one.shape == other.shape
-    return same and bool((one - other).abs().max() <= tolerance * max(one.abs().max().item(), 1e-3))

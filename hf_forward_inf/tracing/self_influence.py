@@ -31,7 +31,8 @@ def self_influence(tracer: Scorer, rows: Dataset) -> np.ndarray:
     """
     encoded = encode(tracer.adapter, rows, "candidates", tracer.cache_dir)
     with evaluating(tracer.adapter.model), torch.no_grad():
-        if _is_one_plain_step(tracer):
+        plain = encoded.with_format(None)
+        if _is_one_plain_step(tracer) and tracer.adapter.can_batch(plain, tracer.adapter.lengths(plain)):
             # torch.func supports only the math kernel of attention.
             with suppress(RuntimeError, ValueError), sdpa_kernel(SDPBackend.MATH):
                 return _batched(tracer, encoded)

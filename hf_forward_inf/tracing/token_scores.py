@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from hf_forward_inf.adapters.base import Adapter, Rows
 from hf_forward_inf.algorithm import Scorer
 from hf_forward_inf.ascent.parameters import Parameters, call
 from hf_forward_inf.ascent.steps import Mirrored
@@ -44,13 +45,23 @@ def explain(tracer: Scorer, found: Attribution, k: int = 10) -> Attribution:
             if not len(rows):
                 continue
             features = adapter.encode(adapter.prepare(candidates.select_columns(columns))[list(rows)])
-            term_scores = rises(tracer, theta_k, mirrored, features).cpu().numpy()
+            term_scores: list[np.ndarray] = []
+            for part in _together(adapter, features):
+                term_scores += [*rises(tracer, theta_k, mirrored, part).cpu().numpy()]
             for row, texts, scores in zip(rows, adapter.term_texts(features), term_scores, strict=True):
                 details["query"].append(i)
                 details["candidate"].append(row)
                 details["terms"].append(texts)
                 details["term_scores"].append(scores[: len(texts)].astype(np.float32))
     return replace(found, details=Dataset.from_dict(details))
+
+
+def _together(adapter: Adapter, features: Rows) -> list[Rows]:
+    """Return rows as one batch, or one by one where a row's loss depends on the others."""
+    count = len(features["terms"])
+    if adapter.can_batch(Dataset.from_dict(features), adapter.lengths(features)):
+        return [features]
+    return [{name: values[i : i + 1] for name, values in features.items()} for i in range(count)]
 
 
 def perturbed(

@@ -63,16 +63,15 @@ def loss_of(model, row):
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_scores_are_those_of_rows_by_themselves(kind, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_forward_inf.curvature.kronecker.TARGETS", 24)  # quicker, and as good for this
+def test_scores_are_those_of_rows_by_themselves(kind, tmp_path):
     model, rows = classifier(kind), Dataset.from_dict({"text": SENTENCES, "label": LABELS})
     everything = AscentConfig(direction="gradient", radius=0.3, modules=["all"])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # few rows for Kronecker factors, and rows that must stay alone
+        warnings.simplefilter("ignore")  # conjugate gradients that stop early, and rows that must stay alone
         tracer = ForwardInf(model, tokenizer(), ascent=everything, cache_dir=tmp_path)
         found = tracer.trace(rows.select([1]), rows).scores[0]
         assert_close(found, plain_scores(model, lambda row: loss_of(model, row), 1, range(6), 0.3))
-        assert tracer.adapter.inputs.pads == (kind not in ALONE)
+        assert tracer.adapter.batches_rows == (kind not in ALONE)
 
         # By default: the same step, taken from the library, under which rows are run by themselves.
         default = ForwardInf(model, tokenizer(), cache_dir=tmp_path)
@@ -95,6 +94,21 @@ def test_a_decoder_without_a_padding_token_is_run_row_by_row():
     model, rows = classifier("gpt2"), Dataset.from_dict({"text": SENTENCES, "label": LABELS})
     model.config.pad_token_id = None
     tracer = ForwardInf(model, tokenizer(), ascent=AscentConfig(direction="gradient", radius=0.3))
-    with pytest.warns(UserWarning, match="GPT2ForSequenceClassification returns other predictions where a text is"):
+    with pytest.warns(UserWarning, match="GPT2ForSequenceClassification gives a row in a batch can't be had"):
         found = tracer.trace(rows.select([1]), rows).scores[0]
     assert_close(found, plain_scores(model, lambda row: loss_of(model, row), 1, range(6), 0.3))
+
+
+def test_self_influence_and_token_scores_of_a_model_that_mixes_padding_in_are_those_of_rows_by_themselves():
+    model, rows = classifier("fnet"), Dataset.from_dict({"text": SENTENCES, "label": LABELS})
+    tracer = ForwardInf(model, tokenizer(), ascent=AscentConfig(direction="gradient", radius=0.3))
+    with pytest.warns(UserWarning, match="FNetForSequenceClassification gives a row in a batch differs by up to"):
+        own = tracer.self_influence(rows)
+    expected = [plain_scores(model, lambda row: loss_of(model, row), i, [i], 0.3)[0] for i in range(6)]
+    assert_close(own, expected)
+    found = tracer.trace(rows.select([1]), rows, top_k=6)
+    explained = tracer.explain(found).details
+    by_row = dict(zip(explained["candidate"], explained["term_scores"], strict=True))
+    assert_close(
+        [by_row[i][0] for i in range(6)], plain_scores(model, lambda row: loss_of(model, row), 1, range(6), 0.3)
+    )

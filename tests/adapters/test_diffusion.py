@@ -162,7 +162,7 @@ def test_predictions_split_the_loss_and_leave_out_what_cannot_be_read():
     adapter = DiffusionAdapter(stable_diffusion(), timesteps=1)
     broken = Dataset.from_dict({"image": [{"bytes": b"x", "path": None}], "caption": ["a red square"]})
     features = [adapter.encode(adapter.prepare(part)[:]) for part in (rows(3), broken)]
-    assert features[0]["unreadable"] == [""] * 3 and "no image format" in features[1]["unreadable"][0]
+    assert features[0]["unreadable"] == [""] * 3 and "Pillow does not know its format" in features[1]["unreadable"][0]
     batch = adapter.collate({key: features[0][key] + features[1][key] for key in features[0]})
     outputs, loss = adapter.outputs_and_loss(adapter.model.eval(), batch)
     assert outputs.shape == (3 * 64, 4)
@@ -208,7 +208,7 @@ def test_one_bad_image_is_named_and_ranked_last_and_the_run_goes_on(tmp_path):
     with pytest.warns(UserWarning) as told:
         found = tracer.trace(candidates.select([0]), candidates)
     texts = " ".join(str(warning.message) for warning in told)
-    assert "bad.png" in texts and "missing.png" in texts and "candidates rows 1, 2 (2 rows)" in texts
+    assert "bad.png" in texts and "missing.png" in texts and "Candidates rows 1, 2 (2 rows)" in texts
     assert np.isnan(found.scores[0]).tolist() == [False, True, True]
 
 

@@ -182,11 +182,9 @@ def test_a_unet_of_classes_reads_labels():
         expected = (predicted - noise).square().mean(dim=(0, 1)).sum()
         torch.testing.assert_close(found[i], expected, rtol=1e-5, atol=1e-6)
     assert np.isfinite(ForwardInf(adapter=adapter).trace(data.select([1]), data).scores).all()
-    for label, shown in ((3, 3), (None, None)):
+    for label in (3, None):
         odd = rows(2).remove_columns("caption").add_column("label", [0, label])
-        with pytest.raises(
-            ValueError, match=f"holds {shown} in row 1; the model's classes are the integers from 0 to 2"
-        ):
+        with pytest.raises(ValueError, match=f"holds {label} in row 1; the model's classes are the integers from 0"):
             ForwardInf(adapter=adapter).trace(data.select([0]), odd)
     with pytest.raises(NotImplementedError, match="DDPMPipeline does not draw by class: give queries their `image`"):
         adapter.answer({"label": [1]})

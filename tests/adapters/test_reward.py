@@ -76,7 +76,7 @@ def test_losses_and_scores_are_those_of_rows_by_themselves(kind, columns):
     assert summed(outputs).item() == pytest.approx(sum(expected), rel=1e-5)
     assert_close(tracer.trace(rows.select([1]), rows).scores[0], plain_scores(model, loss, 1, range(6), 0.3))
     default = ForwardInf(model, tokens).trace(rows.select([1]), rows)
-    assert default.config["direction"] == "kfac" and np.isfinite(default.scores).all()
+    assert default.config["direction"] == "cg" and np.isfinite(default.scores).all()
 
 
 @pytest.mark.parametrize("columns", ROWS)

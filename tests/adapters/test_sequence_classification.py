@@ -100,7 +100,7 @@ def test_a_model_answers_texts_without_labels_and_its_answers_are_traced():
     with torch.no_grad():
         logits = [model(**tokenizer()(text, return_tensors="pt")).logits for text in SENTENCES]
     expected = torch.cat(logits).argmax(1).tolist()
-    assert tracer.adapter.answer({"text": SENTENCES}, batch_size=4) == expected
+    assert tracer.adapter.answer({"text": SENTENCES}) == expected
     found = tracer.trace_generation(SENTENCES[:2], rows)
     assert found.queries["label"][:] == expected[:2] and found.scores.shape == (2, 6)
     half = Dataset.from_dict({"text": SENTENCES[:2], "label": [2, None]})

@@ -129,13 +129,14 @@ def classes(count=1000):
 
 def counted(module, method="forward"):
     """Count the rows that a module's method is given."""
-    calls = []
-    inner = getattr(module, method)
+    calls, kind = [], type(module)
+    inner = getattr(kind, method)
 
     @wraps(inner)
-    def outer(*args, **kwargs):
+    def outer(self, *args, **kwargs):
         calls.append(len(args[0] if args else next(iter(kwargs.values()))))
-        return inner(*args, **kwargs)
+        return inner(self, *args, **kwargs)
 
-    setattr(module, method, outer)
+    # By its class: losses of a module with a `forward` of its own are not cached.
+    module.__class__ = type(kind.__name__, (kind,), {method: outer, "__module__": kind.__module__})
     return calls
