@@ -15,13 +15,13 @@ from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf.baselines import BM25
 from hf_forward_inf.cli import run_command
 from hf_forward_inf.commands.finetune import Finetuning, load_data
-from hf_forward_inf.commands.options import FinetuneOptions
+from hf_forward_inf.commands.options import TrainingOptions
 from hf_forward_inf.commands.outputs import Run
 from hf_forward_inf.data import proponents
 from hf_forward_inf.utils.processes import say
 
 
-def main(options: FinetuneOptions, ascent: AscentConfig) -> dict[str, Any]:
+def main(options: TrainingOptions, ascent: AscentConfig) -> dict[str, Any]:
     """Fine-tune, let the model answer, and trace the planted answers that it repeats."""
     run = Run(options)
 
@@ -62,4 +62,4 @@ def main(options: FinetuneOptions, ascent: AscentConfig) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, FinetuneOptions, AscentConfig))
+    sys.exit(run_command(main, TrainingOptions, AscentConfig))

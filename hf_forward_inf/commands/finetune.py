@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from hf_forward_inf.adapters import CausalLMAdapter
 from hf_forward_inf.ascent.config import AscentConfig
 from hf_forward_inf.baselines import attributors_for
-from hf_forward_inf.commands.options import FinetuneOptions
+from hf_forward_inf.commands.options import FinetuneOptions, TrainingOptions
 from hf_forward_inf.commands.outputs import Run
 from hf_forward_inf.data import load_rows, proponents
 from hf_forward_inf.data.questions import builtin_questions
@@ -45,12 +45,12 @@ class Finetuning:
     """Trains a model on rows, or loads it if that was done before.
 
     Args:
-        options (`FinetuneOptions`): Base model, LoRA, epochs.
+        options (`TrainingOptions`): Base model, LoRA, epochs.
         rows (`datasets.Dataset`): All training examples.
         seed (`int`): Order of batches and initial weights.
     """
 
-    def __init__(self, options: FinetuneOptions, rows: Dataset, seed: int):
+    def __init__(self, options: TrainingOptions, rows: Dataset, seed: int):
         self.options, self.seed = options, seed
         if options.model:
             self.base, self.tokenizer = load_language_model(options.model)
@@ -160,7 +160,7 @@ def finetune_run(options: FinetuneOptions, ascent: AscentConfig) -> dict[str, An
     return run.write(shown, metrics, tracer, table=table, proponents=task.proponents)
 
 
-def load_data(options: FinetuneOptions) -> tuple[Dataset, Dataset]:
+def load_data(options: TrainingOptions) -> tuple[Dataset, Dataset]:
     """Load training rows and queries, the built-in ones by default."""
     if options.model:
         say(f"Fine-tuning {options.model} on {options.candidates}, tracing its answers to {options.queries}.")

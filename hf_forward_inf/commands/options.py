@@ -60,7 +60,7 @@ class CompareOptions(TraceOptions):
 
 
 @dataclass
-class FinetuneOptions(RunOptions):
+class TrainingOptions(RunOptions):
     """What to fine-tune and trace, and where the results go.
 
     With none of `model`, `candidates` and `queries`, a tiny Llama is trained on questions about built-in facts, some
@@ -72,15 +72,10 @@ class FinetuneOptions(RunOptions):
             CSV.
         queries (`str`, *optional*): Prompts whose answers are traced, in the same forms as `candidates`.
         lora (`bool`, defaults to `False`): Fine-tune by LoRA; its weights are perturbed.
-        contrast (`bool`, defaults to `False`): Trace wrong answers against the right ones (column right): why this
-            rather than that?
         epochs (`int`, defaults to 20): Epochs of the training.
         training_rate (`float`, *optional*): Peak learning rate of the training. Defaults to 2e-3 for a tiny model,
             5e-5 for `model`, 1e-2 for LoRA.
         batch_size (`int`, defaults to 16): Rows in a training step.
-        removed (`int`, defaults to 5): Best candidates of each wrong answer that are removed before training again; 0
-            to skip this.
-        tune (`bool`, defaults to `False`): Choose the radius by self-retrieval, without labels.
     """
 
     output: str = "outputs/finetune"
@@ -88,18 +83,35 @@ class FinetuneOptions(RunOptions):
     candidates: str | None = None
     queries: str | None = None
     lora: bool = False
-    contrast: bool = False
     epochs: int = field(default=20, metadata={"min": 1})
     training_rate: float | None = field(default=None, metadata={"above": 0})
     batch_size: int = field(default=16, metadata={"min": 1})
-    removed: int = field(default=5, metadata={"min": 0})
-    tune: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         given = [name for name in ("model", "candidates", "queries") if getattr(self, name) is not None]
         if given and len(given) < 3:
             raise ValueError(f"--{given[0]} is given: give --model, --candidates and --queries together.")
+
+
+@dataclass
+class FinetuneOptions(TrainingOptions):
+    """What to fine-tune and trace, and where the results go.
+
+    With none of `model`, `candidates` and `queries`, a tiny Llama is trained on questions about built-in facts, some
+    of them answered wrongly on purpose.
+
+    Args:
+        contrast (`bool`, defaults to `False`): Trace wrong answers against the right ones (column right): why this
+            rather than that?
+        removed (`int`, defaults to 5): Best candidates of each wrong answer that are removed before training again; 0
+            to skip this.
+        tune (`bool`, defaults to `False`): Choose the radius by self-retrieval, without labels.
+    """
+
+    contrast: bool = False
+    removed: int = field(default=5, metadata={"min": 0})
+    tune: bool = False
 
 
 @dataclass

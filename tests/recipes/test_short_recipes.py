@@ -8,7 +8,7 @@ import pytest
 
 from hf_forward_inf import AscentConfig, Attribution
 from hf_forward_inf.commands.finetune import SIZES
-from hf_forward_inf.commands.options import FinetuneOptions
+from hf_forward_inf.commands.options import TrainingOptions
 from hf_forward_inf.data import proponents, questions
 from hf_forward_inf.data.digits import captioned_digits
 from tests.helpers.recipes import recipe
@@ -67,7 +67,7 @@ def test_finetune_traces_planted_answers_to_the_rows_that_planted_them(tmp_path,
     monkeypatch.setattr(questions, "QUERIES_A_RELATION", 2)
     for name, size in SMALL.items():
         monkeypatch.setitem(SIZES, name, size)
-    options = FinetuneOptions(output=str(tmp_path), epochs=40, top_k=10_000)
+    options = TrainingOptions(output=str(tmp_path), epochs=40, top_k=10_000)
     recipe("finetune").main(options, AscentConfig())
     metrics, found = written(tmp_path)
     assert all(found.queries["planted"])
