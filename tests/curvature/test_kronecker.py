@@ -21,7 +21,8 @@ def always_the_likeliest(monkeypatch):
         chances = outputs.softmax(-1)
         return chances - nn.functional.one_hot(outputs.argmax(-1), outputs.shape[-1])
 
-    monkeypatch.setattr("hf_forward_inf.adapters.base.Adapter.sampled_output_gradients", slopes)
+    for kind in ("base.Adapter", "classification.ClassifierAdapter"):
+        monkeypatch.setattr(f"hf_forward_inf.adapters.{kind}.sampled_output_gradients", slopes)
     monkeypatch.setattr("hf_forward_inf.curvature.kronecker.TARGETS", 1)
 
 
