@@ -33,7 +33,7 @@ class TensorAdapter(ClassifierAdapter):
         objective (`str`, defaults to `"cross_entropy"`): `"cross_entropy"` or `"margin"` ([`ClassifierAdapter`]).
 
     Raises:
-        TypeError: If the model's forward takes no argument.
+        TypeError: If the model's forward takes no argument, or reads tokens.
         ValueError: For an unknown objective.
 
     Example:
@@ -55,6 +55,11 @@ class TensorAdapter(ClassifierAdapter):
         if not arguments:
             raise TypeError(f"{type(model).__name__}.forward takes no argument, so no tensor can be passed to it.")
         self.argument: str = getattr(model, "main_input_name", arguments[0])
+        if self.argument == "input_ids":
+            raise TypeError(
+                f"{type(self.model).__name__} reads tokens, and padding must be masked: give ForwardInf the model "
+                "and its tokenizer, or write an adapter."
+            )
         self.columns = (input_column, label_column)
         self.transform = transform
 

@@ -3,6 +3,7 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import nn
+from transformers import BertConfig, BertForSequenceClassification
 
 from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf.adapters import TensorAdapter
@@ -93,6 +94,12 @@ def test_a_module_that_takes_no_tensor_is_refused():
 
     with pytest.raises(TypeError, match=r"Deaf.forward takes no argument"):
         TensorAdapter(Deaf())
+
+
+def test_a_model_of_texts_is_refused():
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    with pytest.raises(TypeError, match="BertForSequenceClassification reads tokens"):
+        TensorAdapter(BertForSequenceClassification(BertConfig(vocab_size=5, **sizes)))
 
 
 def test_the_default_step_is_corrected_by_curvature_and_a_given_one_is_taken():
