@@ -47,6 +47,8 @@ class Adapter(ABC):
     """Whether rows that can't be read go without a score, or are refused."""
     contrast_columns: tuple[str, ...] = ()
     """Columns in which queries may hold what should have been said instead ([`contrast.Contrast`])."""
+    max_draws: int | None = None
+    """Draws of [`sampled_output_gradients`] that suffice for each prediction, where it is known."""
     answers_queries: bool = False
     """Whether queries without an answer are answered by the model when they are traced."""
     default_units: Literal["loss", "sensitivity"] = "loss"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import Self
 
-from hf_forward_inf.adapters.base import Adapter, Batch, Forward, Rows
+from hf_forward_inf.adapters.base import Adapter, Batch, Forward, Rows, divergence_of_logits
 from hf_forward_inf.adapters.causal_lm import CausalLMAdapter
 from hf_forward_inf.adapters.columns import IGNORED, PICTURES, TEMPLATE
 from hf_forward_inf.adapters.language import counted
@@ -61,6 +61,7 @@ class PreferenceAdapter(Adapter):
 
     columns = COLUMNS
     answers_queries = True
+    max_draws = 16  # each has a pair's exact curvature
 
     def __init__(
         self,
@@ -187,10 +188,14 @@ class PreferenceAdapter(Adapter):
         return self.margins(forward, batch)[:, None], lambda margins: F.softplus(-margins).sum()
 
     def sampled_output_gradients(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
-        """Return the loss's gradient by the margins, for preferences that are drawn from the model's own."""
+        """Return gradients by the margins with mean 0 and the loss's curvature for their square: signs are drawn."""
         chances = outputs.float().sigmoid()
-        drawn = torch.rand(outputs.shape, generator=generator).to(outputs.device) < chances
-        return chances - drawn.float()
+        signs = torch.randint(0, 2, outputs.shape, generator=generator).to(outputs.device) * 2 - 1
+        return signs * (chances * (1 - chances)).sqrt()
+
+    def divergence(self, before: Tensor, after: Tensor) -> Tensor:
+        """Return how far each preference has moved: KL of Bernoulli variables, in nats, `[rows]`."""
+        return divergence_of_logits(*(F.pad(margins, (1, 0)) for margins in (before, after)))
 
     def term_texts(self, features: Rows) -> list[list[str]]:
         """Raise a `NotImplementedError`: the loss of a pair is no sum over tokens."""
@@ -220,7 +225,15 @@ class PreferenceAdapter(Adapter):
         return self.language.default_modules()
 
     def default_ascent(self, direction: str | None = None) -> dict[str, Any]:
-        """Return that of language models."""
+        """Return one step along the gradient.
+
+        Three tiny Llamas were taught by 652 pairs to prefer 42 wrong answers each, and asked in other words about the
+        34 to 38 that they then preferred. A step of length 1 along the gradient finds the pairs behind a pair with an
+        MRR of .96, behind an output with .84; K-FAC, with the options of language models, with .95 and .79, and it
+        must be fitted.
+        """
+        if direction is None:
+            return {"direction": "gradient", "radius": 1.0}
         return self.language.default_ascent(direction)
 
     def shared_parameters(self) -> Set[str]:

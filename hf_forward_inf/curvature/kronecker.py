@@ -82,7 +82,8 @@ class KroneckerFit:
         self.layers = factored_layers(self.adapter, names, next(sample.batches(set(names))))
         factored = {name for layer in self.layers for name in (layer.weight, layer.bias)}
         self.rest = [name for name in names if name not in factored]
-        self.draws = math.ceil(TARGETS / sum(sample.features["terms"]))
+        draws = math.ceil(TARGETS / sum(sample.features["terms"]))
+        self.draws = min(draws, self.adapter.max_draws or draws)
         self.rows = len(sample) * self.draws
 
     def factors(self) -> Tensors:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_forward_inf.adapters import CausalLMAdapter, Seq2SeqAdapter
+from hf_forward_inf.adapters.contrast import query_adapter
 from hf_forward_inf.algorithm import Scorer
 from hf_forward_inf.ascent.lora import LowRank
 from hf_forward_inf.ascent.parameters import Parameters, names_for
@@ -163,7 +164,7 @@ def _tensors(changes: Mapping[str, LowRank], rank: int) -> dict[str, Tensor]:
 def _card(tracer: Scorer, query: Mapping[str, Any], rank: int, lost: float) -> str:
     """Return the model card."""
     model: Any = tracer.adapter.model
-    columns = tracer.adapter.columns_in(query)
+    columns = query_adapter(tracer.adapter, query).columns_in(query)
     ascent = {name: value for name, value in asdict(tracer.ascent).items() if value is not None}
     return CARD.format(
         base=json.dumps(str(model.name_or_path)),

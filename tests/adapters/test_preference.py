@@ -249,6 +249,13 @@ def test_drawn_gradients_have_mean_zero_and_the_losss_curvature(adapter):
     torch.testing.assert_close(drawn.square().mean(0), chances * (1 - chances), rtol=0.05, atol=0)
 
 
+def test_preferences_diverge_as_bernoulli_variables(adapter):
+    before, after = torch.tensor([[0.5], [-1.0]]), torch.tensor([[0.1], [2.0]])
+    p, q = (torch.distributions.Bernoulli(logits=margins[:, 0]) for margins in (before, after))
+    wanted = torch.distributions.kl_divergence(p, q)
+    torch.testing.assert_close(adapter.divergence(before, after), wanted)
+
+
 @pytest.mark.filterwarnings("ignore:.*are too few for the factors")
 @pytest.mark.parametrize("direction", ["kfac", "ekfac", "adam", "cg"])
 def test_every_direction_finds_the_pair_itself(adapter, pairs, direction):
