@@ -1,9 +1,8 @@
 """The adapter protocol: what the library must know of one kind of model."""
 
 import copy
-import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -12,17 +11,9 @@ from datasets import Dataset
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from hf_forward_inf.adapters.agreement import parts_agree, rows_agree
 from hf_forward_inf.utils.models import batch_size, evaluating, to_device, uncompiled
-from hf_forward_inf.utils.processes import process_state
 
-RANDOM = 0.01
-"""Relative difference beyond which two computations of the same loss are no rounding."""
-SAME_LOSS = 1e-5
-"""Relative difference up to which the same operations give the same loss."""
-SAME_ROW = 1e-3
-"""Relative difference up to which a row has the same loss in batches of other shapes."""
-ROUNDING = 0.05
-"""The same where weights have less than float32's precision."""
 Rows: TypeAlias = dict[str, list[Any]]
 """A slice of a `datasets.Dataset`: column name to values."""
 Batch: TypeAlias = dict[str, Any]
@@ -246,7 +237,12 @@ class Adapter(ABC):
         if not shared or shared & names:
             return batch
         if self.shares is None:
-            self.shares = self._halves_agree(batch)
+            first = self.first_row(batch)
+            self.shares = parts_agree(
+                self.model,
+                whole=lambda: self.term_losses(self.model, first),
+                parts=lambda: self.term_losses(self.model, self.run_shared(first)),
+            )
         if not self.shares:
             return batch
         with torch.no_grad():
@@ -270,59 +266,13 @@ class Adapter(ABC):
         if self.batches_rows is None and (lengths != lengths[0]).any():
             ends = [end for axis in lengths.T for end in (axis.argmin(), axis.argmax())]
             with evaluating(self.model):
-                self.batches_rows = self._same_together([features[int(i)] for i in dict.fromkeys(ends)])
+                rows = [features[int(i)] for i in dict.fromkeys(ends)]
+                self.batches_rows = rows_agree(self.model, self._losses_of, rows)
         return self.batches_rows is not False
 
-    @torch.no_grad()
-    def _same_together(self, rows: list[dict[str, Any]]) -> bool:
-        def losses(some: list[dict[str, Any]]) -> Tensor:
-            batch = self.collate({name: [row[name] for row in some] for name in some[0]})
-            return self.loss(self.model, to_device(batch, self.model))
-
-        alone = torch.cat([losses([row]) for row in rows])
-        again = torch.cat([losses([row]) for row in rows])
-        exact = next(self.model.parameters()).dtype in (torch.float32, torch.float64)
-        allowed = 4 * (again - alone).abs() + (SAME_ROW if exact else ROUNDING) * alone.abs().clamp(min=1)
-        if ((again - alone).abs() > RANDOM * alone.abs().clamp(min=1)).any():
-            raise ValueError(
-                f"{type(self.model).__name__} returns another loss each time it is run: it draws at random, so its "
-                "losses can't be compared. If its configuration can switch that off, do so."
-            )
-        try:
-            difference = (losses(rows) - alone).abs()
-            if not (difference > allowed).any():
-                return True
-            why = f"differs by up to {difference.max().item():.2g}"
-        except ValueError as error:  # classifiers without a padding token
-            why = f"can't be had: {error}"
-        if process_state().is_main_process:
-            warnings.warn(
-                f"The loss that {type(self.model).__name__} gives a row in a batch {why}, compared with that of the "
-                "row by itself: rows are run one by one, which is slower.",
-                stacklevel=3,
-            )
-        return False
-
-    @torch.no_grad()
-    def _halves_agree(self, batch: Batch) -> bool:
-        first = self.first_row(batch)
-        whole, again = (self.term_losses(self.model, first) for _ in range(2))
-        try:
-            halves = self.term_losses(self.model, self.run_shared(first))
-            difference = (halves - whole).abs().max().item()
-            noise = 4 * (again - whole).abs().max().item()  # kernels may sum in any order
-            if difference <= noise + SAME_LOSS * max(1.0, whole.abs().max().item()):
-                return True
-            why = f"a term of the first row's loss would differ by {difference:.2g}"
-        except Exception as error:
-            why = f"{type(error).__name__}: {error}"
-        if process_state().is_main_process:
-            warnings.warn(
-                f"{type(self.model).__name__} can't be run in two parts ({why}): it is run whole for every query, "
-                "which is slower.",
-                stacklevel=3,
-            )
-        return False
+    def _losses_of(self, rows: Sequence[dict[str, Any]]) -> Tensor:
+        batch = self.collate({name: [row[name] for row in rows] for name in rows[0]})
+        return self.loss(self.model, to_device(batch, self.model))
 
 
 def divergence_of_logits(before: Tensor, after: Tensor) -> Tensor:

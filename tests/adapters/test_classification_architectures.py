@@ -94,7 +94,7 @@ def test_a_decoder_without_a_padding_token_is_run_row_by_row():
     model, rows = classifier("gpt2"), Dataset.from_dict({"text": SENTENCES, "label": LABELS})
     model.config.pad_token_id = None
     tracer = ForwardInf(model, tokenizer(), ascent=AscentConfig(direction="gradient", radius=0.3))
-    with pytest.warns(UserWarning, match="GPT2ForSequenceClassification gives a row in a batch can't be had"):
+    with pytest.warns(UserWarning, match="GPT2ForSequenceClassification gives a row in a batch can't be computed"):
         found = tracer.trace(rows.select([1]), rows).scores[0]
     assert_close(found, plain_scores(model, lambda row: loss_of(model, row), 1, range(6), 0.3))
 
