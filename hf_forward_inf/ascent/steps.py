@@ -158,12 +158,12 @@ def ascend(
 
     def loss(theta: Parameters) -> Tensor:
         terms = adapter.term_losses(partial(call, model, theta), batch)
-        size = terms.detach().abs().sum()
+        mean, size = (part.sum(dim=1).sum() / sum(query["terms"]) for part in (terms, terms.detach().abs()))
         if config.radius is None or size == 0:
-            return terms.sum() / sum(query["terms"])
+            return mean
         # Only the direction matters. Divided by the loss, the gradient of a memorised query has an ordinary norm, and
         # does not underflow in float32. By the sum of absolute terms, since those of a contrast cancel.
-        return terms.sum() / size
+        return mean / size
 
     rank = rank_of_ascent(adapter, config)
     with torch.enable_grad(), torch.random.fork_rng():
