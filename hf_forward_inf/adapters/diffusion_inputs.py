@@ -93,7 +93,7 @@ def unknown_input(pipe: Any) -> str | None:
         return "a class besides the caption"
     if getattr(config, "time_cond_proj_dim", None) is not None:
         return "the scale of guidance (it was distilled, not trained by this loss)"
-    if getattr(config, "addition_embed_type", None) not in (None, "text_time"):
+    if getattr(config, "addition_embed_type", None) not in (None, "text", "text_time"):
         return f"conditions of addition_embed_type={config.addition_embed_type!r}"
     if kind := getattr(config, "encoder_hid_dim_type", None):
         return f"conditions of encoder_hid_dim_type={kind!r}"

@@ -149,7 +149,7 @@ def test_denoisers_that_read_what_nobody_gives_them_are_refused():
         ({"class_embed_type": "timestep"}, "it reads classes of class_embed_type='timestep'"),
         ({"num_class_embeds": 3}, "it reads a class besides the caption"),
         ({"time_cond_proj_dim": 8}, "it reads the scale of guidance"),
-        ({"addition_embed_type": "text"}, "it reads conditions of addition_embed_type='text'"),
+        ({"addition_embed_type": "image", "encoder_hid_dim": 8}, "it reads conditions of addition_embed_type='image'"),
         ({"encoder_hid_dim_type": "text_proj"}, "it reads conditions of encoder_hid_dim_type='text_proj'"),
     ],
 )

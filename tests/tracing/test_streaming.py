@@ -51,7 +51,7 @@ def test_scores_can_be_standardised_before_the_best_are_chosen(tracer):
     np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-5)
     places = np.array(found.candidates["stream_row"][:])
     assert (places[found.indices] == expected.indices).all()
-    with pytest.raises(ValueError, match="at least 3 of them, not 1: trace others beside"):
+    with pytest.raises(ValueError, match="at least 3 of them, not 1: trace more"):
         tracer.trace_stream(QUERIES.select([0]), stream_of(candidates), standardise=True)
 
 
