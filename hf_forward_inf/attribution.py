@@ -1,6 +1,7 @@
 """The result of a trace: scores of candidates for queries, with their rows; and the protocol of what traces."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -68,8 +69,14 @@ class Attribution:
         their mean is subtracted.
 
         Raises:
-            ValueError: If there are fewer than 3 queries; in units of sensitivity, fewer than 2.
+            ValueError: If there are fewer than 3 queries (in units of sensitivity, fewer than 2), or only the best
+                candidates were kept.
         """
+        if self.indices is not None:
+            raise ValueError(
+                "Only each query's best candidates are here, which differ from query to query: standardise before "
+                "keeping them (trace without top_k)."
+            )
         known = 1.0 if self.config.get("units") == "sensitivity" else None
         config = {**self.config, "standardised": True}
         return replace(self, scores=standardised(self.scores, known), config=config)
@@ -119,7 +126,10 @@ class Attribution:
 
         Raises:
             IndexError: If there is no such query.
+            ValueError: If `k` is below 1.
         """
+        if k < 1:
+            raise ValueError(f"k={k} must be at least 1.")
         if not 0 <= query < len(self):
             raise IndexError(f"There is no query {query}: rows are numbered from 0 to {len(self) - 1}.")
         rows = self.ranking(query)[:k]
@@ -195,6 +205,8 @@ class Attribution:
             for name, rows in parts.items():
                 if rows is not None:
                     rows.save_to_disk(folder / name)
+                elif (folder / name).is_dir():  # of an attribution that was saved here before
+                    shutil.rmtree(folder / name)
         about = {"format": FORMAT, "method": self.method, "config": self.config}
         (folder / "attribution.json").write_text(json.dumps(about, indent=2))
 

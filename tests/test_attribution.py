@@ -93,3 +93,22 @@ def test_wrong_numbers_are_refused(found):
 
 def test_it_tells_what_it_is(found):
     assert repr(found.keep(3)) == "Attribution(forward_inf: 2 queries x 4 candidates, top 3)"
+
+
+def test_fewer_than_one_candidate_is_refused(found):
+    with pytest.raises(ValueError, match="k=-1 must be at least 1"):
+        found.top(0, -1)
+
+
+def test_kept_candidates_are_not_standardised_over_queries(found):
+    # Column j holds the j-th best of each query: other candidates for other queries.
+    with pytest.raises(ValueError, match="standardise before keeping them"):
+        found.keep(2).standardised()
+
+
+def test_saving_over_another_attribution_leaves_none_of_its_details(found, tmp_path):
+    details = Dataset.from_dict({"query": [0], "candidate": [1], "terms": [["b"]], "term_scores": [[2.0]]})
+    replace(found, details=details).save_to_disk(tmp_path)
+    assert Attribution.load_from_disk(tmp_path).details is not None
+    found.save_to_disk(tmp_path)
+    assert Attribution.load_from_disk(tmp_path).details is None

@@ -152,6 +152,8 @@ def ascend(
         `dict[str, Tensor | LowRank]`: theta_K of the named parameters, or `None` where a gradient is zero or not
         finite.
     """
+    if config.radius is None and config.learning_rate is None:
+        raise ValueError("The ascent has no length: complete its options with AscentConfig.completed().")
     adapter, model = encoded_adapter(adapter, query), adapter.model
     batch = to_device(adapter.collate(query), model)
     batch = adapter.with_shared(batch, set(names))
@@ -201,6 +203,11 @@ def _ascend_weights(
         for value, s in zip(theta.values(), step, strict=True):
             value.grad = s.to(value.dtype)
         optimizer.step()
+    if all(torch.equal(value, own[name]) for name, value in theta.items()):
+        raise ValueError(
+            f"A step of length {radius or config.learning_rate:g} is lost in the rounding of the weights "
+            f"({next(iter(theta.values())).dtype}): take a longer one."
+        )
     return {name: value.detach() for name, value in theta.items()}
 
 

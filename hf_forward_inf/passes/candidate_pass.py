@@ -87,9 +87,10 @@ class CandidatePass:
         Returns:
             `np.ndarray`: float32 `[columns, candidates]`.
         """
-        process = (self.state.process_index, self.state.num_processes)
-        name = fingerprint(self.weights, self.adapter.cache_key, self.encoded._fingerprint, key, process)
         cuts = self.shares[self.state.process_index]
+        # A single process computes all rows in one order, however they are cut; a share's rows depend on the cuts.
+        own = [(c.start, c.stop) for c in cuts] if self.state.num_processes > 1 else None
+        name = fingerprint(self.weights, self.adapter.cache_key, self.encoded._fingerprint, key, own)
         local = np.empty((0, columns), dtype=np.float32)
         if cuts:
             with progress_bars(self.state.is_main_process):

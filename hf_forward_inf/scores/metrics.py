@@ -178,12 +178,19 @@ def evaluate(
         that is not a proponent; `mrr_random`, the MRR of a random order.
 
     Raises:
-        ValueError: If there are no queries, or the lengths of `scores` and `proponents` differ.
+        ValueError: If there are no queries, the lengths of `scores` and `proponents` differ, or a proponent is not a
+            row of the candidates.
     """
     if len(scores) == 0 or len(scores) != len(proponents):
         raise ValueError(
             f"{len(proponents)} lists of proponents for {len(scores)} queries: give one list for each query."
         )
+    for query, rows in enumerate(proponents):
+        beyond = [row for row in rows if not 0 <= row < scores.shape[1]]
+        if beyond:
+            raise ValueError(
+                f"Query {query} has proponent {beyond[0]}, which is not a row of the {scores.shape[1]} candidates."
+            )
     if groups is not None:
         scores, proponents = collapse(scores, proponents, groups)
     pairs = list(zip(scores, proponents, strict=True))
@@ -269,7 +276,13 @@ def lds_by_query(scores: np.ndarray, subsets: np.ndarray, losses: np.ndarray) ->
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Return the rank correlation, equal values sharing their mean rank; 0 if one argument is constant."""
+    """Return the rank correlation, equal values sharing their mean rank; 0 if one argument is constant.
+
+    Raises:
+        ValueError: If a value is NaN, which has no rank.
+    """
+    if np.isnan(a).any() or np.isnan(b).any():
+        raise ValueError("NaN has no rank: leave out subsets or queries without a finite loss or score.")
     a, b = (mean_ranks(values) - (len(values) + 1) / 2 for values in (a, b))
     spread = np.sqrt((a @ a) * (b @ b))
     return float(a @ b / spread) if spread > 0 else 0.0

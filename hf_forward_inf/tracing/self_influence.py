@@ -46,6 +46,12 @@ def rerank(tracer: Scorer, found: Attribution, k: int) -> Attribution:
             "Reranking divides scores by self-influence, and these are divided by sensitivity already: trace with "
             "ForwardInf(units='loss')."
         )
+    differ = [name for name, value in tracer.config.items() if found.config.get(name) != value]
+    if differ or found.config.get("standardised"):
+        raise ValueError(
+            f"These scores are not this attributor's own ({', '.join(differ) or 'they are standardised'}): trace with "
+            "it first."
+        )
     best = found.keep(min(k, len(found.candidates)))
     assert best.indices is not None
     rows = np.unique(best.indices)

@@ -25,6 +25,8 @@ from hf_forward_inf.utils.rows import sample_rows
 from hf_forward_inf.utils.storage import default_cache_dir, write_folder
 from hf_forward_inf.utils.validation import lost_candidates, warn_of_lost
 
+FIRST_ROWS = 16
+"""Rows by which a stream is recognised when a run resumes."""
 STREAM_ROW = "stream_row"
 """Column with a candidate's row number in the stream, from 0."""
 ENDING = "-rows"
@@ -109,7 +111,7 @@ def trace_stream(
         tracer = tracer.with_options(training=training)
     run = fingerprint(
         fingerprint_of_model(tracer.adapter.model), tracer.adapter.cache_key, queries._fingerprint, tracer.config,
-        top_k, chunk_size, standardise,
+        top_k, chunk_size, standardise, None if folder is None else _identity(stream),
     )  # fmt: skip
     saved = None if folder is None else _resumed(Path(folder), run, stream)
     best, progress = saved or (_empty(tracer, queries, standardise), Progress(run))
@@ -148,6 +150,12 @@ def _empty(tracer: Scorer, queries: Dataset, standardise: bool) -> Attribution:
     scores = np.empty((len(queries), 0), dtype=np.float32)
     config = {**tracer.config, "standardised": standardise}
     return Attribution(scores, queries, Dataset.from_dict({}), method=tracer.name, config=config)
+
+
+def _identity(stream: IterableDataset) -> list[Any]:
+    """Return what a stream is recognised by when a run resumes: its columns, shards and first rows."""
+    first = next(stream.with_format("arrow").iter(batch_size=FIRST_ROWS), None)  # a copy: the stream stays where it is
+    return [str(stream.features), stream.num_shards, None if first is None else first.to_pylist()]
 
 
 def first_chunk(stream: IterableDataset, size: int) -> Dataset:
@@ -248,8 +256,8 @@ def _resumed(folder: Path, run: str, stream: IterableDataset) -> tuple[Attributi
     progress = Progress(**json.loads((saved[-1] / PROGRESS).read_text()))
     if progress.run != run:
         raise ValueError(
-            f"{folder} holds the progress of another run, with another model, other queries or other options. "
-            "Give another folder, or delete it."
+            f"{folder} holds the progress of another run, with another model, other queries, another stream or other "
+            "options. Give another folder, or delete it."
         )
     stream.load_state_dict(progress.stream_state)
     return Attribution.load_from_disk(saved[-1]), progress

@@ -138,3 +138,8 @@ def test_evaluating_gives_every_module_its_own_mode_back(model):
         assert not any(module.training for module in model.modules())
         raise RuntimeError
     assert [module.training for module in model.modules()] == before
+
+
+def test_a_step_that_rounding_swallows_is_refused(line):
+    with pytest.raises(ValueError, match=r"length 1e-30 is lost in the rounding of the weights \(torch\.float32\)"):
+        moved(line, radius=1e-30)

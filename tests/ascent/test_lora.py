@@ -109,8 +109,8 @@ def test_a_fresh_lora_gives_the_scores_of_changed_weights(mode, network, tokens,
 def test_its_steps_are_those_of_changed_weights(adapter, rows):
     encoded = adapter.encode(rows[:1])
     names = [name for name in linear_layers(adapter.model) if name != "lm_head.weight"]
-    through = ascend(adapter, encoded, names, AscentConfig(steps=3, lora_rank=64))
-    whole = ascend(adapter, encoded, names, AscentConfig(direction="gradient", steps=3))
+    through = ascend(adapter, encoded, names, AscentConfig(steps=3, lora_rank=64).completed())
+    whole = ascend(adapter, encoded, names, AscentConfig(direction="gradient", steps=3).completed())
     for name, change in through.items():
         moved = (whole[name] - adapter.model.get_parameter(name)).detach()
         product = change.up @ change.down

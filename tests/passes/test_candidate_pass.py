@@ -1,3 +1,6 @@
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -6,6 +9,7 @@ from datasets import disable_caching, enable_caching
 from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf.adapters import Seq2SeqAdapter
 from hf_forward_inf.curvature.perturber import Perturber
+from hf_forward_inf.passes import candidate_pass
 from hf_forward_inf.passes.candidate_pass import batches
 from hf_forward_inf.passes.loss_pass import LossPass
 from tests.helpers.line import points
@@ -95,3 +99,33 @@ def test_nothing_is_cached_when_datasets_caching_is_off(line, cache):
     finally:
         enable_caching()
     assert not list(cache.rglob("*.arrow"))
+
+
+def test_shares_of_several_processes_are_cached_by_how_the_rows_are_cut(line, monkeypatch, tmp_path):
+    rows = points(*(((i, 1), 0.5 * i) for i in range(23)))
+    expected = LossPass(line, rows, cache_dir=tmp_path / "one").base()
+
+    def of_two_processes(max_batch_length):
+        """Run both processes, one after the other, and gather what they have."""
+        found, passes, values = np.full(len(rows), np.nan), [], []
+        for process in range(2):
+            state = SimpleNamespace(
+                process_index=process, num_processes=2, is_main_process=True, main_process_first=nullcontext
+            )
+            monkeypatch.setattr(candidate_pass, "process_state", lambda state=state: state)
+            monkeypatch.setattr(LossPass, "_gather", lambda self, local: values.append(local) or _padded(self, local))
+            passes.append(LossPass(line, rows, cache_dir=tmp_path / "two", max_batch_length=max_batch_length))
+            passes[-1].base()
+        for process, (run, local) in enumerate(zip(passes, values, strict=True)):
+            found[np.concatenate([run.order[cut] for cut in run.shares[process]])] = local[:, 0]
+        return found
+
+    for length in (5, 3, 5):
+        np.testing.assert_array_equal(of_two_processes(length), expected)
+
+
+def _padded(run, local):
+    longest = max(sum(cut.stop - cut.start for cut in share) for share in run.shares)
+    padded = np.full((2, longest, 1), np.nan, dtype=np.float32)
+    padded[run.state.process_index, : len(local)] = local
+    return padded

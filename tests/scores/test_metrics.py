@@ -163,3 +163,17 @@ def test_detection_counts_what_is_found_among_the_first():
     assert found["precision_at_20_percent"] == 0.5
     pairs = [(a > b) + (a == b) / 2 for a in (9, 7, -1) for b in (8, 5, 4, 3, 2, 1, 0)]
     assert found["auc"] == pytest.approx(np.mean(pairs))
+
+
+@pytest.mark.parametrize("row", [-1, 3])
+def test_a_proponent_that_is_no_candidate_is_refused(row):
+    with pytest.raises(ValueError, match=f"Query 1 has proponent {row}, which is not a row of the 3 candidates"):
+        evaluate(np.zeros((2, 3)), [[0], [2, row]])
+
+
+def test_nan_has_no_rank():
+    with pytest.raises(ValueError, match="NaN has no rank"):
+        spearman(np.array([1.0, np.nan]), np.array([1.0, 2.0]))
+    subsets = np.array([[True, False], [False, True]])
+    with pytest.raises(ValueError, match="NaN has no rank"):
+        lds(np.ones((1, 2)), subsets, np.array([[0.5], [np.nan]]))

@@ -123,3 +123,13 @@ def test_tracins_is_the_squared_norm_of_the_gradient():
         assert score == pytest.approx(sum(g.square().sum().item() for g in gradient), rel=1e-4)
     with pytest.raises(ValueError, match="cosine of an example with itself is 1"):
         TracIn(adapter=TensorAdapter(network), similarity="cosine").self_influence(rows)
+
+
+def test_scores_of_another_attributor_are_not_reranked():
+    network, rows = digits.perceptron(), digits.rows(0, 12)
+    tracer = ForwardInf(adapter=TensorAdapter(network), ascent=AscentConfig(direction="gradient", radius=0.2))
+    other = tracer.with_options(ascent=AscentConfig(direction="gradient", radius=0.5))
+    with pytest.raises(ValueError, match=r"not this attributor's own \(radius\): trace with it first"):
+        tracer.rerank(other.trace(rows.select([0]), rows))
+    with pytest.raises(ValueError, match="they are standardised"):
+        tracer.rerank(tracer.trace(rows.select(range(3)), rows).standardised())

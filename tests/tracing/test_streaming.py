@@ -147,3 +147,12 @@ def test_what_cannot_be_traced_as_a_stream_is_refused(tracer):
         tracer.trace_stream(QUERIES, broken, chunk_size=2, top_k=1)
     with pytest.raises(ValueError, match="Rows 0 to 3 of the stream: The candidates have no column `y`"):
         tracer.trace_stream(QUERIES, stream_of(candidates.remove_columns("y")), chunk_size=4)
+
+
+def test_progress_of_one_stream_is_not_resumed_with_another(tracer, tmp_path):
+    first, second = line_points(20), line_points(40).select(range(20, 40))
+    tracer.trace_stream(QUERIES, stream_of(first), top_k=3, chunk_size=8, folder=tmp_path)
+    again = tracer.trace_stream(QUERIES, stream_of(first), top_k=3, chunk_size=8, folder=tmp_path)
+    np.testing.assert_array_equal(again.scores, tracer.trace_stream(QUERIES, stream_of(first), top_k=3).scores)
+    with pytest.raises(ValueError, match=r"holds the progress of another run.*another stream"):
+        tracer.trace_stream(QUERIES, stream_of(second), top_k=3, chunk_size=8, folder=tmp_path)
