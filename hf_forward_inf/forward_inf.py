@@ -21,7 +21,7 @@ from hf_forward_inf.tracing.token_scores import explain
 from hf_forward_inf.tracing.tuning import Tuning, tune
 from hf_forward_inf.utils.fingerprints import uncached
 from hf_forward_inf.utils.processes import progress_bars
-from hf_forward_inf.utils.validation import check_dataset, warn_of_lost
+from hf_forward_inf.utils.validation import as_dataset, warn_of_lost
 
 
 class ForwardInf(Scorer):
@@ -103,9 +103,10 @@ class ForwardInf(Scorer):
         """Score every candidate for every query.
 
         Args:
-            queries (`datasets.Dataset`): Outputs to explain, one a row. For a language model, rows without an output
-                (prompts without a completion, conversations that end with the user's turn) are completed by the model.
-            candidates (`datasets.Dataset`): Training examples that may have caused them.
+            queries (`datasets.Dataset`): Outputs to explain, one a row; a list of rows, one row, or a pandas DataFrame
+                will do, too. For a language model, rows without an output (prompts without a completion, conversations
+                that end with the user's turn) are completed by the model.
+            candidates (`datasets.Dataset`): Training examples that may have caused them; as `queries`.
             top_k (`int`, *optional*): Return only the best candidates of each query; all of them if it exceeds their
                 number. Defaults to all scores.
             tune (`bool`, defaults to `False`): Choose the radius first, by self-retrieval on the candidates.
@@ -120,8 +121,7 @@ class ForwardInf(Scorer):
             TypeError: If candidates are a stream; use [`trace_stream`].
             ValueError: If there are no rows, a column is missing, or a target is empty.
         """
-        for role, rows in {"queries": queries, "candidates": candidates}.items():
-            check_dataset(rows, role)
+        queries, candidates = as_dataset(queries, "queries"), as_dataset(candidates, "candidates")
         if self.adapter.answers_queries:
             queries = self.adapter.with_answers(queries)
         if tune:

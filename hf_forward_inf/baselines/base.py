@@ -10,7 +10,7 @@ from torch import nn
 
 from hf_forward_inf.adapters import Adapter, choose_adapter
 from hf_forward_inf.attribution import Attribution
-from hf_forward_inf.utils.validation import check_dataset
+from hf_forward_inf.utils.validation import as_dataset
 
 
 class Baseline(ABC):
@@ -46,8 +46,7 @@ class Baseline(ABC):
             TypeError: If queries or candidates are not a `datasets.Dataset`.
             ValueError: If there are no rows, or a column is missing.
         """
-        for role, rows in {"queries": queries, "candidates": candidates}.items():
-            check_dataset(rows, role)
+        queries, candidates = as_dataset(queries, "queries"), as_dataset(candidates, "candidates")
         scores = self.score(queries, candidates)
         return Attribution(scores, queries, candidates, method=self.name, config=self.config).keep(top_k)
 

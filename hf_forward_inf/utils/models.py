@@ -1,7 +1,7 @@
 """What is asked of any torch module: its mode, its device, its linear layers."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -130,11 +130,32 @@ def is_quantised(model: nn.Module) -> bool:
 def load_language_model(name: str) -> tuple[Any, Any]:
     """Load a seq2seq or causal language model and its tokenizer: a hub name or local folder.
 
+    Of a PEFT adapter's folder, the base model is loaded with it; the tokenizer is the adapter's, if it has one.
+
     Returns:
         `tuple`: The model, in evaluation mode on the device of this process, and the tokenizer.
+
+    Raises:
+        ImportError: If it is a PEFT adapter, and peft is not installed.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+    from transformers.utils.peft_utils import find_adapter_config_file
 
+    if find_adapter_config_file(name) is not None:
+        return _load_adapter(name)
     config = AutoConfig.from_pretrained(name)
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     return kind.from_pretrained(name).to(process_state().device).eval(), AutoTokenizer.from_pretrained(name)
+
+
+def _load_adapter(name: str) -> tuple[Any, Any]:
+    try:
+        from peft import PeftConfig, PeftModel
+    except ImportError as error:
+        raise ImportError(f"{name} is a PEFT adapter: pip install 'hf-forward-inf[peft]'.") from error
+    from transformers import AutoTokenizer
+
+    base, tokenizer = load_language_model(str(PeftConfig.from_pretrained(name).base_model_name_or_path))
+    with suppress(OSError, ValueError):  # an adapter's folder need not have a tokenizer
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    return PeftModel.from_pretrained(base, name).eval(), tokenizer

@@ -174,4 +174,4 @@ def test_what_is_no_set_of_rows_is_refused_with_the_way_out(tracer):
     with pytest.raises(TypeError, match=r"not DatasetDict\. Take one of its splits: 'train' or 'test'"):
         tracer.trace(rows(1), DatasetDict({"train": rows(3), "test": rows(3)}))
     with pytest.raises(TypeError, match=r"The queries must be a datasets.Dataset, not list\."):
-        tracer.trace([{"image": square(0), "caption": ""}], rows(3))
+        tracer.trace([square(0)], rows(3))
