@@ -52,7 +52,7 @@ COMMANDS = {
     ),
     "mislabel": Command(
         ("MislabelOptions",), "mislabel.mislabel_run", "truth", False,
-        "which labels are wrong? Training examples supported by nothing but themselves",
+        "which labels look wrong? Your images, the most suspicious first",
     ),
 }  # fmt: skip
 USAGE = "usage: hf-forward-inf <command> [options]\n\ncommands (--help after one lists its options):\n" + "".join(

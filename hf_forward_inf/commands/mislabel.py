@@ -8,7 +8,7 @@ from datasets import Dataset
 from hf_forward_inf.adapters import ImageClassificationAdapter
 from hf_forward_inf.ascent.config import AscentConfig
 from hf_forward_inf.baselines import FirstOrder, TracIn
-from hf_forward_inf.commands.image_task import captioned, checkpoints, with_objective
+from hf_forward_inf.commands.image_task import captioned, checkpoints, classifier, with_objective
 from hf_forward_inf.commands.options import MislabelOptions
 from hf_forward_inf.commands.outputs import Run, plotted
 from hf_forward_inf.data.images import class_names, count_classes, load_images
@@ -23,6 +23,7 @@ from hf_forward_inf.utils.rows import sample_rows
 
 SHOWN = 20
 """Images that the report shows, those of highest self-influence."""
+LABELS = "labels.csv"
 CAPTION = "The share of all wrong labels among the examples examined, those of highest self-influence (or loss) first."
 
 
@@ -35,8 +36,9 @@ def flip(labels: np.ndarray, share: float, classes: int, seed: int = 0) -> np.nd
 
 
 def mislabel_run(options: MislabelOptions) -> dict[str, Any]:
-    """Run it all and write `metrics.json`, `attribution/` and `report.html` into the output folder.
+    """Rank labels, and write `metrics.json`, `attribution/` and `report.html` into the output folder.
 
+    Labels that may be wrong are ranked by [`rank_labels`]; where it is known which are wrong, this is measured:
     `detected_at_15_percent`, with its ceiling and precision, and `auc` ([`metrics.detection`]): bare of Forward-INF's
     self-influence, and of TracIn's, of influence functions', of the loss and of a random order under their names. With
     several checkpoints scores are summed over them; figures of each stand under `epoch_20/` and so on. The report
@@ -47,6 +49,8 @@ def mislabel_run(options: MislabelOptions) -> dict[str, Any]:
         OSError: If the folder can't be written to. Both before anything is computed.
         ValueError: If no label is wrong, or all are.
     """
+    if options.flipped is None and options.noisy_column is None:
+        return rank_labels(options)
     run = Run(options)
     rows, truth = _labelled(options)
     wrong = np.array(rows["label"][:]) != truth
@@ -77,6 +81,39 @@ def mislabel_run(options: MislabelOptions) -> dict[str, Any]:
     )  # fmt: skip
 
 
+def rank_labels(options: MislabelOptions) -> dict[str, Any]:
+    """Rank the labels of the user's images, the most suspicious first, and write `labels.csv` besides the rest.
+
+    Its columns: `row`, `label` and `model_label` (names where there are names), `loss` and `self_influence`.
+
+    Returns:
+        `dict`: What `metrics.json` holds: `model_disagrees`, the share of labels that are not the model's.
+    """
+    run = Run(options)
+    rows = _rows(options, options.label_column)
+    adapter = classifier(options, rows)
+    tracer = _tracer(adapter, options.radius, options)
+    with evaluating(adapter.model):
+        scores = {"loss": LossPass(adapter, rows).base(), "self_influence": tracer.self_influence(rows)}
+    order = best_first(scores[options.rank_by])
+    names = class_names(rows)
+    given, predicted = rows["label"][:], adapter.answer({"image": rows["image"][:]})
+    labels, own = ([str(one) if names is None else names[one] for one in ones] for ones in (given, predicted))
+    columns = {"row": order, "label": np.array(labels)[order], "model_label": np.array(own)[order]}
+    table = Dataset.from_dict(columns | {name: values[order] for name, values in scores.items()})
+    differ = np.array(given) != np.array(predicted)
+    say(f"{differ.sum()} of {len(rows):,} labels are not the model's. The most suspicious, by {options.rank_by}:")
+    for one in table.select(range(min(SHOWN, len(table)))):
+        say(f"row {one['row']:6}  {one['label']:>16}  model: {one['model_label']:>16}  loss {one['loss']:.3g}")
+    shown = order[:SHOWN]
+    found = tracer.trace(rows.select(shown), rows, top_k=min(options.top_k, len(rows)))
+    notes = {i: f"the model says {own[row]}" for i, row in enumerate(shown.tolist()) if differ[row]}
+    metrics = {"candidates": len(rows), "model_disagrees": float(differ.mean())}
+    return run.write(
+        captioned(found, notes), metrics, tracer, more={LABELS: table.to_csv}, title="Which labels look wrong?",
+    )  # fmt: skip
+
+
 def self_influences(
     adapter: ImageClassificationAdapter, rows: Dataset, options: MislabelOptions
 ) -> dict[str, np.ndarray]:
@@ -100,18 +137,19 @@ def _tracer(adapter: ImageClassificationAdapter, radius: float, options: Mislabe
     return ForwardInf(adapter=adapter, ascent=AscentConfig(radius=radius, seed=options.seed))
 
 
+def _rows(options: MislabelOptions, column: str) -> Dataset:
+    rows = load_images(options.candidates, label_column=column, image_column=options.image_column)
+    few = options.num_candidates
+    return rows if few is None else sample_rows(rows, few, options.seed)
+
+
 def _labelled(options: MislabelOptions) -> tuple[Dataset, np.ndarray]:
     """Load images with the labels that are trained on, and the right ones."""
-
-    def load(column: str) -> Dataset:
-        rows = load_images(options.candidates, label_column=column, image_column=options.image_column)
-        few = options.num_candidates
-        return rows if few is None else sample_rows(rows, few, options.seed)
-
-    rows = load(options.label_column)
+    rows = _rows(options, options.label_column)
     truth = np.array(rows["label"][:])
     if options.noisy_column is not None:
-        return load(options.noisy_column), truth
+        return _rows(options, options.noisy_column), truth
+    assert options.flipped is not None
     noisy = flip(truth, options.flipped, count_classes(rows), options.seed)
     return rows.remove_columns("label").add_column("label", noisy.tolist(), feature=rows.features["label"]), truth
 

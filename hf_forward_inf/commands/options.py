@@ -254,13 +254,18 @@ class LeakageOptions(ImageOptions):
 
 @dataclass
 class MislabelOptions(ImageOptions):
-    """Where wrong labels come from, and where the results go.
+    """Which labels to examine, and where the results go.
 
-    With no `model`, a small network is trained on the candidates once; with no `candidates` either, on handwritten
-    digits.
+    Labels of your `candidates` are ranked, the most suspicious first, and written to `labels.csv`. With `flipped` or
+    `noisy_column`, and on the handwritten digits that are used without candidates, labels are made wrong or known to
+    be wrong, and the run reports how many of them are found. With no `model`, a small network is trained on the
+    candidates once.
 
     Args:
-        flipped (`float`, defaults to 0.2): Share of the images that get a random label.
+        flipped (`float`, *optional*): Share of the images that get a random label. Defaults to 0.2 for the handwritten
+            digits, to none for your candidates.
+        rank_by (`str`, defaults to `"loss"`): What your labels are ranked by: the model's loss, which found more wrong
+            labels wherever both were measured, or their self_influence.
         noisy_column (`str`, *optional*): Column of labels with people's own mistakes, instead of random ones.
         radius (`float`, defaults to 0.01): Length of the step; longer ones find less.
         other_radii (`list[float]`, *optional*): Other radii to report figures of.
@@ -273,7 +278,8 @@ class MislabelOptions(ImageOptions):
     """
 
     output: str = "outputs/mislabel"
-    flipped: float = 0.2
+    flipped: float | None = field(default=None, metadata={"above": 0, "below": 1})
+    rank_by: Literal["loss", "self_influence"] = "loss"
     noisy_column: str | None = None
     radius: float = field(default=0.01, metadata={"above": 0})
     other_radii: list[float] = field(default_factory=list, metadata={"above": 0})
@@ -283,8 +289,8 @@ class MislabelOptions(ImageOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.noisy_column is None and not 0 < self.flipped < 1:
-            raise ValueError(f"--flipped must be above 0 and below 1, not {self.flipped}.")
+        if self.candidates is None and self.noisy_column is None and self.flipped is None:
+            self.flipped = 0.2
         if self.checkpoints > self.epochs:
             raise ValueError(f"--checkpoints {self.checkpoints} are more than the {self.epochs} --epochs.")
         if self.checkpoints > 1 and self.model is not None and not self.fine_tune:

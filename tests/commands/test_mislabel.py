@@ -1,6 +1,7 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -31,6 +32,28 @@ def test_a_run_writes_figures_scores_and_a_report_that_tells_what_is_wrong(tmp_p
     page = (tmp_path / "report.html").read_text()
     assert ", really " in page
     assert "<svg" in page
+
+
+@pytest.mark.parametrize("rank_by", ["loss", "self_influence"])
+def test_labels_of_ones_own_images_are_ranked_and_none_is_changed(tmp_path, rank_by):
+    rows = labelled_digits().select(range(200))
+    labels = np.array(rows["label"][:])
+    wrong = labels.copy()
+    wrong[:6] = (labels[:6] + 5) % 10
+    mine = rows.remove_columns("label").add_column("label", wrong.tolist(), feature=rows.features["label"])
+    mine.to_parquet(tmp_path / "mine.parquet")
+    options = MislabelOptions(
+        output=str(tmp_path / "out"), candidates=str(tmp_path / "mine.parquet"), epochs=12, rank_by=rank_by
+    )
+    metrics = mislabel_run(options)
+    table = pd.read_csv(tmp_path / "out" / "labels.csv")
+    names = rows.features["label"].names
+    by_row = table.sort_values("row")
+    assert by_row["label"].astype(str).tolist() == [names[label] for label in wrong]
+    assert (np.diff(table[rank_by]) <= 0).all()
+    assert set(range(6)) <= set(table["row"][:20])  # all six are among the first tenth
+    assert metrics["model_disagrees"] == pytest.approx((table["label"] != table["model_label"]).mean())
+    assert "auc" not in metrics and "the model says" in (tmp_path / "out" / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -75,7 +98,7 @@ def test_a_given_network_is_trained_on_by_the_labels_that_it_is_to_judge(tmp_pat
         MislabelOptions(
             output=str(tmp_path / "out"), model=str(tmp_path / "model.safetensors"), fine_tune=True, epochs=2,
             candidates=str(tmp_path / "digits.parquet"), training_optimizer="sgd", augment=True, first="layer3",
-            checkpoints=2, influence_modules=["linear"],
+            checkpoints=2, influence_modules=["linear"], flipped=0.2,
         )
     )  # fmt: skip
     assert metrics["epoch_1/loss/auc"] != metrics["epoch_2/loss/auc"] and metrics["influence_functions/auc"] > 0
