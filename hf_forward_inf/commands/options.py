@@ -36,6 +36,8 @@ class TraceOptions(RunOptions):
         baselines (`bool`, defaults to `True`): Also run BM25, and fixed learning rates if proponents are known.
         compare (`bool`, defaults to `False`): Also run every attributor: gradients, curvature, hidden states, fusion
             and cascade.
+        cost (`bool`, defaults to `False`): Also measure what a query costs, in forward passes over the candidates: it
+            takes longer than the trace.
     """
 
     output: str = "outputs/trace"
@@ -49,6 +51,7 @@ class TraceOptions(RunOptions):
     tokens: bool = False
     baselines: bool = True
     compare: bool = False
+    cost: bool = False
 
 
 @dataclass(kw_only=True)

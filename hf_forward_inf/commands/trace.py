@@ -52,10 +52,12 @@ def trace_run(options: TraceOptions, ascent: AscentConfig) -> dict[str, Any]:
     if "fixed_learning_rate" in found:
         chosen = found["fixed_learning_rate"].config
         metrics |= {f"fixed_learning_rate/{key}": chosen[key] for key in ("learning_rate", "steps")}
-    metrics |= cost.measure(tracer, task.queries, task.candidates)
     if table:
         say(as_text(table, costs))
-    say(f"A query costs {metrics['forward_passes_per_query']:.2f} forward passes over the candidates in this process.")
+    if options.cost:
+        metrics |= cost.measure(tracer, task.queries, task.candidates)
+        passes = metrics["forward_passes_per_query"]
+        say(f"A query costs {passes:.2f} forward passes over the candidates in this process.")
 
     shown = found["forward_inf"].keep(min(options.top_k, len(task.candidates)))
     if options.tokens:

@@ -11,7 +11,7 @@ from hf_forward_inf.ascent.config import AscentConfig
 from hf_forward_inf.attribution import Attribution, Attributor
 from hf_forward_inf.baselines import Cascade, attributors_for
 from hf_forward_inf.evaluation import cost
-from hf_forward_inf.evaluation.tables import mrr_after
+from hf_forward_inf.evaluation.tables import REFERENCE, mrr_after
 from hf_forward_inf.evaluation.task import Task
 from hf_forward_inf.forward_inf import ForwardInf
 from hf_forward_inf.utils.fingerprints import uncached
@@ -26,9 +26,16 @@ MOMENTS = 40
 
 
 def run_baselines(task: Task, tracer: ForwardInf) -> dict[str, Attribution]:
-    """Trace with BM25 and, if proponents are known, with the best of the paper's fixed learning rates."""
-    cheap = attributors_for(tracer, ("bm25", "bm25_without_answer"))
-    found = {name: one.trace(task.queries, task.candidates) for name, one in cheap.items()}
+    """Trace with BM25 and, if proponents are known, with the best of the paper's fixed learning rates.
+
+    A baseline that fails is left out, and the reason is printed.
+    """
+    found = {}
+    for name, one in attributors_for(tracer, ("bm25", "bm25_without_answer")).items():
+        try:
+            found[name] = one.trace(task.queries, task.candidates)
+        except Exception as error:
+            _say_left_out(name, error)
     if task.proponents is None:
         return found
     say("The paper's fixed learning rate, all parameters ...")
@@ -82,16 +89,26 @@ class Comparison:
 
 
 def run_comparison(task: Task, tracer: ForwardInf) -> Comparison:
-    """Trace with every attributor without the cache, for the first query alone and for all queries together."""
+    """Trace with every attributor without the cache, for the first query alone and for all queries together.
+
+    A baseline that fails is left out, and the reason is printed.
+    """
     paces: dict[str, dict[str, cost.Pace]] = {"alone": {}, "together": {}}
     found, costs = {}, {}
     plain, plain_peak = cost.plain_pass(tracer, task.candidates)
     everyone = attributors_for(tracer, training=task.candidates)
     one = task.queries.select([0])
-    for name, attributor in everyone.items():
-        _, alone, _ = cost.pace(attributor.trace, one, task.candidates, _setup_of_cascade(attributor, one, task))
-        setup = _setup_of_cascade(attributor, task.queries, task)
-        found[name], together, peak = cost.pace(attributor.trace, task.queries, task.candidates, setup)
+    for name, attributor in list(everyone.items()):
+        try:
+            _, alone, _ = cost.pace(attributor.trace, one, task.candidates, _setup_of_cascade(attributor, one, task))
+            setup = _setup_of_cascade(attributor, task.queries, task)
+            found[name], together, peak = cost.pace(attributor.trace, task.queries, task.candidates, setup)
+        except Exception as error:
+            if name == REFERENCE:
+                raise
+            _say_left_out(name, error)
+            del everyone[name]
+            continue
         paces["alone"][name], paces["together"][name] = alone, together
         say(f"{name}: {alone.seconds / plain:.1f} passes for a query, {together.seconds / plain:.1f} for all.")
         if peak:
@@ -112,6 +129,10 @@ def run_comparison(task: Task, tracer: ForwardInf) -> Comparison:
                 curves[kind][name] = curve
                 costs[f"{name}/mrr_in_budget_{kind}"] = float(curve[1 : MOMENTS + 1].mean())
     return Comparison(found, costs, curves)
+
+
+def _say_left_out(name: str, error: Exception) -> None:
+    say(f"{name} failed and is left out: {error} ({type(error).__name__}).")
 
 
 def _setup_of_cascade(attributor: Attributor, queries: Dataset, task: Task) -> float | None:

@@ -147,7 +147,7 @@ def _settings(
     radii: Sequence[float],
 ) -> Iterator[AscentConfig]:
     """Yield every combination of the values; the attributor's other options stay as they are."""
-    own = replace(ascent, learning_rate=None, optimizer="sgd", radius=1.0)
+    own = replace(ascent, learning_rate=None, trust=None, optimizer="sgd", radius=1.0)
     for direction in (ascent.direction,) if directions is None else directions:
         start = own if direction == ascent.direction else own.along(cast(str, direction))
         undamped = direction == "gradient"

@@ -11,7 +11,7 @@ import pytest
 from datasets import Dataset
 
 from hf_forward_inf import AscentConfig, Attribution, ForwardInf
-from hf_forward_inf.baselines import attributors_for
+from hf_forward_inf.baselines import BM25, attributors_for
 from hf_forward_inf.cli import main
 from hf_forward_inf.commands.options import TraceOptions
 from hf_forward_inf.commands.outputs import OUTPUTS
@@ -55,7 +55,7 @@ def run(*command, **options):
 
 
 def test_a_run_writes_metrics_attribution_and_report(options, capsys):
-    trace_run(TraceOptions(**options), AscentConfig())
+    trace_run(TraceOptions(**options, cost=True), AscentConfig())
     folder = Path(options["output"])
     assert sorted(p.name for p in folder.iterdir()) == sorted(OUTPUTS)
     metrics = json.loads((folder / "metrics.json").read_text())
@@ -225,3 +225,13 @@ def test_impossible_options_are_told_in_a_line(given, message, capsys):
         main(["trace", *as_arguments(given)])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_baseline_that_fails_does_not_cost_the_result(options, monkeypatch, capsys):
+    def fails(self, queries, candidates):
+        raise KeyError("no such column")
+
+    monkeypatch.setattr(BM25, "score", fails)
+    metrics = trace_run(TraceOptions(**options), AscentConfig(direction="gradient"))
+    assert "bm25 failed and is left out: 'no such column' (KeyError)." in capsys.readouterr().out
+    assert metrics["mrr"] > 0 and "bm25/mrr" not in metrics and "forward_passes_per_query" not in metrics
