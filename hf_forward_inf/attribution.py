@@ -138,7 +138,7 @@ class Attribution:
         found = self.candidates.select(rows)
         taken = [name for name in ("rank", "score", "candidate") if name in found.column_names]
         with progress_bars(False):
-            found = found.remove_columns(taken).flatten_indices()
+            found = found.remove_columns(taken).flatten_indices(keep_in_memory=True)  # not beside the user's data
         found = found.add_column("rank", list(range(1, len(rows) + 1)))
         found = found.add_column("score", scores.tolist())
         return found.add_column("candidate", rows.tolist())

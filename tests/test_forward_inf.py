@@ -4,6 +4,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from datasets import load_from_disk
 from transformers import BertConfig, BertModel, pipeline
 
 from hf_forward_inf import AscentConfig, ForwardInf
@@ -236,3 +237,16 @@ def test_other_options_leave_the_rest_as_it_was(tracer, tmp_path):
     assert other.config == first.config | {"reduction": "sum"}
     assert (other.cache_dir, other.max_batch_length, other.adapter) == (tmp_path, 7, tracer.adapter)
     assert first.reduction == "mean" and other.with_options(ascent=None).ascent == tracer.ascent
+
+
+def test_nothing_is_written_beside_the_users_data(tracer, queries, candidates, tmp_path):
+    folders = [tmp_path / name for name in ("queries", "candidates")]
+    rows = []
+    for folder, data in zip(folders, (queries, candidates), strict=True):
+        data.save_to_disk(folder)
+        rows.append(load_from_disk(folder))
+    before = [sorted(folder.rglob("*")) for folder in folders]
+    found = tracer.explain(tracer.trace(*rows, top_k=5), k=2)
+    assert [len(found.top(i, 3)) for i in range(len(found))] == [3] * len(queries)
+    found.to_html(tmp_path / "why.html")
+    assert [sorted(folder.rglob("*")) for folder in folders] == before
