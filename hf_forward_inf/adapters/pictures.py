@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from PIL import ImageOps
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -90,6 +89,8 @@ def processed(processor: Any, token: str, value: Any) -> Picture:
     Raises:
         UnreadableRow: If it is no picture, or one that the processor refuses.
     """
+    from PIL import ImageOps  # an extra: texts need none
+
     try:
         image = ImageOps.exif_transpose(read_image(value))
         made = dict(processor(text=token, images=[image], return_tensors="pt", add_special_tokens=False))
