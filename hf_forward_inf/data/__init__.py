@@ -3,12 +3,14 @@
 from hf_forward_inf.data.captions import load_captioned
 from hf_forward_inf.data.facts import builtin_facts
 from hf_forward_inf.data.ftrace import proponents
+from hf_forward_inf.data.images import load_images
 from hf_forward_inf.data.rows import load_rows
 from hf_forward_inf.data.templates import template_facts
 
 __all__ = [
     "builtin_facts",
     "load_captioned",
+    "load_images",
     "load_rows",
     "proponents",
     "template_facts",

@@ -1,1 +1,6 @@
 """Correct scores, and measure them against known proponents or against retraining."""
+
+from hf_forward_inf.scores.metrics import evaluate, lds
+from hf_forward_inf.scores.retraining import Retrained
+
+__all__ = ["Retrained", "evaluate", "lds"]
