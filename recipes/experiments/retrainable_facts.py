@@ -38,7 +38,6 @@ def facts(candidates: int = 400, queries: int = 40) -> Retrainable:
     """
     corpus = builtin_facts()
     asked = sample_rows(corpus["queries"], 2 * queries, seed=0)
-    half = len(asked) // 2
     data, _ = candidate_pool(asked, corpus["abstracts"], candidates, 0)
     texts = [text for column in ("inputs_pretokenized", "targets_pretokenized") for text in data[column]]
     tokenizer = train_tokenizer(texts, VOCABULARY)
@@ -47,13 +46,25 @@ def facts(candidates: int = 400, queries: int = 40) -> Retrainable:
         model = train_mt5(rows, tokenizer, seed=seed, sizes=SIZES, quiet=True, **TRAINING)  # type: ignore[arg-type]
         return Seq2SeqAdapter(model.eval(), tokenizer)
 
+    key = fingerprint("facts, losses and answers", data["id"][:], SIZES, TRAINING, VOCABULARY)
+    return retrainable(key, data, asked, adapter, ("inputs_pretokenized", "targets_pretokenized"))
+
+
+def retrainable(
+    key: str,
+    data: Dataset,
+    asked: Dataset,
+    adapter: Callable[..., Adapter],
+    columns: tuple[str, str],
+) -> Retrainable:
+    """Return the task of a language model: the first half of `asked` are its queries, the second half the others."""
+    half = len(asked) // 2
+
     def train(asked: Dataset) -> Train:
         return partial(trained_outcomes, adapter, data, asked)
 
-    key = fingerprint("facts, losses and answers", data["id"][:], SIZES, TRAINING, VOCABULARY)
-    judged, others = asked.select(range(half)), asked.select(range(half, 2 * half))
-    columns = ("inputs_pretokenized", "targets_pretokenized")
-    return Retrainable(key, data, judged, others, adapter, train, columns, together=5)
+    queries, others = asked.select(range(half)), asked.select(range(half, 2 * half))
+    return Retrainable(key, data, queries, others, adapter, train, columns, together=5)
 
 
 def trained_outcomes(

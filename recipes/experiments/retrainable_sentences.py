@@ -1,15 +1,12 @@
 """A small causal language model of sentences, trained again without some of them."""
 
-from functools import partial
-
 from datasets import Dataset
 
 from experiments.retrainable import Retrainable
-from experiments.retrainable_facts import trained_outcomes
+from experiments.retrainable_facts import retrainable
 from hf_forward_inf.adapters import Adapter, CausalLMAdapter
 from hf_forward_inf.data import builtin_facts
 from hf_forward_inf.evaluation.candidate_sets import candidate_pool
-from hf_forward_inf.scores.retraining import Train
 from hf_forward_inf.toys.tiny_models import train_llama, train_tokenizer
 from hf_forward_inf.utils.fingerprints import fingerprint
 from hf_forward_inf.utils.rows import fill_in, sample_rows
@@ -37,7 +34,6 @@ def sentences(candidates: int = 600, queries: int = 40) -> Retrainable:
     """
     corpus = builtin_facts()
     asked = sample_rows(corpus["queries"], 2 * queries, seed=0)
-    half = len(asked) // 2
     pool, _ = candidate_pool(asked, corpus["abstracts"], candidates, 0)
     data, asked = _as_text(pool), _as_text(asked)
     tokenizer = train_tokenizer(data["text"][:], VOCABULARY)
@@ -46,12 +42,8 @@ def sentences(candidates: int = 600, queries: int = 40) -> Retrainable:
         model = train_llama(rows, tokenizer, seed=seed, sizes=SIZES, quiet=True, **TRAINING)  # type: ignore[arg-type]
         return CausalLMAdapter(model.eval(), tokenizer)
 
-    def train(asked: Dataset) -> Train:
-        return partial(trained_outcomes, adapter, data, asked)
-
     key = fingerprint("sentences, losses and answers", data["text"][:], SIZES, TRAINING, VOCABULARY)
-    judged, others = asked.select(range(half)), asked.select(range(half, 2 * half))
-    return Retrainable(key, data, judged, others, adapter, train, ("text", "text"), together=5)
+    return retrainable(key, data, asked, adapter, ("text", "text"))
 
 
 def _as_text(rows: Dataset) -> Dataset:
