@@ -15,8 +15,6 @@ BY_TOKEN = "tokens/"
 """Begins the names of what a processor says of every token, such as its kind."""
 PIXELS = ("pixel_values", "pixel_attention_mask")
 """What vision towers read; the language model does without."""
-VARYING = ("image_sizes", "pixel_attention_mask")
-"""Inputs by which a model knows how much of a padded picture is real."""
 
 
 class Picture(NamedTuple):

@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from hf_forward_inf.adapters.base import Batch, Forward, Rows
 from hf_forward_inf.adapters.classification import ClassifierAdapter
@@ -15,7 +14,7 @@ from hf_forward_inf.adapters.labels import Numbers, only
 from hf_forward_inf.adapters.language import input_of, preferred_ascent
 from hf_forward_inf.adapters.text_inputs import AnswersTexts, TextInputs, is_of_kind, unreadable
 from hf_forward_inf.utils.fingerprints import fingerprint
-from hf_forward_inf.utils.models import evaluating, peft_parameters, to_device
+from hf_forward_inf.utils.models import evaluating, to_device
 
 PAIRS = (
     ("sentence1", "sentence2"),
@@ -163,16 +162,6 @@ class SequenceClassificationAdapter(AnswersTexts, ClassifierAdapter):
                 batch = to_device(self.inputs.collate(features), self.model)
                 answers += self.labels.predicted(self.logits(self.model, batch))
         return answers
-
-    def with_model(self, model: nn.Module) -> Self:
-        """Return the same adapter for another model of the same architecture."""
-        other = super().with_model(model)
-        other.inputs = self.inputs.with_model(other.model)
-        return other
-
-    def default_modules(self) -> list[str]:
-        """What a PEFT model has trained, else everything."""
-        return peft_parameters(self.model) or ["all"]
 
     def default_ascent(self, direction: str | None = None) -> dict[str, Any]:
         """Conjugate gradients, if the model is of a size that allows it; a short step.

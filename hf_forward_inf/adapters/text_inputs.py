@@ -14,6 +14,7 @@ from hf_forward_inf.adapters.base import Adapter, Batch, Forward, Rows
 from hf_forward_inf.adapters.labels import only
 from hf_forward_inf.adapters.language import embeddings, longest_input, pad, tokenizer_state
 from hf_forward_inf.utils.fingerprints import fingerprint
+from hf_forward_inf.utils.models import peft_parameters
 
 UNKNOWN = {"bbox": "boxes on a page", "pixel_values": "images", "visual_embeds": "images"}
 """Inputs of models that read more than text, and what they are."""
@@ -120,6 +121,17 @@ class AnswersTexts(Adapter):
     answers_queries = True
     label_columns: tuple[str, ...]
     """Names that the column of answers may have."""
+    inputs: TextInputs
+
+    def with_model(self, model: nn.Module) -> Self:
+        """Return the same adapter for another model of the same architecture."""
+        other = super().with_model(model)
+        other.inputs = self.inputs.with_model(other.model)
+        return other
+
+    def default_modules(self) -> list[str]:
+        """What a PEFT model has trained, else everything."""
+        return peft_parameters(self.model) or ["all"]
 
     def rows_for(self, inputs: Any, candidates: Dataset | None = None) -> Rows:
         """Return what a user asks as rows without answers.

@@ -9,12 +9,10 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from hf_forward_inf.adapters.base import Batch, Forward, Rows
 from hf_forward_inf.adapters.language import IGNORED, input_of, pad, preferred_ascent
 from hf_forward_inf.adapters.text_inputs import AnswersTexts, TextInputs
-from hf_forward_inf.utils.models import peft_parameters
 
 
 class TokenLabelsAdapter(AnswersTexts):
@@ -59,16 +57,6 @@ class TokenLabelsAdapter(AnswersTexts):
         states = input_of(last, lambda: self.inputs.run(self.model, batch)).float()
         valid = (batch["labels"] != IGNORED)[..., None]
         return (states * valid).sum(1) / valid.sum(1)
-
-    def with_model(self, model: nn.Module) -> Self:
-        """Return the same adapter for another model of the same architecture."""
-        other = super().with_model(model)
-        other.inputs = self.inputs.with_model(other.model)
-        return other
-
-    def default_modules(self) -> list[str]:
-        """What a PEFT model has trained, else everything."""
-        return peft_parameters(self.model) or ["all"]
 
     def default_ascent(self, direction: str | None = None) -> dict[str, Any]:
         """K-FAC, if the model is of a size that allows it ([`language.preferred_ascent`])."""

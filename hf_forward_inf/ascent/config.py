@@ -6,8 +6,6 @@ from typing import Any, Literal
 
 from hf_forward_inf.utils.options import check_fields
 
-CORRECTIONS = ("adam", "kfac", "ekfac", "cg")
-"""Directions that correct the gradient by curvature."""
 OF_DIRECTION: dict[str, dict[str, Any]] = {
     "gradient": {},
     "adam": {"damping": 0.1, "sample": 1024},
@@ -127,7 +125,7 @@ class AscentConfig:
                         f"{name}={getattr(self, name)} is for a correction, and direction='gradient' has none. "
                         "Give direction='cg', 'ekfac', 'kfac' or 'adam', or leave it out."
                     )
-        if direction in CORRECTIONS and self.learning_rate is not None:
+        if direction not in (None, "gradient") and self.learning_rate is not None:
             raise ValueError(
                 f"direction={direction!r} needs a radius: the length of a corrected gradient has no meaning, so a "
                 "learning_rate can't be applied to it."

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from hf_forward_inf.adapters.base import Batch
 from hf_forward_inf.ascent.lora import LowRank
 from hf_forward_inf.ascent.parameters import Parameters, call
 from hf_forward_inf.curvature.sample import Sample
@@ -20,6 +21,8 @@ CLOSE = 0.15
 """A divergence is accepted within this relative distance, about."""
 LARGEST_FACTOR = 30.0
 """The length changes at most by this factor from one measurement to the next."""
+OUTPUT_BYTES = 256 * 2**20
+"""Memory for the model's own outputs; those beyond it are computed again for each measurement."""
 
 
 class TrustRegion:
@@ -42,32 +45,43 @@ class TrustRegion:
         self.adapter, self.trust = sample.adapter, trust
         self.fingerprint = fingerprint(sample.fingerprint, trust)
         self.batches = list(sample.batches(set(names)))
+        self.before: dict[int, Tensor] = {}
+        """The model's own outputs, by batch."""
         self.warned = False
 
     @torch.no_grad()
     def divergence(self, theta: Parameters) -> float:
         """Return the mean divergence of the predictions under theta from those of the model itself."""
         total, count = 0.0, 0
-        for batch in self.batches:
-            before, after = (
-                self.adapter.outputs_and_loss(partial(call, self.adapter.model, one), batch)[0]
-                for one in (Parameters(), theta)
-            )
-            each = self.adapter.divergence(before, after)
+        for number, batch in enumerate(self.batches):
+            each = self.adapter.divergence(self._before(number), self._outputs(theta, batch))
             total, count = total + each.double().sum().item(), count + len(each)
         return total / max(count, 1)
+
+    def _outputs(self, theta: Parameters, batch: Batch) -> Tensor:
+        return self.adapter.outputs_and_loss(partial(call, self.adapter.model, theta), batch)[0]
+
+    def _before(self, number: int) -> Tensor:
+        """Return the model's own outputs of a batch, which are the same for all queries and lengths."""
+        if number in self.before:
+            return self.before[number]
+        outputs = self._outputs({}, self.batches[number])
+        if sum(one.nbytes for one in (*self.before.values(), outputs)) <= OUTPUT_BYTES:
+            self.before[number] = outputs
+        return outputs
 
     def scaled(self, theta: Parameters) -> tuple[Parameters, float]:
         """Return theta with its change scaled to the trust, and the factor."""
         factor, exponent = 1.0, 2.0
         tried: list[tuple[float, float]] = []  # log factor, log divergence
         for _ in range(MEASUREMENTS):
-            found = self.divergence(self._at(theta, factor))
+            moved = self._at(theta, factor)
+            found = self.divergence(moved)
             if not 0 < found < math.inf:
                 factor /= LARGEST_FACTOR if found != 0 else 1 / LARGEST_FACTOR
                 continue
             if abs(math.log(found / self.trust)) < CLOSE:
-                return self._at(theta, factor), factor
+                return moved, factor
             tried.append((math.log(factor), math.log(found)))
             if len(tried) > 1 and tried[-1][0] != tried[-2][0]:
                 exponent = (tried[-1][1] - tried[-2][1]) / (tried[-1][0] - tried[-2][0])

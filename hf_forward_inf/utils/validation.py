@@ -52,7 +52,7 @@ def as_dataset(rows: Any, role: str) -> Dataset:
     if isinstance(rows, list) and rows and all(isinstance(row, Mapping) for row in rows):
         rows = Dataset.from_list([dict(row) for row in rows])
     elif isinstance(rows, Mapping) and not isinstance(rows, DatasetDict) and rows:
-        if all(isinstance(value, list) and not _is_conversation(value) for value in rows.values()):
+        if all(isinstance(value, list) and not _holds_mappings(value) for value in rows.values()):
             raise TypeError(
                 f"The {role} are a dictionary of lists: make them a dataset, datasets.Dataset.from_dict(...), or a "
                 "list of rows."
@@ -64,7 +64,7 @@ def as_dataset(rows: Any, role: str) -> Dataset:
     return rows
 
 
-def _is_conversation(value: list[Any]) -> bool:
+def _holds_mappings(value: list[Any]) -> bool:
     return bool(value) and all(isinstance(part, Mapping) for part in value)
 
 
