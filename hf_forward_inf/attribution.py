@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from datasets import Dataset, Features, List, Value, load_from_disk
 
+from hf_forward_inf.plan import Plan
 from hf_forward_inf.scores import metrics
 from hf_forward_inf.scores.corrections import standardised
 from hf_forward_inf.utils.processes import progress_bars
@@ -31,9 +32,12 @@ class Attribution:
         method (`str`, defaults to `"forward_inf"`): The attributor's name.
         config (`dict`, *optional*): The options that the scores depend on.
         details (`datasets.Dataset`, *optional*): Scores by token for some pairs ([`token_scores.explain`]).
+        stage (`np.ndarray`, *optional*): bool, of the shape of the scores: which of them were computed; all others are
+            the floor, the lowest computed score of the query's best candidates. Defaults to all.
+        plan (`Plan`, *optional*): What was computed, and what a screen has found.
 
     Raises:
-        ValueError: If the shapes of scores and rows don't match.
+        ValueError: If the shapes of scores, stage and rows don't match.
     """
 
     scores: np.ndarray
@@ -43,11 +47,15 @@ class Attribution:
     method: str = "forward_inf"
     config: dict[str, Any] = field(default_factory=dict)
     details: Dataset | None = None
+    stage: np.ndarray | None = None
+    plan: Plan | None = None
 
     def __post_init__(self) -> None:
         wanted = (len(self.queries), len(self.candidates)) if self.indices is None else self.indices.shape
         if self.scores.shape != wanted:
             raise ValueError(f"scores have shape {self.scores.shape}, but the rows need {wanted}.")
+        if self.stage is not None and self.stage.shape != wanted:
+            raise ValueError(f"stage has shape {self.stage.shape}, but the rows need {wanted}.")
 
     def __len__(self) -> int:
         return len(self.queries)
@@ -70,8 +78,13 @@ class Attribution:
 
         Raises:
             ValueError: If there are fewer than 3 queries (in units of sensitivity, fewer than 2), or only the best
-                candidates were kept.
+                candidates were kept or scored.
         """
+        if self.stage is not None and not self.stage.all():
+            raise ValueError(
+                "Only each query's best candidates were scored, which differ from query to query: to standardise, "
+                "trace with strategy='full' and without keep."
+            )
         if self.indices is not None:
             raise ValueError(
                 "Only each query's best candidates are here, which differ from query to query: standardise before "
@@ -89,8 +102,9 @@ class Attribution:
             rows = [(kept.index(row["query"]), row) for row in details if row["query"] in kept]
             details = Dataset.from_list([{**row, "query": i} for i, row in rows], features=details.features)
         indices = None if self.indices is None else self.indices[kept]
+        stage = None if self.stage is None else self.stage[kept]
         chosen = self.queries.select(kept)
-        return replace(self, scores=self.scores[kept], queries=chosen, indices=indices, details=details)
+        return replace(self, scores=self.scores[kept], queries=chosen, indices=indices, details=details, stage=stage)
 
     def keep(self, top_k: int | None) -> "Attribution":
         """Return the attribution of each query's best candidates; all of them if `top_k` exceeds their number.
@@ -107,11 +121,15 @@ class Attribution:
                 f"Only the best {self.indices.shape[1]} candidates were kept: top_k={top_k} needs another trace."
             )
         indices = np.stack([self.ranking(i)[:top_k] for i in range(len(self))])
-        scores = np.stack([self._scores_of(i, rows) for i, rows in enumerate(indices)])
-        return replace(self, scores=scores, indices=indices)
+        scores = np.stack([self._of(self.scores, i, rows) for i, rows in enumerate(indices)])
+        stage = self.stage
+        if stage is not None:
+            stage = np.stack([self._of(stage, i, rows) for i, rows in enumerate(indices)])
+        return replace(self, scores=scores, indices=indices, stage=stage)
 
-    def _scores_of(self, query: int, rows: np.ndarray) -> np.ndarray:
-        return self.scores[query][: len(rows)] if self.indices is not None else self.scores[query][rows]
+    def _of(self, values: np.ndarray, query: int, rows: np.ndarray) -> np.ndarray:
+        """Return the values of a query's best candidates; `rows` is the beginning of its ranking."""
+        return values[query][: len(rows)] if self.indices is not None else values[query][rows]
 
     def top(self, query: int, k: int = 10) -> Dataset:
         """Return the best candidates of one query.
@@ -121,8 +139,8 @@ class Attribution:
             k (`int`, defaults to 10): Number of candidates; fewer are returned if fewer have a score.
 
         Returns:
-            `datasets.Dataset`: The candidates' rows, best first, with `rank` (from 1), `score` and `candidate`
-            (row number).
+            `datasets.Dataset`: The candidates' rows, best first, with `rank` (from 1), `score`, `candidate`
+            (row number) and, where only some scores were computed, `stage`.
 
         Raises:
             IndexError: If there is no such query.
@@ -133,15 +151,18 @@ class Attribution:
         if not 0 <= query < len(self):
             raise IndexError(f"There is no query {query}: rows are numbered from 0 to {len(self) - 1}.")
         rows = self.ranking(query)[:k]
-        scores = self._scores_of(query, rows)
+        scores = self._of(self.scores, query, rows)
+        stage = None if self.stage is None else self._of(self.stage, query, rows)[~np.isnan(scores)].tolist()
         rows, scores = rows[~np.isnan(scores)], scores[~np.isnan(scores)]
         found = self.candidates.select(rows)
-        taken = [name for name in ("rank", "score", "candidate") if name in found.column_names]
+        own = ("rank", "score", "candidate", *(("stage",) if stage is not None else ()))
+        taken = [name for name in own if name in found.column_names]
         with progress_bars(False):
             found = found.remove_columns(taken).flatten_indices(keep_in_memory=True)  # not beside the user's data
         found = found.add_column("rank", list(range(1, len(rows) + 1)))
         found = found.add_column("score", scores.tolist())
-        return found.add_column("candidate", rows.tolist())
+        found = found.add_column("candidate", rows.tolist())
+        return found if stage is None else found.add_column("stage", stage)
 
     def to_dataset(self, k: int = 10) -> Dataset:
         """Return the best k candidates of every query in one table: `query`, `rank`, `candidate`, `score`."""
@@ -151,7 +172,7 @@ class Attribution:
                 "query": [i for i, rows in ranked for _ in rows],
                 "rank": [rank for _, rows in ranked for rank in range(1, len(rows) + 1)],
                 "candidate": [int(row) for _, rows in ranked for row in rows],
-                "score": [float(s) for i, rows in ranked for s in self._scores_of(i, rows)],
+                "score": [float(s) for i, rows in ranked for s in self._of(self.scores, i, rows)],
             },
             features=Features(
                 {
@@ -199,6 +220,8 @@ class Attribution:
         features = {"scores": List(Value("float32"))}
         if self.indices is not None:
             columns["indices"], features["indices"] = list(self.indices), List(Value("int64"))
+        if self.stage is not None:
+            columns["stage"], features["stage"] = list(self.stage), List(Value("bool"))
         scores = Dataset.from_dict(columns, features=Features(features))
         parts = {"queries": self.queries, "candidates": self.candidates, "scores": scores, "details": self.details}
         with progress_bars(False):
@@ -207,7 +230,8 @@ class Attribution:
                     rows.save_to_disk(folder / name)
                 elif (folder / name).is_dir():  # of an attribution that was saved here before
                     shutil.rmtree(folder / name)
-        about = {"format": FORMAT, "method": self.method, "config": self.config}
+        plan = None if self.plan is None else self.plan.to_dict()
+        about = {"format": FORMAT, "method": self.method, "config": self.config, "plan": plan}
         (folder / "attribution.json").write_text(json.dumps(about, indent=2))
 
     @classmethod
@@ -223,15 +247,19 @@ class Attribution:
         if about["format"] > FORMAT:
             raise ValueError(f"{folder} was saved by a newer hf_forward_inf (format {about['format']}): update it.")
         saved = load_from_disk(folder / "scores").with_format("numpy")
-        indices = np.stack(list(saved["indices"])) if "indices" in saved.column_names else None
+        parts = {
+            name: np.stack(list(saved[name])) for name in ("scores", "indices", "stage") if name in saved.features
+        }
         return cls(
-            np.stack(list(saved["scores"])),
+            parts["scores"],
             load_from_disk(folder / "queries"),
             load_from_disk(folder / "candidates"),
-            indices,
+            parts.get("indices"),
             about["method"],
             about["config"],
             load_from_disk(folder / "details") if (folder / "details").exists() else None,
+            parts.get("stage"),
+            None if about.get("plan") is None else Plan.from_dict(about["plan"]),
         )
 
     def to_html(self, path: str | Path, **options: Any) -> None:

@@ -77,7 +77,7 @@ def main(options: FtraceOptions, ascent: AscentConfig) -> dict[str, Any]:
             found |= comparison.found
             costs, plot = comparison.costs, plotted(budget_plot, comparison.curves) if comparison.curves else ""
         elif options.compare:
-            others = attributors_for(tracer, training=task.candidates)
+            others = attributors_for(tracer)
             found |= {name: one.trace(task.queries, task.candidates) for name, one in others.items()}
         tables.append(compare(found, task))
         if repeat == 0:

@@ -5,6 +5,7 @@ import pytest
 from datasets import Dataset
 
 from hf_forward_inf import Attribution
+from hf_forward_inf.plan import Audit, Part, Plan
 
 QUERIES = Dataset.from_dict({"text": ["q0", "q1"]})
 CANDIDATES = Dataset.from_dict({"text": list("abcd"), "score": [0, 0, 0, 0]})
@@ -31,6 +32,26 @@ def test_top_gives_rows_with_rank_score_and_row_number(found):
 
 def test_top_leaves_out_rows_without_a_score(found):
     assert found.top(1)["text"][:] == ["c", "b"]
+
+
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_which_scores_were_computed_goes_with_the_candidates_and_comes_back_from_disk(found, tmp_path, top_k):
+    stage = np.array([[False, True, False, True], [True, True, True, False]])
+    audit = Audit("bm25", drawn=4, above=1, recall=0.7, error=0.1)
+    plan = Plan("screen", "asked for", 2, 4, "bm25", 2, 1, (Part("base losses", 1.0, stored=32),), 7, (audit,))
+    screened = replace(found, stage=stage, plan=plan)
+    screened.keep(top_k).save_to_disk(tmp_path / "saved")
+    again = Attribution.load_from_disk(tmp_path / "saved")
+    assert again.plan == plan and "base losses: 1 passes" in str(plan) and "1 of 4 random others" in str(plan)
+    kept = again.keep(3)
+    assert kept.indices.tolist() == [[1, 0, 2], [2, 1, 0]]
+    assert kept.stage.tolist() == [[True, False, False], [True, True, True]]
+    assert kept.top(0, 2)["stage"][:] == [True, False] and kept.select([1]).stage.tolist() == [[True] * 3]
+    assert "stage" not in found.top(0).column_names
+    with pytest.raises(ValueError, match="strategy='full'"):
+        screened.standardised()
+    with pytest.raises(ValueError, match=r"stage has shape \(1, 4\)"):
+        replace(found, stage=stage[:1])
 
 
 def test_a_query_that_is_not_there_is_refused(found):

@@ -1,7 +1,6 @@
-"""Attributors made of attributors: fused rankings, mean scores, a cheap one that preselects for an expensive one."""
+"""Attributors made of attributors: fused rankings, mean scores."""
 
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,6 @@ from datasets import Dataset
 from hf_forward_inf.attribution import Attribution, Attributor
 from hf_forward_inf.baselines.base import Baseline
 from hf_forward_inf.scores.metrics import mean_ranks
-from hf_forward_inf.tracing.time_budget import slices
 
 
 class Fusion(Baseline):
@@ -84,83 +82,6 @@ class Ensemble(Baseline):
                 found = found / np.where(spread > 0, spread, 1)
             scores += found / len(self.attributors)
         return scores
-
-
-class Cascade(Baseline):
-    """A cheap attributor ranks all candidates, an expensive one ranks the best of them again.
-
-    Args:
-        cheap (`Attributor`): Scores every candidate.
-        expensive (`Attributor`): Scores the best `keep` candidates of each query and sees no others: give a
-            [`ForwardInf`] whose direction is corrected by curvature its `training` data.
-        keep (`int`, defaults to 200): Number of candidates that are ranked again.
-
-    Raises:
-        ValueError: If `keep` is below 1.
-
-    Example:
-        >>> Cascade(BM25(), ForwardInf(model, tokenizer, training=candidates)).trace(queries, candidates)
-    """
-
-    def __init__(self, cheap: Attributor, expensive: Attributor, keep: int = 200):
-        if keep < 1:
-            raise ValueError(f"keep={keep} must be at least 1.")
-        self.cheap, self.expensive, self.keep = cheap, expensive, keep
-        self.name = f"{cheap.name}>{expensive.name}"
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """Both attributors with their options, and how many candidates are ranked again."""
-        return {"cheap": described(self.cheap), "expensive": described(self.expensive), "keep": self.keep}
-
-    def trace(
-        self, queries: Dataset, candidates: Dataset, top_k: int | None = None, time_budget: float | None = None
-    ) -> Attribution:
-        """Rank in two stages, `[queries, candidates]`; scores are 1 / rank, and have no unit.
-
-        Candidates that the expensive attributor did not score keep the cheap one's order, after those that it scored.
-
-        Args:
-            queries (`datasets.Dataset`): Queries.
-            candidates (`datasets.Dataset`): Candidates.
-            top_k (`int`, *optional*): Number of best candidates returned for each query. Defaults to all.
-            time_budget (`float`, *optional*): Seconds for the second stage, an equal share for each query: candidates
-                are scored best first, regardless of `keep`, until the time is up.
-        """
-        if time_budget is None:
-            return super().trace(queries, candidates, top_k)
-        scores, config = self._ranked(queries, candidates, time_budget), {**self.config, "time_budget": time_budget}
-        return Attribution(scores, queries, candidates, method=self.name, config=config).keep(top_k)
-
-    def score(self, queries: Dataset, candidates: Dataset) -> np.ndarray:
-        """Return 1 / rank, `[queries, candidates]`."""
-        return self._ranked(queries, candidates, None)
-
-    def _ranked(self, queries: Dataset, candidates: Dataset, time_budget: float | None) -> np.ndarray:
-        scores = np.empty((len(queries), len(candidates)), dtype=np.float32)
-        first = self.cheap.trace(queries, candidates)
-        start = time.perf_counter()
-        for i in range(len(queries)):
-            order = first.ranking(i)
-            if time_budget is None:
-                parts = iter([np.sort(order[: self.keep])])  # in row order, so that ties are broken as everywhere
-            else:
-                left = max(time_budget - (time.perf_counter() - start), 1e-9)
-                parts = slices(order, left / (len(queries) - i))
-            final = self._ranked_again(queries.select([i]), candidates, order, parts)
-            scores[i, final] = 1 / np.arange(1, len(final) + 1)
-        return scores
-
-    def _ranked_again(
-        self, query: Dataset, candidates: Dataset, order: np.ndarray, parts: Iterator[np.ndarray]
-    ) -> np.ndarray:
-        """Return row numbers, best first: those in `parts` by the expensive attributor, then the rest in `order`."""
-        seen = np.full(len(candidates), np.nan, dtype=np.float32)
-        for rows in parts:
-            seen[rows] = self.expensive.trace(query, candidates.select(rows)).dense()[0]
-        found = np.flatnonzero(~np.isnan(seen))
-        best = found[np.argsort(-seen[found], kind="stable")]
-        return np.concatenate([best, order[np.isnan(seen[order])]])
 
 
 def described(attributor: Attributor) -> dict[str, Any]:

@@ -34,8 +34,7 @@ class TraceOptions(RunOptions):
         tokens (`bool`, defaults to `False`): Colour in the report the tokens of the best candidates by their part of
             the score.
         baselines (`bool`, defaults to `True`): Also run BM25, and fixed learning rates if proponents are known.
-        compare (`bool`, defaults to `False`): Also run every attributor: gradients, curvature, hidden states, fusion
-            and cascade.
+        compare (`bool`, defaults to `False`): Also run every attributor: gradients, curvature, hidden states, fusion.
         cost (`bool`, defaults to `False`): Also measure what a query costs, in forward passes over the candidates: it
             takes longer than the trace.
     """

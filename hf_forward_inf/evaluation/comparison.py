@@ -8,13 +8,12 @@ import numpy as np
 from datasets import Dataset
 
 from hf_forward_inf.ascent.config import AscentConfig
-from hf_forward_inf.attribution import Attribution, Attributor
-from hf_forward_inf.baselines import Cascade, attributors_for
+from hf_forward_inf.attribution import Attribution
+from hf_forward_inf.baselines import attributors_for
 from hf_forward_inf.evaluation import cost
 from hf_forward_inf.evaluation.tables import REFERENCE, mrr_after
 from hf_forward_inf.evaluation.task import Task
 from hf_forward_inf.forward_inf import ForwardInf
-from hf_forward_inf.utils.fingerprints import uncached
 from hf_forward_inf.utils.processes import say
 
 FIXED_LEARNING_RATES = ((0.1, 1), (1.0, 1), (0.1, 3))
@@ -96,13 +95,12 @@ def run_comparison(task: Task, tracer: ForwardInf) -> Comparison:
     paces: dict[str, dict[str, cost.Pace]] = {"alone": {}, "together": {}}
     found, costs = {}, {}
     plain, plain_peak = cost.plain_pass(tracer, task.candidates)
-    everyone = attributors_for(tracer, training=task.candidates)
+    everyone = attributors_for(tracer)
     one = task.queries.select([0])
     for name, attributor in list(everyone.items()):
         try:
-            _, alone, _ = cost.pace(attributor.trace, one, task.candidates, _setup_of_cascade(attributor, one, task))
-            setup = _setup_of_cascade(attributor, task.queries, task)
-            found[name], together, peak = cost.pace(attributor.trace, task.queries, task.candidates, setup)
+            _, alone, _ = cost.pace(attributor.trace, one, task.candidates)
+            found[name], together, peak = cost.pace(attributor.trace, task.queries, task.candidates)
         except Exception as error:
             if name == REFERENCE:
                 raise
@@ -123,8 +121,8 @@ def run_comparison(task: Task, tracer: ForwardInf) -> Comparison:
             through = paces[kind]["forward_inf"].seconds
             moments = np.linspace(0, 2 * through, 2 * MOMENTS + 1)
             curves[kind] = {"moments": moments / plain}
-            for name, attributor in everyone.items():
-                order = _order(attributor, task)[task.main]
+            for name in everyone:
+                order = _order(found[name])[task.main]
                 curve = mrr_after(moments, found[name].scores[task.main], truth, order, paces[kind][name])
                 curves[kind][name] = curve
                 costs[f"{name}/mrr_in_budget_{kind}"] = float(curve[1 : MOMENTS + 1].mean())
@@ -135,20 +133,11 @@ def _say_left_out(name: str, error: Exception) -> None:
     say(f"{name} failed and is left out: {error} ({type(error).__name__}).")
 
 
-def _setup_of_cascade(attributor: Attributor, queries: Dataset, task: Task) -> float | None:
-    """Return a cascade's setup, measured with `keep=1`: it scores the same number of candidates from any pool."""
-    if not isinstance(attributor, Cascade):
-        return None
-    least = Cascade(attributor.cheap, attributor.expensive, keep=1)
-    with uncached():
-        return cost.timed(lambda: least.trace(queries, task.candidates))[0]
-
-
-def _order(attributor: Attributor, task: Task) -> np.ndarray:
-    """Return the order in which candidates are scored: best first for a cascade, else a random one."""
-    if isinstance(attributor, Cascade):
-        first = attributor.cheap.trace(task.queries, task.candidates, top_k=attributor.keep).indices
-        assert first is not None
-        return first
-    order = np.random.default_rng(0).permutation(len(task.candidates))
-    return np.broadcast_to(order, (len(task.queries), len(order)))
+def _order(found: Attribution) -> np.ndarray:
+    """Return a random order of the candidates, those first that a screen kept, `[queries, candidates]`."""
+    order = np.random.default_rng(0).permutation(len(found.candidates))
+    order = np.broadcast_to(order, (len(found), len(order)))
+    if found.stage is None:
+        return order
+    later = ~np.take_along_axis(found.stage, order, axis=1)
+    return np.take_along_axis(order, np.argsort(later, axis=1, kind="stable"), axis=1)

@@ -105,7 +105,6 @@ def pace(
     trace: Callable[[Dataset, Dataset], Attribution],
     queries: Dataset,
     candidates: Dataset,
-    setup: float | None = None,
 ) -> tuple[Attribution, Pace, float]:
     """Trace without the cache, and time it.
 
@@ -113,20 +112,19 @@ def pace(
         trace (`Callable[[Dataset, Dataset], Attribution]`): An attributor's `trace`.
         queries (`datasets.Dataset`): The queries.
         candidates (`datasets.Dataset`): The candidates.
-        setup (`float`, *optional*): Seconds until the first candidate, if known. Defaults to the intercept of the line
-            through the times for an eighth of the candidates and for all of them.
 
     Returns:
-        `tuple`: The attribution over all candidates, the pace, and the peak memory in bytes (0 if unknown).
+        `tuple`: The attribution over all candidates, the pace, and the peak memory in bytes (0 if unknown). The pace
+        begins with the first candidate where the line through the times for an eighth of the candidates and for all
+        of them begins.
     """
     found: list[Attribution] = []
     with uncached():
         all_, peak = timed(lambda: found.append(trace(queries, candidates)))
-        if setup is None:
-            eighth = candidates.select(range(0, len(candidates), 8))
-            few, _ = timed(lambda: trace(queries, eighth))
-            part = len(eighth) / len(candidates)
-            setup = (few - part * all_) / (1 - part) if part < 1 else 0.0
+        eighth = candidates.select(range(0, len(candidates), 8))
+        few, _ = timed(lambda: trace(queries, eighth))
+        part = len(eighth) / len(candidates)
+        setup = (few - part * all_) / (1 - part) if part < 1 else 0.0
     return found[0], Pace(min(max(0.0, setup), all_), all_), peak
 
 

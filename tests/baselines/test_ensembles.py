@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hf_forward_inf import Attribution, ForwardInf
-from hf_forward_inf.baselines import BM25, Cascade, Ensemble, Fusion
+from hf_forward_inf.baselines import BM25, Ensemble, Fusion
 from tests.helpers.line import points
 
 
@@ -56,26 +56,13 @@ def test_an_ensemble_of_nothing_is_refused():
         Ensemble([])
 
 
-def test_a_cascade_ranks_again_what_the_cheap_one_kept_and_leaves_the_rest():
-    found = Cascade(Fixed([1, 4, 3, 2]), Fixed([9, 1, 2, 0]), keep=2).trace(QUERY, ROWS)
-    assert found.ranking(0).tolist() == [2, 1, 3, 0]  # 0, which the expensive one likes best, it never saw
-    np.testing.assert_allclose(found.scores[0], [1 / 4, 1 / 2, 1, 1 / 3])
-    assert found.keep(2).indices.tolist() == [[2, 1]]
-
-
 def test_bm25_and_forward_inf_join_in_a_line(model, tokenizer, queries, candidates):
-    for both in (
-        Fusion([BM25(), ForwardInf(model, tokenizer)]),
-        Cascade(BM25(), ForwardInf(model, tokenizer), keep=5),
-    ):
-        found = both.trace(queries, candidates, top_k=3)
-        assert found.scores.shape == (len(queries), 3)
-        assert "bm25" in found.method
-        assert "forward_inf" in found.method
+    found = Fusion([BM25(), ForwardInf(model, tokenizer)]).trace(queries, candidates, top_k=3)
+    assert found.scores.shape == (len(queries), 3)
+    assert "bm25" in found.method
+    assert "forward_inf" in found.method
 
 
 def test_what_makes_no_sense_is_refused():
     with pytest.raises(ValueError, match="at least one attributor"):
         Fusion([])
-    with pytest.raises(ValueError, match="keep=0 must be at least 1"):
-        Cascade(Fixed([1]), Fixed([1]), keep=0)

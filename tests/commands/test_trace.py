@@ -84,7 +84,7 @@ def test_a_comparison_reports_what_each_attributor_finds_alone(options, corpus, 
     truth = proponents(queries, candidates)
     plain = metrics["forward_inf/seconds_alone"] / metrics["forward_inf/forward_passes_alone"]
     tracer = ForwardInf(model, tokenizer, ascent=AscentConfig(**step))
-    for method, attributor in attributors_for(tracer, training=candidates).items():
+    for method, attributor in attributors_for(tracer).items():
         name = "" if method == "forward_inf" else f"{method}/"
         mrr = attributor.trace(queries, candidates).evaluate(truth)["mrr"]
         assert metrics[f"{name}mrr"] == pytest.approx(mrr, abs=1e-6)

@@ -78,4 +78,3 @@ def test_the_setup_is_where_the_line_through_two_sizes_begins(queries, candidate
     found, measured, _ = pace(BM25().trace, queries, candidates)
     assert found.scores.shape == (len(queries), len(candidates))
     assert (measured.setup, measured.seconds) == (pytest.approx(2.0), 10.0)
-    assert pace(BM25().trace, queries, candidates, setup=4.0)[1] == Pace(4.0, 10.0)

@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 
 from hf_forward_inf import AscentConfig, ForwardInf
-from hf_forward_inf.baselines import BM25, Cascade
 from hf_forward_inf.tracing.time_budget import FIRST, slices
 
 
@@ -59,13 +58,3 @@ def test_candidates_not_reached_have_no_score(model, tokenizer, queries, corpus)
     assert [str(one.message)[:16] for one in caught] == ["time_budget=1e-0"]  # and nothing about lost rows
     assert (np.isnan(found.scores).sum(axis=1) == 150 - FIRST).all()
     assert len(found.top(0, 100)) == FIRST
-
-
-def test_a_cascade_spends_its_time_on_the_best_first(model, tokenizer, queries, corpus):
-    candidates = corpus["abstracts"].select(range(150))
-    with pytest.warns(UserWarning, match="time_budget"):
-        found = Cascade(BM25(), ForwardInf(model, tokenizer)).trace(queries, candidates, time_budget=1e-6)
-    first = BM25().trace(queries, candidates)
-    for i in range(len(queries)):
-        assert set(found.ranking(i)[:FIRST]) == set(first.ranking(i)[:FIRST])
-        np.testing.assert_array_equal(found.ranking(i)[FIRST:], first.ranking(i)[FIRST:])
