@@ -7,16 +7,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather, pad_across_processes
+from accelerate.utils import broadcast_object_list, reduce
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from datasets import Dataset, Features, List, Value, is_caching_enabled
+from datasets import Dataset, is_caching_enabled
+from datasets.utils import tqdm
 
 from hf_forward_inf.adapters.base import Adapter, Batch, Rows
 from hf_forward_inf.adapters.contrast import query_adapter
+from hf_forward_inf.passes.row_store import RowStore
 from hf_forward_inf.utils.fingerprints import fingerprint, fingerprint_of_model, foreign_hooks
 from hf_forward_inf.utils.models import to_device
 from hf_forward_inf.utils.processes import process_state, progress_bars
-from hf_forward_inf.utils.storage import default_cache_dir
+from hf_forward_inf.utils.storage import default_cache_dir, written
 from hf_forward_inf.utils.validation import check_dataset, check_rows, listed
 
 MAX_BATCH_LENGTH = 4096
@@ -29,8 +31,9 @@ class CandidatePass:
     """Runs a function over every candidate, batch by batch, and returns its values in the candidates' order.
 
     Candidates are encoded once, sorted by length to save padding, and distributed over the processes of
-    `accelerate launch`. Each pass is one `datasets.map`, cached under a fingerprint of weights, encoded candidates,
-    settings and the function's own key: an interrupted run resumes with the first unfinished pass.
+    `accelerate launch`. The values of a row are stored under a fingerprint of weights, encoded candidates, settings
+    and the function's own key ([`RowStore`]): an interrupted run, another batch size or another number of processes
+    goes on with the rows that are missing.
 
     Args:
         adapter (`Adapter`): Encodes candidates and computes their losses.
@@ -62,10 +65,8 @@ class CandidatePass:
         # Longest first: if memory runs out, it does so at the start. Ties stay in order, so that runs agree.
         self.order = np.lexsort(-lengths.T[::-1])
         self.encoded = encoded.select(self.order)
-        # Processes share whole batches: shapes, and so every bit of a loss, are those of a single process.
-        cuts = list(batches(lengths[self.order], self.max_batch_length))
-        self.shares = [cuts[process :: self.state.num_processes] for process in range(self.state.num_processes)]
-        self.weights = fingerprint_of_model(adapter.model)
+        self.cuts = list(batches(lengths[self.order], self.max_batch_length))
+        self.fingerprint = fingerprint(fingerprint_of_model(adapter.model), adapter.cache_key, encoded._fingerprint)
         hooked = foreign_hooks(adapter.model)
         self.cached = not hooked
         if hooked and self.state.is_main_process:
@@ -76,7 +77,7 @@ class CandidatePass:
             )
 
     def run(self, work: Callable[[Batch], np.ndarray], columns: int, key: str, title: str) -> np.ndarray:
-        """Run one cached pass over this process's share, and gather the values of all processes.
+        """Run one cached pass over this process's share of the rows that are not stored, and gather all values.
 
         Args:
             work (`Callable`): Computes float32 values, `[rows, columns]`, from a batch on the model's device.
@@ -87,59 +88,56 @@ class CandidatePass:
         Returns:
             `np.ndarray`: float32 `[columns, candidates]`.
         """
-        cuts = self.shares[self.state.process_index]
-        # A single process computes all rows in one order, however they are cut; a share's rows depend on the cuts.
-        own = [(c.start, c.stop) for c in cuts] if self.state.num_processes > 1 else None
-        name = fingerprint(self.weights, self.adapter.cache_key, self.encoded._fingerprint, key, own)
-        local = np.empty((0, columns), dtype=np.float32)
-        if cuts:
-            with progress_bars(self.state.is_main_process):
-                mapped = Dataset.from_dict({"start": [c.start for c in cuts], "stop": [c.stop for c in cuts]}).map(
-                    self._step(work),
-                    batched=True,
-                    batch_size=1,
-                    remove_columns=["start", "stop"],
-                    features=Features({"figures": List(Value("float32"), length=columns)}),
-                    cache_file_name=_cache_file(self.cache_dir, "passes", name) if self.cached else None,
-                    new_fingerprint=name,
-                    desc=f"{title}, batches",
-                )
-            local = np.asarray(mapped.with_format("numpy")["figures"][:], dtype=np.float32).reshape(-1, columns)
-        figures = np.empty((columns, len(self.order)), dtype=np.float32)
-        for share, part in zip(self.shares, self._gather(local), strict=True):
-            if share:
-                indices = np.concatenate([self.order[cut] for cut in share])
-                figures[:, indices] = part[: len(indices)].T
-        return figures
+        store = RowStore(self._folder(key), len(self.order), columns)
+        values, stored = self._stored(store)
+        # Processes share whole batches: shapes, and so every bit of a loss, are those of a single process.
+        missing = [cut for cut in self.cuts if not stored[self.order[cut]].all()]
+        share = missing[self.state.process_index :: self.state.num_processes]
+        main = self.state.is_main_process
+        with store.writing() as add, progress_bars(main), tqdm(share, f"{title}, batches", disable=not share) as bar:
+            for cut in bar:
+                places = np.arange(cut.start, cut.stop)[~stored[self.order[cut]]]
+                rows = self.order[places]
+                values[rows] = self._values(work, self.encoded[places])
+                add(rows, values[rows])
+        return self._gathered(values).T
 
-    def _step(self, work: Callable[[Batch], np.ndarray]) -> Any:
-        """Return the function that `datasets.map` calls; it halves its batches when memory runs out."""
+    def _folder(self, key: str) -> Path | None:
+        """Return the folder of a pass's values; `None` where nothing is cached."""
+        cached = self.cached and is_caching_enabled()
+        return self.cache_dir / "passes" / self.fingerprint / fingerprint(key) if cached else None
 
-        def figures(cut: Rows) -> dict[str, np.ndarray]:
-            features = self.encoded[cut["start"][0] : cut["stop"][0]]
-            while True:
-                try:
-                    return {"figures": np.concatenate(list(parts(features)))}
-                except RuntimeError as error:
-                    if not should_reduce_batch_size(error) or self.max_batch_length <= 1:
-                        raise
-                # Not find_executable_batch_size: it collects garbage at every call, which takes longer than a batch.
-                self.max_batch_length //= 2
-                clear_device_cache(garbage_collection=True)
+    def _stored(self, store: RowStore) -> tuple[np.ndarray, np.ndarray]:
+        """Return the values that are stored, on the main process alone, and which rows they are, on all."""
+        if self.state.num_processes == 1:
+            return store.load()
+        found = store.load() if self.state.is_main_process else RowStore(None, *store.shape).load()
+        return found[0], broadcast_object_list([found[1]])[0]
 
-        def parts(features: Rows) -> Iterator[np.ndarray]:
+    def _values(self, work: Callable[[Batch], np.ndarray], features: Rows) -> np.ndarray:
+        """Compute the values of some rows, `[rows, columns]`, in halved batches when memory runs out."""
+
+        def parts() -> Iterator[np.ndarray]:
             for rows in batches(self.adapter.lengths(features), self.max_batch_length):
                 part = {key: values[rows] for key, values in features.items()}
                 yield work(to_device(self.adapter.collate(part), self.adapter.model))
 
-        return figures
+        while True:
+            try:
+                return np.concatenate(list(parts()))
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error) or self.max_batch_length <= 1:
+                    raise
+            # Not find_executable_batch_size: it collects garbage at every call, which takes longer than a batch.
+            self.max_batch_length //= 2
+            clear_device_cache(garbage_collection=True)
 
-    def _gather(self, local: np.ndarray) -> np.ndarray:
-        """Gather every process's share, `[processes, rows of the longest share, columns]`; NaN beyond a share."""
+    def _gathered(self, values: np.ndarray) -> np.ndarray:
+        """Add up what the processes have, `[rows, columns]`: each row is 0 in all of them but one."""
         if self.state.num_processes == 1:
-            return local[None]
-        padded = pad_across_processes(torch.from_numpy(local).to(self.state.device), pad_index=np.nan)
-        return gather(padded).cpu().numpy().reshape(self.state.num_processes, -1, local.shape[1])
+            return values
+        bits = torch.from_numpy(values).view(torch.int32).to(self.state.device)  # floats would lose the sign of -0
+        return reduce(bits, "sum").cpu().view(torch.float32).numpy()
 
 
 def encode(
@@ -178,11 +176,12 @@ def encode(
     state = process_state()
     name = fingerprint(rows._fingerprint, adapter.cache_key)
     with state.main_process_first(), progress_bars(state.is_main_process):
-        encoded = adapter.prepare(rows.select_columns(list(columns))).map(
-            adapter.encode,
+        encoded = _mapped(
+            adapter.prepare(rows.select_columns(list(columns))),
+            (cache_dir or default_cache_dir()) / "encoded" / f"{name}.arrow",
+            function=adapter.encode,
             batched=True,
             remove_columns=list(columns),
-            cache_file_name=_cache_file(cache_dir or default_cache_dir(), "encoded", name),
             new_fingerprint=name,
             desc=f"encoding {role}",
         )
@@ -264,10 +263,11 @@ def batches(lengths: np.ndarray, max_batch_length: int) -> Iterator[slice]:
     yield slice(start, len(lengths))
 
 
-def _cache_file(cache_dir: Path, kind: str, name: str) -> str | None:
-    """Return the cache file that `datasets.map` reads or (atomically) writes; `None` if caching is disabled."""
+def _mapped(rows: Dataset, file: Path, **options: Any) -> Dataset:
+    """Return `rows.map(**options)`, cached in a file that is there whole or not at all."""
     if not is_caching_enabled():
-        return None
-    folder = cache_dir / kind
-    folder.mkdir(parents=True, exist_ok=True)
-    return str(folder / f"{name}.arrow")
+        return rows.map(**options)
+    if not file.exists():
+        with written(file) as part:
+            rows.map(**options, cache_file_name=str(part))
+    return rows.map(**options, cache_file_name=str(file))

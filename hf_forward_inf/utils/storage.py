@@ -1,15 +1,25 @@
 """The cache folder, and writing files and folders so that an interrupted run leaves no partial one."""
 
+import errno
 import os
+import platform
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import TypeAlias
 
+import psutil
 from huggingface_hub.constants import HF_HOME
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+TEMPORARY = ".writing-"
+"""Begins the names of temporary folders; after it, the machine and the process that writes."""
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a full disk, a quota that is used up, and a limit of files' sizes."""
 
 
 def default_cache_dir() -> Path:
@@ -24,30 +34,90 @@ Tensors: TypeAlias = dict[str, Tensor]
 def cached_tensors(file: Path, compute: Callable[[], Tensors]) -> Tensors:
     """Return the tensors of a safetensors file; compute and write them if it does not exist.
 
-    They are written to a temporary path and renamed: an interrupted run leaves no partial file.
-
     Args:
         file (`Path`): The file to read or write.
         compute (`Callable`): Returns the tensors by name.
     """
     if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle, part = tempfile.mkstemp(dir=file.parent, prefix=".writing-")
-        os.close(handle)
-        try:
-            save_file({name: tensor.contiguous().cpu() for name, tensor in compute().items()}, part)
-            os.replace(part, file)
-        finally:
-            Path(part).unlink(missing_ok=True)
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in compute().items()}
+        needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        with written(file, needed) as part:
+            save_file(tensors, part)
     return load_file(file)
+
+
+def write_bytes(file: Path, data: bytes) -> None:
+    """Write a file whole or not at all."""
+    with written(file, len(data)) as part:
+        part.write_bytes(data)
 
 
 def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
     """Write a folder to a temporary path and rename it: an interrupted run leaves no partial folder."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=folder.parent))
-    try:
+    with written(folder) as part:
+        part.mkdir()
         write(part)
-        os.replace(part, folder)
+
+
+@contextmanager
+def written(path: Path, needed: int | None = None) -> Iterator[Path]:
+    """Give a temporary path to write a file or folder to, which then takes its place at once.
+
+    Args:
+        path (`Path`): Where the file or folder is to be. A folder must not hold anything.
+        needed (`int`, *optional*): Bytes that it needs, where that is known, for the message.
+
+    Raises:
+        OSError: If there is no room on the disk; nothing is left of what was written.
+    """
+    with temporary_folder(path.parent) as folder:
+        part = folder / path.name
+        try:
+            yield part
+            os.replace(part, path)
+        except Exception as error:
+            if not _is_full(error):
+                raise
+            size = f"{needed:,}" if needed is not None else f"more than {_size(folder):,}"
+            raise OSError(
+                errno.ENOSPC,
+                f"There is no room for {path}: it needs {size} bytes, and {shutil.disk_usage(folder).free:,} are "
+                "free. Make room, or choose another folder (the cache's: HF_FORWARD_INF_CACHE, or cache_dir=...)",
+            ) from error
+
+
+@contextmanager
+def temporary_folder(parent: Path) -> Iterator[Path]:
+    """Create a folder in another, and delete it at the end; those that killed processes left there are deleted too."""
+    parent.mkdir(parents=True, exist_ok=True)
+    clear(parent)
+    folder = Path(tempfile.mkdtemp(dir=parent, prefix=f"{TEMPORARY}{machine()}-{os.getpid()}-"))
+    try:
+        yield folder
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@lru_cache(maxsize=1024)
+def clear(parent: Path) -> None:
+    """Delete temporary folders whose process is no longer alive; once a run for each folder."""
+    for folder in parent.glob(f"{TEMPORARY}{machine()}-*"):
+        process = folder.name.removeprefix(f"{TEMPORARY}{machine()}-").partition("-")[0]
+        if process.isdigit() and not psutil.pid_exists(int(process)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@lru_cache(maxsize=1)
+def machine() -> str:
+    """Return a name of this machine, or container: process numbers mean something only there."""
+    space = Path("/proc/self/ns/pid")  # containers of equal names have other spaces of process numbers
+    return f"{platform.node()}-{os.stat(space).st_ino}" if space.exists() else platform.node()
+
+
+def _is_full(error: Exception) -> bool:
+    # Rust's and Arrow's errors only say it.
+    return getattr(error, "errno", None) in NO_ROOM or any(f"os error {code}" in str(error) for code in NO_ROOM)
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -147,16 +147,16 @@ def test_a_killed_run_leaves_the_output_as_it_was_and_goes_on_when_started_again
     trace_run(TraceOptions(**options, baselines=False), AscentConfig(direction="gradient", radius=0.5))
     folder = Path(options["output"])
     before = {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-    passes = set(cache.glob("passes/*.arrow"))
+    passes = set(cache.glob("passes/*/*/*.safetensors"))
     options |= {"overwrite": True, "direction": "gradient", "radius": 2.0}
     again = [sys.executable, *COMMAND, *as_arguments({**options, "no_baselines": True})]
     process = subprocess.Popen(again, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and set(cache.glob("passes/*.arrow")) == passes:
+    while process.poll() is None and set(cache.glob("passes/*/*/*.safetensors")) == passes:
         time.sleep(0.01)  # until it has finished a first pass of its own
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()} == before
-    finished = set(cache.glob("passes/*.arrow")) - passes
+    finished = set(cache.glob("passes/*/*/*.safetensors")) - passes
     assert finished
     stamps = {path: path.stat().st_mtime_ns for path in finished}
     done = run(*again)

@@ -98,34 +98,66 @@ def test_nothing_is_cached_when_datasets_caching_is_off(line, cache):
         ForwardInf(adapter=line).trace(points(((3, 1), 0)), points(((1, 0), 0)))
     finally:
         enable_caching()
-    assert not list(cache.rglob("*.arrow"))
+    assert not list(cache.rglob("*.*"))
 
 
-def test_shares_of_several_processes_are_cached_by_how_the_rows_are_cut(line, monkeypatch, tmp_path):
+def in_processes(monkeypatch, count, run):
+    """Run each of several processes in turn, and return what they have of the rows, added up as [`_gathered`] does."""
+    found, sent = [], []
+    with monkeypatch.context() as patch:
+        patch.setattr(LossPass, "_gathered", lambda self, values: found.append(values.copy()) or values)
+        patch.setattr(candidate_pass, "broadcast_object_list", lambda mask: sent or sent.append(mask[0]) or sent)
+        for process in range(count):
+            state = SimpleNamespace(
+                process_index=process, num_processes=count, is_main_process=not process, main_process_first=nullcontext
+            )
+            patch.setattr(candidate_pass, "process_state", lambda state=state: state)
+            run()
+    return sum(found)[:, 0]
+
+
+def test_another_cut_and_another_number_of_processes_reuse_stored_rows(line, monkeypatch, tmp_path):
     rows = points(*(((i, 1), 0.5 * i) for i in range(23)))
     expected = LossPass(line, rows, cache_dir=tmp_path / "one").base()
 
-    def of_two_processes(max_batch_length):
-        """Run both processes, one after the other, and gather what they have."""
-        found, passes, values = np.full(len(rows), np.nan), [], []
-        for process in range(2):
-            state = SimpleNamespace(
-                process_index=process, num_processes=2, is_main_process=True, main_process_first=nullcontext
-            )
-            monkeypatch.setattr(candidate_pass, "process_state", lambda state=state: state)
-            monkeypatch.setattr(LossPass, "_gather", lambda self, local: values.append(local) or _padded(self, local))
-            passes.append(LossPass(line, rows, cache_dir=tmp_path / "two", max_batch_length=max_batch_length))
-            passes[-1].base()
-        for process, (run, local) in enumerate(zip(passes, values, strict=True)):
-            found[np.concatenate([run.order[cut] for cut in run.shares[process]])] = local[:, 0]
-        return found
+    def base(length):
+        return LossPass(line, rows, cache_dir=tmp_path / "two", max_batch_length=length).base()
 
-    for length in (5, 3, 5):
-        np.testing.assert_array_equal(of_two_processes(length), expected)
+    np.testing.assert_array_equal(in_processes(monkeypatch, 2, lambda: base(5)), expected)
+    computed = line.passes
+    np.testing.assert_array_equal(in_processes(monkeypatch, 3, lambda: base(3)), expected)
+    np.testing.assert_array_equal(base(4096), expected)
+    assert line.passes == computed
 
 
-def _padded(run, local):
-    longest = max(sum(cut.stop - cut.start for cut in share) for share in run.shares)
-    padded = np.full((2, longest, 1), np.nan, dtype=np.float32)
-    padded[run.state.process_index, : len(local)] = local
-    return padded
+def test_an_interrupted_pass_goes_on_where_it_stopped_with_any_batch_size(line, monkeypatch, tmp_path):
+    rows = points(*(((i, 1), 0.5 * i) for i in range(20)))
+    expected = LossPass(line, rows, cache_dir=tmp_path / "other").base()
+    losses, seen = type(line).term_losses, []
+
+    def interrupted(self, forward, batch):
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        seen.append(len(batch["x"]))
+        return losses(self, forward, batch)
+
+    monkeypatch.setattr(type(line), "term_losses", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        LossPass(line, rows, cache_dir=tmp_path, max_batch_length=4).base()
+    assert seen == [4, 4, 4]
+    seen.clear()
+    seen.append("the limit is behind")
+    monkeypatch.setattr(
+        type(line), "term_losses", lambda self, f, batch: seen.append(len(batch["x"])) or losses(self, f, batch)
+    )
+    np.testing.assert_array_equal(LossPass(line, rows, cache_dir=tmp_path, max_batch_length=7).base(), expected)
+    assert seen[1:] == [2, 6]  # of the batches of 7, rows 12 and 13, then the rest
+
+
+def test_a_file_of_rows_that_is_cut_off_is_computed_again(line, tmp_path):
+    rows = points(*(((i, 1), 0.5 * i) for i in range(9)))
+    expected = LossPass(line, rows, cache_dir=tmp_path).base()
+    (file,) = (tmp_path / "passes").rglob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-7])
+    with pytest.warns(UserWarning, match="can't be read .*: its rows are computed again"):
+        np.testing.assert_array_equal(LossPass(line, rows, cache_dir=tmp_path).base(), expected)
