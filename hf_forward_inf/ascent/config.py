@@ -12,6 +12,7 @@ OF_DIRECTION: dict[str, dict[str, Any]] = {
     "kfac": {"damping": 0.1, "sample": 1024},
     "ekfac": {"damping": 0.1, "sample": 1024},
     "cg": {"damping": 0.1, "sample": 128, "iterations": 10},
+    "pcg": {"damping": 0.1, "sample": 1024, "iterations": 3},
 }
 """Options that only some directions have, with their defaults; `cg` uses every row of its sample at every query."""
 RADIUS = {False: 1.0, True: 1e-3}
@@ -55,14 +56,16 @@ class AscentConfig:
             (`decoder.block.*.layer.1`); `["all"]` for every parameter. Defaults to the adapter's.
         direction (`str`, *optional*): Direction of the step: the query's `"gradient"` g, or C^-1 g, with C the
             curvature of the training loss on a sample ([`directions`]): `"cg"` (conjugate gradients on Gauss-Newton
-            products), `"ekfac"` or `"kfac"` (Kronecker factors, fitted once for all queries), `"adam"` (root second
-            moments). Candidates are only forwarded, whatever the direction. Defaults to the adapter's; to the gradient
-            with `learning_rate` or `lora_rank`, which allow no other.
+            products), `"ekfac"` or `"kfac"` (Kronecker factors, fitted once for all queries), `"pcg"` (products
+            preconditioned by `"kfac"`, and shared by the queries traced together: [`KrylovSpace`]), `"adam"` (root
+            second moments). Candidates are only forwarded, whatever the direction. Defaults to the adapter's; to the
+            gradient with `learning_rate` or `lora_rank`, which allow no other.
         damping (`float`, *optional*): lambda in (C + lambda I)^-1 g, as a multiple of the gradient's Rayleigh quotient
             g.Cg / g.g, that is, relative to the curvature along the gradient; for `"adam"`, of the mean second
-            moment. Defaults to the adapter's, else to 0.1.
-        iterations (`int`, *optional*): Maximum number of products for `"cg"`, each 2 to 2.5 forward passes over the
-            sample. Defaults to 10.
+            moment; for `"pcg"`, of the median quotient of the queries traced together. Defaults to the adapter's, else
+            to 0.1.
+        iterations (`int`, *optional*): Maximum number of products a query for `"cg"` and `"pcg"`, each 2 to 2.5
+            forward passes over the sample. Defaults to 10 and 3.
         tolerance (`float`, defaults to 1e-3): `"cg"` stops at this residual, relative to the gradient's norm.
         sample (`int`, *optional*): Number of training examples on which the curvature is estimated. Defaults to the
             adapter's, else to 128 for `"cg"` and 1024 for the others.
@@ -87,7 +90,7 @@ class AscentConfig:
     steps: int = field(default=1, metadata=POSITIVE)
     mode: Literal["ascent", "descent", "symmetric"] = field(default="ascent", metadata={"choices": MODES})
     modules: list[str] | None = None
-    direction: Literal["gradient", "adam", "kfac", "ekfac", "cg"] | None = field(
+    direction: Literal["gradient", "adam", "kfac", "ekfac", "cg", "pcg"] | None = field(
         default=None, metadata={"choices": tuple(OF_DIRECTION)}
     )
     damping: float | None = field(default=None, metadata=POSITIVE)

@@ -141,11 +141,11 @@ def _nothing_matches(model: nn.Module, pattern: str, names: Iterable[str]) -> st
     return f"No parameter matches modules={pattern!r}.{hint} The model's top-level modules: {', '.join(tops)}."
 
 
-def copies_in_memory(model: nn.Module, names: list[str]) -> int:
-    """Number of copies of the perturbed parameters held in memory: at most a tenth of the model, or 64 MiB."""
+def copies_in_memory(model: nn.Module, names: list[str], each: int = 1) -> int:
+    """Number of models held in memory, each as `each` copies of what is perturbed: a tenth of the model, or 64 MiB."""
     size = {name: p.numel() * p.element_size() for name, p in model.named_parameters()}
     room = max(64 * 2**20, sum(size.values()) // 10)
-    return max(1, min(32, room // max(1, sum(size.get(name, 0) for name in names))))
+    return max(1, min(32, room // max(1, each * sum(size.get(name, 0) for name in names))))
 
 
 def has_length(adapter: Adapter, config: AscentConfig) -> bool:

@@ -1,7 +1,7 @@
 """Step 2 of the algorithm: gradient ascent (or descent) on the loss of a query, on a copy of the parameters."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property, partial
 from typing import Protocol, TypeAlias
@@ -28,8 +28,13 @@ class Direction(Protocol):
 
     fingerprint: str
 
-    def correction(self) -> Correction:
-        """Return what maps gradients to directions; the memory that it needs is freed with it."""
+    def correction(self, gradients: Iterable[Sequence[Tensor]] = ()) -> Correction:
+        """Return what maps gradients to directions; the memory that it needs is freed with it.
+
+        Args:
+            gradients (`Iterable`, *optional*): The gradients of a block of queries, for directions that share work
+                among them; others never iterate over it.
+        """
         ...
 
 
@@ -92,8 +97,17 @@ class Perturbation:
     def thetas(self) -> list[Parameters | None]:
         """theta_K of each query, `None` where the gradient is zero or not finite."""
         rows = [{key: [values[i]] for key, values in self.queries.items()} for i in range(len(self))]
-        correct = None if self.direction is None else self.direction.correction()
+        correct = None if self.direction is None else self.direction.correction(self._gradients(rows))
         return [self._theta(row, correct) for row in rows]
+
+    def _gradients(self, rows: Sequence[Rows]) -> Iterator[Sequence[Tensor]]:
+        """Yield the gradient of each query."""
+        own = dict(self.adapter.model.named_parameters())
+        for row in rows:
+            theta = {name: own[name].detach().clone().requires_grad_() for name in self.names}
+            with torch.enable_grad(), torch.random.fork_rng():
+                torch.manual_seed(self.config.seed)
+                yield gradient_of(query_loss(self.adapter, row, self.names, self.config), theta)
 
     def _theta(self, query: Rows, correct: Correction | None) -> Parameters | None:
         """Take the steps of one query; with a rule for the length, one step first, to find that of the path."""
@@ -154,6 +168,19 @@ def ascend(
     """
     if config.radius is None and config.learning_rate is None:
         raise ValueError("The ascent has no length: complete its options with AscentConfig.completed().")
+    loss, model = query_loss(adapter, query, names, config), adapter.model
+    rank = rank_of_ascent(adapter, config)
+    with torch.enable_grad(), torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        if rank is not None:
+            return _ascend_lora(model, loss, names, config, rank)
+        return _ascend_weights(model, loss, names, config, correct)
+
+
+def query_loss(
+    adapter: Adapter, query: Rows, names: list[str], config: AscentConfig
+) -> Callable[[Parameters], Tensor]:
+    """Return the function from parameters to what is raised for a query: its loss, in units of itself for a radius."""
     adapter, model = encoded_adapter(adapter, query), adapter.model
     batch = to_device(adapter.collate(query), model)
     batch = adapter.with_shared(batch, set(names))
@@ -167,12 +194,12 @@ def ascend(
         # does not underflow in float32. By the sum of absolute terms, since those of a contrast cancel.
         return mean / size
 
-    rank = rank_of_ascent(adapter, config)
-    with torch.enable_grad(), torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        if rank is not None:
-            return _ascend_lora(model, loss, names, config, rank)
-        return _ascend_weights(model, loss, names, config, correct)
+    return loss
+
+
+def gradient_of(loss: Callable[[Parameters], Tensor], theta: Mapping[str, Tensor]) -> Sequence[Tensor]:
+    """Return the gradient of a loss by parameters, one tensor for each."""
+    return torch.autograd.grad(loss({**theta}), list(theta.values()), allow_unused=True, materialize_grads=True)
 
 
 def _ascend_weights(
@@ -189,9 +216,7 @@ def _ascend_weights(
         theta.values(), lr=config.learning_rate or 0.0, maximize=config.mode != "descent"
     )
     for _ in range(config.steps):
-        step: Sequence[Tensor] = torch.autograd.grad(
-            loss({**theta}), list(theta.values()), allow_unused=True, materialize_grads=True
-        )
+        step = gradient_of(loss, theta)
         length = norm(step)
         if correct is not None and 0 < length < math.inf:
             step = correct(step)

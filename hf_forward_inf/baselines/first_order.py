@@ -9,7 +9,7 @@ from datasets import Dataset
 from torch import nn
 
 from hf_forward_inf.ascent.config import AscentConfig
-from hf_forward_inf.baselines.gradients import Directions, GradientBaseline, corrected
+from hf_forward_inf.baselines.gradients import Directions, GradientBaseline, by_query, corrected
 from hf_forward_inf.curvature.directions import direction_for
 from hf_forward_inf.curvature.example_gradients import ExampleGradients
 from hf_forward_inf.utils.fingerprints import fingerprint
@@ -65,4 +65,6 @@ class FirstOrder(GradientBaseline):
 
     def _directions(self, training: Dataset, raw: Directions, gradients: ExampleGradients) -> Directions:
         direction = direction_for(self.ascent, self.adapter, training, list(raw), self.cache_dir)
-        return raw if direction is None else corrected(raw, gradients, direction.correction())
+        if direction is None:
+            return raw
+        return corrected(raw, gradients, direction.correction(by_query(raw, gradients)))

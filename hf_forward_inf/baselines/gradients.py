@@ -240,12 +240,17 @@ def _single(gradients: ExampleGradients, queries: Rows) -> tuple[ExampleGradient
     return gradients.with_adapter(adapter), (to_device(adapter.collate(one), adapter.model) for one in rows)
 
 
+def by_query(raw: Directions, gradients: ExampleGradients) -> Iterator[list[Tensor]]:
+    """Yield the gradient of each query, one tensor of the parameter's shape for each parameter."""
+    shapes = {name: gradients.model.get_parameter(name).shape for name in raw}
+    for i in range(len(next(iter(raw.values())))):
+        yield [values[i].view(shapes[name]) for name, values in raw.items()]
+
+
 def corrected(raw: Directions, gradients: ExampleGradients, correct: Correction) -> Directions:
     """Return each query's corrected gradient, `[queries, numel]` by parameter."""
-    shapes = {name: gradients.model.get_parameter(name).shape for name in raw}
     made: Directions = {name: torch.empty_like(values) for name, values in raw.items()}
-    for i in range(len(next(iter(raw.values())))):
-        right = [values[i].view(shapes[name]) for name, values in raw.items()]
+    for i, right in enumerate(by_query(raw, gradients)):
         for name, values in zip(made, correct(right), strict=True):
             made[name][i] = values.flatten()
     return made

@@ -5,21 +5,24 @@ loss: it mirrors training better than a step along g. Only the query's step chan
 forwarded.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 from datasets import Dataset, is_caching_enabled
 from torch import Tensor
 
 from hf_forward_inf.adapters.base import Adapter
 from hf_forward_inf.ascent.config import AscentConfig
+from hf_forward_inf.ascent.parameters import norm
 from hf_forward_inf.ascent.steps import Correction, Direction
 from hf_forward_inf.curvature.gauss_newton import GaussNewton
-from hf_forward_inf.curvature.kronecker import KroneckerFit, damped_inverse
+from hf_forward_inf.curvature.kronecker import KroneckerFit, damped_inverse, rayleigh_quotient
 from hf_forward_inf.curvature.sample import Sample
 from hf_forward_inf.curvature.second_moments import estimated_second_moments, optimizer_file, read_second_moments
-from hf_forward_inf.curvature.solvers import conjugate_gradients, warn_of_residual
+from hf_forward_inf.curvature.solvers import KrylovSpace, conjugate_gradients, warn_of_residual
 from hf_forward_inf.utils.fingerprints import fingerprint, fingerprint_of_model, foreign_hooks
 from hf_forward_inf.utils.models import device_of
 from hf_forward_inf.utils.processes import process_state
@@ -58,6 +61,8 @@ def direction_for(
         return ConjugateGradients(config, sample, names)
     if config.direction == "adam":
         return SecondMoments(config, adapter, names, cache)
+    if config.direction == "pcg":
+        return PreconditionedGradients(config, cache)
     return KroneckerFactors(config, cache)
 
 
@@ -73,7 +78,7 @@ class ConjugateGradients:
         self.fingerprint = sample.fingerprint
         self.warned = False
 
-    def correction(self) -> Correction:
+    def correction(self, gradients: Iterable[Sequence[Tensor]] = ()) -> Correction:
         """Build the matrix, and return the solver."""
         matrix = GaussNewton(self.sample.adapter, self.sample.batches(set(self.names)), self.names)
         config = self.config
@@ -105,12 +110,42 @@ class KroneckerFactors:
             self.fitted = self.fitted | cache.get(f"ekfac-{fit.draws}", lambda: fit.corrected(self.fitted))
         self.fingerprint = fingerprint(cache.fingerprint, fit.draws)
 
-    def correction(self) -> Correction:
+    def correction(self, gradients: Iterable[Sequence[Tensor]] = ()) -> Correction:
         """Return the product with the damped inverse."""
         assert self.config.damping is not None
         return partial(
             damped_inverse, layers=self.layers, names=self.names, fitted=self.fitted, damping=self.config.damping
         )
+
+
+class PreconditionedGradients:
+    """Solves (G + lambda I) x = g for a block of queries, by products with G that Kronecker factors precondition.
+
+    The factors are fitted once for all queries, and all products of a block serve all of its queries
+    ([`solvers.KrylovSpace`]), so that a query's direction depends a little on those that are traced with it. lambda is
+    the same for the whole block: `damping` x the median of the queries' Rayleigh quotients, by the factors.
+    """
+
+    def __init__(self, config: AscentConfig, cache: "FitCache"):
+        self.config, self.sample, self.names = config, cache.sample, cache.names
+        self.factors = KroneckerFactors(config, cache)
+        self.fingerprint = self.factors.fingerprint
+
+    def correction(self, gradients: Iterable[Sequence[Tensor]] = ()) -> Correction:
+        """Build the space of a block's gradients, and return its solver."""
+        matrix = GaussNewton(self.sample.adapter, self.sample.batches(set(self.names)), self.names)
+        rights = [gradient for gradient in gradients if 0 < norm(gradient) < math.inf]
+        if rights:
+            return self._space(matrix, rights).solve
+        return lambda gradient: self._space(matrix, [gradient]).solve(gradient)
+
+    def _space(self, matrix: GaussNewton, rights: Sequence[Sequence[Tensor]]) -> KrylovSpace:
+        assert self.config.damping is not None and self.config.iterations is not None
+        layers, names, fitted = self.factors.layers, self.names, self.factors.fitted
+        middle = median(rayleigh_quotient(right, layers, names, fitted) for right in rights)
+        shift = self.config.damping * middle or 1.0
+        precondition = partial(damped_inverse, layers=layers, names=names, fitted=fitted, shift=shift)
+        return KrylovSpace(matrix, precondition, rights, self.config.iterations, shift)
 
 
 class SecondMoments:
@@ -134,7 +169,7 @@ class SecondMoments:
         self.scales = [(known[name] + extra).rsqrt() if name in known else (mean + extra) ** -0.5 for name in names]
         self.fingerprint = fingerprint({name: m.double().sum().item() for name, m in known.items()})
 
-    def correction(self) -> Correction:
+    def correction(self, gradients: Iterable[Sequence[Tensor]] = ()) -> Correction:
         """Return the division."""
         return self._scaled
 

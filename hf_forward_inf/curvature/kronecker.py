@@ -203,7 +203,12 @@ def factored_layers(adapter: Adapter, names: list[str], batch: Batch) -> list[La
 
 
 def damped_inverse(
-    vector: Sequence[Tensor], layers: Sequence[Layer], names: Sequence[str], fitted: Tensors, damping: float
+    vector: Sequence[Tensor],
+    layers: Sequence[Layer],
+    names: Sequence[str],
+    fitted: Tensors,
+    damping: float | None = None,
+    shift: float | None = None,
 ) -> list[Tensor]:
     """Return (C + lambda I)^-1 v, with C the fitted curvature.
 
@@ -212,22 +217,43 @@ def damped_inverse(
         layers (`list[Layer]`): The factored layers.
         names (`list[str]`): The parameters of the vector, in its order.
         fitted (`dict`): What [`KroneckerFit`] returned.
-        damping (`float`): lambda, as a multiple of the vector's Rayleigh quotient v.Cv / v.v.
+        damping (`float`, *optional*): lambda, as a multiple of the vector's Rayleigh quotient v.Cv / v.v.
+        shift (`float`, *optional*): lambda itself, instead.
     """
     given = {name: value.float() for name, value in zip(names, vector, strict=True)}
-    parts = {}
-    for layer in layers:
-        left, right = fitted[f"outputs/{layer.weight}"], fitted[f"inputs/{layer.weight}"]
-        parts[layer.weight] = (left.T @ layer.matrix(given) @ right, fitted[f"curvature/{layer.weight}"])
-    for name in names:
-        if f"diagonal/{name}" in fitted:
-            parts[name] = (given[name], fitted[f"diagonal/{name}"])
-    curved = sum((curvature * part.square()).sum().item() for part, curvature in parts.values())
-    shift = damping * curved / sum(part.square().sum().item() for part, _ in parts.values())
-    # Without any curvature, all directions are alike: the gradient itself.
-    shift = shift if shift > 0 and math.isfinite(shift) else 1.0
+    parts = _rotated(given, layers, fitted)
+    if shift is None:
+        assert damping is not None
+        # Without any curvature, all directions are alike: the gradient itself.
+        shift = damping * _quotient(parts) or 1.0
     solved = {name: part / (curvature + shift) for name, (part, curvature) in parts.items()}
     for layer in layers:
         left, right = fitted[f"outputs/{layer.weight}"], fitted[f"inputs/{layer.weight}"]
         solved |= dict(layer.parameters(left @ solved[layer.weight] @ right.T, given))
     return [solved[name] for name in names]
+
+
+def rayleigh_quotient(
+    vector: Sequence[Tensor], layers: Sequence[Layer], names: Sequence[str], fitted: Tensors
+) -> float:
+    """Return v.Cv / v.v, the curvature along a vector, 0 where there is none; arguments as in [`damped_inverse`]."""
+    given = {name: value.float() for name, value in zip(names, vector, strict=True)}
+    return _quotient(_rotated(given, layers, fitted))
+
+
+def _rotated(given: Tensors, layers: Sequence[Layer], fitted: Tensors) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return a vector's parts in the basis of the eigenvectors, each with its curvatures."""
+    parts = {}
+    for layer in layers:
+        left, right = fitted[f"outputs/{layer.weight}"], fitted[f"inputs/{layer.weight}"]
+        parts[layer.weight] = (left.T @ layer.matrix(given) @ right, fitted[f"curvature/{layer.weight}"])
+    for name, value in given.items():
+        if f"diagonal/{name}" in fitted:
+            parts[name] = (value, fitted[f"diagonal/{name}"])
+    return parts
+
+
+def _quotient(parts: dict[str, tuple[Tensor, Tensor]]) -> float:
+    curved = sum((curvature * part.square()).sum().item() for part, curvature in parts.values())
+    squared = sum(part.square().sum().item() for part, _ in parts.values())
+    return curved / squared if curved > 0 and math.isfinite(curved / squared) else 0.0

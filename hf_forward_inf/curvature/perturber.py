@@ -48,8 +48,10 @@ class Perturber:
 
     @property
     def block_size(self) -> int:
-        """How many perturbed models are held in memory at once."""
-        return copies_in_memory(self.adapter.model, self.names)
+        """How many perturbed models are held in memory at once; for `"pcg"` with the products that they share."""
+        shared = self.ascent.direction == "pcg"
+        copies = 1 + 2 * (self.ascent.iterations or 0) if shared else 1
+        return copies_in_memory(self.adapter.model, self.names, copies)
 
     def perturbation(self, queries: Rows) -> Perturbation:
         """Return the models theta_K of some encoded queries, computed when first used."""

@@ -16,6 +16,10 @@ UNSETTLED = 0.2
 """Conjugate gradients have not converged if the last product brought more than this share of their progress."""
 
 
+NOTHING_NEW = 1e-3
+"""A vector whose part outside a space is a smaller share of its norm lies in it, as far as float32 can say."""
+
+
 Product: TypeAlias = Callable[[Vector], Vector]
 """A symmetric matrix, as a function that multiplies a vector by it."""
 
@@ -93,6 +97,95 @@ def conjugate_gradients(
     if gained > -UNSETTLED * lowest:
         on_unconverged(math.sqrt(unsolved / squared), i + 1)
     return best
+
+
+class KrylovSpace:
+    """A space in which (G + lambda I) x = b is solved for several b, preconditioned: block conjugate gradients.
+
+    It begins with the preconditioned right sides, and each round adds the preconditioned residuals of all of them. A
+    solution is the best one in the whole space (Rayleigh-Ritz), so that each right side profits from the products of
+    all others: after one round it is at least as good as the best multiple of its own preconditioned b.
+
+    Args:
+        product (`Callable`): Products with G, positive semidefinite.
+        precondition (`Callable`): Products with an approximation of (G + lambda I)^-1.
+        rights (`list[list[Tensor]]`): The right sides.
+        iterations (`int`): Number of rounds, of at most one product for each right side.
+        shift (`float`): lambda.
+
+    Raises:
+        FloatingPointError: If a product is not finite.
+    """
+
+    def __init__(
+        self,
+        product: Product,
+        precondition: Product,
+        rights: Sequence[Sequence[Tensor]],
+        iterations: int,
+        shift: float,
+    ):
+        self.product, self.precondition, self.iterations, self.shift = product, precondition, iterations, shift
+        self.like = [b.float() for b in rights[0]]
+        flat = torch.stack([_flat(b) for b in rights])
+        none = flat[:0]
+        self.basis, self.products = self._grown(none, none, flat / flat.norm(dim=1, keepdim=True))
+
+    def solve(self, right: Sequence[Tensor]) -> Vector:
+        """Return x for a right side; one that is not among the space's own takes products for itself alone."""
+        flat = _flat(right)[None]
+        basis, products = self.basis, self.products
+        if len(self._new_directions(basis, self._preconditioned(flat))):
+            basis, products = self._grown(basis, products, flat)
+        return self._parts(self._coefficients(basis, products, flat) @ basis)[0]
+
+    def _grown(self, basis: Tensor, products: Tensor, rights: Tensor) -> tuple[Tensor, Tensor]:
+        """Return an orthonormal basis and its products after further rounds for some right sides, `[size, numel]`."""
+        left = rights
+        for _ in range(self.iterations):
+            if len(basis):
+                solution = self._coefficients(basis, products, rights)
+                left = rights - solution @ (products + self.shift * basis)
+            new = self._new_directions(basis, self._preconditioned(left))
+            if not len(new):
+                break
+            found = torch.stack([_flat(self.product(one)) for one in self._parts(new)])
+            if not found.isfinite().all():
+                raise FloatingPointError(
+                    "A Gauss-Newton product is not finite: load the model in float32 or bfloat16."
+                )
+            basis, products = torch.cat([basis, new]), torch.cat([products, found])
+        return basis, products
+
+    def _coefficients(self, basis: Tensor, products: Tensor, rights: Tensor) -> Tensor:
+        """Return the coordinates of the best solutions in a basis, `[rights, size]`."""
+        matrix = (basis @ products.T).double()
+        matrix = (matrix + matrix.T) / 2 + self.shift * torch.eye(len(basis), dtype=torch.float64, device=basis.device)
+        return torch.linalg.solve(matrix, (basis @ rights.T).double()).T.to(basis.dtype)
+
+    def _new_directions(self, basis: Tensor, vectors: Tensor) -> Tensor:
+        """Return an orthonormal basis of what some vectors add to the space."""
+        found = vectors[:0]
+        for vector in vectors:
+            size = vector.norm()
+            for _ in range(2):  # once is not enough in float32
+                for known in (basis, found):
+                    vector = vector - (known @ vector) @ known
+            if vector.norm() > NOTHING_NEW * size:
+                found = torch.cat([found, (vector / vector.norm())[None]])
+        return found
+
+    def _preconditioned(self, vectors: Tensor) -> Tensor:
+        return torch.stack([_flat(self.precondition(one)) for one in self._parts(vectors)])
+
+    def _parts(self, vectors: Tensor) -> list[Vector]:
+        """Return flat vectors as parts of the parameters' shapes."""
+        split = [vector.split([part.numel() for part in self.like]) for vector in vectors]
+        return [[part.view_as(like) for part, like in zip(parts, self.like, strict=True)] for parts in split]
+
+
+def _flat(vector: Sequence[Tensor]) -> Tensor:
+    return torch.cat([part.float().flatten() for part in vector])
 
 
 def lissa(

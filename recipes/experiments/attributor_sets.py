@@ -22,6 +22,7 @@ DIRECTIONS: dict[str, dict[str, Any]] = {
     "cg_5": {"direction": "cg", "iterations": 5},
     "cg_10": {"direction": "cg", "iterations": 10},
     "cg_20": {"direction": "cg", "iterations": 20},
+    "pcg_3": {"direction": "pcg", "iterations": 3},
 }
 """Directions of Forward-INF's step that are compared."""
 BASELINES = (

@@ -15,28 +15,28 @@ from hf_forward_inf.curvature.solvers import conjugate_gradients
 from tests.helpers import digits
 from tests.helpers.line import assert_same_state, state
 
-CORRECTED = ("adam", "kfac", "ekfac", "cg")
+CORRECTED = ("adam", "kfac", "ekfac", "cg", "pcg")
 CANDIDATES = digits.rows(0, 100)
 QUERIES = digits.rows(100, 103)
 
 
-def perturbation(network, **options):
+def perturbation(network, rows=(0, 1, 2), **options):
     adapter = TensorAdapter(network)
     config = AscentConfig(**{"sample": 100, "radius": 0.3, "direction": "gradient", **options}).completed()
     names = [name for name, _ in network.named_parameters()]
     direction = direction_for(config, adapter, CANDIDATES, names)
-    return Perturbation(adapter, adapter.encode(QUERIES[:]), names, config, direction)
+    return Perturbation(adapter, adapter.encode(QUERIES[list(rows)]), names, config, direction)
 
 
-def steps(network, **options):
+def steps(network, rows=(0, 1, 2), **options):
     """Each query's step, flat: `[queries, parameters]`."""
     own = dict(network.named_parameters())
-    thetas = perturbation(network, **options).thetas
+    thetas = perturbation(network, rows, **options).thetas
     return torch.stack([torch.cat([(theta[n] - own[n]).flatten() for n in own]) for theta in thetas]).detach()
 
 
-def written_out(network, damping):
-    """The Gauss-Newton matrix entry by entry, and C^-1 g of each query."""
+def gauss_newton_and_gradients(network):
+    """The Gauss-Newton matrix entry by entry, and the gradient of each query."""
     own = dict(network.named_parameters())
     data, queries = (rows.with_format("torch")[:] for rows in (CANDIDATES, QUERIES))
 
@@ -50,9 +50,18 @@ def written_out(network, damping):
     p = logits(theta, data["x"]).softmax(-1)
     hessians = torch.diag_embed(p) - p[:, :, None] * p[:, None]
     matrix = torch.einsum("nap,nab,nbq->pq", jacobians, hessians, jacobians) / len(data["x"])
-    for x, label in zip(queries["x"], queries["label"], strict=True):
-        loss = lambda flat, x=x, label=label: nn.functional.cross_entropy(logits(flat, x[None]), label[None])  # noqa: E731
-        g = torch.func.grad(loss)(theta)
+
+    def loss(flat, x, label):
+        return nn.functional.cross_entropy(logits(flat, x[None]), label[None])
+
+    both = zip(queries["x"], queries["label"], strict=True)
+    return matrix, torch.stack([torch.func.grad(loss)(theta, x, label) for x, label in both])
+
+
+def written_out(network, damping):
+    """C^-1 g of each query."""
+    matrix, gradients = gauss_newton_and_gradients(network)
+    for g in gradients:
         shift = damping * (g @ matrix @ g) / (g @ g)
         yield torch.linalg.solve(matrix + shift * torch.eye(len(g)), g)
 
@@ -66,6 +75,72 @@ def test_conjugate_gradients_step_along_the_inverse_of_the_gauss_newton_matrix()
     found = steps(network, direction="cg", damping=0.1, iterations=60, tolerance=1e-5)
     assert min(cosines(found, list(written_out(network, 0.1)))) > 0.9999
     torch.testing.assert_close(found.norm(dim=1), torch.full((3,), 0.3))
+
+
+def shifts_of(matrix, gradients, found):
+    """The lambda of each query, where (G + lambda I) x is a multiple of g: x solves the system for it."""
+    shifts = []
+    for x, g in zip(found, gradients, strict=True):
+        sides = torch.stack([matrix @ x, x], dim=1).double()
+        factors = torch.linalg.lstsq(sides, g.double()[:, None]).solution[:, 0]
+        assert (sides @ factors - g).norm() < 0.01 * g.norm()
+        shifts.append((factors[1] / factors[0]).item())
+    return shifts
+
+
+def test_preconditioned_gradients_solve_for_all_queries_with_one_damping():
+    network = digits.perceptron()
+    matrix, gradients = gauss_newton_and_gradients(network)
+    shifts = shifts_of(matrix, gradients, steps(network, direction="pcg", damping=0.1, iterations=25))
+    quotients = sorted(((g @ matrix @ g) / (g @ g)).item() for g in gradients)
+    assert max(shifts) < 1.05 * min(shifts)
+    assert 0.02 * quotients[0] < shifts[0] < 0.5 * quotients[-1]
+
+
+def far_from_solved(matrix, gradients, found, shift):
+    """The error of each step, in the norm of the matrix, and relative to that of the solution; steps of any length."""
+    damped = (matrix + shift * torch.eye(len(matrix))).double()
+    for g, x in zip(gradients.double(), found.double(), strict=True):
+        gained = (g @ x) ** 2 / (x @ damped @ x)  # by the best multiple of x
+        yield 1 - (gained / (g @ torch.linalg.solve(damped, g))).item()
+
+
+def test_five_preconditioned_products_are_nearer_to_the_solution_than_five_plain_ones():
+    network = digits.perceptron()
+    matrix, gradients = gauss_newton_and_gradients(network)
+    for i in range(3):
+        one, options = gradients[i : i + 1], {"rows": [i], "damping": 0.03}
+        errors = {}
+        for direction, enough in (("cg", 60), ("pcg", 25)):
+            solved = steps(network, direction=direction, iterations=enough, tolerance=1e-5, **options)
+            (shift,) = shifts_of(matrix, one, solved)
+            found = steps(network, direction=direction, iterations=5, **options)
+            (errors[direction],) = far_from_solved(matrix, one, found, shift)
+        assert errors["pcg"] < 0.2 * errors["cg"]
+
+
+def test_queries_that_are_traced_together_share_their_products(monkeypatch):
+    network, products = digits.perceptron(), []
+    multiply = curvature.GaussNewton.__call__
+    monkeypatch.setattr(curvature.GaussNewton, "__call__", lambda *a: products.append(1) or multiply(*a))
+    matrix, gradients = gauss_newton_and_gradients(network)
+    together = steps(network, direction="pcg", damping=0.03, iterations=2)
+    assert len(products) == 6
+    alone = torch.cat([steps(network, [i], direction="pcg", damping=0.03, iterations=2) for i in range(3)])
+    assert len(products) == 12
+    shift = 0.03 * torch.stack([g @ matrix @ g / (g @ g) for g in gradients]).median()
+    near, far = (list(far_from_solved(matrix, gradients, found, shift)) for found in (together, alone))
+    assert np.mean(near) < np.mean(far)
+
+
+def test_later_steps_take_products_of_their_own(monkeypatch):
+    network, products = digits.perceptron(), []
+    multiply = curvature.GaussNewton.__call__
+    monkeypatch.setattr(curvature.GaussNewton, "__call__", lambda *a: products.append(1) or multiply(*a))
+    found = steps(network, direction="pcg", iterations=2, steps=2)
+    assert len(products) == 6 + 6
+    assert torch.isfinite(found).all()
+    assert max(cosines(found, steps(network, direction="pcg", iterations=2))) < 0.9999
 
 
 def test_what_memory_has_no_room_for_is_run_again_at_every_product(monkeypatch):
@@ -165,6 +240,7 @@ def test_a_perturbation_is_known_by_everything_that_its_direction_depends_on():
         {"sample": None}, {"direction": "cg"}, {"direction": "cg", "sample": 50}, {"direction": "cg", "damping": 0.2},
         {"direction": "cg", "iterations": 3}, {"direction": "kfac"}, {"direction": "ekfac"},
         {"direction": "ekfac", "seed": 1}, {"direction": "ekfac", "sample": 90}, {"direction": "adam"},
+        {"direction": "pcg"}, {"direction": "pcg", "iterations": 2},
     ]  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
