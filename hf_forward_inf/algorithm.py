@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,6 +61,8 @@ class Scorer:
         self.ascent = (ascent or AscentConfig()).completed(adapter.default_ascent)
         if measure == "shift" and self.ascent.mode == "symmetric":
             raise ValueError("measure='shift' has no sign, so mode='symmetric' would cancel it: take mode='ascent'.")
+        if self.ascent.mode in adapter.poor_modes:
+            _warn_of_mode(self.ascent.mode, adapter.poor_modes[self.ascent.mode])
         self.reduction, self.measure = reduction, measure
         self.units = units or self._default_units(references)
         self.references, self.training = references, training
@@ -151,3 +154,12 @@ class Scorer:
         names = names_for(self.adapter, self.ascent)
         with evaluating(self.adapter.model):
             return sensitivity(self.candidate_pass(rows, scratch, first_row), names, self.ascent, draws)
+
+
+@cache
+def _warn_of_mode(mode: str, loss: str) -> None:
+    """Warn once, not for each attributor that is derived from another."""
+    warnings.warn(
+        f"mode={mode!r} {loss} on a language model, against mode='ascent': its gain is in the step up alone.",
+        stacklevel=4,
+    )

@@ -9,6 +9,7 @@ from transformers import BertConfig, BertModel, pipeline
 
 from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf.adapters import Seq2SeqAdapter
+from hf_forward_inf.algorithm import _warn_of_mode
 from tests.helpers.line import assert_same_state, points, state
 
 
@@ -47,6 +48,18 @@ def test_scores_are_those_of_the_algorithm_written_out_by_hand(tracer, tokenizer
         np.testing.assert_allclose(found.scores[i], expected, atol=2e-4)
     assert found.scores.dtype == np.float32
     assert found.scores.shape == (3, 40)
+
+
+@pytest.mark.parametrize("mode", ["descent", "symmetric"])
+def test_a_mode_that_is_worse_for_language_models_warns_once(model, tokenizer, line, mode):
+    _warn_of_mode.cache_clear()
+    with pytest.warns(UserWarning, match=f"mode='{mode}' .*loses .1.*, against mode='ascent'") as caught:
+        tracer = ForwardInf(model, tokenizer, ascent=AscentConfig(mode=mode))
+        tracer.with_options(reduction="mean")
+    assert sum("mode=" in str(one.message) for one in caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ForwardInf(adapter=line, ascent=AscentConfig(mode=mode))
 
 
 def test_on_two_parameters_scores_are_those_on_paper(line):

@@ -2,8 +2,8 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence, Set
-from typing import Any, Literal, TypeAlias
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -44,6 +44,8 @@ class Adapter(ABC):
     """Whether queries without an answer are answered by the model when they are traced."""
     default_units: Literal["loss", "sensitivity"] = "loss"
     """Units of scores that are best for this kind of model ([`ForwardInf`])."""
+    poor_modes: ClassVar[Mapping[str, str]] = {}
+    """Modes of the ascent ([`AscentConfig`]) that are worse for this kind of model, each with what it loses."""
     shares: bool | None = None
     """Whether `run_shared` gives the same losses as the whole model; `None` until it was tried."""
     batches_rows: bool | None = None
