@@ -4,10 +4,16 @@ Only the options of the command that is asked for are imported before they are p
 help and wrong options need neither torch nor a model.
 """
 
+import json
+import os
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from functools import partial
 from importlib import import_module
+from importlib.metadata import version
+from io import StringIO
 from typing import Any, NamedTuple
 
 
@@ -18,8 +24,9 @@ class Command(NamedTuple):
         options (`str`): Its dataclasses: names in [`commands.options`].
         run (`str`): `module.function` in [`commands`], which takes them.
         extra (`str`, *optional*): The extra of the package that it needs.
-        bars (`bool`): Whether it shows datasets' progress bars.
+        bars (`bool`): Whether it shows progress.
         summary (`str`): Its line in the list of commands.
+        alone (`bool`): Whether it runs no model: neither other processes nor progress bars are thought of.
     """
 
     options: tuple[str, ...]
@@ -27,12 +34,13 @@ class Command(NamedTuple):
     extra: str | None
     bars: bool
     summary: str
+    alone: bool = False
 
 
 COMMANDS = {
     "trace": Command(
         ("TraceOptions", "AscentConfig"), "trace.trace_run", None, True,
-        "which training examples made a language model give its answers",
+        "which training examples made a model give its answers",
     ),
     "compare": Command(
         ("CompareOptions", "AscentConfig"), "trace.trace_run", None, True,
@@ -54,9 +62,17 @@ COMMANDS = {
         ("MislabelOptions",), "mislabel.mislabel_run", "truth", False,
         "which labels look wrong? Your images, the most suspicious first",
     ),
+    "cache": Command(
+        ("CacheOptions",), "cache.cache_run", None, False,
+        "show, prune or clear the cache of losses and curvature", True,
+    ),
 }  # fmt: skip
-USAGE = "usage: hf-forward-inf <command> [options]\n\ncommands (--help after one lists its options):\n" + "".join(
-    f"  {name:10}{command.summary}\n" for name, command in COMMANDS.items()
+PROGRAM = "hf-forward-inf"
+USAGE = (
+    f"usage: {PROGRAM} COMMAND [options]\n\nWhich training examples made my model say this?\n\ncommands:\n"
+    + "".join(f"  {name:12}{command.summary}\n" for name, command in COMMANDS.items())
+    + "  completion  print a script that completes commands and options in your shell (bash, zsh, fish, ...)\n"
+    + f"\n{PROGRAM} COMMAND --help lists a command's options, --version prints the version.\n"
 )
 EXPECTED = (ValueError, TypeError, OSError, NotImplementedError, FloatingPointError, MemoryError)
 """Errors that tell users what to change: their message is printed without a traceback."""
@@ -65,17 +81,59 @@ EXPECTED = (ValueError, TypeError, OSError, NotImplementedError, FloatingPointEr
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status: 0, 1 for a run that failed, 2 for wrong options."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["--version"]:
+        print(f"{PROGRAM} {version(PROGRAM)}")
+        return 0
+    if given[:1] == ["completion"]:
+        return _completion(given[1:])
     if not given or given[0] not in COMMANDS:
-        asked = given[:1] in (["-h"], ["--help"])
-        print(USAGE, file=sys.stdout if asked else sys.stderr, end="")
-        return 0 if asked else 2
+        return _usage(given)
     command = COMMANDS[given[0]]
-    options = import_module("hf_forward_inf.commands.options")
-    kinds = [getattr(options, name) for name in command.options]
     return run_command(
-        partial(_run, command), *kinds, arguments=given[1:], program=f"hf-forward-inf {given[0]}",
-        extra=command.extra, bars=command.bars,
+        partial(_run, command), *kinds_of(command), arguments=given[1:], program=f"{PROGRAM} {given[0]}",
+        extra=command.extra, bars=command.bars, alone=command.alone,
     )  # fmt: skip
+
+
+def _usage(given: Sequence[str]) -> int:
+    """Print the commands; on stderr, and with the closest one, if none was named."""
+    if given[:1] in (["-h"], ["--help"]):
+        print(USAGE, end="")
+        return 0
+    from hf_forward_inf.utils.parser import did_you_mean
+
+    if given:
+        hint = did_you_mean(given[0], [*COMMANDS, "completion"])
+        print(f"error: there is no command {given[0]}.{hint}\n", file=sys.stderr)
+    print(USAGE, file=sys.stderr, end="")
+    return 2
+
+
+def _completion(given: Sequence[str]) -> int:
+    """Print a script for a shell, made by shtab from the options of all commands."""
+    from argparse import ArgumentParser
+
+    import shtab
+
+    from hf_forward_inf.utils.parser import OptionParser
+
+    if len(given) != 1 or given[0] not in shtab.SUPPORTED_SHELLS:
+        print(f"usage: {PROGRAM} completion {{{','.join(shtab.SUPPORTED_SHELLS)}}}", file=sys.stderr)
+        return 2
+    everything = ArgumentParser(prog=PROGRAM)
+    everything.add_argument("--version", action="store_true")
+    made: Any = lambda kinds, prog: OptionParser(*kinds, prog=prog)  # noqa: E731
+    commands = everything.add_subparsers(parser_class=made)
+    for name, command in COMMANDS.items():
+        commands.add_parser(name, help=command.summary, kinds=kinds_of(command))
+    print(shtab.complete(everything, shell=given[0]))
+    return 0
+
+
+def kinds_of(command: Command) -> list[type]:
+    """Return the dataclasses of a command's options."""
+    options = import_module("hf_forward_inf.commands.options")
+    return [getattr(options, name) for name in command.options]
 
 
 def _run(command: Command, *options: Any) -> object:
@@ -90,23 +148,29 @@ def run_command(
     program: str | None = None,
     extra: str | None = None,
     bars: bool = True,
+    alone: bool = False,
 ) -> int:
     """Parse options, call `run` with them, and return the exit status; an error is reported in one line.
 
     Args:
-        run (`Callable`): Takes an instance of each of `kinds`.
+        run (`Callable`): Takes an instance of each of `kinds`; what it returns is the result that `--json` prints.
         *kinds (`type`): Dataclasses of options ([`OptionParser`]).
         arguments (`Sequence[str]`, *optional*): Defaults to the words after the program's name.
         program (`str`, *optional*): Its name, for the help.
         extra (`str`, *optional*): The extra of the package to suggest where an import fails.
-        bars (`bool`, defaults to `True`): Whether datasets shows progress bars; not where many short passes would.
+        bars (`bool`, defaults to `True`): Whether progress is shown; not where many short passes would.
+        alone (`bool`, defaults to `False`): Whether no model is run, so that nothing is prepared for one.
     """
-    from hf_forward_inf.utils.options import OptionParser, description
+    from hf_forward_inf.utils.parser import OptionParser
 
-    options = OptionParser(*kinds, prog=program, description=description(kinds[0])).parse(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    options, given = OptionParser(*kinds, prog=program).parse(words)
     try:
-        _prepare(bars)
-        run(*options)
+        hidden = given.quiet or given.json
+        with _alone(given.json) if alone else _prepared(bars, hidden):
+            result = run(*options)
+        if given.json:
+            _print_json(result)
     except EXPECTED as error:
         print(f"error: {error or type(error).__name__}", file=sys.stderr)
         return 1
@@ -117,14 +181,38 @@ def run_command(
     return 0
 
 
-def _prepare(bars: bool) -> None:
-    """Start the other processes of `accelerate launch --cpu`, and hide progress bars that nobody needs."""
-    from datasets.utils import disable_progress_bars
+def _alone(hidden: bool) -> AbstractContextManager[Any]:
+    """Hide what a command prints that runs no model."""
+    return redirect_stdout(StringIO()) if hidden else nullcontext()
+
+
+@contextmanager
+def _prepared(bars: bool, quiet: bool) -> Iterator[None]:
+    """Start the other processes of `accelerate launch --cpu`, and hide what nobody needs to read.
+
+    Args:
+        bars (`bool`): Whether progress is shown.
+        quiet (`bool`): Whether messages are hidden, and progress too.
+    """
     from transformers.utils.logging import disable_progress_bar
 
-    from hf_forward_inf.utils.processes import start_the_other_processes
+    from hf_forward_inf.utils.processes import progress_bars, silence, start_the_other_processes
 
     start_the_other_processes()
     disable_progress_bar()  # of loading weights
-    if not bars:
-        disable_progress_bars()
+    own, warnings.formatwarning = warnings.formatwarning, _one_line
+    try:
+        with progress_bars(bars and not quiet), silence(quiet):
+            yield
+    finally:
+        warnings.formatwarning = own
+
+
+def _one_line(message: Any, *_: Any, **__: Any) -> str:
+    """Return a warning without the line of code that gave it."""
+    return f"warning: {message}\n"
+
+
+def _print_json(result: object) -> None:
+    if int(os.environ.get("RANK", 0)) == 0:  # not accelerate's state: a command may run no model
+        print(json.dumps(result, indent=2, default=str))

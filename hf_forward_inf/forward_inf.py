@@ -19,8 +19,10 @@ from hf_forward_inf.tracing.streaming import trace_stream
 from hf_forward_inf.tracing.time_budget import slices
 from hf_forward_inf.tracing.token_scores import explain
 from hf_forward_inf.tracing.tuning import Tuning, tune
+from hf_forward_inf.utils.cache import enforce_limit
 from hf_forward_inf.utils.fingerprints import uncached
 from hf_forward_inf.utils.processes import progress_bars
+from hf_forward_inf.utils.storage import default_cache_dir
 from hf_forward_inf.utils.validation import as_dataset, warn_of_lost
 
 
@@ -122,6 +124,7 @@ class ForwardInf(Scorer):
             ValueError: If there are no rows, a column is missing, or a target is empty.
         """
         queries, candidates = as_dataset(queries, "queries"), as_dataset(candidates, "candidates")
+        enforce_limit(self.cache_dir or default_cache_dir())
         if self.adapter.answers_queries:
             queries = self.adapter.with_answers(queries)
         if tune:

@@ -1,5 +1,9 @@
+import json
 import subprocess
 import sys
+import warnings
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -7,6 +11,7 @@ from hf_forward_inf.ascent.config import AscentConfig
 from hf_forward_inf.cli import COMMANDS, main, run_command
 from hf_forward_inf.commands import options
 from hf_forward_inf.utils.options import RunOptions, argument_texts
+from hf_forward_inf.utils.processes import say
 
 
 def imported_by(*words):
@@ -20,11 +25,31 @@ def imported_by(*words):
 
 def test_the_command_without_a_command_shows_how_to_use_it(capsys):
     assert main([]) == 2
-    assert main(["unknown"]) == 2
     assert main(["--help"]) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith("usage: hf-forward-inf <command>")
-    assert all(name in printed for name in COMMANDS)
+    assert printed.startswith("usage: hf-forward-inf COMMAND")
+    assert all(f"  {name} " in printed and command.summary in printed for name, command in COMMANDS.items())
+
+
+def test_a_command_that_is_misspelt_is_guessed(capsys):
+    assert main(["trac"]) == 2
+    assert capsys.readouterr().err.startswith("error: there is no command trac. Did you mean trace?\n")
+
+
+def test_the_version_is_printed(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"hf-forward-inf {version('hf-forward-inf')}\n"
+
+
+def test_a_shell_completes_commands_and_options(capsys, tmp_path):
+    pytest.importorskip("shtab")
+    assert main(["completion", "bash"]) == 0
+    script = tmp_path / "completion.sh"
+    script.write_text(capsys.readouterr().out)
+    typed = "COMP_WORDS=(hf-forward-inf trace --can); COMP_CWORD=2; _shtab_hf_forward_inf; echo ${COMPREPLY[@]}"
+    done = subprocess.run(["bash", "-c", f"source {script}; {typed}"], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["--candidates"], done.stderr
+    assert main(["completion", "basic"]) == 2
 
 
 def test_the_package_runs_as_a_module():
@@ -32,7 +57,7 @@ def test_the_package_runs_as_a_module():
         [sys.executable, "-m", "hf_forward_inf", "--help"], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0
-    assert done.stdout.startswith("usage: hf-forward-inf <command>")
+    assert done.stdout.startswith("usage: hf-forward-inf COMMAND")
 
 
 @pytest.mark.parametrize("words", [["--help"], ["trace", "--help"], ["leakage", "--epochs", "0"]])
@@ -51,14 +76,14 @@ def test_the_import_leaves_the_pipeline_to_transformers_own():
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_option_has_its_help_in_a_docstring_and_both_spellings(command, capsys):
+def test_every_option_has_its_help_in_a_docstring(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])
     assert stopped.value.code == 0
     printed = " ".join(capsys.readouterr().out.split())
     for kind in (getattr(options, name) for name in COMMANDS[command].options):
         for name, text in argument_texts(kind).items():
-            assert f"--{name}" in printed and f"--{name.replace('_', '-')}" in printed
+            assert f"--{name} " in printed or f"--no_{name} " in printed or name == "action"
             assert text.split()[0] in printed or kind is AscentConfig
         assert argument_texts(kind).keys() == {*kind.__dataclass_fields__}
 
@@ -92,3 +117,24 @@ def test_one_seed_is_given_to_the_run_and_to_its_ascent():
     seen = []
     assert run_command(lambda *given: seen.extend(given), RunOptions, AscentConfig, arguments=["--seed", "3"]) == 0
     assert [one.seed for one in seen] == [3, 3]
+
+
+def test_the_result_is_all_that_json_prints(capsys):
+    def run(options):
+        say("Working ...")
+        warnings.warn("Look here.", stacklevel=1)
+        return {"figure": 1, "folder": Path("out")}
+
+    with pytest.warns(UserWarning, match="Look here"):
+        assert run_command(run, RunOptions, arguments=["--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"figure": 1, "folder": "out"}
+    with pytest.warns(UserWarning, match="Look here"):
+        assert run_command(run, RunOptions, arguments=["--quiet"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_a_warning_is_a_line_without_code():
+    code = "import warnings; from hf_forward_inf.cli import run_command; from hf_forward_inf.utils.options import *\n"
+    code += "run_command(lambda options: warnings.warn('Look here.'), RunOptions, arguments=[])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stderr == "warning: Look here.\n"

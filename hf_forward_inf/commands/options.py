@@ -7,8 +7,8 @@ from hf_forward_inf.ascent.config import AscentConfig
 from hf_forward_inf.utils.options import RunOptions
 
 __all__ = [
-    "AscentConfig", "CompareOptions", "FinetuneOptions", "ImageOptions", "LaionOptions", "LeakageOptions",
-    "MislabelOptions", "TraceOptions",
+    "AscentConfig", "CacheOptions", "CompareOptions", "FinetuneOptions", "ImageOptions", "LaionOptions",
+    "LeakageOptions", "MislabelOptions", "TraceOptions",
 ]  # fmt: skip
 RADII = (0.003, 0.01, 0.03, 0.1, 0.3)
 """Lengths of the step that `leakage` tries with defaults."""
@@ -297,3 +297,21 @@ class MislabelOptions(ImageOptions):
             raise ValueError(f"--checkpoints {self.checkpoints} are more than the {self.epochs} --epochs.")
         if self.checkpoints > 1 and self.model is not None and not self.fine_tune:
             raise ValueError("--checkpoints are of a training: add --fine_tune, or leave --model out.")
+
+
+@dataclass
+class CacheOptions:
+    """Show, prune or clear the cache: what was computed of your candidates, so that it is not computed again.
+
+    It lies in the folder that the environment variable HF_FORWARD_INF_CACHE names, by default in the Hugging Face
+    home. Its limit is HF_FORWARD_INF_CACHE_LIMIT, by default 20GB, or none: each run removes what was used longest ago
+    first.
+
+    Args:
+        action (`str`, defaults to `"show"`): What to do: show, prune (down to the size to keep), or clear.
+        keep (`str`, *optional*): Size that prune leaves, such as 10GB; what was used last stays. Defaults to the
+            limit.
+    """
+
+    action: Literal["show", "prune", "clear"] = field(default="show", metadata={"positional": True})
+    keep: str | None = None

@@ -15,6 +15,7 @@ from datasets.utils import tqdm
 from hf_forward_inf.adapters.base import Adapter, Batch, Rows
 from hf_forward_inf.adapters.contrast import query_adapter
 from hf_forward_inf.passes.row_store import RowStore
+from hf_forward_inf.utils.cache import mark_used
 from hf_forward_inf.utils.fingerprints import fingerprint, fingerprint_of_model, foreign_hooks
 from hf_forward_inf.utils.models import to_device
 from hf_forward_inf.utils.processes import process_state, progress_bars
@@ -270,4 +271,5 @@ def _mapped(rows: Dataset, file: Path, **options: Any) -> Dataset:
     if not file.exists():
         with written(file) as part:
             rows.map(**options, cache_file_name=str(part))
+    mark_used(file)
     return rows.map(**options, cache_file_name=str(file))

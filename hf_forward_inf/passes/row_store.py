@@ -10,6 +10,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
+from hf_forward_inf.utils.cache import mark_used
 from hf_forward_inf.utils.fingerprints import fingerprint
 from hf_forward_inf.utils.storage import write_bytes
 
@@ -38,6 +39,7 @@ class RowStore:
         """Return the values `[rows, columns]`, 0 where unknown, and whether each row is stored, `[rows]`."""
         values, stored = np.zeros(self.shape, dtype=np.float32), np.zeros(self.shape[0], dtype=bool)
         for file in [] if self.folder is None else sorted(self.folder.glob("*.safetensors")):
+            mark_used(file)
             try:
                 part = load_file(file)
                 values[part["rows"]] = part["values"]

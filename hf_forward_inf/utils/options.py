@@ -1,22 +1,14 @@
-"""Dataclasses as options: help from their docstrings, checks from their fields, one parser for several of them."""
+"""Dataclasses as options: help from their docstrings, checks from their fields; [`parser`] reads them from words."""
 
 import dataclasses
 import inspect
 import re
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
-from collections.abc import Sequence
-from copy import copy
-from dataclasses import MISSING, dataclass, field
-from types import MappingProxyType
-from typing import Any, cast
-
-from transformers.hf_argparser import HfArgumentParser
+from dataclasses import dataclass, field
+from typing import Any
 
 ARGUMENT = re.compile(r"    (\w+)(?: \(.*?\))?: (.*)")
 """The first line of an argument in the `Args` section of a docstring: its name and the beginning of its text."""
 MARKUP = re.compile(r"\[?`([^`]*)`\]?")
-CHECKS = ("min", "max", "above", "below", "choices")
-"""Keys of a field's metadata that limit its values."""
 
 
 @dataclass
@@ -98,54 +90,3 @@ def argument_texts(kind: type) -> dict[str, str]:
 def description(kind: Any) -> str:
     """Return the docstring of a class or function up to its `Args`, or other, section."""
     return MARKUP.sub(r"\1", re.split(r"\n\w+:\n", inspect.cleandoc(kind.__doc__ or ""), maxsplit=1)[0]).strip()
-
-
-class _HelpFormatter(ArgumentDefaultsHelpFormatter):
-    """Appends defaults, except those that say nothing."""
-
-    def _get_help_string(self, action: Any) -> str | None:
-        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
-
-
-class OptionParser(HfArgumentParser):
-    """Parses the options of one or more dataclasses.
-
-    The help of a field is its text in the docstring's `Args`, unless its metadata has a `help`. `--num_queries` and
-    `--num-queries` are the same option. A field that several dataclasses have is one option, given to all of them.
-
-    Args:
-        *kinds (`type`): Dataclasses.
-        **kwargs: `prog`, `description`, ... of `argparse.ArgumentParser`.
-    """
-
-    def __init__(self, *kinds: type, **kwargs: Any):
-        self._texts: dict[str, str] = {}
-        self._names: set[str] = set()
-        super().__init__(cast(Any, kinds), **{"formatter_class": _HelpFormatter, "allow_abbrev": False, **kwargs})
-
-    def _add_dataclass_arguments(self, dtype: Any) -> None:
-        self._texts = argument_texts(dtype)
-        super()._add_dataclass_arguments(dtype)
-
-    def _parse_dataclass_field(self, parser: ArgumentParser, field: dataclasses.Field) -> None:  # type: ignore[override]
-        if field.name in self._names:
-            return
-        self._names.add(field.name)
-        metadata = {name: value for name, value in field.metadata.items() if name not in CHECKS}
-        metadata.setdefault("help", self._texts.get(field.name, "").replace("%", "%%"))
-        if field.type == bool | None and field.default in (None, MISSING):
-            metadata |= {"nargs": "?", "const": True}
-        plain = copy(field)
-        plain.metadata = MappingProxyType(metadata)
-        HfArgumentParser._parse_dataclass_field(parser, plain)
-
-    def parse(self, arguments: Sequence[str] | None = None) -> tuple[Any, ...]:
-        """Return an instance of each dataclass; exit with status 2 and a line where values are wrong."""
-        given = vars(self.parse_args(arguments))
-        try:
-            return tuple(
-                kind(**{one.name: given[one.name] for one in dataclasses.fields(cast(Any, kind)) if one.init})
-                for kind in self.dataclass_types
-            )
-        except (ValueError, TypeError) as error:
-            self.error(str(error))

@@ -15,6 +15,7 @@ from datasets.utils import disable_progress_bars, enable_progress_bars
 
 RANKS = ("LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """Environment variables that torchrun and MPI set in each of several processes."""
+_silent = False
 
 
 def process_state() -> PartialState:
@@ -23,9 +24,25 @@ def process_state() -> PartialState:
 
 
 def say(text: str) -> None:
-    """Print on the main process only."""
-    if process_state().is_main_process:
+    """Print on the main process only, unless it is silent."""
+    if not _silent and process_state().is_main_process:
         print(text, flush=True)
+
+
+def is_silent() -> bool:
+    """Whether [`say`] prints nothing."""
+    return _silent
+
+
+@contextmanager
+def silence(quiet: bool) -> Iterator[None]:
+    """Have [`say`] print nothing, if `quiet`."""
+    global _silent
+    before, _silent = _silent, quiet or _silent
+    try:
+        yield
+    finally:
+        _silent = before
 
 
 @contextmanager

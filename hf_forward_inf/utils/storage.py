@@ -16,6 +16,8 @@ from huggingface_hub.constants import HF_HOME
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hf_forward_inf.utils.cache import mark_used
+
 TEMPORARY = ".writing-"
 """Begins the names of temporary folders; after it, the machine and the process that writes."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -43,6 +45,7 @@ def cached_tensors(file: Path, compute: Callable[[], Tensors]) -> Tensors:
         needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         with written(file, needed) as part:
             save_file(tensors, part)
+    mark_used(file)
     return load_file(file)
 
 

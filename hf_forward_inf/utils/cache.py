@@ -1,0 +1,138 @@
+"""The size of the cache: what is in it, what was used last, and the limit that it is kept under."""
+
+import os
+import re
+import shutil
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+KINDS = {
+    "passes": "passes/*/*",  # of one model on some candidates, one for each query
+    "encoded": "encoded/*",
+    "curvature": "curvature/*",
+    "models": "models/*",
+    "retraining": "retraining/*",
+}
+"""What the cache holds, and where. Nothing else in the cache folder is ever removed."""
+VARIABLE = "HF_FORWARD_INF_CACHE_LIMIT"
+LIMIT = "20GB"
+"""Default of the environment variable that holds the limit."""
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+RECENT = 3600
+"""Seconds for which nothing is removed to meet the limit: a run may be using it."""
+_checked: set[Path] = set()
+
+
+class Entry(NamedTuple):
+    """A file of the cache, or a folder such as that of a trained model.
+
+    Args:
+        kind (`str`): One of [`KINDS`].
+        path (`Path`): The file or folder.
+        size (`int`): Bytes.
+        used (`float`): When it was used last, in seconds since the epoch.
+    """
+
+    kind: str
+    path: Path
+    size: int
+    used: float
+
+
+def entries(folder: Path) -> list[Entry]:
+    """Return what is in the cache, used longest ago first."""
+    found = []
+    for kind, path in ((kind, path) for kind, pattern in KINDS.items() for path in sorted(folder.glob(pattern))):
+        with suppress(FileNotFoundError):  # another process has removed it
+            stats = [file.stat() for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()]
+            used = max((max(one.st_atime, one.st_mtime) for one in stats), default=path.stat().st_mtime)
+            found.append(Entry(kind, path, sum(one.st_size for one in stats), used))
+    return sorted(found, key=lambda entry: entry.used)
+
+
+def mark_used(path: Path) -> None:
+    """Record that a file is used now: file systems need not record it themselves."""
+    with suppress(OSError):  # a cache that can't be written to can be read
+        os.utime(path, (time.time(), path.stat().st_mtime))
+
+
+def prune(folder: Path, keep: int, before: float | None = None) -> list[Entry]:
+    """Remove what was used longest ago until the cache is no larger than `keep`, and return what was removed.
+
+    Args:
+        folder (`Path`): The cache folder.
+        keep (`int`): Bytes.
+        before (`float`, *optional*): Leave what was used later, in seconds since the epoch.
+    """
+    found = entries(folder)
+    removed = list(_beyond(found, sum(entry.size for entry in found) - keep, before))
+    for entry in removed:
+        if entry.path.is_dir():
+            shutil.rmtree(entry.path, ignore_errors=True)
+        else:
+            entry.path.unlink(missing_ok=True)
+    return removed
+
+
+def _beyond(found: Sequence[Entry], excess: int, before: float | None) -> Iterator[Entry]:
+    for entry in found:
+        if excess <= 0 or (before is not None and entry.used > before):
+            return
+        excess -= entry.size
+        yield entry
+
+
+def enforce_limit(folder: Path) -> None:
+    """Bring the cache under its limit, once in a process, and warn if something was removed.
+
+    Raises:
+        ValueError: If `HF_FORWARD_INF_CACHE_LIMIT` is no size.
+    """
+    if folder in _checked:
+        return
+    _checked.add(folder)
+    limit = cache_limit()
+    removed = [] if limit is None else prune(folder, limit, time.time() - RECENT)
+    if removed:
+        warnings.warn(
+            f"The cache {folder} was larger than {VARIABLE}={os.environ.get(VARIABLE, LIMIT)}: the "
+            f"{size_text(sum(entry.size for entry in removed))} that were used longest ago are removed.",
+            stacklevel=2,
+        )
+
+
+def cache_limit() -> int | None:
+    """Return the limit in bytes: `HF_FORWARD_INF_CACHE_LIMIT`, by default 20GB; `None` if it is `none`."""
+    said = os.environ.get(VARIABLE, LIMIT)
+    if said.lower() == "none":
+        return None
+    try:
+        return parse_size(said)
+    except ValueError as error:
+        raise ValueError(f"{VARIABLE}: {error}") from error
+
+
+def parse_size(text: str) -> int:
+    """Return a size such as `10GB` in bytes.
+
+    Raises:
+        ValueError: If it is no size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?B?)\s*", text.upper())
+    if match is None:
+        raise ValueError(f"{text!r} is no size: give one such as 500MB or 10GB.")
+    unit = match[2] if match[2].endswith("B") or not match[2] else f"{match[2]}B"
+    return int(float(match[1]) * UNITS[unit])
+
+
+def size_text(size: float) -> str:
+    """Return a number of bytes for people: `1.5 GB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
