@@ -1,6 +1,6 @@
 """ForwardInf, the class that users call. The paper's Algorithm 1 is in `algorithm.py`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from datasets import Dataset, IterableDataset
 
 from hf_forward_inf.adapters import DiffusionAdapter, is_diffusion
 from hf_forward_inf.algorithm import Scorer
+from hf_forward_inf.ascent.config import AscentConfig
 from hf_forward_inf.ascent.lora import RANK
 from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.passes.sensitivity import DRAWS
@@ -87,10 +88,10 @@ class ForwardInf(Scorer):
         processor = getattr(pipe, "processor", None) or pipe.tokenizer or pipe.image_processor
         return cls(pipe.model, processor, **options)
 
-    def tune(self, candidates: Dataset, **options: Any) -> "ForwardInf":
-        """Return the same attributor with the best settings by self-retrieval; see [`tuning.tune`]."""
-        tuning = tune(self, candidates, **options)
-        tuned = self.with_options(ascent=tuning.best, references=tuning.references)
+    def tune(self, candidates: Dataset, ascents: Sequence[AscentConfig] | None = None, **options: Any) -> "ForwardInf":
+        """Return the same attributor with the best settings, by retraining or self-retrieval; see [`tuning.tune`]."""
+        tuning = tune(self, candidates, ascents, **options)
+        tuned = self.with_options(ascent=tuning.best)
         tuned.tuning = tuning
         return tuned
 

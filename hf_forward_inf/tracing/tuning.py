@@ -1,34 +1,26 @@
-"""Choose the ascent's settings without labels, by self-retrieval (as in Algorithm 1) or by retraining."""
+"""Choose the ascent's settings by retraining, which measures truth, or self-retrieval, which measures retrieval."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import product
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
 
 from hf_forward_inf.algorithm import Scorer
 from hf_forward_inf.ascent.config import AscentConfig
-from hf_forward_inf.scores.corrections import correct_hubs
 from hf_forward_inf.scores.metrics import distinct, lds_by_query, reciprocal_ranks
 from hf_forward_inf.scores.retraining import Retrained
+from hf_forward_inf.tracing.halves import TrainModel, retrained_on_halves
 from hf_forward_inf.utils.text_tables import text_table
+from hf_forward_inf.utils.validation import as_dataset
 
-RADII, RELATIVE_RADII = (0.1, 0.3, 1.0, 3.0, 10.0), (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-"""Radii tried by default, absolute or relative as the attributor's."""
-COLUMNS = {
-    "direction": ("direction", "s"),
-    "damping": ("damping", "g"),
-    "radius": ("radius", "g"),
-    "steps": ("steps", "d"),
-    "hubs": ("hubs corrected", "s"),
-    "self_mrr": ("self-retrieval MRR", ".3f"),
-    "distinct": ("distinct in top 10", ".3f"),
-    "lds": ("LDS", ".3f"),
-}
-"""Column titles and formats of the table of trials; columns without a value are left out."""
+LENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0)
+"""Lengths tried by default, as multiples of the attributor's own."""
+OPTIONS = ("direction", "damping", "iterations", "radius", "trust", "learning_rate", "steps")
+"""Options of the ascent that are shown of every trial, besides those that differ."""
+MEASURES = {"self_mrr": "self-retrieval MRR", "distinct": "distinct in top 10", "lds": "LDS"}
 
 
 @dataclass(frozen=True)
@@ -37,23 +29,25 @@ class Tuning:
 
     Args:
         best (`AscentConfig`): The settings to use.
-        references (`datasets.Dataset`, *optional*): Reference queries, if correcting hubs improved retrieval.
-        trials (`list[dict]`): One dictionary a trial: `direction`, `damping`, `radius`, `steps`, `hubs`, then
-            `self_mrr` and `distinct`, or `lds`, and `chosen`.
+        trials (`list[dict]`): One dictionary a trial: options of the ascent, then `lds`, or `self_mrr` and `distinct`,
+            and `chosen`.
     """
 
     best: AscentConfig
-    references: Dataset | None
     trials: list[dict[str, Any]]
 
     def __str__(self) -> str:
-        shown = {name: form for name, (_, form) in COLUMNS.items() if name in self.trials[0]}
-        rows = [["", *(COLUMNS[name][0] for name in shown)]]
+        shown = [name for name in self.trials[0] if name != "chosen" and any(t[name] is not None for t in self.trials)]
+        rows = [["", *(MEASURES.get(name, name) for name in shown)]]
         for trial in self.trials:
-            values = {**trial, "hubs": "yes" if trial["hubs"] else "no"}
-            cells = ("-" if values[name] is None else format(values[name], form) for name, form in shown.items())
-            rows.append(["*" if trial["chosen"] else "", *cells])
+            rows.append(["*" if trial["chosen"] else "", *(_cell(name, trial[name]) for name in shown)])
         return text_table(rows)
+
+
+def _cell(name: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    return format(value, ".3f") if name in MEASURES else format(value, "g") if isinstance(value, float) else str(value)
 
 
 @dataclass(frozen=True)
@@ -63,111 +57,135 @@ class _Objective:
     queries: Dataset
     candidates: Dataset
     measures: Callable[[np.ndarray], dict[str, float]]
+    failed: str
+    """The error where no setting is above 0."""
 
 
 def tune(
     attributor: Scorer,
     candidates: Dataset,
+    ascents: Sequence[AscentConfig] | None = None,
     *,
-    radii: Sequence[float] | None = None,
-    steps: Sequence[int] = (1,),
-    directions: Sequence[str] | None = None,
-    dampings: Sequence[float] | None = None,
     retrained: Retrained | None = None,
-    queries: int = 30,
+    halves: int | None = None,
+    train: TrainModel | None = None,
+    queries: Dataset | None = None,
+    epochs: int = 5,
+    drawn: int = 30,
     pool: int = 1024,
     seed: int | None = None,
 ) -> Tuning:
-    """Choose radius, steps, direction and damping so that training examples, used as queries, retrieve themselves.
+    """Choose among settings of the ascent, by one of two measures.
 
-    Some candidates are drawn as queries. Under a good setting each ranks first among the candidates, and the top tens
-    of different queries differ. The objective is the mean reciprocal rank of the query itself (or of a row equal to
-    it) times the share of different candidates among all top tens ([`metrics.distinct`]); the first factor alone can
-    be high for a radius whose top tens are full of hubs. Each setting is tried without and with hubs corrected by the
-    other drawn queries; the correction is chosen only where it does better. Among equally good radii the middle one
-    is chosen, away from both edges of the plateau.
+    **By retraining**: the linear datamodeling score ([`metrics.lds`]), that is, how well scores predict the losses of
+    some queries after training on subsets of the candidates. Pass losses that you have as `retrained`, or let `halves`
+    random halves be trained on by your own function, `train(model, rows, epochs)`. It may go on from the trained model
+    (a few epochs at the peak learning rate) or begin from random weights, which is more expensive and more exact:
 
-    Self-retrieval separates good radii from bad ones, but directions only where the plain gradient fails to retrieve.
-    If you can afford to retrain the model on some subsets of the candidates, pass the results as `retrained`: the
-    objective is then the linear datamodeling score ([`metrics.lds`]).
+    - a conv net of 1,898 parameters and 1,000 images: 8 halves with 5 further epochs chose settings with an LDS of
+      .536, where the best had .542; a Llama and 600 sentences: .761 of .789 with 3 epochs;
+    - 6 to 10 halves from random weights: .003 to .02 below the best.
+
+    The cost is printed before it is spent: `halves` x `epochs` / 2 epochs of training on all candidates, and one trace
+    of the queries for every setting. The losses of each half are cached: an interrupted run resumes.
+
+    **By self-retrieval**, without `retrained` and `halves`: some candidates are drawn as queries, and should retrieve
+    themselves. The measure is the mean reciprocal rank of the query itself (or of a row equal to it) times the share
+    of different candidates among all top tens ([`metrics.distinct`]). It finds steps so short or so long that nothing
+    is retrieved, and says nothing of truth: on that conv net it chose settings with .43 and .32 of .542, and on
+    memorised facts a radius no better than the default's.
 
     Args:
-        attributor (`ForwardInf`): Supplies the model, the adapter and all other ascent options.
-        candidates (`datasets.Dataset`): Where queries and candidates are drawn from.
-        radii (`Sequence[float]`, *optional*): Radii to try. Defaults to .1, .3, 1, 3 and 10, or a thousandth of these
-            where radii are relative.
-        steps (`Sequence[int]`, defaults to `(1,)`): Numbers of steps to try.
-        directions (`Sequence[str]`, *optional*): Directions to try ([`AscentConfig`]); of equally good ones the first
-            is chosen. Defaults to the attributor's own.
-        dampings (`Sequence[float]`, *optional*): Dampings to try with every direction that has one. Defaults to the
-            attributor's own for its own direction, to the default damping for another one.
-        retrained (`Retrained`, *optional*): Losses of some queries after retraining on subsets of all candidates.
-        queries (`int`, defaults to 30): Candidates drawn as queries.
-        pool (`int`, defaults to 1024): Maximum number of candidates that they are ranked among.
-        seed (`int`, *optional*): Seed of both draws. Defaults to the ascent's seed.
+        attributor (`ForwardInf`): Supplies the model, the adapter and the defaults of unset options.
+        candidates (`datasets.Dataset`): The training data.
+        ascents (`Sequence[AscentConfig]`, *optional*): Settings to choose from; of equally good ones the middle one is
+            chosen. Defaults to the attributor's own, with .1, .3, 1, 3 and 10 times its length.
+        retrained (`Retrained`, *optional*): Losses of some queries after training on subsets of all candidates.
+        halves (`int`, *optional*): Random halves of the candidates to train on; 6 to 10 are enough.
+        train (`Callable`, *optional*): For `halves`: given a copy of the model, the rows of a half and `epochs`,
+            trains it in place, or returns another model.
+        queries (`datasets.Dataset`, *optional*): For `halves`: rows that the model was not trained on, such as the
+            outputs to explain; 20 to 40 of them.
+        epochs (`int`, defaults to 5): For `halves`: passed to `train`.
+        drawn (`int`, defaults to 30): For self-retrieval: candidates drawn as queries.
+        pool (`int`, defaults to 1024): For self-retrieval: maximum number of candidates that they are ranked among.
+        seed (`int`, *optional*): Seed of all draws. Defaults to the ascent's.
 
     Returns:
         [`Tuning`]: The best settings, and all trials.
 
     Raises:
-        ValueError: If there are fewer than 2 candidates, no setting to try, or none that retrieves or predicts
-            anything.
+        ValueError: If there are fewer than 2 candidates, no settings, none that retrieves or predicts anything, or
+            `halves` lacks `train` or `queries`.
     """
+    candidates = as_dataset(candidates, "candidates")
     if len(candidates) < 2:
         raise ValueError(f"Tuning needs at least 2 candidates, to rank one above the other, not {len(candidates)}.")
-    if retrained is None:
-        draw = np.random.default_rng(attributor.ascent.seed if seed is None else seed).permutation(len(candidates))
-        columns = attributor.adapter.columns_in(candidates.column_names)
-        objective = _self_retrieval(columns, candidates, draw[:pool], draw[: min(queries, pool)])
-    else:
-        objective = _retraining(retrained, candidates)
+    settings = _lengths(attributor.ascent) if ascents is None else _completed(attributor, ascents)
+    if not settings:
+        raise ValueError("No settings to try: ascents is empty.")
+    if seed is None:
+        seed = attributor.ascent.seed
+    if halves is not None:
+        if train is None or queries is None or retrained is not None:
+            raise ValueError(
+                "halves needs train=..., a function that trains the model on some rows, and queries=..., rows that it "
+                "was not trained on, and excludes retrained."
+            )
+        queries = as_dataset(queries, "queries")
+        retrained = retrained_on_halves(attributor, queries, candidates, train, halves, epochs, seed, len(settings))
+    elif train is not None or queries is not None:
+        raise ValueError("train and queries are for retraining: give halves=8 with them.")
+    objective = (
+        _self_retrieval(attributor, candidates, pool, drawn, seed)
+        if retrained is None
+        else _retraining(retrained, candidates)
+    )
     tracer = attributor if attributor.training is not None else attributor.with_options(training=candidates)
-    if radii is None:
-        radii = RELATIVE_RADII if attributor.ascent.relative else RADII
-    settings, trials = [], []
-    for ascent in _settings(attributor.ascent, directions, dampings, steps, radii):
+    trials = []
+    for ascent in settings:
         scores = tracer.with_options(ascent=ascent).score(objective.queries, objective.candidates)
-        for hubs in (False, True) if retrained is None and len(scores) > 2 else (False,):
-            found = _corrected_by_each_other(scores) if hubs else scores
-            shown = {name: getattr(ascent, name) for name in ("direction", "damping", "radius", "steps")}
-            trials.append({**shown, "hubs": hubs, **objective.measures(found), "chosen": False})
-            settings.append(ascent)
-    if not trials:
-        raise ValueError("No settings to try: radii, steps, directions and dampings need at least one value each.")
-    best = _choose(trials)
+        trials.append({**_shown(ascent, settings), **objective.measures(scores), "chosen": False})
+    best = _best([math.prod(trial[name] for name in MEASURES if name in trial) for trial in trials])
+    if best is None:
+        raise ValueError(objective.failed)
     trials[best]["chosen"] = True
-    return Tuning(settings[best], objective.queries if trials[best]["hubs"] else None, trials)
+    return Tuning(settings[best], trials)
 
 
-def _settings(
-    ascent: AscentConfig,
-    directions: Sequence[str] | None,
-    dampings: Sequence[float] | None,
-    steps: Sequence[int],
-    radii: Sequence[float],
-) -> Iterator[AscentConfig]:
-    """Yield every combination of the values; the attributor's other options stay as they are."""
-    own = replace(ascent, learning_rate=None, trust=None, optimizer="sgd", radius=1.0)
-    for direction in (ascent.direction,) if directions is None else directions:
-        start = own if direction == ascent.direction else own.along(cast(str, direction))
-        undamped = direction == "gradient"
-        tried = (start.damping,) if undamped or dampings is None else dampings
-        for damping, k, radius in product(tried, steps, radii):
-            yield replace(start, damping=damping, steps=k, radius=radius)
+def _lengths(ascent: AscentConfig) -> list[AscentConfig]:
+    """Return settings that differ in their length alone."""
+    name = next(name for name in ("trust", "learning_rate", "radius") if getattr(ascent, name) is not None)
+    return [replace(ascent, **{name: factor * getattr(ascent, name)}) for factor in LENGTHS]
 
 
-def _self_retrieval(columns: Sequence[str], candidates: Dataset, pool: np.ndarray, own: np.ndarray) -> _Objective:
-    """Return the objective that drawn rows (`own`) rank first, or rows equal to them, in a `pool` of candidates."""
-    rows = np.sort(pool)
-    among = candidates.select(rows).select_columns(list(columns))  # without a contrast: a row is its own query
-    drawn = np.sort(np.searchsorted(rows, own))
+def _completed(attributor: Scorer, ascents: Sequence[AscentConfig]) -> list[AscentConfig]:
+    return [ascent.completed(attributor.adapter.default_ascent) for ascent in ascents]
+
+
+def _shown(ascent: AscentConfig, settings: Sequence[AscentConfig]) -> dict[str, Any]:
+    """Return the options that a trial is told apart by."""
+    options = asdict(ascent)
+    first = asdict(settings[0])
+    differ = [name for name in options if any(asdict(one)[name] != first[name] for one in settings)]
+    return {name: options[name] for name in dict.fromkeys((*OPTIONS, *differ))}
+
+
+def _self_retrieval(attributor: Scorer, candidates: Dataset, pool: int, drawn: int, seed: int) -> _Objective:
+    """Return the objective that drawn rows rank first, or rows equal to them, in a pool of candidates."""
+    draw = np.random.default_rng(seed).permutation(len(candidates))
+    columns = attributor.adapter.columns_in(candidates.column_names)  # without a contrast: a row is its own query
+    rows = np.sort(draw[:pool])
+    among = candidates.select(rows).select_columns(list(columns))
+    asked = np.sort(np.searchsorted(rows, draw[: min(drawn, pool)]))
     texts = list(zip(*(among[column] for column in columns), strict=True))
-    equal = [[j for j, text in enumerate(texts) if text == texts[row]] for row in drawn]
+    equal = [[j for j, text in enumerate(texts) if text == texts[row]] for row in asked]
 
     def measures(scores: np.ndarray) -> dict[str, float]:
         return {"self_mrr": float(reciprocal_ranks(scores, equal).mean()), "distinct": distinct(scores)}
 
-    return _Objective(among.select(drawn), among, measures)
+    failed = "No setting retrieves anything: do the candidates' losses have gradients?"
+    return _Objective(among.select(asked), among, measures, failed)
 
 
 def _retraining(retrained: Retrained, candidates: Dataset) -> _Objective:
@@ -176,35 +194,12 @@ def _retraining(retrained: Retrained, candidates: Dataset) -> _Objective:
     def measures(scores: np.ndarray) -> dict[str, float]:
         return {"lds": float(lds_by_query(scores, retrained.subsets, retrained.losses).mean())}
 
-    return _Objective(retrained.queries, candidates, measures)
+    failed = "No setting predicts the losses after retraining: are subsets and losses in the same order?"
+    return _Objective(retrained.queries, candidates, measures, failed)
 
 
-def _corrected_by_each_other(scores: np.ndarray) -> np.ndarray:
-    """Correct each query's scores for hubs, with the other queries as references."""
-    others = (np.delete(scores, i, axis=0) for i in range(len(scores)))
-    return np.concatenate([correct_hubs(row[None], rest) for row, rest in zip(scores, others, strict=True)])
-
-
-def _choose(trials: list[dict[str, Any]]) -> int:
-    """Return the index of the best trial.
-
-    Among equally good ones: uncorrected before corrected, the direction tried first, fewer steps, the middle radius.
-    """
-    measures = ("lds",) if "lds" in trials[0] else ("self_mrr", "distinct")
-    values = [math.prod(trial[measure] for measure in measures) for trial in trials]
+def _best(values: Sequence[float]) -> int | None:
+    """Return the position of the highest value, the middle one of equals; `None` if none is above 0."""
     highest = max(values)
-    if highest <= 0:
-        raise ValueError(
-            "No setting retrieves anything: do the candidates' losses have gradients?"
-            if "lds" not in measures
-            else "No setting predicts the losses after retraining: are subsets and losses in the same order?"
-        )
-    order = [trial["direction"] for trial in trials]
-
-    def key(trial: dict[str, Any]) -> tuple[bool, int, int]:
-        return trial["hubs"], order.index(trial["direction"]), trial["steps"]
-
     equal = [i for i, value in enumerate(values) if value >= highest - 1e-9]
-    simplest = min(key(trials[i]) for i in equal)
-    left = [i for i in equal if key(trials[i]) == simplest]
-    return sorted(left, key=lambda i: (trials[i]["damping"] or 0, trials[i]["radius"]))[len(left) // 2]
+    return equal[len(equal) // 2] if highest > 0 else None

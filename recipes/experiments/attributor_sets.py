@@ -65,12 +65,22 @@ def chosen_directions(
         if name != "gradient":
             ascent = replace(ascent, sample=sample)
         tracer = ForwardInf(adapter=adapter, ascent=ascent)
-        tuned = tracer.tune(candidates, retrained=others, dampings=dampings, radii=radii)
+        tuned = tracer.tune(candidates, grid(tracer.ascent, dampings, radii), retrained=others)
         assert tuned.tuning is not None
         say(f"\n{name}, by the LDS of other queries (* is used):\n{tuned.tuning}")
         found[name] = tuned.ascent
         best[name] = max(trial["lds"] for trial in tuned.tuning.trials)
     return found, max(best, key=lambda name: best[name])
+
+
+def grid(ascent: AscentConfig, dampings: Sequence[float], radii: Sequence[float]) -> list[AscentConfig]:
+    """Return settings with every damping, where the direction has one, and every radius."""
+    undamped = ascent.direction == "gradient"
+    return [
+        replace(ascent, damping=damping, radius=radius)
+        for damping in ([None] if undamped else dampings)
+        for radius in radii
+    ]
 
 
 def contenders(adapters: Sequence[Adapter], directions: dict[str, AscentConfig]) -> dict[str, Attributor]:

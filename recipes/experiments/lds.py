@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from datasets import Dataset, concatenate_datasets
 
-from experiments.attributor_sets import DIRECTIONS, chosen_directions
+from experiments.attributor_sets import DIRECTIONS, chosen_directions, grid
 from experiments.retrainable import NETWORKS, Retrainable, digits
 from experiments.retrainable_facts import facts
 from experiments.retrainable_sentences import sentences
@@ -136,10 +136,11 @@ def choose_directions(
 def tune_without_labels(
     adapter: Adapter, candidates: Dataset, directions: dict[str, AscentConfig], options: LdsOptions
 ) -> ForwardInf:
-    """Choose direction, damping, radius and hub correction by self-retrieval, without retraining ([`tuning.tune`])."""
-    tracer = ForwardInf(adapter=adapter, ascent=AscentConfig(modules=["all"], seed=options.seed))
-    kinds = list(dict.fromkeys(ascent.direction for ascent in directions.values()))
-    tuned = tracer.tune(candidates, directions=kinds, dampings=options.dampings, radii=SELF_RETRIEVAL_RADII)
+    """Choose direction, damping and radius by self-retrieval, without retraining ([`tuning.tune`])."""
+    assert options.dampings
+    kinds = {ascent.direction: ascent for ascent in directions.values()}
+    settings = [one for ascent in kinds.values() for one in grid(ascent, options.dampings, SELF_RETRIEVAL_RADII)]
+    tuned = ForwardInf(adapter=adapter).tune(candidates, settings, seed=options.seed)
     say(f"\nBy self-retrieval (* is used):\n{tuned.tuning}")
     return tuned
 
