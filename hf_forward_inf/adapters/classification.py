@@ -28,7 +28,8 @@ class ClassifierAdapter(Adapter):
             score: `"cross_entropy"`, or `"margin"`, -log(p / (1 - p)) with p the label's probability. Steps are the
             same; but the cross-entropy of a candidate that the model is sure of hardly rises whatever happens to it,
             so that unsure ones come first for every query. Margins rise for both alike: take them to find copies (of
-            51 in 10,000 CIFAR-10 images, a ResNet-20: first in 50 against 13, `recipes/leakage.py`).
+            51 in 10,000 CIFAR-10 images, a ResNet-20: first in 50 against 13, `recipes/leakage.py`), shortcuts and
+            subclasses; both together: [`baselines.Ensemble`].
 
     Raises:
         ValueError: For an unknown objective.

@@ -51,6 +51,17 @@ def test_standardised_scores_weigh_the_same_whatever_their_unit():
     assert constant.ranking(0).tolist() == [0, 1, 2, 3]
 
 
+def test_weights_say_how_much_each_counts():
+    one, other = [4.0, 3, 2, 1], [10.0, 50, 40, 20]
+    found = Ensemble([Fixed(one), Fixed(other)], standardise=True, weights=[1, 0.25]).trace(QUERY, ROWS)
+    expected = (np.array(one) / np.std(one) + 0.25 * np.array(other) / np.std(other)) / 1.25
+    np.testing.assert_allclose(found.scores[0], expected, rtol=1e-6)
+    assert found.config["weights"] == [0.8, 0.2]
+    for weights in ([1.0], [1.0, -1.0]):
+        with pytest.raises(ValueError, match="must be one number for each of the 2 attributors"):
+            Ensemble([Fixed(one), Fixed(other)], weights=weights)
+
+
 def test_an_ensemble_of_nothing_is_refused():
     with pytest.raises(ValueError, match="at least one attributor"):
         Ensemble([])
