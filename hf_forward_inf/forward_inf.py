@@ -12,6 +12,7 @@ from hf_forward_inf.algorithm import Scorer
 from hf_forward_inf.ascent.config import AscentConfig
 from hf_forward_inf.ascent.lora import RANK
 from hf_forward_inf.attribution import Attribution
+from hf_forward_inf.data.inputs import Given, as_dataset, read_inputs
 from hf_forward_inf.passes.sensitivity import DRAWS
 from hf_forward_inf.scores.corrections import correct_hubs
 from hf_forward_inf.tracing.peft_export import save_perturbation
@@ -24,7 +25,7 @@ from hf_forward_inf.utils.cache import enforce_limit
 from hf_forward_inf.utils.fingerprints import uncached
 from hf_forward_inf.utils.processes import progress_bars
 from hf_forward_inf.utils.storage import default_cache_dir
-from hf_forward_inf.utils.validation import as_dataset, warn_of_lost
+from hf_forward_inf.utils.validation import warn_of_lost
 
 
 class ForwardInf(Scorer):
@@ -97,8 +98,8 @@ class ForwardInf(Scorer):
 
     def trace(
         self,
-        queries: Dataset,
-        candidates: Dataset,
+        queries: Given,
+        candidates: Given,
         top_k: int | None = None,
         tune: bool = False,
         time_budget: float | None = None,
@@ -106,9 +107,11 @@ class ForwardInf(Scorer):
         """Score every candidate for every query.
 
         Args:
-            queries (`datasets.Dataset`): Outputs to explain, one a row; a list of rows, one row, or a pandas DataFrame
-                will do, too. For a language model, rows without an output (prompts without a completion, conversations
-                that end with the user's turn) are completed by the model.
+            queries (`datasets.Dataset`): Outputs to explain, one a row; or a list of rows, one row, a dictionary of
+                columns, a pandas DataFrame, a file, a folder, or a name on the hub ([`data.as_dataset`]). Columns of
+                other names are read where it is unambiguous which are meant, and a warning says so. For a language
+                model, rows without an output (prompts without a completion, conversations that end with the user's
+                turn) are completed by the model.
             candidates (`datasets.Dataset`): Training examples that may have caused them; as `queries`.
             top_k (`int`, *optional*): Return only the best candidates of each query; all of them if it exceeds their
                 number. Defaults to all scores.
@@ -124,7 +127,7 @@ class ForwardInf(Scorer):
             TypeError: If candidates are a stream; use [`trace_stream`].
             ValueError: If there are no rows, a column is missing, or a target is empty.
         """
-        queries, candidates = as_dataset(queries, "queries"), as_dataset(candidates, "candidates")
+        queries, candidates = read_inputs(self.adapter, queries, candidates)
         enforce_limit(self.cache_dir or default_cache_dir())
         if self.adapter.answers_queries:
             queries = self.adapter.with_answers(queries)
@@ -138,7 +141,7 @@ class ForwardInf(Scorer):
         warn_of_lost(scores[:, scored], scored)
         return Attribution(scores, queries, candidates, method=self.name, config=self.config).keep(top_k)
 
-    def trace_generation(self, inputs: Any, candidates: Dataset, **options: Any) -> Attribution:
+    def trace_generation(self, inputs: Any, candidates: Given, **options: Any) -> Attribution:
         """Generate the model's answers to some inputs, and trace them.
 
         For images that a diffusion model generates from several inputs, scores can be standardised over the queries
@@ -156,6 +159,7 @@ class ForwardInf(Scorer):
             `Attribution`: With the answers in its `queries`; for a language model, the generated tokens too.
         """
         traced = {name: options.pop(name) for name in ("top_k", "tune", "time_budget") if name in options}
+        candidates = as_dataset(candidates, "candidates")
         asked = Dataset.from_dict(self.adapter.rows_for(inputs, candidates))
         return self.trace(self.adapter.with_answers(asked, **options), candidates, **traced)
 
@@ -188,7 +192,7 @@ class ForwardInf(Scorer):
         Returns:
             `np.ndarray`: float32 `[rows]`; NaN where an example has no gradient.
         """
-        return self_influence(self, rows)
+        return self_influence(self, as_dataset(rows, "candidates"))
 
     def sensitivity(self, rows: Dataset, draws: int = DRAWS) -> np.ndarray:
         """Compute the RMS change of each training example's loss under random steps of the ascent's radius.

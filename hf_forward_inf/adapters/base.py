@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from hf_forward_inf.adapters.agreement import parts_agree, rows_agree
+from hf_forward_inf.adapters.naming import meant
 from hf_forward_inf.utils.models import batch_size, evaluating, to_device, uncompiled
 
 Rows: TypeAlias = dict[str, list[Any]]
@@ -57,6 +58,22 @@ class Adapter(ABC):
     def columns_in(self, names: Iterable[str]) -> tuple[str, ...]:
         """Return which of a dataset's columns are read."""
         return self.columns
+
+    def meant(self, features: Mapping[str, Any]) -> dict[str, str]:
+        """Return which columns of other names are meant by those that are missing: new names, by those there are.
+
+        Args:
+            features (`dict`): A dataset's features, by column.
+        """
+        return meant(self.columns, features)
+
+    def only_asked(self, names: Iterable[str]) -> str | None:
+        """Return the column of what queries without answers ask, where it has another name; `None` elsewhere."""
+        return None
+
+    def names_of(self, inputs: bool, targets: bool) -> tuple[str, str]:
+        """Return the names of the columns of inputs and targets, where the user names one or both."""
+        return self.columns[0], self.columns[-1]
 
     @property
     def config(self) -> dict[str, Any]:

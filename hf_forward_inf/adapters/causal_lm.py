@@ -1,7 +1,7 @@
 """Decoder-only language models: Llama, Qwen, GPT-2, Gemma, Mistral and their kin."""
 
 import inspect
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from typing_extensions import Self
 
 from hf_forward_inf.adapters.base import Batch, Forward, Rows
 from hf_forward_inf.adapters.chat import Turns
-from hf_forward_inf.adapters.columns import IGNORED, SPAN, each_row, read_rows
+from hf_forward_inf.adapters.columns import CHAT_PAIR, IGNORED, SPAN, each_row, read_rows
 from hf_forward_inf.adapters.language import (
     LanguageAdapter,
     check_language_model,
@@ -28,6 +28,7 @@ from hf_forward_inf.adapters.language import (
     sees_later_tokens,
     tokenizer_state,
 )
+from hf_forward_inf.adapters.naming import lone_question, pair_of
 from hf_forward_inf.adapters.split_model import Blocks
 from hf_forward_inf.adapters.text_rows import TextRows, cut, only_span
 from hf_forward_inf.utils.fingerprints import fingerprint
@@ -91,7 +92,7 @@ class CausalLMAdapter(LanguageAdapter):
         super().__init__(model, tokenizer)
         if turns not in ("all", "last"):
             raise ValueError(f"turns={turns!r} must be 'all' or 'last'.")
-        self.columns = (prompt_column, completion_column)
+        self.columns: tuple[str, str] = (prompt_column, completion_column)
         self.rows = TextRows(tokenizer, (text_column, *self.columns, messages_column), turns)
         self.max_length = max_length or longest_input(_base(model).config, tokenizer)
         self.blocks = Blocks(model)
@@ -128,6 +129,28 @@ class CausalLMAdapter(LanguageAdapter):
     def columns_in(self, names: Iterable[str]) -> tuple[str, ...]:
         """Return the columns to read of rows that have columns of these names ([`TextRows.columns_in`])."""
         return self.rows.columns_in(names)
+
+    def meant(self, features: Mapping[str, Any]) -> dict[str, str]:
+        """Return the columns of another pair of names: as a chat's, where there is a template, or after a prompt."""
+        pair = None if self.rows.knows(features, answered=True) else pair_of(features)
+        if pair is None:
+            return {}
+        if pair[0] == self.columns[0]:
+            return {pair[1]: self.columns[1]}
+        chat = self.tokenizer.chat_template is not None
+        return dict(zip(pair, self.names_of(True, True), strict=True)) if chat else {}
+
+    def only_asked(self, names: Iterable[str]) -> str | None:
+        """Return the column of questions, of queries without answers."""
+        return None if self.rows.knows(names, answered=False) else lone_question(names)
+
+    def names_of(self, inputs: bool, targets: bool) -> tuple[str, str]:
+        """Return the columns of prompts and completions, or of both sides of a chat; of texts without prompts."""
+        if not inputs:
+            return self.columns[0], self.rows.text
+        if targets and self.tokenizer.chat_template is not None:
+            return CHAT_PAIR
+        return self.columns
 
     def encode(self, rows: Rows) -> Rows:
         """Tokenize rows; labels are -100 where a token does not count, and a row's terms are those that do."""

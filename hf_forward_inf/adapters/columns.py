@@ -24,6 +24,8 @@ IGNORED = -100
 CONVERSATIONS = "conversations"
 PAIRS = (("instruction", "output"), ("instruction", "response"), ("question", "answer"))
 """Other names for what the user says and what the assistant answers."""
+CHAT_PAIR = ("question", "answer")
+"""The pair of them under which columns of other names are read."""
 CONTEXTS = ("input", "context")
 """Columns that may follow an `instruction` in the user's turn."""
 CHANGES_THE_PROMPT = (*CONTEXTS, "system", "history")
@@ -83,7 +85,10 @@ class TextColumns:
         """Choose a question's and an answer's column by their usual names."""
         found = [pair for pair in PAIRS if set(pair) <= set(names)]
         wanted = f"`{self.messages}`; `{self.prompt}` and `{self.completion}`; `{self.text}`; or `{INPUT_IDS}`"
-        advice = f"Rows need columns {wanted}; these have {', '.join(names)}. Rename them, or name yours"
+        advice = (
+            f"Rows need columns {wanted}; these have {', '.join(names)}. Rename them, or name yours (on the command "
+            "line --input_column, --target_column)"
+        )
         if len(found) != 1:
             raise ValueError(f"{advice}.")
         (first, answer) = found[0]

@@ -1,6 +1,6 @@
 """Encoder-decoder language models: mT5, T5, BART, NLLB and their kin."""
 
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from contextlib import suppress
 from functools import partial
 from typing import Any, ClassVar
@@ -38,8 +38,12 @@ from hf_forward_inf.adapters.language import (
     pieces,
     tokenizer_state,
 )
+from hf_forward_inf.adapters.naming import lone_question, pair_of
 from hf_forward_inf.utils.fingerprints import fingerprint
 from hf_forward_inf.utils.models import evaluating, peft_parameters, to_device, uncompiled
+
+KNOWN: tuple[tuple[str, str], ...] = (("prompt", "completion"), *PAIRS, (INPUT_IDS, LABELS))
+"""Pairs of columns that are read besides the adapter's own."""
 
 
 class Seq2SeqAdapter(LanguageAdapter):
@@ -112,16 +116,27 @@ class Seq2SeqAdapter(LanguageAdapter):
             ValueError: If they have no input and target, or it is unclear which columns those are.
         """
         names = list(names)
-        pairs = [pair for pair in (self.columns, ("prompt", "completion"), *PAIRS) if set(pair) <= set(names)]
+        pairs = [pair for pair in (self.columns, *KNOWN[:-1]) if set(pair) <= set(names)]
         if {INPUT_IDS, LABELS} <= set(names):
             return (INPUT_IDS, *(name for name in ("attention_mask",) if name in names), LABELS)
         other = self.columns not in pairs
         if other and (len(pairs) != 1 or set(CHANGES_THE_PROMPT) & set(names)):
             raise ValueError(
                 f"Rows need columns `{self.columns[0]}` and `{self.columns[1]}`; these have {', '.join(names)}. "
-                "Rename them, or name yours: Seq2SeqAdapter(model, tokenizer, input_column=..., target_column=...)."
+                "Rename them, or name yours: Seq2SeqAdapter(model, tokenizer, input_column=..., target_column=...), "
+                "on the command line --input_column and --target_column."
             )
         return (*(name for name in (OUTPUT_IDS, *PICTURES) if name in names), *pairs[0])
+
+    def meant(self, features: Mapping[str, Any]) -> dict[str, str]:
+        """Return the columns of another pair of names as input and target."""
+        known = self.columns[0] in features or any(set(pair) <= set(features) for pair in KNOWN)
+        pair = None if known else pair_of(features)
+        return {} if pair is None else dict(zip(pair, self.columns, strict=True))
+
+    def only_asked(self, names: Iterable[str]) -> str | None:
+        """Return the column of inputs, of queries without targets."""
+        return None if self.columns[0] in names else lone_question(names)
 
     @torch.no_grad()
     def _padding_counts(self) -> bool:

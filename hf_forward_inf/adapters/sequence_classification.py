@@ -1,6 +1,6 @@
 """Text classifiers: BERT, RoBERTa, DeBERTa, Llama and their kin, with a head for whole texts or pairs of them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -12,6 +12,7 @@ from hf_forward_inf.adapters.base import Batch, Forward, Rows
 from hf_forward_inf.adapters.classification import ClassifierAdapter
 from hf_forward_inf.adapters.labels import Numbers, only
 from hf_forward_inf.adapters.language import input_of, preferred_ascent
+from hf_forward_inf.adapters.naming import meant
 from hf_forward_inf.adapters.text_inputs import AnswersTexts, TextInputs, is_of_kind, unreadable
 from hf_forward_inf.utils.fingerprints import fingerprint
 from hf_forward_inf.utils.models import evaluating, to_device
@@ -91,6 +92,13 @@ class SequenceClassificationAdapter(AnswersTexts, ClassifierAdapter):
         """
         names = list(names)
         return (*self.texts_in(names), only(self.label_columns, names, "label"))
+
+    def meant(self, features: Mapping[str, Any]) -> dict[str, str]:
+        """Return which columns of other names are texts and labels."""
+        texts = any(set(layout) <= set(features) for layout in self.layouts)
+        label = any(name in features for name in self.label_columns)
+        missing = [name for name, known in ((self.columns[0], texts), (self.columns[-1], label)) if not known]
+        return meant(missing, {name: one for name, one in features.items() if name not in self.label_columns})
 
     def texts_in(self, names: list[str]) -> tuple[str, ...]:
         """Return the columns of the texts; as [`columns_in`]."""

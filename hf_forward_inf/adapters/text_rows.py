@@ -54,6 +54,13 @@ class TextRows:
         """Return the columns to read of rows that have columns of these names ([`TextColumns.read`])."""
         return self.columns.read(names, answered)
 
+    def knows(self, names: Iterable[str], answered: bool) -> bool:
+        """Whether rows with columns of these names can be read; as [`columns_in`]."""
+        try:
+            return bool(self.columns_in(names, answered))
+        except ValueError:
+            return False
+
     def how_read(self, columns: tuple[str, ...]) -> str | None:
         """Return a sentence on how columns of another habit are read, `None` for others."""
         return self.columns.how_read(columns)

@@ -10,7 +10,7 @@ from torch import nn
 
 from hf_forward_inf.adapters import Adapter, choose_adapter
 from hf_forward_inf.attribution import Attribution
-from hf_forward_inf.utils.validation import as_dataset
+from hf_forward_inf.data.inputs import Given, read_inputs
 
 
 class Baseline(ABC):
@@ -31,12 +31,12 @@ class Baseline(ABC):
     def score(self, queries: Dataset, candidates: Dataset) -> np.ndarray:
         """Return float32 scores, `[queries, candidates]`, higher for a stronger proponent, NaN for no score."""
 
-    def trace(self, queries: Dataset, candidates: Dataset, top_k: int | None = None) -> Attribution:
+    def trace(self, queries: Given, candidates: Given, top_k: int | None = None) -> Attribution:
         """Score every candidate for every query.
 
         Args:
-            queries (`datasets.Dataset`): Outputs to explain, one a row.
-            candidates (`datasets.Dataset`): Training examples that may have caused them.
+            queries (`datasets.Dataset`): Outputs to explain, one a row; or what else [`data.as_dataset`] reads.
+            candidates (`datasets.Dataset`): Training examples that may have caused them; as `queries`.
             top_k (`int`, *optional*): Number of best candidates returned for each query. Defaults to all.
 
         Returns:
@@ -46,7 +46,7 @@ class Baseline(ABC):
             TypeError: If queries or candidates are not a `datasets.Dataset`.
             ValueError: If there are no rows, or a column is missing.
         """
-        queries, candidates = as_dataset(queries, "queries"), as_dataset(candidates, "candidates")
+        queries, candidates = read_inputs(getattr(self, "adapter", None), queries, candidates)
         scores = self.score(queries, candidates)
         return Attribution(scores, queries, candidates, method=self.name, config=self.config).keep(top_k)
 

@@ -4,10 +4,12 @@ from hf_forward_inf.data.captions import load_captioned
 from hf_forward_inf.data.facts import builtin_facts
 from hf_forward_inf.data.ftrace import proponents
 from hf_forward_inf.data.images import load_images
+from hf_forward_inf.data.inputs import as_dataset
 from hf_forward_inf.data.rows import load_rows
 from hf_forward_inf.data.templates import template_facts
 
 __all__ = [
+    "as_dataset",
     "builtin_facts",
     "load_captioned",
     "load_images",

@@ -10,11 +10,11 @@ from datasets import Dataset
 
 from hf_forward_inf.algorithm import Scorer
 from hf_forward_inf.ascent.config import AscentConfig
+from hf_forward_inf.data.inputs import as_dataset
 from hf_forward_inf.scores.metrics import distinct, lds_by_query, reciprocal_ranks
 from hf_forward_inf.scores.retraining import Retrained
 from hf_forward_inf.tracing.halves import TrainModel, retrained_on_halves
 from hf_forward_inf.utils.text_tables import text_table
-from hf_forward_inf.utils.validation import as_dataset
 
 LENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0)
 """Lengths tried by default, as multiples of the attributor's own."""

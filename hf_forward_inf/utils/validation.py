@@ -1,7 +1,7 @@
 """Checks of datasets and scores, and how messages name rows."""
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,41 +31,9 @@ def check_dataset(rows: Any, role: str) -> None:
         hint = ""
         if isinstance(rows, DatasetDict):
             hint = f". Take one of its splits: {' or '.join(map(repr, rows))}"
-        elif isinstance(rows, str | Path):
-            hint = ". Read files and hub names with hf_forward_inf.data.load_rows"
         raise TypeError(f"The {role} must be a datasets.Dataset, not {type(rows).__name__}{hint}.")
     if len(rows) == 0:
         raise ValueError(f"There are no {role}: the dataset is empty.")
-
-
-def as_dataset(rows: Any, role: str) -> Dataset:
-    """Return queries or candidates as a dataset with rows.
-
-    Args:
-        rows (`Any`): A dataset, a list of rows (dictionaries), one row, or a pandas DataFrame.
-        role (`str`): `"queries"` or `"candidates"`, for messages.
-
-    Raises:
-        TypeError: If they are something else; a dictionary of columns too, which could be one row of lists.
-        ValueError: If there are no rows.
-    """
-    if isinstance(rows, list) and rows and all(isinstance(row, Mapping) for row in rows):
-        rows = Dataset.from_list([dict(row) for row in rows])
-    elif isinstance(rows, Mapping) and not isinstance(rows, DatasetDict) and rows:
-        if all(isinstance(value, list) and not _holds_mappings(value) for value in rows.values()):
-            raise TypeError(
-                f"The {role} are a dictionary of lists: make them a dataset, datasets.Dataset.from_dict(...), or a "
-                "list of rows."
-            )
-        rows = Dataset.from_list([dict(rows)])
-    elif type(rows).__name__ == "DataFrame" and hasattr(rows, "columns"):
-        rows = Dataset.from_pandas(rows, preserve_index=False)
-    check_dataset(rows, role)
-    return rows
-
-
-def _holds_mappings(value: list[Any]) -> bool:
-    return bool(value) and all(isinstance(part, Mapping) for part in value)
 
 
 def check_rows(rows: Dataset, columns: Iterable[str], role: str) -> None:
@@ -85,7 +53,8 @@ def check_rows(rows: Dataset, columns: Iterable[str], role: str) -> None:
         if column not in rows.column_names:
             raise ValueError(
                 f"The {role} have no column `{column}`; they have {', '.join(rows.column_names)}. "
-                "Rename one (Dataset.rename_column), or give its name to the adapter or attributor."
+                "Rename one (Dataset.rename_column; on the command line --input_column, --target_column), or give its "
+                "name to the adapter or attributor."
             )
 
 

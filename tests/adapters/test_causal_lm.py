@@ -189,7 +189,7 @@ def test_of_a_peft_model_what_it_has_trained_is_perturbed(network, tokens, rows)
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"question": ["?"]}, "`prompt` and `completion`; `text`; or `input_ids`; these have question"),
+        ({"subject": ["?"]}, "`prompt` and `completion`; `text`; or `input_ids`; these have subject"),
         ({"prompt": ["Peru?", "Cuba?"], "completion": ["Lima", " "]}, "Nothing to predict in queries row 1"),
         ({"text": [""]}, "Nothing to predict in queries row 0"),
     ],
