@@ -23,7 +23,7 @@ from hf_forward_inf.curvature.kronecker import KroneckerFit, damped_inverse, ray
 from hf_forward_inf.curvature.sample import Sample
 from hf_forward_inf.curvature.second_moments import estimated_second_moments, optimizer_file, read_second_moments
 from hf_forward_inf.curvature.solvers import KrylovSpace, conjugate_gradients, warn_of_residual
-from hf_forward_inf.utils.fingerprints import fingerprint, fingerprint_of_model, foreign_hooks
+from hf_forward_inf.utils.fingerprints import bytes_of, fingerprint, fingerprint_of_model, foreign_hooks
 from hf_forward_inf.utils.models import device_of
 from hf_forward_inf.utils.processes import process_state
 from hf_forward_inf.utils.storage import Tensors, cached_tensors, default_cache_dir
@@ -167,7 +167,7 @@ class SecondMoments:
         # If the sample has no gradient at all, the direction is the query's gradient.
         extra = config.damping * mean or 1.0
         self.scales = [(known[name] + extra).rsqrt() if name in known else (mean + extra) ** -0.5 for name in names]
-        self.fingerprint = fingerprint({name: m.double().sum().item() for name, m in known.items()})
+        self.fingerprint = fingerprint({name: bytes_of(m) for name, m in known.items()})
 
     def correction(self, gradients: Iterable[Sequence[Tensor]] = ()) -> Correction:
         """Return the division."""

@@ -1,9 +1,10 @@
 """One cached pass over all candidates: encoded once, sorted, batched and distributed over the processes."""
 
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -13,19 +14,19 @@ from datasets import Dataset, is_caching_enabled
 from datasets.utils import tqdm
 
 from hf_forward_inf.adapters.base import Adapter, Batch, Rows
-from hf_forward_inf.adapters.contrast import query_adapter
+from hf_forward_inf.passes.encoding import encode
+from hf_forward_inf.passes.freshness import agree, drawn_rows, tolerance_of
 from hf_forward_inf.passes.row_store import RowStore
-from hf_forward_inf.utils.cache import mark_used
 from hf_forward_inf.utils.fingerprints import fingerprint, fingerprint_of_model, foreign_hooks
 from hf_forward_inf.utils.models import to_device
 from hf_forward_inf.utils.processes import process_state, progress_bars
-from hf_forward_inf.utils.storage import default_cache_dir, written
-from hf_forward_inf.utils.validation import check_dataset, check_rows, listed
+from hf_forward_inf.utils.storage import default_cache_dir
 
 MAX_BATCH_LENGTH = 4096
 """Default maximum of padded tokens in a batch; halved when memory runs out."""
-REASONS = 5
-"""Maximum number of unreadable rows for which a message gives the reason."""
+
+Work: TypeAlias = Callable[[Batch], np.ndarray]
+"""Computes float32 values, `[rows, columns]`, from a batch on the model's device."""
 
 
 class CandidatePass:
@@ -67,6 +68,7 @@ class CandidatePass:
         self.order = np.lexsort(-lengths.T[::-1])
         self.encoded = encoded.select(self.order)
         self.cuts = list(batches(lengths[self.order], self.max_batch_length))
+        self.checked = False
         self.fingerprint = fingerprint(fingerprint_of_model(adapter.model), adapter.cache_key, encoded._fingerprint)
         hooked = foreign_hooks(adapter.model)
         self.cached = not hooked
@@ -77,7 +79,7 @@ class CandidatePass:
                 stacklevel=2,
             )
 
-    def run(self, work: Callable[[Batch], np.ndarray], columns: int, key: str, title: str) -> np.ndarray:
+    def run(self, work: Work, columns: int, key: str, title: str) -> np.ndarray:
         """Run one cached pass over this process's share of the rows that are not stored, and gather all values.
 
         Args:
@@ -90,7 +92,7 @@ class CandidatePass:
             `np.ndarray`: float32 `[columns, candidates]`.
         """
         store = RowStore(self._folder(key), len(self.order), columns)
-        values, stored = self._stored(store)
+        values, stored = self._stored(store, work)
         # Processes share whole batches: shapes, and so every bit of a loss, are those of a single process.
         missing = [cut for cut in self.cuts if not stored[self.order[cut]].all()]
         share = missing[self.state.process_index :: self.state.num_processes]
@@ -103,19 +105,38 @@ class CandidatePass:
                 add(rows, values[rows])
         return self._gathered(values).T
 
-    def _folder(self, key: str) -> Path | None:
-        """Return the folder of a pass's values; `None` where nothing is cached."""
-        cached = self.cached and is_caching_enabled()
-        return self.cache_dir / "passes" / self.fingerprint / fingerprint(key) if cached else None
+    def _folder(self, key: str = "") -> Path | None:
+        """Return the folder of a pass, or of all passes over these candidates; `None` if nothing is cached."""
+        if not self.cached or not is_caching_enabled():
+            return None
+        return self.cache_dir / "passes" / self.fingerprint / (fingerprint(key) if key else "")
 
-    def _stored(self, store: RowStore) -> tuple[np.ndarray, np.ndarray]:
+    def _stored(self, store: RowStore, work: Work) -> tuple[np.ndarray, np.ndarray]:
         """Return the values that are stored, on the main process alone, and which rows they are, on all."""
-        if self.state.num_processes == 1:
-            return store.load()
-        found = store.load() if self.state.is_main_process else RowStore(None, *store.shape).load()
-        return found[0], broadcast_object_list([found[1]])[0]
+        found = store.load() if self.state.is_main_process else store.nothing()
+        if self.state.is_main_process and not self._is_current(work, *found):
+            warnings.warn(
+                "Cached losses are not what the model computes now (its code, or a file that it reads, has changed), "
+                "so all are computed again.",
+                stacklevel=4,
+            )
+            shutil.rmtree(self._folder() or "", ignore_errors=True)
+            found = store.nothing()
+        if self.state.num_processes > 1:
+            return found[0], broadcast_object_list([found[1]])[0]
+        return found
 
-    def _values(self, work: Callable[[Batch], np.ndarray], features: Rows) -> np.ndarray:
+    def _is_current(self, work: Work, values: np.ndarray, stored: np.ndarray) -> bool:
+        """Compute a few random rows of the first pass with stored values again, and compare."""
+        places = np.flatnonzero(stored[self.order])
+        if self.checked or not len(places):
+            return True
+        self.checked = True
+        places = drawn_rows(places)
+        now = self._values(work, self.encoded[places])
+        return agree(values[self.order[places]], now, tolerance_of(self.adapter.model))
+
+    def _values(self, work: Work, features: Rows) -> np.ndarray:
         """Compute the values of some rows, `[rows, columns]`, in halved batches when memory runs out."""
 
         def parts() -> Iterator[np.ndarray]:
@@ -141,108 +162,6 @@ class CandidatePass:
         return reduce(bits, "sum").cpu().view(torch.float32).numpy()
 
 
-def encode(
-    adapter: Adapter,
-    rows: Dataset,
-    role: str,
-    cache_dir: Path | None = None,
-    *,
-    first_row: int = 0,
-    drop_unreadable: bool = False,
-) -> Dataset:
-    """Check and encode all rows, cached.
-
-    Args:
-        adapter (`Adapter`): Encodes the rows.
-        rows (`datasets.Dataset`): Queries or candidates.
-        role (`str`): `"queries"` or `"candidates"`, for messages.
-        cache_dir (`Path`, *optional*): Defaults to [`default_cache_dir`].
-        first_row (`int`, defaults to 0): The number that messages give the first row, such as the row number in the
-            stream of a chunk's first row.
-        drop_unreadable (`bool`, defaults to `False`): Leave out unreadable rows without a warning, where the adapter
-            skips such rows. The result then has fewer rows.
-
-    Returns:
-        `datasets.Dataset`: The features of `Adapter.encode`, one row for each of `rows`.
-
-    Raises:
-        ValueError: If there are no rows, a column is missing, a row has nothing to predict, or one can't be read and
-            the adapter does not skip such rows.
-    """
-    check_dataset(rows, role)
-    if role == "queries":
-        adapter = query_adapter(adapter, rows.column_names)
-    columns = adapter.columns_in(rows.column_names)
-    check_rows(rows, columns, role)
-    state = process_state()
-    name = fingerprint(rows._fingerprint, adapter.cache_key)
-    with state.main_process_first(), progress_bars(state.is_main_process):
-        encoded = _mapped(
-            adapter.prepare(rows.select_columns(list(columns))),
-            (cache_dir or default_cache_dir()) / "encoded" / f"{name}.arrow",
-            function=adapter.encode,
-            batched=True,
-            remove_columns=list(columns),
-            new_fingerprint=name,
-            desc=f"encoding {role}",
-        )
-    if "unreadable" in encoded.column_names:
-        reasons = encoded["unreadable"][:]
-        encoded = encoded.remove_columns("unreadable")
-        if drop_unreadable and adapter.skips_unreadable and any(reasons):
-            encoded = encoded.select(np.flatnonzero([not reason for reason in reasons]))
-        else:
-            check_readable(reasons, role, first_row, adapter.skips_unreadable)
-    check_terms(np.array(encoded["terms"]), columns[-1], role, first_row)
-    if (lost := _lost(encoded["truncated"][:])) and state.is_main_process:
-        warnings.warn(
-            f"{role.capitalize()} longer than the model's maximum length are truncated: of {len(rows)} rows, {lost}.",
-            stacklevel=3,
-        )
-    return encoded.remove_columns("truncated")
-
-
-def _lost(truncated: list[bool | str]) -> str:
-    """Return, in words, how many rows lose their beginnings and how many their ends; "" if none is truncated."""
-    ends = ["end" if cut is True else cut or "" for cut in truncated]
-    counts = {name: sum(name in cut for cut in ends) for name in ("beginning", "end")}
-    return " and ".join(
-        f"{count} {'loses its' if count == 1 else 'lose their'} {name}{'' if count == 1 else 's'}"
-        for name, count in counts.items()
-        if count
-    )
-
-
-def check_readable(reasons: list[str], role: str, first_row: int, skips_unreadable: bool) -> None:
-    """Warn of the rows that can't be read, or raise a `ValueError` if the adapter does not skip such rows.
-
-    Args:
-        reasons (`list[str]`): Why each row can't be read; empty for readable rows.
-        role (`str`): As in [`encode`].
-        first_row (`int`): As in [`encode`].
-        skips_unreadable (`bool`): As in [`Adapter`].
-    """
-    rows = np.flatnonzero([bool(reason) for reason in reasons])
-    if not len(rows):
-        return
-    shown = "; ".join(f"row {row + first_row}: {reasons[row]}" for row in rows[:REASONS])
-    more = "; ..." if len(rows) > REASONS else ""
-    message = f"{role.capitalize()} {listed(rows + first_row)} can't be read ({shown}{more})."
-    if not skips_unreadable:
-        raise ValueError(f"{message} Fix the rows or drop them.")
-    if process_state().is_main_process:
-        warnings.warn(f"{message} A row without anything readable has no score.", stacklevel=4)
-
-
-def check_terms(terms: np.ndarray, column: str, role: str, first_row: int = 0) -> None:
-    """Raise a `ValueError` that names the rows that have nothing to predict."""
-    empty = np.flatnonzero(terms == 0) + first_row
-    if len(empty):
-        raise ValueError(
-            f"Nothing to predict in {role} {listed(empty)}: `{column}` is empty. Fill it or drop the rows."
-        )
-
-
 def batches(lengths: np.ndarray, max_batch_length: int) -> Iterator[slice]:
     """Split sorted rows into batches whose padded size, rows x longest, stays within a limit.
 
@@ -262,14 +181,3 @@ def batches(lengths: np.ndarray, max_batch_length: int) -> Iterator[slice]:
             start, grown = i, row
         longest = grown
     yield slice(start, len(lengths))
-
-
-def _mapped(rows: Dataset, file: Path, **options: Any) -> Dataset:
-    """Return `rows.map(**options)`, cached in a file that is there whole or not at all."""
-    if not is_caching_enabled():
-        return rows.map(**options)
-    if not file.exists():
-        with written(file) as part:
-            rows.map(**options, cache_file_name=str(part))
-    mark_used(file)
-    return rows.map(**options, cache_file_name=str(file))

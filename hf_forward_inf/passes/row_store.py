@@ -35,9 +35,13 @@ class RowStore:
     def __init__(self, folder: Path | None, rows: int, columns: int):
         self.folder, self.shape = folder, (rows, columns)
 
+    def nothing(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return what [`load`] returns where nothing is stored."""
+        return np.zeros(self.shape, dtype=np.float32), np.zeros(self.shape[0], dtype=bool)
+
     def load(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the values `[rows, columns]`, 0 where unknown, and whether each row is stored, `[rows]`."""
-        values, stored = np.zeros(self.shape, dtype=np.float32), np.zeros(self.shape[0], dtype=bool)
+        values, stored = self.nothing()
         for file in [] if self.folder is None else sorted(self.folder.glob("*.safetensors")):
             mark_used(file)
             try:

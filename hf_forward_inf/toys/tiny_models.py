@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from hf_forward_inf.adapters import CausalLMAdapter, Seq2SeqAdapter
-from hf_forward_inf.passes.candidate_pass import batches, check_terms
+from hf_forward_inf.passes.candidate_pass import batches
+from hf_forward_inf.passes.encoding import check_terms
 from hf_forward_inf.utils.fingerprints import fingerprint
 from hf_forward_inf.utils.models import device_of
 from hf_forward_inf.utils.processes import process_state

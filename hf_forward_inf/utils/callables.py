@@ -15,7 +15,7 @@ from typing import Any
 from datasets.fingerprint import Hasher
 from torch import Tensor
 
-from hf_forward_inf.utils.fingerprints import bytes_of, fingerprint
+from hf_forward_inf.utils.hashes import bytes_of, fingerprint
 
 PLAIN = (type(None), bool, int, float, complex, str, bytes, type(...), type(NotImplemented))
 OWN = __name__.partition(".")[0]

@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import json
 from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -14,7 +13,12 @@ from datasets import disable_caching, enable_caching, is_caching_enabled
 from datasets.fingerprint import Hasher
 from torch import Tensor, nn
 
-PACKAGES = ("hf_forward_inf", "torch", "transformers")
+from hf_forward_inf.utils.callables import fingerprint_of_callable
+from hf_forward_inf.utils.hashes import bytes_of, fingerprint
+
+__all__ = ["bytes_of", "fingerprint", "fingerprint_of_model", "foreign_hooks", "uncached"]
+
+PACKAGES = ("hf_forward_inf", "torch", "transformers", "tokenizers", "peft", "diffusers")
 """Packages whose version may change a loss."""
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "diffusers")
 """Packages whose own forward hooks do what the model's attributes say."""
@@ -28,31 +32,19 @@ PLAIN = str | bytes | int | float | complex | np.generic | torch.dtype | None
 """Values that their `repr` says all of."""
 
 
-def fingerprint(*parts: Any) -> str:
-    """Hash values that JSON can represent, and bytes.
-
-    Their JSON text is hashed, not their pickle: that also depends on which equal strings are the same object.
-    """
-    return Hasher.hash_bytes(json.dumps(parts, sort_keys=True, default=_of_bytes).encode())
-
-
-def _of_bytes(value: Any) -> str:
-    if not isinstance(value, bytes):
-        raise TypeError(f"{type(value).__name__} can't be hashed: give values that JSON can represent, or bytes.")
-    return Hasher.hash_bytes(value)
-
-
 def fingerprint_of_model(model: nn.Module) -> str:
     """Hash all that a model's losses depend on, apart from its inputs and its forward hooks ([`foreign_hooks`]).
 
-    That is the class, configuration, parameters, buffers and plain attributes of every module (a temperature, a
-    replaced `forward`, which PEFT adapters are active and how strongly), autocast, and the packages' versions.
+    That is the configuration, parameters, buffers and plain attributes of every module (a temperature, a replaced
+    `forward`, which PEFT adapters are active and how strongly), the code of its class (of installed packages, version
+    and source file), autocast, the precision of products, and the packages' versions.
     """
     return Hasher.hash_bytes(_all_parts(model))
 
 
 def _all_parts(model: nn.Module) -> Iterator[bytes]:
     yield f"{[_version(package) for package in PACKAGES]} {torch.get_float32_matmul_precision()}".encode()
+    yield f"convolutions {torch.backends.cudnn.allow_tf32}".encode()
     for device in ("cpu", torch.accelerator.current_accelerator() or "cpu"):
         kind = torch.device(device).type
         if torch.is_autocast_enabled(kind):
@@ -91,6 +83,8 @@ def _parts(name: str, value: Any, seen: dict[int, Any]) -> Iterator[bytes]:
 def _inside(value: Any) -> Iterator[tuple[str, Any]]:
     """Name what an object consists of."""
     yield "type", f"{type(value).__module__}.{type(value).__qualname__}"
+    if isinstance(value, nn.Module):
+        yield "code", fingerprint_of_callable(type(value))
     # A configuration: diffusers' models have a `to_json_string` of their own, without their weights.
     if hasattr(value, "to_json_string") and not isinstance(value, nn.Module):
         yield "config", value.to_json_string()
@@ -160,13 +154,6 @@ def _plain(tensor: Tensor) -> list[Tensor]:
         return [tensor]
     names, _ = tensor.__tensor_flatten__()
     return [part for name in names for part in _plain(getattr(tensor, name))]
-
-
-def bytes_of(tensor: Tensor) -> bytes:
-    """Return a tensor's values as bytes."""
-    if tensor.device.type == "meta":  # offloaded: accelerate holds the values elsewhere
-        return b""
-    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 @contextmanager

@@ -77,6 +77,26 @@ def test_a_changed_attribute_changes_the_models_name(attribute):
     assert fingerprint_of_model(model) == name
 
 
+def network_with(code):
+    """Return a network whose class was just read from source, as an edited file is."""
+    space = {"nn": nn, "__name__": "edited"}
+    exec(f"class Edited(nn.Linear):\n    def forward(self, x):\n        return {code}", space)
+    torch.manual_seed(0)
+    return nn.Sequential(space["Edited"](2, 2))
+
+
+def test_an_edited_forward_and_another_activation_change_the_models_name():
+    assert fingerprint_of_model(network_with("x @ self.weight")) == fingerprint_of_model(
+        network_with("x @ self.weight")
+    )
+    assert fingerprint_of_model(network_with("x @ self.weight")) != fingerprint_of_model(network_with("x * 2"))
+    names = [
+        fingerprint_of_model(nn.Sequential(layer))
+        for layer in (nn.ReLU(), nn.GELU(), nn.GELU("tanh"), nn.LayerNorm(2), nn.LayerNorm(2, eps=1e-3))
+    ]
+    assert len(set(names)) == len(names)
+
+
 def test_losses_under_another_attribute_or_autocast_are_not_taken_from_the_cache(tmp_path):
     model, shared = Scaled(1.0), tmp_path / "shared"
     rises(model, shared)
