@@ -216,6 +216,7 @@ class Adapter(ABC):
         """Return the same adapter for another model of the same architecture, such as a checkpoint."""
         other = copy.copy(self)
         other.model, other.shares, other.batches_rows = uncompiled(model), None, None
+        other.__dict__.pop("_seen", None)  # what of the cache the other adapter has compared
         return other
 
     def default_modules(self) -> list[str]:

@@ -19,6 +19,7 @@ from hf_forward_inf.adapters.columns import CHAT_PAIR, IGNORED, SPAN, each_row, 
 from hf_forward_inf.adapters.language import (
     LanguageAdapter,
     check_language_model,
+    check_tokenizer,
     counted,
     embeddings,
     input_of,
@@ -92,6 +93,7 @@ class CausalLMAdapter(LanguageAdapter):
         super().__init__(model, tokenizer)
         if turns not in ("all", "last"):
             raise ValueError(f"turns={turns!r} must be 'all' or 'last'.")
+        check_tokenizer(model, tokenizer)
         self.columns: tuple[str, str] = (prompt_column, completion_column)
         self.rows = TextRows(tokenizer, (text_column, *self.columns, messages_column), turns)
         self.max_length = max_length or longest_input(_base(model).config, tokenizer)

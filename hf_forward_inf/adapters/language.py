@@ -23,6 +23,8 @@ from hf_forward_inf.utils.validation import listed
 
 CONTRASTS = ("contrast", "rejected")
 """Columns in which a query may hold what should have been said."""
+FEW = 0.8
+"""Share of a model's embeddings that its tokenizer has tokens for, at least; they are padded by a few percent."""
 LARGE = 10**9
 """Parameters of a model beyond which copies of them are expensive."""
 
@@ -211,6 +213,27 @@ def check_language_model(model: nn.Module, tokenizer: Any, fits: bool, does: str
         raise TypeError(
             f"{type(tokenizer).__name__} is no tokenizer, nor a processor of texts and images: give its `tokenizer`, "
             "if the rows are texts alone."
+        )
+
+
+def check_tokenizer(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Warn of a tokenizer that is hardly the model's own: another family's tokens have losses that mean nothing.
+
+    Args:
+        model (`torch.nn.Module`): A language model.
+        tokenizer (`transformers.PreTrainedTokenizerBase`): Its tokenizer.
+    """
+    known, size = len(tokenizer), embeddings(model)
+    config = model.config.get_text_config(decoder=True)
+    named = {name: getattr(config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    pairs = [(ids if isinstance(ids, list) else [ids], getattr(tokenizer, name)) for name, ids in named.items()]
+    special = [own in ids for ids, own in pairs if own is not None and ids[0] is not None]
+    if not FEW * size <= known <= size or (len(special) > 1 and not any(special)):
+        other = ", and its special tokens have other ids" if special and not any(special) else ""
+        warnings.warn(
+            f"Is this {type(model).__name__}'s own tokenizer? It has {known:,} tokens and the model {size:,} "
+            f"embeddings{other}. Losses of another tokenizer's tokens mean nothing.",
+            stacklevel=4,
         )
 
 

@@ -30,6 +30,7 @@ from hf_forward_inf.adapters.columns import (
 from hf_forward_inf.adapters.language import (
     LanguageAdapter,
     check_language_model,
+    check_tokenizer,
     counted,
     embeddings,
     input_of,
@@ -94,6 +95,7 @@ class Seq2SeqAdapter(LanguageAdapter):
                 f"{type(model).__name__} reads {self.model.main_input_name}, not texts: no adapter knows such a "
                 "model. Write one (hf_forward_inf.adapters.Adapter)."
             )
+        check_tokenizer(model, tokenizer)
         self.columns = (input_column, target_column)
         self.max_length = max_length or longest_input(self.model.config, tokenizer, "encoder")
         self.max_target_length = max_length or longest_input(self.model.config, tokenizer, "decoder")

@@ -15,7 +15,7 @@ from datasets.utils import tqdm
 
 from hf_forward_inf.adapters.base import Adapter, Batch, Rows
 from hf_forward_inf.passes.encoding import encode
-from hf_forward_inf.passes.freshness import agree, drawn_rows, tolerance_of
+from hf_forward_inf.passes.freshness import agree, drawn_rows, is_first_use, tolerance_of
 from hf_forward_inf.passes.row_store import RowStore
 from hf_forward_inf.utils.fingerprints import fingerprint, fingerprint_of_model, foreign_hooks
 from hf_forward_inf.utils.models import to_device
@@ -68,7 +68,6 @@ class CandidatePass:
         self.order = np.lexsort(-lengths.T[::-1])
         self.encoded = encoded.select(self.order)
         self.cuts = list(batches(lengths[self.order], self.max_batch_length))
-        self.checked = False
         self.fingerprint = fingerprint(fingerprint_of_model(adapter.model), adapter.cache_key, encoded._fingerprint)
         hooked = foreign_hooks(adapter.model)
         self.cached = not hooked
@@ -127,11 +126,10 @@ class CandidatePass:
         return found
 
     def _is_current(self, work: Work, values: np.ndarray, stored: np.ndarray) -> bool:
-        """Compute a few random rows of the first pass with stored values again, and compare."""
+        """Compute a few random rows of the adapter's first pass over these candidates again, and compare."""
         places = np.flatnonzero(stored[self.order])
-        if self.checked or not len(places):
+        if not is_first_use(self.adapter, self.fingerprint) or not len(places):
             return True
-        self.checked = True
         places = drawn_rows(places)
         now = self._values(work, self.encoded[places])
         return agree(values[self.order[places]], now, tolerance_of(self.adapter.model))

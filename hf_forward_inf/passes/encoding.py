@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, is_caching_enabled
 
-from hf_forward_inf.adapters.base import Adapter, Rows
+from hf_forward_inf.adapters.base import Adapter
 from hf_forward_inf.adapters.contrast import query_adapter
-from hf_forward_inf.passes.freshness import agree, drawn_rows, tolerance_of
+from hf_forward_inf.passes.freshness import agree, drawn_rows, is_first_use, tolerance_of
 from hf_forward_inf.utils.cache import mark_used
 from hf_forward_inf.utils.fingerprints import fingerprint
 from hf_forward_inf.utils.processes import process_state, progress_bars
@@ -69,8 +69,7 @@ def encode(
         encoded = _mapped(
             adapter.prepare(read),
             (cache_dir or default_cache_dir()) / "encoded" / f"{name}.arrow",
-            adapter.encode,
-            tolerance_of(adapter.model),
+            adapter,
             batched=True,
             remove_columns=list(columns),
             new_fingerprint=name,
@@ -161,17 +160,17 @@ def _paths(values: pa.Array | pa.ChunkedArray) -> Iterator[str]:
         yield from (path for path in values.to_pylist() if path)
 
 
-def _mapped(rows: Dataset, file: Path, encode: Callable[[Rows], Rows], tolerance: float, **options: Any) -> Dataset:
-    """Return `rows.map(encode, **options)`, cached in a file that is there whole or not at all."""
+def _mapped(rows: Dataset, file: Path, adapter: Adapter, **options: Any) -> Dataset:
+    """Return `rows.map(adapter.encode, **options)`, cached in a file that is there whole or not at all."""
     if not is_caching_enabled():
-        return rows.map(encode, **options)
+        return rows.map(adapter.encode, **options)
     cached = file.exists()
     if not cached:
         with written(file) as part:
-            rows.map(encode, **options, cache_file_name=str(part))
+            rows.map(adapter.encode, **options, cache_file_name=str(part))
     mark_used(file)
-    encoded = rows.map(encode, **options, cache_file_name=str(file))
-    if not cached or _is_current(encoded, rows, encode, tolerance):
+    encoded = rows.map(adapter.encode, **options, cache_file_name=str(file))
+    if not is_first_use(adapter, file.stem) or not cached or _is_current(encoded, rows, adapter):
         return encoded
     warnings.warn(
         f"{options['desc']}: what is cached is not what rows are encoded as now (a file, a tokenizer or a transform "
@@ -179,13 +178,13 @@ def _mapped(rows: Dataset, file: Path, encode: Callable[[Rows], Rows], tolerance
         stacklevel=3,
     )
     file.unlink(missing_ok=True)
-    return _mapped(rows, file, encode, tolerance, **options)
+    return _mapped(rows, file, adapter, **options)
 
 
-def _is_current(encoded: Dataset, rows: Dataset, encode: Callable[[Rows], Rows], tolerance: float) -> bool:
+def _is_current(encoded: Dataset, rows: Dataset, adapter: Adapter) -> bool:
     """Encode a few random rows again, and compare."""
     places = drawn_rows(np.arange(len(rows)))
-    fresh = encode(rows[places])
+    fresh = adapter.encode(rows[places])
     if set(fresh) != set(encoded.column_names):
         return False
     try:
@@ -193,6 +192,7 @@ def _is_current(encoded: Dataset, rows: Dataset, encode: Callable[[Rows], Rows],
     except (pa.ArrowInvalid, pa.ArrowTypeError, TypeError, ValueError):
         return False
     before, now = encoded.with_format("arrow")[places], again.with_format("arrow")[:]
+    tolerance = tolerance_of(adapter.model)
     return all(_same(before[name], now[name], tolerance) for name in encoded.column_names)
 
 

@@ -4,17 +4,26 @@ import numpy as np
 import torch
 from torch import nn
 
+from hf_forward_inf.adapters.base import Adapter
 from hf_forward_inf.utils.models import is_quantised
 
 ROWS = 3
-"""Rows that are compared, drawn at random in every run."""
+"""Rows that are compared, drawn at random."""
 TOLERANCE, HALF_TOLERANCE = 2e-3, 5e-2
 """Largest difference that other batches, threads or devices explain, as a share of the largest value; and the same in
 16 bits or less. Losses in float32 differ by 1e-6 to 1e-4 between batches."""
 
 
+def is_first_use(adapter: Adapter, name: str) -> bool:
+    """Return whether an adapter has not yet computed or compared what has this name: it need not be compared twice."""
+    seen = adapter.__dict__.setdefault("_seen", set())
+    first = name not in seen
+    seen.add(name)
+    return first
+
+
 def drawn_rows(rows: np.ndarray) -> np.ndarray:
-    """Draw a few of some rows: others in every run, whatever the seeds are."""
+    """Draw a few of some rows, whatever the seeds are."""
     return np.sort(np.random.default_rng().choice(rows, min(ROWS, len(rows)), replace=False))
 
 

@@ -10,6 +10,9 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_forward_inf.utils.processes import process_state
 
+SMALL = 2**20
+"""Elements of a buffer that is restored after a forward has written to it; larger ones hold quantised weights."""
+
 
 def device_of(model: nn.Module) -> torch.device:
     """Return the device of the model's first parameter that is in memory, or that of an offloaded model's inputs."""
@@ -40,9 +43,10 @@ def to_device(batch: dict[str, Any], model: nn.Module) -> dict[str, Any]:
 def evaluating(*models: nn.Module) -> Iterator[None]:
     """Switch off dropout, compilation and inference mode: losses are repeatable, hooks run, gradients can be had.
 
-    Every module gets its own mode back afterwards, whatever happens.
+    Every module gets its own mode back afterwards, whatever happens, and the buffers that its forward writes to.
     """
     modes = [(module, module.training) for model in models for module in model.modules()]
+    buffers = [saved for model in models for saved in _small_buffers(model)]
     try:
         for model in models:
             model.eval()
@@ -52,6 +56,24 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+        for module, name, buffer, values in buffers:
+            _restore(module, name, buffer, values)
+
+
+def _small_buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor, Tensor]]:
+    """Yield the buffers in memory that a forward may count or cache in, with a copy of their values."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device.type != "meta" and buffer.numel() <= SMALL:
+                yield module, name, buffer, buffer.detach().clone()
+
+
+def _restore(module: nn.Module, name: str, buffer: Tensor, values: Tensor) -> None:
+    if not torch.equal(buffer, values):
+        with torch.no_grad():
+            buffer.copy_(values)
+    if module._buffers.get(name) is not buffer:
+        module._buffers[name] = buffer
 
 
 @contextmanager

@@ -1,7 +1,11 @@
+import pytest
+
 from hf_forward_inf import AscentConfig, ForwardInf
+from hf_forward_inf.adapters import CausalLMAdapter
 from hf_forward_inf.adapters import language as text
 from hf_forward_inf.adapters.language import tokenizer_state
 from hf_forward_inf.toys.tiny_models import train_tokenizer
+from tests.helpers.causal import untrained
 
 
 def test_a_tokenizers_state_is_the_same_after_its_use():
@@ -15,3 +19,15 @@ def test_a_model_too_large_for_copies_is_stepped_along_the_gradient(model, token
     assert ForwardInf(model, tokenizer).ascent == AscentConfig(direction="kfac", radius=2.0, sample=128).completed()
     monkeypatch.setattr(text, "LARGE", 1000)
     assert ForwardInf(model, tokenizer).ascent == AscentConfig(direction="gradient").completed()
+
+
+def test_a_tokenizer_of_another_family_is_doubted(tokenizer, recwarn):
+    own = untrained("llama", len(tokenizer))
+    CausalLMAdapter(own, tokenizer)
+    CausalLMAdapter(untrained("llama", len(tokenizer) + 20), tokenizer)  # padded embeddings are common
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=r"LlamaForCausalLM's own tokenizer\? It has 600 tokens and the model 1,200"):
+        CausalLMAdapter(untrained("llama", 2 * len(tokenizer)), tokenizer)
+    own.config.eos_token_id, own.config.pad_token_id = 17, 18
+    with pytest.warns(UserWarning, match="its special tokens have other ids"):
+        CausalLMAdapter(own, tokenizer)

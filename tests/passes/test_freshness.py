@@ -19,16 +19,17 @@ def test_losses_whose_code_has_changed_are_computed_again(line, monkeypatch):
     losses = LineAdapter.term_losses
     monkeypatch.setattr(LineAdapter, "term_losses", lambda self, forward, batch: 1.5 * losses(self, forward, batch))
     with pytest.warns(UserWarning, match="not what the model computes now"):
-        scores = ForwardInf(adapter=line).trace(query, ROWS).scores
+        scores = ForwardInf(adapter=LineAdapter(line.model)).trace(query, ROWS).scores
     # 1.5 times the loss: the direction of the step is the same.
     np.testing.assert_allclose(scores, 1.5 * before, rtol=1e-5)
 
 
 def test_a_pass_that_is_as_it_was_is_not_computed_again(line, recwarn):
     expected = LossPass(line, ROWS).base()
-    computed = line.passes
-    np.testing.assert_array_equal(LossPass(line, ROWS).base(), expected)
-    assert line.passes == computed + 1
+    again = LineAdapter(line.model)
+    for _ in range(2):
+        np.testing.assert_array_equal(LossPass(again, ROWS).base(), expected)
+    assert again.passes == 1  # a few rows are compared, once
     assert not recwarn.list
 
 
@@ -37,7 +38,7 @@ def test_rows_that_are_encoded_otherwise_now_are_encoded_again(line, monkeypatch
     own = LineAdapter.encode
     monkeypatch.setattr(LineAdapter, "encode", lambda self, rows: {**own(self, rows), "y": [y + 1 for y in rows["y"]]})
     with pytest.warns(UserWarning, match="encoding candidates: .* encoded again"):
-        now = encode(line, ROWS, "candidates")["y"][:]
+        now = encode(LineAdapter(line.model), ROWS, "candidates")["y"][:]
     assert now == [y + 1 for y in before]
 
 
