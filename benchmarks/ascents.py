@@ -8,6 +8,7 @@ distinct candidates. `*` is the setting that tuning chooses.
 """
 
 import argparse
+from dataclasses import replace
 
 from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf.data import builtin_facts, load_rows
@@ -42,9 +43,9 @@ def main() -> None:
     ascents |= {"radius 1 in K = 3 steps, decoder": AscentConfig(direction="gradient", radius=1.0, steps=3)}
     ascents |= {f"radius {r:g}, all": AscentConfig(direction="gradient", radius=r, modules=["all"]) for r in RADII}
     ascents |= {f"rate {a:g}, K = {k}, all": AscentConfig(learning_rate=a, steps=k, modules=["all"]) for a, k in FIXED}
-    tuned = tracer.tune(task.candidates, radii=RADII)
+    tuned = tracer.tune(task.candidates, [replace(tracer.ascent, radius=radius) for radius in RADII])
     trials = tuned.tuning.trials if tuned.tuning else []
-    own = {trial["radius"]: trial["self_mrr"] * trial["distinct"] for trial in trials if not trial["hubs"]}
+    own = {trial["radius"]: trial["self_mrr"] * trial["distinct"] for trial in trials}
     print("| step | MRR (s.e.) | recall@10 | self |\n| --- | --- | --- | --- |", flush=True)
     for name, ascent in ascents.items():
         row = tracer.with_options(ascent=ascent).trace(task.queries, task.candidates).evaluate(task.proponents)

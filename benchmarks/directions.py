@@ -122,9 +122,13 @@ def main() -> None:
                     )
     if options.tune:
         tracer = ForwardInf(model, tokenizer, ascent=AscentConfig(modules=options.modules), training=training)
-        tuned = tracer.tune(
-            candidates, directions=options.directions, dampings=options.dampings, radii=options.radii, pool=400
-        )
+        settings = [
+            AscentConfig(direction=name, damping=damping, radius=radius, modules=options.modules)
+            for name in options.directions
+            for damping in ([None] if name == "gradient" else options.dampings)
+            for radius in options.radii
+        ]
+        tuned = tracer.tune(candidates, settings, pool=400)
         print(f"\nBy self-retrieval among 400 candidates (* is used):\n{tuned.tuning}")
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "metrics.json").write_text(json.dumps(rows, indent=2) + "\n")

@@ -41,7 +41,6 @@ class Scorer:
         reduction: Literal["sum", "mean"] = "sum",
         measure: Literal["rise", "shift"] = "rise",
         units: Literal["loss", "sensitivity"] | None = None,
-        references: Dataset | None = None,
         training: Dataset | None = None,
         cache_dir: str | Path | None = None,
         max_batch_length: int = MAX_BATCH_LENGTH,
@@ -54,8 +53,7 @@ class Scorer:
             raise ValueError(f"max_batch_length={max_batch_length!r} must be a whole number of at least 1.")
         self._options = {
             "adapter": adapter, "ascent": ascent, "reduction": reduction, "measure": measure, "units": units,
-            "references": references, "training": training, "cache_dir": cache_dir,
-            "max_batch_length": max_batch_length,
+            "training": training, "cache_dir": cache_dir, "max_batch_length": max_batch_length,
         }  # fmt: skip
         self.adapter = adapter
         self.ascent = (ascent or AscentConfig()).completed(adapter.default_ascent)
@@ -64,20 +62,19 @@ class Scorer:
         if self.ascent.mode in adapter.poor_modes:
             _warn_of_mode(self.ascent.mode, adapter.poor_modes[self.ascent.mode])
         self.reduction, self.measure = reduction, measure
-        self.units = units or self._default_units(references)
-        self.references, self.training = references, training
+        self.units = units or self._default_units()
+        self.training = training
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self.max_batch_length = max_batch_length
 
-    def _default_units(self, references: Dataset | None) -> str:
+    def _default_units(self) -> str:
         """Return the adapter's units, if the options allow them."""
-        allowed = references is None and has_length(self.adapter, self.ascent)
-        return self.adapter.default_units if allowed else "loss"
+        return self.adapter.default_units if has_length(self.adapter, self.ascent) else "loss"
 
     @property
     def config(self) -> dict[str, Any]:
         """Everything that scores depend on besides the model and the data."""
-        own = {"reduction": self.reduction, "measure": self.measure, "hubs": self.references is not None}
+        own = {"reduction": self.reduction, "measure": self.measure}
         return {**asdict(self.ascent), **own, "units": self.units, **self.adapter.config}
 
     def with_options(self, **options: Any) -> Self:

@@ -14,7 +14,6 @@ from hf_forward_inf.ascent.lora import RANK
 from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.data.inputs import Given, as_dataset, read_inputs
 from hf_forward_inf.passes.sensitivity import DRAWS
-from hf_forward_inf.scores.corrections import correct_hubs
 from hf_forward_inf.tracing.peft_export import save_perturbation
 from hf_forward_inf.tracing.self_influence import rerank, self_influence
 from hf_forward_inf.tracing.streaming import trace_stream
@@ -54,10 +53,7 @@ class ForwardInf(Scorer):
         units (`str`, *optional*): Units of the scores: `"loss"`, or `"sensitivity"`, which divides them by the RMS
             change of the candidate's loss under 16 random steps of the same length ([`sensitivity`]), so that a
             candidate whose loss moves under any step earns no credit for it. These steps are taken once for all
-            queries. Defaults to the adapter's choice: sensitivity for denoisers, unless steps have no radius or
-            references are given.
-        references (`datasets.Dataset`, *optional*): Reference queries; if given, scores are corrected for candidates
-            whose loss rises for every query ([`corrections.correct_hubs`]).
+            queries. Defaults to the adapter's choice: sensitivity for denoisers, unless steps have no radius.
         training (`datasets.Dataset`, *optional*): The model's training data, for directions that are corrected by
             curvature. Defaults to the candidates of each trace.
         cache_dir (`Path`, *optional*): Where losses are cached. Defaults to the environment variable
@@ -134,7 +130,7 @@ class ForwardInf(Scorer):
         if tune:
             return self.tune(candidates).trace(queries, candidates, top_k, time_budget=time_budget)
         if time_budget is None:
-            scores = self._corrected(queries, candidates)
+            scores = self.in_units(self.score(queries, candidates), candidates)
             scored = np.arange(len(candidates))
         else:
             scores, scored = self._within(time_budget, queries, candidates)
@@ -259,13 +255,6 @@ class ForwardInf(Scorer):
         """
         return save_perturbation(self, query, Path(folder), rank)
 
-    def _corrected(self, queries: Dataset, candidates: Dataset) -> np.ndarray:
-        """Compute scores in the attributor's units, corrected for hubs if there are references."""
-        scores = self.in_units(self.score(queries, candidates), candidates)
-        if self.references is None:
-            return scores
-        return correct_hubs(scores, self.in_units(self.score(self.references, candidates), candidates))
-
     def _within(self, seconds: float, queries: Dataset, candidates: Dataset) -> tuple[np.ndarray, np.ndarray]:
         """Return scores of the candidates that can be scored in the given time, and these candidates' row numbers."""
         scores = np.full((len(queries), len(candidates)), np.nan, dtype=np.float32)
@@ -274,6 +263,7 @@ class ForwardInf(Scorer):
         tracer = self.with_options(training=candidates) if self.training is None else self
         with uncached(), progress_bars(False):  # slices differ from run to run
             for rows in slices(order, seconds):
-                scores[:, rows] = tracer._corrected(queries, candidates.select(rows))
+                part = candidates.select(rows)
+                scores[:, rows] = tracer.in_units(tracer.score(queries, part), part)
                 scored.append(rows)
         return scores, np.sort(np.concatenate(scored))

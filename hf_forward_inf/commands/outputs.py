@@ -95,10 +95,7 @@ def plotted(draw: Callable[[Any], str], data: Any) -> str:
 
 def settings(tracer: ForwardInf) -> dict[str, Any]:
     """Return the options of the tracer's ascent, as `metrics.json` names them."""
-    return {
-        **{f"ascent/{name}": value for name, value in asdict(tracer.ascent).items() if value is not None},
-        "hubs_corrected": tracer.references is not None,
-    }
+    return {f"ascent/{name}": value for name, value in asdict(tracer.ascent).items() if value is not None}
 
 
 def environment(options: Any) -> dict[str, Any]:

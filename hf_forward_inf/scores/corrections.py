@@ -1,32 +1,6 @@
-"""Corrections for hubs: candidates whose loss rises for every query."""
+"""Corrections of scores: relative to those of other queries."""
 
 import numpy as np
-
-
-def correct_hubs(scores: np.ndarray, references: np.ndarray) -> np.ndarray:
-    """Return scores divided by each candidate's mean score for reference queries.
-
-    `score / (hub + floor)`, where `hub` is the candidate's mean score over the references, at least 0, without its
-    highest one (which may come from a reference that was drawn from the candidates), and `floor` the mean of all hubs,
-    which keeps candidates with a hub near 0 from winning by division.
-
-    Args:
-        scores (`np.ndarray`): Scores, `[queries, candidates]`.
-        references (`np.ndarray`): Scores of at least 2 unrelated queries for the same candidates, `[references,
-            candidates]`.
-
-    Returns:
-        `np.ndarray`: Corrected scores, float32 `[queries, candidates]`, without a unit.
-
-    Raises:
-        ValueError: If there are fewer than 2 references.
-    """
-    if len(references) < 2:
-        raise ValueError(f"Correcting hubs needs at least 2 reference queries, not {len(references)}.")
-    known = np.nan_to_num(references, nan=0.0)
-    hub = np.sort(known, axis=0)[:-1].mean(axis=0).clip(min=0)
-    floor = hub.mean() or 1.0
-    return (scores / (hub + floor)).astype(np.float32)
 
 
 def standardised(scores: np.ndarray, deviation: np.ndarray | float | None = None) -> np.ndarray:

@@ -98,11 +98,11 @@ def trace_stream(
 
     Raises:
         TypeError: If `stream` is not a stream.
-        ValueError: If it is empty, a chunk of it can't be read or traced (the message names the rows), the tracer
-            corrects hubs by references, or the folder holds the progress of another run.
+        ValueError: If it is empty, a chunk of it can't be read or traced (the message names the rows), or the
+            folder holds the progress of another run.
     """
     known_deviation = 1.0 if tracer.units == "sensitivity" else None
-    _check(tracer, stream, top_k=top_k, chunk_size=chunk_size)
+    _check(stream, top_k=top_k, chunk_size=chunk_size)
     if standardise:
         check_enough(len(queries), 3 if known_deviation is None else 2)
     stream = stream.with_format("arrow")  # a copy, with a position of its own
@@ -131,18 +131,13 @@ def trace_stream(
     return replace(best.keep(top_k), config={**best.config, **counts})
 
 
-def _check(tracer: Scorer, stream: Any, **sizes: int) -> None:
+def _check(stream: Any, **sizes: int) -> None:
     """Refuse what can't be traced as a stream, before anything is read."""
     if not isinstance(stream, IterableDataset):
         raise TypeError(f"A stream is a datasets.IterableDataset, not {type(stream).__name__}: give that to trace().")
     for name, value in sizes.items():
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1.")
-    if tracer.references is not None:
-        raise ValueError(
-            "Correcting hubs needs the mean over all candidates, which a single chunk does not have: "
-            "leave references out."
-        )
 
 
 def _empty(tracer: Scorer, queries: Dataset, standardise: bool) -> Attribution:

@@ -30,7 +30,7 @@ def explain(tracer: Scorer, found: Attribution, k: int = 10) -> Attribution:
     Returns:
         `Attribution`: The same with `details`, a row for each of these candidates: `query`, `candidate`, `terms` (the
         tokens' texts) and `term_scores` (float32, nats). They sum to the score if `reduction="sum"`, `units="loss"`
-        and scores are neither corrected for hubs nor standardised.
+        and scores are not standardised.
 
     Raises:
         NotImplementedError: If the adapter does not say what the terms of its loss stand for.
