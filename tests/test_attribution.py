@@ -73,7 +73,8 @@ def test_it_comes_back_from_disk(found, tmp_path, top_k):
     again = Attribution.load_from_disk(tmp_path / "saved")
     np.testing.assert_array_equal(again.scores, kept.scores)
     assert (again.indices is None) == (top_k is None)
-    assert again.candidates.to_list() == CANDIDATES.to_list()
+    used = CANDIDATES if top_k is None else CANDIDATES.select([0, 1, 2])
+    assert again.candidates.to_list() == used.to_list()
     assert again.top(0, 2).to_list() == kept.top(0, 2).to_list()
     assert (again.method, again.config) == (kept.method, kept.config)
     assert not list(tmp_path.rglob("*.pkl")) and not list(tmp_path.rglob("*.pt"))
@@ -91,7 +92,7 @@ def test_some_queries_can_be_kept(found):
 def test_a_folder_of_a_newer_version_is_refused(found, tmp_path):
     found.save_to_disk(tmp_path)
     about = tmp_path / "attribution.json"
-    about.write_text(about.read_text().replace('"format": 1', '"format": 99'))
+    about.write_text(about.read_text().replace('"format": 2', '"format": 99'))
     with pytest.raises(ValueError, match="newer hf_forward_inf"):
         Attribution.load_from_disk(tmp_path)
 
@@ -112,8 +113,43 @@ def test_wrong_numbers_are_refused(found):
         Attribution(SCORES[:1], QUERIES, CANDIDATES)
 
 
-def test_it_tells_what_it_is(found):
-    assert repr(found.keep(3)) == "Attribution(forward_inf: 2 queries x 4 candidates, top 3)"
+def test_it_shows_its_best_rows_and_a_verdict(found):
+    lines = repr(found.keep(3)).splitlines()
+    assert lines[0] == "Attribution(forward_inf: 2 queries x 4 candidates, top 3)"
+    assert lines[1].startswith("0. q0") and "Only 4 training rows have a score" in lines[2]
+    assert lines[3].split() == ["1.", "2", "row", "1:", "b"]
+
+
+def test_one_query_or_some_are_taken_out_and_iterated_over(found):
+    assert found[1].queries["text"][:] == ["q1"] and found[-1].top(0)["text"][:] == ["c", "b"]
+    assert len(found[:1]) == 1 and [one.queries[0]["text"] for one in found] == ["q0", "q1"]
+    with pytest.raises(IndexError, match="no query 2"):
+        found[2]
+
+
+def test_a_data_frame_begins_with_rank_and_score(found):
+    frame = found.to_pandas(2)
+    assert frame.columns.tolist() == ["rank", "score", "level", "query", "candidate", "text"]
+    assert frame["text"].tolist() == ["b", "a", "c", "b"] and frame["query"].tolist() == [0, 0, 1, 1]
+
+
+def test_rows_to_remove_are_those_of_all_queries_once(found):
+    assert found.rows_to_remove(2) == [0, 1, 2]
+    assert found.rows_to_remove(1) == [1, 2]
+
+
+def test_only_rows_that_are_referred_to_are_saved_and_keep_their_numbers(tmp_path):
+    rows = Dataset.from_dict({"text": [f"row {i}" for i in range(300)]})
+    scores = np.zeros((2, 300), np.float32)
+    scores[0, [250, 7]], scores[1, [299, 7]] = [5, 4], [3, 2]
+    found = Attribution(scores, QUERIES, rows).keep(2)
+    found.save_to_disk(tmp_path)
+    again = Attribution.load_from_disk(tmp_path)
+    assert again.candidates["text"][:] == ["row 7", "row 250", "row 299"] and again.total == 300
+    assert again.top(0)["candidate"][:] == [250, 7] and again.top(1)["text"][:] == ["row 299", "row 7"]
+    assert again.rows_to_remove() == [7, 250, 299]
+    assert again.evaluate([[250], [7]], ks=(1,))["mrr"] == 0.75
+    assert again.verdict(0) == found.verdict(0) and again.backgrounds == found.backgrounds
 
 
 def test_fewer_than_one_candidate_is_refused(found):

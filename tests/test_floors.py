@@ -11,7 +11,7 @@ PACKAGE, RECIPES = ROOT / "hf_forward_inf", ROOT / "recipes"
 FLOORS = [
     "utils",
     "adapters data scores report",
-    "ascent attribution plan",
+    "ascent attribution plan saving",
     "passes",
     "curvature",
     "baselines",

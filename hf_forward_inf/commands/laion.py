@@ -1,7 +1,6 @@
 """The run of `laion`: pictures that a pipeline drew, traced over a stream of captioned pictures."""
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ from datasets import Dataset, IterableDataset, load_from_disk
 
 from hf_forward_inf.adapters import DiffusionAdapter
 from hf_forward_inf.ascent.config import AscentConfig
-from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.commands.options import LaionOptions
 from hf_forward_inf.commands.outputs import Run
 from hf_forward_inf.data import load_captioned
@@ -67,7 +65,7 @@ def laion_run(options: LaionOptions, ascent: AscentConfig) -> dict[str, Any]:
         queries, stream, top_k=options.top_k, chunk_size=options.chunk_size, standardise=len(queries) >= 3,
         folder=run.folder / UNFINISHED,
     )  # fmt: skip
-    found = _first(found, len(asked))
+    found = found.select(range(len(asked))).compact()
     streamed, unscored = found.config["streamed"], found.config["unscored"]
     say(f"{streamed:,} candidates traced, {unscored:,} of them without a score.")
     metrics = {
@@ -80,15 +78,6 @@ def laion_run(options: LaionOptions, ascent: AscentConfig) -> dict[str, Any]:
     if process_state().is_main_process:
         shutil.rmtree(run.folder / UNFINISHED)
     return written
-
-
-def _first(found: Attribution, count: int) -> Attribution:
-    """Return the first queries, with those candidates that are among their best."""
-    found = found.select(range(count))
-    assert found.indices is not None
-    rows = np.unique(found.indices)
-    indices = np.searchsorted(rows, found.indices)
-    return replace(found, candidates=found.candidates.select(rows), indices=indices)
 
 
 def _source(options: LaionOptions, seed: int) -> tuple[DiffusionAdapter, IterableDataset]:

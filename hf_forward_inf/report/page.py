@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from hf_forward_inf.report.gallery import heatmap, pictures_of
+from hf_forward_inf.scores.levels import Background
 from hf_forward_inf.utils.rows import LAYOUTS, SENTINEL, rather_than, text_and_target, text_columns, without_sentinels
 
 CAPTIONS = (None, ("caption",), ("text",))
@@ -48,12 +49,35 @@ class Ranked(Protocol):
         ...
 
     @property
+    def scores(self) -> np.ndarray:
+        """Scores, `[queries, candidates]`, or `[queries, top_k]` with `indices`."""
+        ...
+
+    @property
+    def indices(self) -> np.ndarray | None:
+        """The best candidates of each query, where only these were kept."""
+        ...
+
+    @property
+    def total(self) -> int:
+        """Number of candidates that were traced."""
+        ...
+
+    @property
     def details(self) -> Dataset | None:
         """Scores of single tokens or places, for some pairs."""
         ...
 
     def top(self, query: int, k: int = 10) -> Dataset:
         """Return the best candidates of one query, best first."""
+        ...
+
+    def background(self, query: int) -> Background | None:
+        """Return what all scores of a query look like."""
+        ...
+
+    def verdict(self, query: int) -> str:
+        """Say in a sentence whether anything stands out."""
         ...
 
 
@@ -104,7 +128,7 @@ def write_report(
         title=title or f"Which training examples made the model {'draw' if drawn else 'say'} this?",
         measured=SHIFT if attribution.config.get("measure") == "shift" else RISE + ("" if drawn else " (in nats)"),
         method=attribution.method,
-        candidates=attribution.config.get("streamed", len(attribution.candidates)),
+        candidates=attribution.total,
         config={name: value for name, value in attribution.config.items() if value is not None and name != "run"},
         metrics=metrics or {},
         figures=sorted({name for row in (metrics or {}).values() for name in row}, key=_figure_order),

@@ -62,7 +62,9 @@ def rerank(tracer: Scorer, found: Attribution, k: int) -> Attribution:
         shares = np.where(own > 0, best.scores / own, np.nan).astype(np.float32)
     order = np.stack([best_first(row) for row in shares])
     scores, indices = (np.take_along_axis(values, order, axis=1) for values in (shares, best.indices))
-    return replace(best, scores=scores, indices=indices, config={**best.config, "reranked": True})
+    stage = None if best.stage is None else np.take_along_axis(best.stage, order, axis=1)
+    config = {**best.config, "reranked": True}
+    return replace(best, scores=scores, indices=indices, config=config, stage=stage, backgrounds=None)
 
 
 def _is_one_plain_step(tracer: Scorer) -> bool:

@@ -93,8 +93,8 @@ def trace_stream(
 
     Returns:
         `Attribution`: Scores `[queries, top_k]`. Its candidates are the best rows in stream order, with a column
-        `stream_row` for their row number in the stream. Its `config` counts the rows read (`streamed`) and those
-        without a finite loss (`unscored`), which a warning names too.
+        `stream_row` for their row number in the stream, by which `top` and the others name them. Its `config` counts
+        the rows read (`streamed`) and those without a finite loss (`unscored`), which a warning names too.
 
     Raises:
         TypeError: If `stream` is not a stream.
@@ -128,7 +128,10 @@ def trace_stream(
     if progress.streamed == 0:
         raise ValueError("There are no candidates: the stream is empty.")
     counts = {"streamed": progress.streamed, "unscored": progress.unscored}
-    return replace(best.keep(top_k), config={**best.config, **counts})
+    return replace(
+        best.keep(top_k), config={**best.config, **counts}, backgrounds=None, traced=progress.streamed,
+        rows=np.array(best.candidates[STREAM_ROW][:], dtype=np.int64),
+    )  # fmt: skip
 
 
 def _check(stream: Any, **sizes: int) -> None:

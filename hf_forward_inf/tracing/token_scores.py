@@ -44,7 +44,8 @@ def explain(tracer: Scorer, found: Attribution, k: int = 10) -> Attribution:
             rows = found.top(i, k)["candidate"]
             if not len(rows):
                 continue
-            features = adapter.encode(adapter.prepare(candidates.select_columns(columns))[list(rows)])
+            places = found.ranking(i)[: len(rows)]
+            features = adapter.encode(adapter.prepare(candidates.select_columns(columns))[places.tolist()])
             term_scores: list[np.ndarray] = []
             for part in _together(adapter, features):
                 term_scores += [*rises(tracer, theta_k, mirrored, part).cpu().numpy()]

@@ -1,0 +1,1 @@
+"""How a result is saved: in a folder, and on the hub."""

@@ -1,0 +1,136 @@
+"""Levels: which candidates stand out among all scores of their query.
+
+The null is the query's own scores: few candidates cause an output, so the others show what a score is that means
+nothing. `benchmarks/levels.py` measures false alarms and hits.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+Level = Literal["strong", "some", "none"]
+STRONG = 1000.0
+"""A candidate this many spreads above the median is strong, in whatever unit scores are."""
+SOME = 50.0
+"""A candidate this many spreads above the median has some effect if it is also [`NATS`] above it."""
+NATS = 12.0
+"""A rise of the loss that makes an example e^12 times, or some 100,000 times, less probable."""
+EXTREME = 0.02
+"""Share of scores, the farthest from the median, that don't count for the spread: causes may be among them."""
+FEWEST = 100
+"""Fewer scores say nothing about what stands out."""
+RULE = (
+    f"A row is strong if its score is {STRONG:,.0f} spreads above the median of its query's scores, and some if it is "
+    f"{SOME:.0f} spreads and {NATS:.0f} nats above it; the spread is the root mean square distance from the median, "
+    f"without the most extreme {EXTREME:.0%}."
+)
+"""The rule in one line."""
+
+
+@dataclass(frozen=True)
+class Background:
+    """What all scores of one query look like: the null that its best candidates are compared with.
+
+    Args:
+        count (`int`): Number of scores that were computed and are finite.
+        median (`float`): Their median.
+        spread (`float`): Root mean square distance from the median, without the most extreme 2%.
+        strong (`int`): Number of strong candidates.
+        some (`int`): Number of those with some effect.
+        percentiles (`list[float]`): 101 of them, from the lowest score to the highest.
+    """
+
+    count: int
+    median: float
+    spread: float
+    strong: int
+    some: int
+    percentiles: list[float]
+
+    def distance(self, scores: np.ndarray) -> np.ndarray:
+        """Return how many spreads scores lie above the median."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return (np.asarray(scores, dtype=float) - self.median) / self.spread
+
+    def levels(self, scores: np.ndarray, nats: bool) -> list[Level] | None:
+        """Return the level of each score; `None` if there are too few scores to compare with.
+
+        Args:
+            scores (`np.ndarray`): Scores of this query.
+            nats (`bool`): Whether they are rises of a language model's loss, in nats.
+        """
+        if self.count < FEWEST:
+            return None
+        distance = self.distance(scores)
+        some = (distance >= SOME) & (np.asarray(scores) - self.median >= NATS) if nats else np.zeros(len(scores), bool)
+        return [
+            "strong" if far >= STRONG else "some" if marked else "none"
+            for far, marked in zip(distance, some, strict=True)
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as a row of a table."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any]) -> "Background":
+        """Return what [`to_dict`] has returned."""
+        return cls(**row)
+
+
+def background(scores: np.ndarray, computed: np.ndarray | None = None, nats: bool = False) -> Background:
+    """Describe all scores of one query.
+
+    Args:
+        scores (`np.ndarray`): Scores, `[candidates]`; NaN for none.
+        computed (`np.ndarray`, *optional*): bool `[candidates]`: the scores that were computed; others don't count.
+        nats (`bool`, defaults to `False`): Whether scores are rises of a language model's loss, in nats.
+    """
+    known = np.isfinite(scores) if computed is None else np.isfinite(scores) & computed
+    values = scores[known].astype(float)
+    if not len(values):
+        return Background(0, 0.0, 0.0, 0, 0, [0.0] * 101)
+    median = float(np.median(values))
+    percentiles = np.percentile(values, np.arange(101)).tolist()
+    found = Background(len(values), median, _spread(values - median), 0, 0, percentiles)
+    levels = found.levels(values, nats) or []
+    return Background(len(values), median, found.spread, levels.count("strong"), levels.count("some"), percentiles)
+
+
+def _spread(distances: np.ndarray) -> float:
+    """Return the root mean square, without the most extreme; of all of them where the others are equal."""
+    ordered = np.sort(np.abs(distances))
+    inner = ordered[: max(1, len(ordered) - max(3, round(EXTREME * len(ordered))))]
+    return float(np.sqrt(np.mean(inner**2)) or np.sqrt(np.mean(ordered**2)) or 1.0)
+
+
+def sentence(found: Background | None, best: float | None, nats: bool) -> str:
+    """Say in a sentence whether anything stands out.
+
+    Args:
+        found (`Background`, *optional*): All scores of the query; `None` if only its best are known.
+        best (`float`, *optional*): The highest score; `None` if there is none.
+        nats (`bool`): Whether scores are rises of a language model's loss, in nats.
+    """
+    if best is None:
+        return "No scores: the gradient of the query is zero or not finite."
+    if found is None:
+        return "Only the best scores are known: whether they stand out can't be said."
+    if found.count < FEWEST:
+        return (
+            f"Only {found.count} training rows have a score: too few to say whether one stands out "
+            f"(that takes {FEWEST})."
+        )
+    marked = found.strong + found.some
+    if marked:
+        row = "training row stands out" if marked == 1 else "training rows stand out"
+        how = ", strongly" if found.strong == marked else f", {found.strong} of them strongly" if found.strong else ""
+        return f"{marked:,} of {found.count:,} {row}{how}."
+    if nats:
+        return f"Nothing in this data stands out: none of {found.count:,} training rows."
+    return (
+        f"No training row stands out beyond doubt: the best of {found.count:,} is "
+        f"{float(found.distance(np.array([best]))[0]):,.0f} spreads above the median."
+    )

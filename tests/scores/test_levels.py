@@ -1,0 +1,87 @@
+import numpy as np
+import pytest
+from datasets import Dataset
+
+from hf_forward_inf import Attribution
+from hf_forward_inf.scores.levels import background
+
+NATS = {"units": "loss", "reduction": "sum", "measure": "rise", "hubs": False}
+
+
+def traced(scores, **options):
+    rows = Dataset.from_dict({"text": [f"row {i}" for i in range(len(scores))]})
+    options = {"config": NATS, **options}
+    return Attribution(np.array([scores], np.float32), Dataset.from_dict({"text": ["q"]}), rows, **options)
+
+
+@pytest.fixture
+def noise():
+    return np.random.default_rng(0).normal(scale=0.01, size=400)
+
+
+def test_the_spread_is_that_of_the_inner_98_percent(noise):
+    noise[:8] = 100.0
+    found = background(noise)
+    inner = np.sort(np.abs(noise - np.median(noise)))[:392]
+    assert found.spread == pytest.approx(np.sqrt(np.mean(inner**2)))
+    assert found.median == pytest.approx(np.median(noise)) and found.count == 400
+
+
+def test_a_candidate_far_above_all_others_is_strong_and_a_nearer_one_has_some_effect(noise):
+    noise[3], noise[5], noise[9] = 15.0, 12.5 * 0.01 * 50, 0.3
+    found = traced(noise * 3)  # spreads of 0.03: 1,500, 625 and 30 of them
+    assert found.levels(0, 4) == ["strong", "some", "none", "none"]
+    assert found.verdict(0) == "2 of 400 training rows stand out, 1 of them strongly."
+    assert found.top(0, 2)["level"][:] == ["strong", "some"]
+    assert found.to_dataset(2)["level"][:] == ["strong", "some"]
+
+
+def test_noise_has_no_level_however_wide_it_is(noise):
+    for scale in (0.01, 1.0, 1e4):
+        found = traced(noise * scale)
+        assert set(found.levels(0)) == {"none"}
+        assert found.verdict(0).startswith("Nothing in this data stands out")
+
+
+def test_a_rise_of_few_nats_is_no_effect_and_other_units_have_strong_ones_only(noise):
+    noise[3] = 11.0 / 3
+    assert traced(noise * 3).levels(0, 1) == ["none"]  # 366 spreads, but 11 nats
+    noise[3] = 13.0 / 3
+    assert traced(noise * 3).levels(0, 1) == ["some"]
+    other = traced(noise * 3, method="tracin")
+    assert other.levels(0, 1) == ["none"] and "beyond doubt: the best of 400 is 4" in other.verdict(0)
+    noise[3] = 15.0
+    assert traced(noise, method="tracin").levels(0, 1) == ["strong"]
+
+
+def test_levels_are_the_same_where_only_the_best_are_kept(noise):
+    noise[3], noise[5] = 15.0, 6.0
+    found = traced(noise * 3)
+    assert found.keep(3).levels(0) == found.levels(0, 3) and found.keep(1).verdict(0) == found.verdict(0)
+
+
+def test_scores_that_were_not_computed_are_no_part_of_the_null(noise):
+    noise[3] = 15.0
+    computed = np.zeros((1, 400), bool)
+    computed[0, :150] = True
+    scores = np.where(computed[0], noise * 3, 0.0)
+    found = traced(scores, stage=computed)
+    assert found.background(0).count == 150
+    assert found.background(0).spread == pytest.approx(traced(scores[:150]).background(0).spread)
+    assert found.levels(0, 2) == ["strong", "none"] == found.keep(2).levels(0)
+
+
+def test_few_scores_or_only_the_best_have_no_level(noise):
+    few = traced(noise[:50])
+    assert few.levels(0) is None and "Only 50 training rows have a score" in few.verdict(0)
+    best = Attribution(
+        np.ones((1, 2), np.float32), few.queries, few.candidates, indices=np.array([[1, 2]]), config=NATS
+    )
+    assert best.levels(0) is None and "can't be said" in best.verdict(0)
+    assert "No scores" in traced(np.full(200, np.nan)).verdict(0)
+
+
+def test_one_other_score_among_equal_ones_is_not_infinitely_far():
+    scores = np.zeros(300)
+    scores[7] = 20.0
+    assert traced(scores).levels(0, 1) == ["none"]
