@@ -13,17 +13,15 @@ from typing_extensions import Self
 
 from hf_forward_inf.adapters import Adapter, choose_adapter
 from hf_forward_inf.ascent.config import AscentConfig
-from hf_forward_inf.ascent.parameters import has_length, names_for
 from hf_forward_inf.ascent.steps import Mirrored
 from hf_forward_inf.curvature.perturber import Perturber
 from hf_forward_inf.passes.candidate_pass import MAX_BATCH_LENGTH, encode
 from hf_forward_inf.passes.loss_pass import LossPass, ShiftPass
-from hf_forward_inf.passes.sensitivity import DRAWS, sensitivity
 from hf_forward_inf.utils.models import evaluating
 
 PASSES = {"rise": LossPass, "shift": ShiftPass}
 """What a score measures of a candidate, and the pass that computes it."""
-CHOICES = {"reduction": ("sum", "mean"), "measure": tuple(PASSES), "units": (None, "loss", "sensitivity")}
+CHOICES = {"reduction": ("sum", "mean"), "measure": tuple(PASSES), "units": (None, "loss", "base_loss")}
 
 
 class Scorer:
@@ -40,7 +38,7 @@ class Scorer:
         ascent: AscentConfig | None = None,
         reduction: Literal["sum", "mean"] = "sum",
         measure: Literal["rise", "shift"] = "rise",
-        units: Literal["loss", "sensitivity"] | None = None,
+        units: Literal["loss", "base_loss"] | None = None,
         training: Dataset | None = None,
         cache_dir: str | Path | None = None,
         max_batch_length: int = MAX_BATCH_LENGTH,
@@ -62,14 +60,12 @@ class Scorer:
         if self.ascent.mode in adapter.poor_modes:
             _warn_of_mode(self.ascent.mode, adapter.poor_modes[self.ascent.mode])
         self.reduction, self.measure = reduction, measure
-        self.units = units or self._default_units()
+        self.units = units or ("loss" if measure == "shift" else adapter.default_units)
+        if measure == "shift" and self.units != "loss":
+            raise ValueError("units='base_loss' is for rises of the loss: leave it out with measure='shift'.")
         self.training = training
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self.max_batch_length = max_batch_length
-
-    def _default_units(self) -> str:
-        """Return the adapter's units, if the options allow them."""
-        return self.adapter.default_units if has_length(self.adapter, self.ascent) else "loss"
 
     @property
     def config(self) -> dict[str, Any]:
@@ -135,22 +131,22 @@ class Scorer:
     def in_units(
         self, scores: np.ndarray, candidates: Dataset, scratch: Path | None = None, first_row: int = 0
     ) -> np.ndarray:
-        """Convert the scores that [`score`] returns to the attributor's units."""
+        """Convert the scores that [`score`] returns to the attributor's units.
+
+        Raises:
+            ValueError: If the units are base losses, and one is negative.
+        """
         if self.units == "loss":
             return scores
-        with warnings.catch_warnings():  # score has warned about unreadable rows
+        with warnings.catch_warnings(), evaluating(self.adapter.model):  # score has warned about unreadable rows
             warnings.simplefilter("ignore", UserWarning)
-            own = self.row_sensitivity(candidates, DRAWS, scratch, first_row)
+            loss = self.candidate_pass(candidates, scratch, first_row)
+            base = loss.base() / (loss.terms if self.reduction == "mean" else 1)
+        if (base < 0).any():
+            row = first_row + int(np.argmax(base < 0))
+            raise ValueError(f"units='base_loss' divides by losses, and that of candidate {row} is negative.")
         with np.errstate(invalid="ignore", divide="ignore"):
-            return np.where(own > 0, scores / own, np.nan).astype(np.float32)
-
-    def row_sensitivity(
-        self, rows: Dataset, draws: int, scratch: Path | None = None, first_row: int = 0
-    ) -> np.ndarray:
-        """Return each row's sensitivity ([`passes.sensitivity.sensitivity`]); arguments as in [`score`]."""
-        names = names_for(self.adapter, self.ascent)
-        with evaluating(self.adapter.model):
-            return sensitivity(self.candidate_pass(rows, scratch, first_row), names, self.ascent, draws)
+            return np.where(base > 0, scores / base, np.nan).astype(np.float32)
 
 
 @cache

@@ -139,11 +139,11 @@ class Attribution:
     def standardised(self) -> "Attribution":
         """Return scores relative to each candidate's scores for all queries; see [`corrections.standardised`].
 
-        Scores in units of the candidates' sensitivity (`ForwardInf(units="sensitivity")`) stay in these units: only
-        their mean is subtracted.
+        Scores in units of the candidates' losses (`ForwardInf(units="base_loss")`) stay in these units: only their
+        mean is subtracted.
 
         Raises:
-            ValueError: If there are fewer than 3 queries (in units of sensitivity, fewer than 2), or only the best
+            ValueError: If there are fewer than 3 queries (in units of base losses, fewer than 2), or only the best
                 candidates were kept or scored.
         """
         if self.stage is not None and not self.stage.all():
@@ -156,7 +156,7 @@ class Attribution:
                 "Only each query's best candidates are here, which differ from query to query: standardise before "
                 "keeping them (trace without top_k)."
             )
-        known = 1.0 if self.config.get("units") == "sensitivity" else None
+        known = 1.0 if self.config.get("units") == "base_loss" else None
         config = {**self.config, "standardised": True}
         return replace(self, scores=standardised(self.scores, known), config=config)
 

@@ -13,7 +13,6 @@ from hf_forward_inf.ascent.config import AscentConfig
 from hf_forward_inf.ascent.lora import RANK
 from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.data.inputs import Given, as_dataset, read_inputs
-from hf_forward_inf.passes.sensitivity import DRAWS
 from hf_forward_inf.tracing.peft_export import save_perturbation
 from hf_forward_inf.tracing.self_influence import rerank, self_influence
 from hf_forward_inf.tracing.streaming import trace_stream
@@ -34,7 +33,7 @@ class ForwardInf(Scorer):
     So the model is perturbed once for the query, and every candidate's score is how much its loss rises:
     **higher means a stronger proponent**, about 0 means unrelated, below 0 means that unlearning the query helps the
     candidate. Scores are differences of losses (in nats) and grow with the radius; for denoisers they are divided by
-    the RMS change of the candidate's loss under random steps.
+    the candidate's loss.
 
     The model is left as it was: the same parameters, training mode and hooks after `trace` as before.
 
@@ -50,10 +49,9 @@ class ForwardInf(Scorer):
             `"shift"` of its prediction: the norm of the change of its centred logits, whatever its label. A shift
             finds copies and near-duplicates (`recipes/leakage.py`); it has no sign, so it does not say whether the
             candidate supports the query or opposes it.
-        units (`str`, *optional*): Units of the scores: `"loss"`, or `"sensitivity"`, which divides them by the RMS
-            change of the candidate's loss under 16 random steps of the same length ([`sensitivity`]), so that a
-            candidate whose loss moves under any step earns no credit for it. These steps are taken once for all
-            queries. Defaults to the adapter's choice: sensitivity for denoisers, unless steps have no radius.
+        units (`str`, *optional*): Units of the scores: `"loss"`, or `"base_loss"`, which divides each rise by the
+            candidate's loss: a candidate with a high loss rises under any step, and earns no credit for it. Defaults
+            to the adapter's choice: base losses for denoisers.
         training (`datasets.Dataset`, *optional*): The model's training data, for directions that are corrected by
             curvature. Defaults to the candidates of each trace.
         cache_dir (`Path`, *optional*): Where losses are cached. Defaults to the environment variable
@@ -190,26 +188,6 @@ class ForwardInf(Scorer):
         """
         return self_influence(self, as_dataset(rows, "candidates"))
 
-    def sensitivity(self, rows: Dataset, draws: int = DRAWS) -> np.ndarray:
-        """Compute the RMS change of each training example's loss under random steps of the ascent's radius.
-
-        An example whose loss moves under any step has high scores for every query, and a memorised one low scores, so
-        scores can be divided by it (`ForwardInf(units="sensitivity")`). It is the same for all queries, and costs
-        `draws` forward passes over the rows.
-
-        Args:
-            rows (`datasets.Dataset`): Training examples, with the columns of [`trace`].
-            draws (`int`, defaults to 16): Number of random steps.
-
-        Returns:
-            `np.ndarray`: float32 `[rows]`, the root mean square of the rises (with `measure="shift"`, of the shifts);
-            NaN where an example has no finite loss.
-
-        Raises:
-            ValueError: If the ascent has a fixed learning rate or a LoRA, whose steps have no radius in weight space.
-        """
-        return self.row_sensitivity(rows, draws)
-
     def rerank(self, found: Attribution, k: int = 100) -> Attribution:
         """Sort the best candidates of each query by score / self-influence.
 
@@ -226,7 +204,7 @@ class ForwardInf(Scorer):
             self-influence is not above 0.
 
         Raises:
-            ValueError: If the attribution's units are sensitivity.
+            ValueError: If the attribution's units are base losses.
         """
         return rerank(self, found, k)
 

@@ -37,7 +37,7 @@ from hf_forward_inf.utils.processes import say
 def main(options: DiffusionOptions, ascent: AscentConfig) -> dict[str, Any]:
     """Teach exemplars, draw their captions, trace the drawings, and see where the exemplars are ranked.
 
-    Bare figures: Forward-INF, scores standardised over the queries, in units of the candidates' sensitivity. Others
+    Bare figures: Forward-INF, scores standardised over the queries, in units of the candidates' losses. Others
     under their names: directions and units ([`traced`]), `pixel_distance`, `representation`, `denoiser_features`,
     `bm25`, and `low_loss` and `learned`, which ignore the query ([`controls`]). `drawings/...`: how far drawings are
     from their exemplar.

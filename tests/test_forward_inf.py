@@ -8,8 +8,9 @@ from datasets import load_from_disk
 from transformers import BertConfig, BertModel, pipeline
 
 from hf_forward_inf import AscentConfig, ForwardInf
-from hf_forward_inf.adapters import Seq2SeqAdapter
+from hf_forward_inf.adapters import Seq2SeqAdapter, TensorAdapter
 from hf_forward_inf.algorithm import _warn_of_mode
+from tests.helpers import digits
 from tests.helpers.line import assert_same_state, points, state
 
 
@@ -48,6 +49,32 @@ def test_scores_are_those_of_the_algorithm_written_out_by_hand(tracer, tokenizer
         np.testing.assert_allclose(found.scores[i], expected, atol=2e-4)
     assert found.scores.dtype == np.float32
     assert found.scores.shape == (3, 40)
+
+
+def test_rises_are_shares_of_the_candidates_losses_on_request():
+    network, rows = digits.perceptron(), digits.rows(90, 100)
+    data = rows.with_format("torch")[:]
+    losses = torch.nn.functional.cross_entropy(network(data["x"]), data["label"], reduction="none").detach().numpy()
+    tracer = ForwardInf(adapter=TensorAdapter(network), ascent=AscentConfig(direction="gradient", radius=0.1))
+    shares = tracer.with_options(units="base_loss")
+    plain, found = (one.trace(rows.select(range(3)), rows) for one in (tracer, shares))
+    np.testing.assert_allclose(found.scores, plain.scores / losses, rtol=1e-5)
+    assert (plain.config["units"], found.config["units"]) == ("loss", "base_loss")
+    np.testing.assert_allclose(found.standardised().scores, found.scores - found.scores.mean(axis=0), atol=1e-5)
+    with pytest.raises(ValueError, match="units='loss'"):
+        shares.rerank(found)
+    with pytest.raises(ValueError, match="leave it out with measure='shift'"):
+        shares.with_options(measure="shift")
+    sure = ForwardInf(adapter=TensorAdapter(network, objective="margin"), units="base_loss", ascent=tracer.ascent)
+    with pytest.raises(ValueError, match=r"divides by losses, and that of candidate \d+ is negative"):
+        sure.trace(rows.select(range(3)), rows)
+
+
+def test_shares_are_the_same_by_term_and_by_row(model, tokenizer, queries, candidates):
+    options = {"ascent": AscentConfig(direction="gradient"), "units": "base_loss"}
+    one, other = (ForwardInf(model, tokenizer, reduction=reduction, **options) for reduction in ("sum", "mean"))
+    expected = one.trace(queries, candidates).scores
+    np.testing.assert_allclose(other.trace(queries, candidates).scores, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("mode", ["descent", "symmetric"])

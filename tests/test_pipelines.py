@@ -43,9 +43,9 @@ def test_options_of_the_tracer_are_taken(model, tokenizer, candidates):
     ascent = AscentConfig(direction="gradient", radius=0.3)
     pipe = pipeline(
         "data-attribution", model=model, tokenizer=tokenizer, candidates=candidates, ascent=ascent, top_k=4, device=-1,
-        reduction="mean", units="sensitivity", max_batch_length=99,
+        reduction="mean", units="base_loss", max_batch_length=99,
     )  # fmt: skip
-    tracer = ForwardInf(model, tokenizer, ascent=ascent, reduction="mean", units="sensitivity", max_batch_length=99)
+    tracer = ForwardInf(model, tokenizer, ascent=ascent, reduction="mean", units="base_loss", max_batch_length=99)
     assert pipe.tracer.config == tracer.config and pipe.tracer.max_batch_length == 99
     assert len(pipe("a <extra_id_0>")) == 4
 

@@ -43,7 +43,7 @@ class Adapter(ABC):
     """Draws of [`sampled_output_gradients`] that suffice for each prediction, where it is known."""
     answers_queries: bool = False
     """Whether queries without an answer are answered by the model when they are traced."""
-    default_units: Literal["loss", "sensitivity"] = "loss"
+    default_units: Literal["loss", "base_loss"] = "loss"
     """Units of scores that are best for this kind of model ([`ForwardInf`])."""
     poor_modes: ClassVar[Mapping[str, str]] = {}
     """Modes of the ascent ([`AscentConfig`]) that are worse for this kind of model, each with what it loses."""

@@ -80,7 +80,7 @@ class DiffusionAdapter(Adapter):
     """
 
     skips_unreadable = True
-    default_units = "sensitivity"
+    default_units = "base_loss"
 
     def __init__(
         self,
@@ -304,7 +304,7 @@ class DiffusionAdapter(Adapter):
         """Conjugate gradients, by a small step: along the plain gradient all pictures point the same way.
 
         On 20 digits taught together and 200 candidates (`recipes/diffusion.py`), the exemplar ranks first for all 20
-        queries, against 8 along the gradient, both in units of sensitivity; in units of the loss, for 1 and for none.
+        queries, against 8 along the gradient, both as shares of the candidate's loss; as they are, for 1 and for none.
         (It is found by the caption more than by the picture: under another's caption, a drawing is traced to that
         caption's exemplar.) The sample is small since its graph stays in memory (one time of each picture).
 

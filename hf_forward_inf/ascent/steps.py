@@ -253,36 +253,3 @@ def _ascend_lora(
         for name, change in step.items():
             theta[name] = (theta[name] + change * rate).truncated(rank)[0] if name in theta else change * rate
     return {**theta}
-
-
-class RandomSteps:
-    """The models after random steps of the ascent's length, directions uniform on the sphere ([`PerturbedModels`]).
-
-    Args:
-        adapter (`Adapter`): Knows the model.
-        names (`list[str]`): Parameters to perturb.
-        config (`AscentConfig`): The length of a step, and the seed.
-        draws (`range`): Numbers of the draws: a draw depends on its number alone.
-    """
-
-    def __init__(self, adapter: Adapter, names: list[str], config: AscentConfig, draws: range):
-        self.adapter, self.names, self.config, self.draws = adapter, names, config, draws
-        length = (config.radius, config.relative, config.seed)
-        self.fingerprint = fingerprint("random", names, length, list(draws))
-
-    def __len__(self) -> int:
-        return len(self.draws)
-
-    @cached_property
-    def thetas(self) -> list[Parameters | None]:
-        """The perturbed parameters of each draw."""
-        own = dict(self.adapter.model.named_parameters())
-        theta = {name: own[name].detach() for name in self.names}
-        radius = radius_of(self.config, theta.values())
-        return [self._moved(theta, radius, draw) for draw in self.draws]
-
-    def _moved(self, theta: dict[str, torch.Tensor], radius: float, draw: int) -> Parameters:
-        generator = torch.Generator().manual_seed(self.config.seed * 10_007 + draw)
-        step = {name: torch.randn(value.shape, generator=generator).to(value.device) for name, value in theta.items()}
-        rate = radius / norm(list(step.values()))
-        return {name: (value + rate * step[name]).to(value.dtype) for name, value in theta.items()}

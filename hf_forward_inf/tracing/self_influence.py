@@ -41,9 +41,9 @@ def self_influence(tracer: Scorer, rows: Dataset) -> np.ndarray:
 
 def rerank(tracer: Scorer, found: Attribution, k: int) -> Attribution:
     """Return the best candidates of each query, sorted by score / self-influence; see [`ForwardInf.rerank`]."""
-    if found.config.get("units") == "sensitivity":
+    if found.config.get("units") == "base_loss":
         raise ValueError(
-            "Reranking divides scores by self-influence, and these are divided by sensitivity already: trace with "
+            "Reranking divides scores by self-influence, and these are divided by base losses already: trace with "
             "ForwardInf(units='loss')."
         )
     differ = [name for name, value in tracer.config.items() if found.config.get(name) != value]

@@ -101,7 +101,7 @@ def trace_stream(
         ValueError: If it is empty, a chunk of it can't be read or traced (the message names the rows), or the
             folder holds the progress of another run.
     """
-    known_deviation = 1.0 if tracer.units == "sensitivity" else None
+    known_deviation = 1.0 if tracer.units == "base_loss" else None
     _check(stream, top_k=top_k, chunk_size=chunk_size)
     if standardise:
         check_enough(len(queries), 3 if known_deviation is None else 2)

@@ -25,7 +25,7 @@ SIMILARITIES = ("pixel_distance", "representation", "denoiser_features")
 def traced(tracer: ForwardInf, queries: Dataset, candidates: Dataset) -> dict[str, Attribution]:
     """Return attributions along the tracer's direction and along the plain gradient, in several units.
 
-    `forward_inf` and `gradient`: in units of the candidates' sensitivity, relative to the mean over the queries.
+    `forward_inf` and `gradient`: in units of the candidates' losses, relative to the mean over the queries.
     `..._single`: the same, each query by itself. `..._plain`: in units of the loss. `..._standardised`: in standard
     deviations over the queries.
     """
@@ -66,7 +66,7 @@ def baselines(
     """Return attributions that need the candidates' gradients, a choice by the truth, or the truth itself.
 
     TracIn, the first-order limit of the tracer's step, [`unlearning`] and the tracer's step downwards: in units of the
-    loss, standardised over the queries, and (`..._by_sensitivity`) in the units of [`traced`]; the paper's fixed
+    loss, standardised over the queries, and (`..._by_base_loss`) in the units of [`traced`]; the paper's fixed
     learning rate, the best of several; and the proponents' own images as queries.
     """
     gradients = {
@@ -80,16 +80,17 @@ def baselines(
     unlearnt = unlearning(plain).trace(queries, candidates)
     descent = plain.with_options(ascent=replace(tracer.ascent, mode="descent")).trace(queries, candidates)
     exemplars = replace(plain.trace(itself, candidates), queries=queries)
-    sensitivity = tracer.sensitivity(candidates)
+    with evaluating(tracer.adapter.model):
+        base = tracer.candidate_pass(candidates).base()
     return {
-        **_in_units("tracin", gradients["tracin"], sensitivity),
+        **_in_units("tracin", gradients["tracin"], base),
         "tracin_cosine": cosine,
         "tracin_cosine_standardised": cosine.standardised(),
-        **_in_units("first_order", gradients["first_order"], sensitivity),
-        **_in_units("unlearning", unlearnt, sensitivity),
-        **_in_units("descent", descent, sensitivity),
+        **_in_units("first_order", gradients["first_order"], base),
+        **_in_units("unlearning", unlearnt, base),
+        **_in_units("descent", descent, base),
         "fixed_learning_rate": fixed_learning_rate(tracer, queries, candidates, truth, FIXED_LEARNING_RATES),
-        **_in_units("exemplar_as_query", exemplars, sensitivity),
+        **_in_units("exemplar_as_query", exemplars, base),
     }
 
 
@@ -101,10 +102,10 @@ def unlearning(tracer: ForwardInf) -> ForwardInf:
     return tracer.with_options(ascent=replace(tracer.ascent.along("ekfac"), sample=FISHER_SAMPLE))
 
 
-def _in_units(name: str, found: Attribution, sensitivity: np.ndarray) -> dict[str, Attribution]:
-    relative = replace(found, scores=found.scores / sensitivity, config={**found.config, "units": "sensitivity"})
+def _in_units(name: str, found: Attribution, base: np.ndarray) -> dict[str, Attribution]:
+    relative = replace(found, scores=found.scores / base, config={**found.config, "units": "base_loss"})
     return {
         name: found,
         f"{name}_standardised": found.standardised(),
-        f"{name}_by_sensitivity": relative.standardised(),
+        f"{name}_by_base_loss": relative.standardised(),
     }

@@ -32,7 +32,7 @@ def test_a_run_on_pictures_writes_what_it_found(tmp_path):
     assert metrics == json.loads((tmp_path / "run" / "metrics.json").read_text())
     methods = (
         "gradient", "pixel_distance", "representation", "bm25", "low_loss", "learned", "tracin", "tracin_cosine",
-        "first_order_standardised", "unlearning_by_sensitivity", "forward_inf_single", "gradient_plain",
+        "first_order_standardised", "unlearning_by_base_loss", "forward_inf_single", "gradient_plain",
         "descent_standardised", "denoiser_features", "fixed_learning_rate", "exemplar_as_query",
     )  # fmt: skip
     assert {
@@ -67,7 +67,7 @@ def test_each_exemplar_alone_stands_among_candidates_of_its_own(tmp_path):
     found = Attribution.load_from_disk(tmp_path / "run" / "attribution")
     assert np.isfinite(found.scores).all() and len(found.candidates) == 1797
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "ignore the query" in page and "divided by the change that random steps" in page
+    assert "ignore the query" in page and "divided by that loss" in page
 
 
 def test_taking_the_best_candidates_away_is_judged_by_training_again(tmp_path):
