@@ -144,8 +144,16 @@ class Adapter(ABC):
 
         Returns:
             `Tensor`: Of the outputs' shape.
+
+        Raises:
+            ValueError: If predictions are not finite.
         """
         chances = outputs.float().softmax(dim=-1)
+        if not chances.isfinite().all():
+            raise ValueError(
+                "The model's predictions for training examples are NaN or infinite: load it in bfloat16 or float32, "
+                "or check its weights."
+            )
         # Drawn on the CPU, so that a seed means the same targets on every device.
         drawn = torch.multinomial(chances.cpu(), 1, generator=generator).to(outputs.device)
         return chances.scatter_add(1, drawn, -torch.ones_like(drawn, dtype=chances.dtype))

@@ -96,7 +96,8 @@ class BM25(Baseline):
         if not columns:
             raise ValueError(f"The {role} have no column of texts that is read: name one, BM25(input_column=...).")
         check_rows(rows, columns if self.with_answer else columns[:1], role)
-        texts = (text_and_target(row, columns) for row in rows)
+        read = rows.select_columns([name for name in columns if name in rows.column_names])  # no pictures
+        texts = (text_and_target(row, columns) for row in read)
         return [(fill_in(text, target) if self.with_answer else text).split() for text, target in texts]
 
 

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import json
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +16,7 @@ from hf_forward_inf.evaluation.tables import Table
 from hf_forward_inf.forward_inf import ForwardInf
 from hf_forward_inf.utils.options import RunOptions
 from hf_forward_inf.utils.processes import process_state, say
+from hf_forward_inf.utils.storage import finish, write_all
 
 OUTPUTS = ("attribution", "report.html", "metrics.json")
 """What a run writes, in this order: a folder with metrics.json holds a finished run."""
@@ -112,7 +112,11 @@ def environment(options: Any) -> dict[str, Any]:
 
 def check_output(output: str, overwrite: bool) -> Path:
     """Return the output folder, made if need be; refuse one that holds a run or can't be written to."""
+    if not output.strip():
+        raise ValueError("--output is empty: name a folder.")
     folder = Path(output)
+    if process_state().is_main_process:
+        finish(folder)
     taken = [name for name in OUTPUTS if (folder / name).exists()]
     if taken and not overwrite:
         raise FileExistsError(f"{folder} already holds a run ({', '.join(taken)}): --overwrite, or another --output.")
@@ -129,22 +133,8 @@ def check_output(output: str, overwrite: bool) -> Path:
 def _write_all(folder: Path, writers: dict[str, Callable[[Path], None]]) -> None:
     """Write on the main process, while the others wait."""
     if process_state().is_main_process:
-        _replace_all(folder, writers)
+        write_all(folder, writers)
     process_state().wait_for_everyone()
-
-
-def _replace_all(folder: Path, writers: dict[str, Callable[[Path], None]]) -> None:
-    """Write to a temporary folder and rename: an interrupted run leaves no partial file."""
-    staging = Path(tempfile.mkdtemp(dir=folder, prefix=".writing-"))
-    try:
-        for name, write in writers.items():
-            write(staging / name)
-        for name in writers:
-            if (folder / name).is_dir():
-                shutil.rmtree(folder / name)
-            (staging / name).replace(folder / name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _write_json(path: Path, metrics: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from datasets import Dataset, DatasetDict
 from hf_forward_inf.adapters.base import Adapter
 from hf_forward_inf.adapters.columns import is_conversation
 from hf_forward_inf.data.rows import load_rows
+from hf_forward_inf.utils.rows import as_stored
 from hf_forward_inf.utils.validation import check_dataset
 
 Given: TypeAlias = Any
@@ -48,7 +49,7 @@ def as_dataset(given: Given, role: str) -> Dataset:
     elif type(given).__name__ == "DataFrame" and hasattr(given, "columns"):
         given = Dataset.from_pandas(given, preserve_index=False)
     check_dataset(given, role)
-    return given
+    return as_stored(given, role)
 
 
 def _are_columns(given: Mapping[str, Any]) -> bool:

@@ -1,9 +1,14 @@
 """Rows from files, folders and the hub."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset, get_dataset_config_names, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
+from datasets.utils import logging
+from pyarrow import ArrowInvalid
 
 from hf_forward_inf.data.templates import FILES, template_facts
 from hf_forward_inf.utils.validation import looks_like_path
@@ -25,7 +30,8 @@ def load_rows(source: str, role: str, split: str = "train") -> Dataset:
 
     Raises:
         FileNotFoundError: If `source` is a path that does not exist.
-        ValueError: If there are several splits and none is called `split`, or a file has an unknown ending.
+        ValueError: If there are several splits and none is called `split`, or a file has an unknown ending, is damaged
+            or empty.
     """
     return _rows(source, role, split, streaming=False)
 
@@ -45,7 +51,11 @@ def _rows(source: str, role: str, split: str, streaming: bool) -> Any:
             return _streamed(template_facts(path)[role], streaming)
         return _one_split(_load_named(str(path), config, role, streaming), source, split)
     if any(path.parent.glob(path.name)):
-        return load_dataset(_builder(path), data_files=str(path), split="train", streaming=streaming)
+        with _in_one_line(source):
+            rows = load_dataset(_builder(path), data_files=str(path), split="train", streaming=streaming)
+            if not streaming:
+                rows.data.validate(full=True)  # of lines in another encoding, only reading a text would fail
+            return rows
     if looks_like_path(name) or "*" in name:
         raise FileNotFoundError(f"There is no file or folder {source}, and a dataset on the hub can't have this name.")
     return _one_split(_load_named(name, config, role, streaming), source, split)
@@ -65,7 +75,30 @@ def _builder(path: Path) -> str:
 def _load_named(name: str, config: str, role: str, streaming: bool) -> Any:
     if not config and role in get_dataset_config_names(name):
         config = role
-    return load_dataset(name, config or None, streaming=streaming)
+    with _in_one_line(name):
+        return load_dataset(name, config or None, streaming=streaming)
+
+
+@contextmanager
+def _in_one_line(source: str) -> Iterator[None]:
+    """Say in one error what is wrong with a file: datasets logs its own, and raises several in a chain."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    except (DatasetGenerationError, ArrowInvalid, UnicodeDecodeError, StopIteration) as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = "it is empty" if isinstance(cause, StopIteration) else str(cause)
+        hint = " Save it as UTF-8." if isinstance(cause, UnicodeDecodeError) or "UTF8" in reason else ""
+        raise ValueError(f"{source} can't be read: {reason}.{hint}") from error
+    except ValueError as error:
+        if "corresponds to no data" not in str(error):
+            raise
+        raise ValueError(f"{source} can't be read: it is empty.") from error
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _one_split(data: Any, source: str, split: str) -> Any:

@@ -18,6 +18,7 @@ from hf_forward_inf.passes.freshness import agree, drawn_rows, is_first_use, tol
 from hf_forward_inf.utils.cache import mark_used
 from hf_forward_inf.utils.fingerprints import fingerprint
 from hf_forward_inf.utils.processes import process_state, progress_bars
+from hf_forward_inf.utils.rows import as_stored
 from hf_forward_inf.utils.storage import default_cache_dir, written
 from hf_forward_inf.utils.validation import check_dataset, check_rows, listed
 
@@ -58,6 +59,7 @@ def encode(
             the adapter does not skip such rows.
     """
     check_dataset(rows, role)
+    rows = as_stored(rows, role)
     if role == "queries":
         adapter = query_adapter(adapter, rows.column_names)
     columns = adapter.columns_in(rows.column_names)

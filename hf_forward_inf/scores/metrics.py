@@ -166,7 +166,8 @@ def evaluate(
 
     Args:
         scores (`np.ndarray`): Scores, `[queries, candidates]`, NaN for no score.
-        proponents (`Sequence[Sequence[int]]`): For each query, the row numbers of its proponents.
+        proponents (`Sequence[Sequence[int]]`): For each query, the row numbers of its proponents. Queries without any
+            are left out.
         ks (`Sequence[int]`): Cut-offs of precision and recall; those above the number of candidates are skipped.
         groups (`Sequence`, *optional*): Candidates with the same label are merged first ([`collapse`]).
         resamples (`int`, defaults to 1000): Number of bootstrap resamples for the interval of the MRR.
@@ -178,8 +179,8 @@ def evaluate(
         that is not a proponent; `mrr_random`, the MRR of a random order.
 
     Raises:
-        ValueError: If there are no queries, the lengths of `scores` and `proponents` differ, or a proponent is not a
-            row of the candidates.
+        ValueError: If there are no queries, none has a proponent, the lengths of `scores` and `proponents` differ, or
+            a proponent is not a row of the candidates.
     """
     if len(scores) == 0 or len(scores) != len(proponents):
         raise ValueError(
@@ -191,6 +192,10 @@ def evaluate(
             raise ValueError(
                 f"Query {query} has proponent {beyond[0]}, which is not a row of the {scores.shape[1]} candidates."
             )
+    known = [query for query, rows in enumerate(proponents) if len(rows)]
+    if not known:
+        raise ValueError("No query has a proponent: there is nothing to find.")
+    scores, proponents = scores[known], [proponents[query] for query in known]
     if groups is not None:
         scores, proponents = collapse(scores, proponents, groups)
     pairs = list(zip(scores, proponents, strict=True))

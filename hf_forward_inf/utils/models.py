@@ -5,6 +5,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -159,6 +160,7 @@ def load_language_model(name: str) -> tuple[Any, Any]:
 
     Raises:
         ImportError: If it is a PEFT adapter, and peft is not installed.
+        ValueError: If a file of weights is damaged.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
     from transformers.utils.peft_utils import find_adapter_config_file
@@ -167,7 +169,11 @@ def load_language_model(name: str) -> tuple[Any, Any]:
         return _load_adapter(name)
     config = AutoConfig.from_pretrained(name)
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    return kind.from_pretrained(name).to(process_state().device).eval(), AutoTokenizer.from_pretrained(name)
+    try:
+        model = kind.from_pretrained(name)
+    except SafetensorError as error:
+        raise ValueError(f"The weights of {name} can't be read ({error}): a file is damaged or cut off.") from error
+    return model.to(process_state().device).eval(), AutoTokenizer.from_pretrained(name)
 
 
 def _load_adapter(name: str) -> tuple[Any, Any]:

@@ -1,6 +1,7 @@
 """Rows of text: find their columns, read input and target, fill in sentinels, draw a sample."""
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -89,6 +90,21 @@ def _plain(value: Any) -> str:
 def _part(part: Any) -> str:
     """Return a part of a message as text: its text, or its kind in brackets."""
     return str(part.get("text") or f"[{part.get('type')}]") if isinstance(part, Mapping) else str(part)
+
+
+def as_stored(rows: Dataset, role: str) -> Dataset:
+    """Return rows as they are stored, whatever format was set: tensors and arrays hold the same values.
+
+    A transform (`set_transform`) may change what rows say, or draw at random, and is not applied: a warning says so.
+    """
+    if rows.format["type"] == "custom":
+        warnings.warn(
+            f"The {role} have a transform (set_transform), which is not applied: rows are read as they are stored. If "
+            "scores are to depend on it, apply it with map.",
+            stacklevel=4,
+        )
+    formatted = rows.format["type"] is not None or rows.format["columns"] != rows.column_names
+    return rows.with_format(None) if formatted else rows
 
 
 def sample_rows(rows: Dataset, count: int, seed: int = 0) -> Dataset:

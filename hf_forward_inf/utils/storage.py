@@ -5,7 +5,7 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +20,12 @@ from hf_forward_inf.utils.cache import mark_used
 
 TEMPORARY = ".writing-"
 """Begins the names of temporary folders; after it, the machine and the process that writes."""
+COMPLETE = ".complete"
+"""A folder of what is complete and only has to be put in its place."""
+REMOVED = ".removed-"
+"""Begins the names in that folder of what is to be removed."""
+OLD = ".old-"
+"""Begins the names in that folder of what was replaced."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors of a full disk, a quota that is used up, and a limit of files' sizes."""
 
@@ -62,6 +68,59 @@ def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
         write(part)
 
 
+def write_all(folder: Path, writers: Mapping[str, Callable[[Path], object] | None]) -> None:
+    """Write several files and folders, and put them in place together, when all are complete.
+
+    What is complete is moved to [`COMPLETE`] at once, and from there to its place. If that is interrupted,
+    [`finish`] goes on with it: no state is half of one run and half of another.
+
+    Args:
+        folder (`Path`): Where they are to be; what else is there stays.
+        writers (`dict`): Functions that write a file or folder, by its name; `None` for one that is removed.
+
+    Raises:
+        FileExistsError: If one of the names is a symbolic link, which might lead anywhere.
+        OSError: If there is no room on the disk; then nothing has changed.
+    """
+    linked = next((folder / name for name in writers if (folder / name).is_symlink()), None)
+    if linked is not None:
+        raise FileExistsError(
+            f"{linked} is a symbolic link, which is not followed: remove it, or give another folder."
+        )
+    with temporary_folder(folder) as staging, _full_disk_named(folder, staging):
+        finish(folder)
+        run = staging / "run"
+        run.mkdir()
+        for name, write in writers.items():
+            if write is None:
+                (run / f"{REMOVED}{name}").touch()
+            else:
+                write(run / name)
+        os.replace(run, folder / COMPLETE)
+    finish(folder)
+
+
+def finish(folder: Path) -> None:
+    """Put in place what an interrupted [`write_all`] has completed, if there is any."""
+    complete = folder / COMPLETE
+    if not complete.is_dir():
+        return
+    for part in sorted(complete.iterdir()):
+        if part.name.startswith(OLD):
+            continue
+        removed = part.name.startswith(REMOVED)
+        target = folder / part.name.removeprefix(REMOVED)
+        if target.is_dir():
+            old = complete / f"{OLD}{target.name}"
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(target, old)
+        if not removed:
+            os.replace(part, target)
+        else:
+            target.unlink(missing_ok=True)
+    shutil.rmtree(complete)
+
+
 @contextmanager
 def written(path: Path, needed: int | None = None) -> Iterator[Path]:
     """Give a temporary path to write a file or folder to, which then takes its place at once.
@@ -73,20 +132,25 @@ def written(path: Path, needed: int | None = None) -> Iterator[Path]:
     Raises:
         OSError: If there is no room on the disk; nothing is left of what was written.
     """
-    with temporary_folder(path.parent) as folder:
+    with temporary_folder(path.parent) as folder, _full_disk_named(path, folder, needed):
         part = folder / path.name
-        try:
-            yield part
-            os.replace(part, path)
-        except Exception as error:
-            if not _is_full(error):
-                raise
-            size = f"{needed:,}" if needed is not None else f"more than {_size(folder):,}"
-            raise OSError(
-                errno.ENOSPC,
-                f"There is no room for {path}: it needs {size} bytes, and {shutil.disk_usage(folder).free:,} are "
-                "free. Make room, or choose another folder (the cache's: HF_FORWARD_INF_CACHE, or cache_dir=...)",
-            ) from error
+        yield part
+        os.replace(part, path)
+
+
+@contextmanager
+def _full_disk_named(path: Path, folder: Path, needed: int | None = None) -> Iterator[None]:
+    """Name the path and the space it needs where writing to a temporary folder fails for want of room."""
+    try:
+        yield
+    except Exception as error:
+        if not _is_full(error):
+            raise
+        size = f"{needed:,}" if needed is not None else f"more than {_size(folder):,}"
+        raise OSError(
+            f"There is no room for {path}: it needs {size} bytes, and {shutil.disk_usage(folder.parent).free:,} are "
+            "free. Make room, or choose another folder (for the cache, HF_FORWARD_INF_CACHE or cache_dir=...)."
+        ) from error
 
 
 @contextmanager

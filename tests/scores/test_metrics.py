@@ -177,3 +177,10 @@ def test_nan_has_no_rank():
     subsets = np.array([[True, False], [False, True]])
     with pytest.raises(ValueError, match="NaN has no rank"):
         lds(np.ones((1, 2)), subsets, np.array([[0.5], [np.nan]]))
+
+
+def test_queries_without_proponents_are_left_out():
+    scores = np.array([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0]])
+    assert evaluate(scores, [[1], []]) == evaluate(scores[:1], [[1]])
+    with pytest.raises(ValueError, match="No query has a proponent"):
+        evaluate(scores, [[], []])

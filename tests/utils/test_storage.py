@@ -1,12 +1,21 @@
 import os
 import resource
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from hf_forward_inf.utils.storage import cached_tensors, machine, temporary_folder, write_folder, written
+from hf_forward_inf.utils.storage import (
+    cached_tensors,
+    finish,
+    machine,
+    temporary_folder,
+    write_all,
+    write_folder,
+    written,
+)
 
 
 def names(folder):
@@ -52,3 +61,70 @@ def test_a_full_disk_is_named_with_the_path_and_the_space_and_leaves_nothing(tmp
     with pytest.raises(OSError, match=r"no room for .*folder: it needs more than [\d,]+ bytes"):
         write_folder(tmp_path / "folder", lambda part: (part / "file").write_bytes(bytes(5000)))
     assert names(tmp_path) == []
+
+
+def folder_of(text):
+    def write(path):
+        path.mkdir()
+        (path / "inside").write_text(text)
+
+    return write
+
+
+def run_of(text, **more):
+    return {"a": folder_of(text), "b.json": lambda path: path.write_text(text), **more}
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_text() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+NEW = {"a/inside": "new", "b.json": "new", "users": "own"}
+OLD = {"a/inside": "old", "b.json": "old", "gone/inside": "old", "users": "own"}
+
+
+def interrupted_after(calls, monkeypatch, run):
+    """Stop a run at its n-th rename or removal, as a kill does; return whether it got there."""
+    done = []
+
+    def counted(own):
+        def wrapper(*args, **options):
+            done.append(own.__name__)
+            if len(done) > calls:
+                raise KeyboardInterrupt
+            return own(*args, **options)
+
+        return wrapper
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", counted(os.replace))
+        patch.setattr("hf_forward_inf.utils.storage.shutil.rmtree", counted(shutil.rmtree))
+        try:
+            run()
+        except KeyboardInterrupt:
+            return True
+    return False
+
+
+@pytest.mark.parametrize("calls", range(12))
+def test_an_interruption_at_any_point_leaves_one_run_whole(tmp_path, monkeypatch, calls):
+    (tmp_path / "users").write_text("own")
+    write_all(tmp_path, run_of("old", gone=folder_of("old")))
+    assert contents(tmp_path) == OLD
+    stopped = interrupted_after(calls, monkeypatch, lambda: write_all(tmp_path, run_of("new", gone=None)))
+    begun = (tmp_path / ".complete").exists()
+    finish(tmp_path)
+    for left in tmp_path.glob(".writing-*"):
+        shutil.rmtree(left)  # a later process does this once this one is dead
+    assert contents(tmp_path) == (OLD if stopped and not begun and calls == 0 else NEW)
+    assert stopped or calls > 8
+
+
+def test_a_symbolic_link_is_not_written_through(tmp_path):
+    (tmp_path / "elsewhere").write_text("precious")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "b.json").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(FileExistsError, match=r"b\.json is a symbolic link, which is not followed"):
+        write_all(tmp_path / "out", run_of("new"))
+    assert (tmp_path / "elsewhere").read_text() == "precious"
+    assert names(tmp_path / "out") == ["b.json"]
