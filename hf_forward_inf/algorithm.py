@@ -14,6 +14,8 @@ from typing_extensions import Self
 from hf_forward_inf.adapters import Adapter, choose_adapter
 from hf_forward_inf.ascent.config import AscentConfig
 from hf_forward_inf.ascent.steps import Mirrored
+from hf_forward_inf.attribution import Attributor
+from hf_forward_inf.baselines.ensembles import described
 from hf_forward_inf.curvature.perturber import Perturber
 from hf_forward_inf.passes.candidate_pass import MAX_BATCH_LENGTH, encode
 from hf_forward_inf.passes.loss_pass import LossPass, ShiftPass
@@ -21,7 +23,12 @@ from hf_forward_inf.utils.models import evaluating
 
 PASSES = {"rise": LossPass, "shift": ShiftPass}
 """What a score measures of a candidate, and the pass that computes it."""
-CHOICES = {"reduction": ("sum", "mean"), "measure": tuple(PASSES), "units": (None, "loss", "base_loss")}
+CHOICES = {
+    "reduction": ("sum", "mean"),
+    "measure": tuple(PASSES),
+    "units": (None, "loss", "base_loss"),
+    "strategy": ("auto", "full", "screen"),
+}
 
 
 class Scorer:
@@ -40,18 +47,38 @@ class Scorer:
         measure: Literal["rise", "shift"] = "rise",
         units: Literal["loss", "base_loss"] | None = None,
         training: Dataset | None = None,
+        strategy: Literal["auto", "full", "screen"] = "auto",
+        screen: str | Attributor | None = None,
+        keep: int | None = None,
+        audit: int = 30,
+        storage: float = 4.0,
         cache_dir: str | Path | None = None,
         max_batch_length: int = MAX_BATCH_LENGTH,
     ):
         adapter = choose_adapter(model, processor, adapter, "ForwardInf")
-        for option, value in {"reduction": reduction, "measure": measure, "units": units}.items():
+        chosen = {"reduction": reduction, "measure": measure, "units": units, "strategy": strategy}
+        for option, value in chosen.items():
             if value not in CHOICES[option]:
                 raise ValueError(f"{option}={value!r} must be one of {CHOICES[option]}.")
-        if isinstance(max_batch_length, bool) or not isinstance(max_batch_length, int) or max_batch_length < 1:
-            raise ValueError(f"max_batch_length={max_batch_length!r} must be a whole number of at least 1.")
+        for option, count, least in (
+            ("max_batch_length", max_batch_length, 1),
+            ("keep", keep, 1),
+            ("audit", audit, 0),
+        ):
+            if count is None and option == "keep":
+                continue
+            if isinstance(count, bool) or not isinstance(count, int) or count < least:
+                raise ValueError(f"{option}={count!r} must be a whole number of at least {least}.")
+        if not (isinstance(storage, int | float) and storage >= 0):
+            raise ValueError(f"storage={storage!r} must be at least 0 GiB.")
+        if screen is not None and not isinstance(screen, str) and not hasattr(screen, "trace"):
+            raise TypeError(f"screen={screen!r} must be the name of an attributor, or an attributor.")
+        if screen is not None and strategy == "full":
+            raise ValueError("strategy='full' scores all candidates: leave out screen, or strategy.")
         self._options = {
             "adapter": adapter, "ascent": ascent, "reduction": reduction, "measure": measure, "units": units,
-            "training": training, "cache_dir": cache_dir, "max_batch_length": max_batch_length,
+            "training": training, "strategy": strategy, "screen": screen, "keep": keep,
+            "audit": audit, "storage": storage, "cache_dir": cache_dir, "max_batch_length": max_batch_length,
         }  # fmt: skip
         self.adapter = adapter
         self.ascent = (ascent or AscentConfig()).completed(adapter.default_ascent)
@@ -64,6 +91,7 @@ class Scorer:
         if measure == "shift" and self.units != "loss":
             raise ValueError("units='base_loss' is for rises of the loss: leave it out with measure='shift'.")
         self.training = training
+        self.strategy, self.screen, self.keep, self.audit, self.storage = strategy, screen, keep, audit, storage
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self.max_batch_length = max_batch_length
 
@@ -71,7 +99,9 @@ class Scorer:
     def config(self) -> dict[str, Any]:
         """Everything that scores depend on besides the model and the data."""
         own = {"reduction": self.reduction, "measure": self.measure}
-        return {**asdict(self.ascent), **own, "units": self.units, **self.adapter.config}
+        screen = self.screen if self.screen is None or isinstance(self.screen, str) else described(self.screen)
+        screened = {"strategy": self.strategy, "screen": screen, "keep": self.keep, "audit": self.audit}
+        return {**asdict(self.ascent), **own, "units": self.units, **screened, **self.adapter.config}
 
     def with_options(self, **options: Any) -> Self:
         """Return the same attributor with other options of its constructor (`ascent`, `reduction`, ...).
@@ -87,20 +117,26 @@ class Scorer:
         return type(self)(**{**self._options, **options})
 
     def score(
-        self, queries: Dataset, candidates: Dataset, scratch: Path | None = None, first_row: int = 0
+        self,
+        queries: Dataset,
+        candidates: Dataset,
+        scratch: Path | None = None,
+        first_row: int = 0,
+        loss: LossPass | None = None,
     ) -> np.ndarray:
-        """Algorithm 1: float32 scores, `[queries, candidates]`, NaN where a score is not finite.
+        """Algorithm 1 on all candidates: float32 scores, `[queries, candidates]`, NaN where one is not finite.
 
         Args:
             queries (`datasets.Dataset`): D_tst, one a row.
             candidates (`datasets.Dataset`): The training examples D_i.
             scratch (`Path`, *optional*): Where what is computed of the candidates is cached. Defaults to `cache_dir`.
             first_row (`int`, defaults to 0): The number that messages give the first candidate.
+            loss (`LossPass`, *optional*): The pass over the candidates. Defaults to a new one.
         """
         d_tst = encode(self.adapter, queries, "queries", self.cache_dir)
         scores = np.empty((len(queries), len(candidates)), dtype=np.float32)
         with evaluating(self.adapter.model), np.errstate(invalid="ignore"):
-            loss = self.candidate_pass(candidates, scratch, first_row)
+            loss = loss or self.candidate_pass(candidates, scratch, first_row)
             perturber = self.perturber(candidates)
             base = loss.base()  # L(theta, D_i)
             # K steps of gradient ascent on the loss of each D_tst: theta -> theta_K.
@@ -109,12 +145,14 @@ class Scorer:
                 scores[rows] = loss(theta_k, title) - base  # L(theta_K, D_i) - L(theta, D_i)
                 if self.ascent.mode == "symmetric":  # as far to the other side, which cancels even terms
                     scores[rows] = (scores[rows] - (loss(Mirrored(theta_k), title) - base)) / 2
-        if self.ascent.mode == "descent" and self.measure == "rise":
-            scores = -scores  # descent lowers a proponent's loss
-        if self.reduction == "mean":
-            scores /= loss.terms
-        scores[~np.isfinite(scores)] = np.nan
-        return scores
+        return self.finished(scores, loss.terms)
+
+    def finished(self, rises: np.ndarray, terms: np.ndarray) -> np.ndarray:
+        """Return rises of losses, `[..., candidates]`, as scores: with their sign, and by term if so reduced."""
+        # Descent lowers a proponent's loss.
+        scores = -rises if self.ascent.mode == "descent" and self.measure == "rise" else rises
+        scores = scores / terms if self.reduction == "mean" else scores
+        return np.where(np.isfinite(scores), scores, np.nan).astype(np.float32)
 
     def perturber(self, candidates: Dataset) -> Perturber:
         """Return what perturbs the model; `candidates` are the training data where no other was given."""
@@ -141,12 +179,27 @@ class Scorer:
         with warnings.catch_warnings(), evaluating(self.adapter.model):  # score has warned about unreadable rows
             warnings.simplefilter("ignore", UserWarning)
             loss = self.candidate_pass(candidates, scratch, first_row)
-            base = loss.base() / (loss.terms if self.reduction == "mean" else 1)
+            unit = self.unit(loss.base(), loss.terms, first_row)
+        return self.divided(scores, unit)
+
+    def unit(self, base: np.ndarray, terms: np.ndarray, first_row: int = 0) -> np.ndarray:
+        """Return what scores are divided by, `[candidates]`: 1, or the candidates' base losses.
+
+        Raises:
+            ValueError: If the units are base losses, and one is negative.
+        """
+        if self.units == "loss":
+            return np.ones_like(base)
         if (base < 0).any():
             row = first_row + int(np.argmax(base < 0))
             raise ValueError(f"units='base_loss' divides by losses, and that of candidate {row} is negative.")
+        return base / terms if self.reduction == "mean" else base
+
+    @staticmethod
+    def divided(scores: np.ndarray, unit: np.ndarray) -> np.ndarray:
+        """Return scores, `[..., candidates]`, divided by units, `[candidates]`; NaN where a unit is 0."""
         with np.errstate(invalid="ignore", divide="ignore"):
-            return np.where(base > 0, scores / base, np.nan).astype(np.float32)
+            return np.where(unit > 0, scores / unit, np.nan).astype(np.float32)
 
 
 @cache

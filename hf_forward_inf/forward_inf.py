@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from datasets import Dataset, IterableDataset
@@ -13,17 +13,20 @@ from hf_forward_inf.ascent.config import AscentConfig
 from hf_forward_inf.ascent.lora import RANK
 from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.data.inputs import Given, as_dataset, read_inputs
+from hf_forward_inf.plan import Plan
 from hf_forward_inf.tracing.peft_export import save_perturbation
+from hf_forward_inf.tracing.planning import plan_for
 from hf_forward_inf.tracing.self_influence import rerank, self_influence
+from hf_forward_inf.tracing.strategy import trace_planned
 from hf_forward_inf.tracing.streaming import trace_stream
-from hf_forward_inf.tracing.time_budget import slices
 from hf_forward_inf.tracing.token_scores import explain
 from hf_forward_inf.tracing.tuning import Tuning, tune
 from hf_forward_inf.utils.cache import enforce_limit
-from hf_forward_inf.utils.fingerprints import uncached
-from hf_forward_inf.utils.processes import progress_bars
 from hf_forward_inf.utils.storage import default_cache_dir
 from hf_forward_inf.utils.validation import warn_of_lost
+
+TRACED = ("top_k", "tune", "time_budget", "strategy")
+"""Options of [`ForwardInf.trace`] besides its data."""
 
 
 class ForwardInf(Scorer):
@@ -54,6 +57,20 @@ class ForwardInf(Scorer):
             to the adapter's choice: base losses for denoisers.
         training (`datasets.Dataset`, *optional*): The model's training data, for directions that are corrected by
             curvature. Defaults to the candidates of each trace.
+        strategy (`str`, defaults to `"auto"`): `"full"`: the finite step is run on all candidates; or `"screen"`: a
+            cheap attributor ranks all of them, and the step is run on the best of each query. All others then get the
+            lowest score of these, the floor. `"auto"` screens for language models, where it also ranks better, as
+            long as that saves something, and takes the full pass where the audit finds that the screen fails.
+        screen (`str` or `Attributor`, *optional*): Ranks the candidates: an attributor's name in
+            [`baselines.ATTRIBUTORS`], several joined by `+`, whose reciprocal ranks are added, or an attributor.
+            Defaults to `"bm25+representation"`, as far as the model and its rows have texts and hidden states.
+        keep (`int`, *optional*): Candidates of each query that a screen keeps. Defaults to 5% of them, at least 50.
+            With `strategy="full"`, all candidates beyond each query's best `keep` are set to the lowest score of
+            these; by default none is.
+        audit (`int`, defaults to 30): Random others of each query that are scored, too: they tell how many of the best
+            candidates the screen finds ([`Plan.audits`]).
+        storage (`float`, defaults to 4.0): GiB that the states before the perturbed part may take in the cache, from
+            which later queries of a screened trace go on.
         cache_dir (`Path`, *optional*): Where losses are cached. Defaults to the environment variable
             `HF_FORWARD_INF_CACHE`, or `hf_forward_inf` in the Hugging Face home.
         max_batch_length (`int`, defaults to 4096): Maximum of padded tokens in a batch of candidates; halved when
@@ -97,8 +114,9 @@ class ForwardInf(Scorer):
         top_k: int | None = None,
         tune: bool = False,
         time_budget: float | None = None,
+        strategy: Literal["auto", "full", "screen"] | None = None,
     ) -> Attribution:
-        """Score every candidate for every query.
+        """Score every candidate for every query, or those that a screen keeps.
 
         Args:
             queries (`datasets.Dataset`): Outputs to explain, one a row; or a list of rows, one row, a dictionary of
@@ -110,12 +128,16 @@ class ForwardInf(Scorer):
             top_k (`int`, *optional*): Return only the best candidates of each query; all of them if it exceeds their
                 number. Defaults to all scores.
             tune (`bool`, defaults to `False`): Choose the radius first, by self-retrieval on the candidates.
-            time_budget (`float`, *optional*): Seconds after which to stop, not counting tuning. Candidates are scored
-                in random order, and those not reached have no score. The first 64 are always scored.
+            time_budget (`float`, *optional*): Seconds after which to stop, not counting tuning. With a screen, which
+                ranks all candidates first, each query's candidates are scored best first, regardless of `keep`, in an
+                equal share of the time; those not reached have the floor. Otherwise they are scored in random order,
+                and those not reached have no score. The first 64 are always scored.
+            strategy (`str`, *optional*): Another strategy than the attributor's.
 
         Returns:
             `Attribution`: float32 scores, `[queries, candidates]` or `[queries, top_k]`; NaN, ranked last,
-            where a query has no gradient or a candidate no finite loss (a warning names the rows).
+            where a query has no gradient or a candidate no finite loss (a warning names the rows). Its `stage` says
+            which scores were computed where others have the floor, its `plan` how, and how the screen did.
 
         Raises:
             TypeError: If candidates are a stream; use [`trace_stream`].
@@ -125,15 +147,37 @@ class ForwardInf(Scorer):
         enforce_limit(self.cache_dir or default_cache_dir())
         if self.adapter.answers_queries:
             queries = self.adapter.with_answers(queries)
+        tracer = self if strategy is None else self._with_strategy(strategy)
         if tune:
-            return self.tune(candidates).trace(queries, candidates, top_k, time_budget=time_budget)
-        if time_budget is None:
-            scores = self.in_units(self.score(queries, candidates), candidates)
-            scored = np.arange(len(candidates))
-        else:
-            scores, scored = self._within(time_budget, queries, candidates)
-        warn_of_lost(scores[:, scored], scored)
-        return Attribution(scores, queries, candidates, method=self.name, config=self.config).keep(top_k)
+            return tracer.tune(candidates).trace(queries, candidates, top_k, time_budget=time_budget)
+        traced = trace_planned(tracer, queries, candidates, time_budget)
+        warn_of_lost(traced.scores[:, traced.reached], traced.reached)
+        return Attribution(
+            traced.scores, queries, candidates, method=self.name, config=tracer.config,
+            stage=traced.stage, plan=traced.plan,
+        ).keep(top_k)  # fmt: skip
+
+    def _with_strategy(self, strategy: Literal["auto", "full", "screen"]) -> "ForwardInf":
+        screen = None if strategy == "full" else self.screen
+        return self.with_options(strategy=strategy, screen=screen)
+
+    def plan(self, queries: Dataset, candidates: Dataset) -> Plan:
+        """Return what [`trace`] would do, at which cost, without doing it. Only texts and images are encoded.
+
+        Args:
+            queries (`datasets.Dataset`): As in [`trace`].
+            candidates (`datasets.Dataset`): As in [`trace`].
+
+        Raises:
+            TypeError: If the screen can't trace the model.
+            ValueError: As [`trace`], or if there is no screen for the model.
+
+        Example:
+
+            >>> print(tracer.plan(queries, candidates))
+        """
+        queries, candidates = read_inputs(self.adapter, queries, candidates)
+        return plan_for(self, queries, candidates, self.candidate_pass(candidates))[0]
 
     def trace_generation(self, inputs: Any, candidates: Given, **options: Any) -> Attribution:
         """Generate the model's answers to some inputs, and trace them.
@@ -146,19 +190,21 @@ class ForwardInf(Scorer):
                 template, texts are the user's turn. For a diffusion model, classes or captions of images; `None` if
                 it is unconditional.
             candidates (`datasets.Dataset`): As in [`trace`].
-            **options: `top_k`, `tune` and `time_budget` are passed to [`trace`], all others to the adapter's
-                `with_answers` (such as `max_new_tokens`, or `num_images` and `seed`).
+            **options: `top_k`, `tune`, `time_budget` and `strategy` are passed to [`trace`], all others to the
+                adapter's `with_answers` (such as `max_new_tokens`, or `num_images` and `seed`).
 
         Returns:
             `Attribution`: With the answers in its `queries`; for a language model, the generated tokens too.
         """
-        traced = {name: options.pop(name) for name in ("top_k", "tune", "time_budget") if name in options}
+        traced = {name: options.pop(name) for name in TRACED if name in options}
         candidates = as_dataset(candidates, "candidates")
         asked = Dataset.from_dict(self.adapter.rows_for(inputs, candidates))
         return self.trace(self.adapter.with_answers(asked, **options), candidates, **traced)
 
     def trace_stream(self, queries: Dataset, stream: IterableDataset, top_k: int = 100, **options: Any) -> Attribution:
         """Score every row of a stream too large for the disk, chunk by chunk; see [`streaming.trace_stream`].
+
+        Of a chunk, all rows are scored, whatever the strategy: floors differ from chunk to chunk.
 
         Args:
             queries (`datasets.Dataset`): As in [`trace`].
@@ -232,16 +278,3 @@ class ForwardInf(Scorer):
                 finite.
         """
         return save_perturbation(self, query, Path(folder), rank)
-
-    def _within(self, seconds: float, queries: Dataset, candidates: Dataset) -> tuple[np.ndarray, np.ndarray]:
-        """Return scores of the candidates that can be scored in the given time, and these candidates' row numbers."""
-        scores = np.full((len(queries), len(candidates)), np.nan, dtype=np.float32)
-        order = np.random.default_rng(self.ascent.seed).permutation(len(candidates))
-        scored = []
-        tracer = self.with_options(training=candidates) if self.training is None else self
-        with uncached(), progress_bars(False):  # slices differ from run to run
-            for rows in slices(order, seconds):
-                part = candidates.select(rows)
-                scores[:, rows] = tracer.in_units(tracer.score(queries, part), part)
-                scored.append(rows)
-        return scores, np.sort(np.concatenate(scored))

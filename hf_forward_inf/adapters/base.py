@@ -47,6 +47,8 @@ class Adapter(ABC):
     """Units of scores that are best for this kind of model ([`ForwardInf`])."""
     poor_modes: ClassVar[Mapping[str, str]] = {}
     """Modes of the ascent ([`AscentConfig`]) that are worse for this kind of model, each with what it loses."""
+    default_strategy: Literal["full", "screen"] = "full"
+    """Strategy that `"auto"` prefers for this kind of model ([`ForwardInf`])."""
     shares: bool | None = None
     """Whether `run_shared` gives the same losses as the whole model; `None` until it was tried."""
     batches_rows: bool | None = None
@@ -180,6 +182,10 @@ class Adapter(ABC):
         """Return each example's hidden state, `[rows, features]`, for comparing examples by their representations."""
         raise NotImplementedError(f"{type(self).__name__} does not say which hidden states represent an example.")
 
+    def loss_and_representation(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return what [`loss`] and [`representation`] do, where possible by running the model once."""
+        return self.loss(self.model, batch), self.representation(batch)
+
     def term_texts(self, features: Rows) -> list[list[str]]:
         """Return the text of every term of each example's loss, such as its token."""
         raise NotImplementedError(f"{type(self).__name__} does not say what the terms of its loss stand for.")
@@ -275,6 +281,22 @@ class Adapter(ABC):
             return batch
         with torch.no_grad():
             return self.run_shared(batch)
+
+    def shared_lengths(self, lengths: np.ndarray) -> np.ndarray | None:
+        """Return how many positions [`shared_states`] has for each row; `None` if its states can't be stored by row.
+
+        Args:
+            lengths (`np.ndarray`): What [`lengths`] returns, `[rows, axes]`.
+        """
+        return None
+
+    def shared_states(self, batch: Batch) -> Tensor:
+        """Return what [`run_shared`] has put into the batch, `[rows, positions, features]`, padded on the right."""
+        raise NotImplementedError(f"{type(self).__name__} does not say where its shared part puts its output.")
+
+    def with_states(self, batch: Batch, states: Tensor) -> Batch:
+        """Return a batch with stored states in place, as [`run_shared`] returns it."""
+        raise NotImplementedError(f"{type(self).__name__} does not say where its shared part puts its output.")
 
     def first_row(self, batch: Batch) -> Batch:
         """Return the first row of a batch: what belongs to rows is as long as the first tensor."""

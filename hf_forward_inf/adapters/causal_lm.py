@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Set
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from hf_forward_inf.adapters.language import (
     check_tokenizer,
     counted,
     embeddings,
-    input_of,
+    inputs_of,
     longest_input,
     pad,
     pieces,
@@ -73,6 +73,8 @@ class CausalLMAdapter(LanguageAdapter):
     Raises:
         TypeError: If the model is no causal language model.
     """
+
+    default_strategy: Literal["full", "screen"] = "screen"
 
     def __init__(
         self,
@@ -283,15 +285,21 @@ class CausalLMAdapter(LanguageAdapter):
         """Return the text of every token."""
         return [pieces(self.tokenizer, ids) for ids in features["input_ids"]]
 
-    @torch.no_grad()
     def representation(self, batch: Batch) -> Tensor:
         """Return the mean of the hidden states from which tokens that count are predicted, `[rows, hidden]`."""
-        states = input_of(self.model.get_output_embeddings(), lambda: self._logits(self.model, batch)).float()
+        return self.loss_and_representation(batch)[1]
+
+    @torch.no_grad()
+    def loss_and_representation(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return losses and representations of one run."""
+        with inputs_of(self.model.get_output_embeddings()) as read:
+            losses = self.loss(self.model, batch)
+        states = read[-1].float()
         states = states[:, virtual_tokens(self.model) * (not self.shortens) :]
         # Where the output layer reads the last hidden states only, they belong to the last labels.
         valid = (batch["labels"] != IGNORED)[:, -states.shape[1] :]
         predicting = F.pad(valid[:, 1:], (0, 1)) if states.shape[1] == batch["labels"].shape[1] else valid
-        return (states * predicting[..., None]).sum(1) / predicting.sum(1, keepdim=True)
+        return losses, (states * predicting[..., None]).sum(1) / predicting.sum(1, keepdim=True)
 
     def with_model(self, model: nn.Module) -> Self:
         """Return the same adapter for another model of the same architecture."""
@@ -315,6 +323,18 @@ class CausalLMAdapter(LanguageAdapter):
             return batch
         read = {key: value for key, value in batch.items() if key != "labels"}
         return {**batch, "states": self.blocks.run_first_half(lambda: self.model(**read, use_cache=False))}
+
+    def shared_lengths(self, lengths: np.ndarray) -> np.ndarray | None:
+        """Return the tokens of each row and the positions of a trained prompt before them."""
+        return lengths[:, 0] + virtual_tokens(self.model) if self.shared_parameters() else None
+
+    def shared_states(self, batch: Batch) -> Tensor:
+        """Return what the second half of the blocks reads."""
+        return batch["states"]
+
+    def with_states(self, batch: Batch, states: Tensor) -> Batch:
+        """Return the batch with what the second half of the blocks reads."""
+        return {**batch, "states": states}
 
 
 def is_causal_lm(model: Any) -> bool:

@@ -4,7 +4,8 @@ import copy
 import json
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -304,15 +305,15 @@ def sees_later_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> b
     return changed > 10 * noise + 1e-4 * logits.abs().max().item()
 
 
-def input_of(module: nn.Module, run: Callable[[], object]) -> Tensor:
-    """Return what a module reads while `run` runs; transformers' `output_hidden_states` would leave hooks behind."""
+@contextmanager
+def inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect what a module reads within a `with`; transformers' `output_hidden_states` would leave hooks behind."""
     read: list[Tensor] = []
     handle = module.register_forward_pre_hook(lambda _, args: read.append(args[0]))
     try:
-        run()
+        yield read
     finally:
         handle.remove()
-    return read[-1]
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:

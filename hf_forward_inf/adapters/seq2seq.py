@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Set
 from contextlib import suppress
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
+from transformers.modeling_outputs import BaseModelOutput
 
 from hf_forward_inf.adapters.base import Batch, Forward, Rows
 from hf_forward_inf.adapters.columns import (
@@ -33,7 +34,7 @@ from hf_forward_inf.adapters.language import (
     check_tokenizer,
     counted,
     embeddings,
-    input_of,
+    inputs_of,
     longest_input,
     pad,
     pieces,
@@ -74,6 +75,7 @@ class Seq2SeqAdapter(LanguageAdapter):
     """
 
     decodes = True
+    default_strategy: Literal["full", "screen"] = "screen"
     blank: ClassVar[dict[str, Any]] = {**LanguageAdapter.blank, "decoder_input_ids": []}
 
     def __init__(
@@ -266,12 +268,17 @@ class Seq2SeqAdapter(LanguageAdapter):
         filled = [[self.padding if label == IGNORED else label for label in ids] for ids in features["labels"]]
         return [pieces(self.tokenizer, ids) for ids in filled]
 
-    @torch.no_grad()
     def representation(self, batch: Batch) -> Tensor:
         """Return the mean of the decoder's last hidden states over the target tokens, `[rows, d_model]`."""
-        states = input_of(self.model.get_output_embeddings(), lambda: self._logits(self.model, batch)).float()
+        return self.loss_and_representation(batch)[1]
+
+    @torch.no_grad()
+    def loss_and_representation(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return losses and representations of one run."""
+        with inputs_of(self.model.get_output_embeddings()) as read:
+            losses = self.loss(self.model, batch)
         valid = (batch["labels"] != IGNORED)[..., None]
-        return (states * valid).sum(1) / valid.sum(1)
+        return losses, (read[-1].float() * valid).sum(1) / valid.sum(1)
 
     def default_modules(self) -> list[str]:
         """Return the decoder, and an output layer with weights of its own; of a PEFT model what it has trained."""
@@ -298,6 +305,19 @@ class Seq2SeqAdapter(LanguageAdapter):
         )
         rest = {key: value for key, value in batch.items() if key != "input_ids"}
         return {**rest, "encoder_outputs": encoded}
+
+    def shared_lengths(self, lengths: np.ndarray) -> np.ndarray | None:
+        """Return the encoder's positions."""
+        return lengths[:, 1]
+
+    def shared_states(self, batch: Batch) -> Tensor:
+        """Return the encoder's output."""
+        return batch["encoder_outputs"][0]
+
+    def with_states(self, batch: Batch, states: Tensor) -> Batch:
+        """Return the batch with the encoder's output in place of its inputs."""
+        rest = {key: value for key, value in batch.items() if key != "input_ids"}
+        return {**rest, "encoder_outputs": BaseModelOutput(last_hidden_state=states)}
 
     def with_outputs(self, rows: Rows, outputs: list[Any]) -> Rows:
         """Return the rows with other targets."""

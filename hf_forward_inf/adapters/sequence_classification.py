@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hf_forward_inf.adapters.base import Batch, Forward, Rows
 from hf_forward_inf.adapters.classification import ClassifierAdapter
 from hf_forward_inf.adapters.labels import Numbers, only
-from hf_forward_inf.adapters.language import input_of, preferred_ascent
+from hf_forward_inf.adapters.language import inputs_of, preferred_ascent
 from hf_forward_inf.adapters.naming import meant
 from hf_forward_inf.adapters.text_inputs import AnswersTexts, TextInputs, is_of_kind, unreadable
 from hf_forward_inf.utils.fingerprints import fingerprint
@@ -138,7 +138,9 @@ class SequenceClassificationAdapter(AnswersTexts, ClassifierAdapter):
     def representation(self, batch: Batch) -> Tensor:
         """Return what the last linear layer reads, of a layer that reads all tokens the last one: `[rows, hidden]`."""
         last = [module for module in self.model.modules() if isinstance(module, nn.Linear)][-1]
-        states = input_of(last, lambda: self.logits(self.model, batch)).float()
+        with inputs_of(last) as read:
+            self.logits(self.model, batch)
+        states = read[-1].float()
         if states.dim() < 3:
             return states
         ends = batch["attention_mask"].sum(1) - 1

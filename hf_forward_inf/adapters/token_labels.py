@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from hf_forward_inf.adapters.base import Batch, Forward, Rows
-from hf_forward_inf.adapters.language import IGNORED, input_of, pad, preferred_ascent
+from hf_forward_inf.adapters.language import IGNORED, inputs_of, pad, preferred_ascent
 from hf_forward_inf.adapters.text_inputs import AnswersTexts, TextInputs
 
 
@@ -54,7 +54,9 @@ class TokenLabelsAdapter(AnswersTexts):
     def representation(self, batch: Batch) -> Tensor:
         """Return the mean over tokens that have labels of what the last linear layer reads, `[rows, hidden]`."""
         last = [module for module in self.model.modules() if isinstance(module, nn.Linear)][-1]
-        states = input_of(last, lambda: self.inputs.run(self.model, batch)).float()
+        with inputs_of(last) as read:
+            self.inputs.run(self.model, batch)
+        states = read[-1].float()
         valid = (batch["labels"] != IGNORED)[..., None]
         return (states * valid).sum(1) / valid.sum(1)
 

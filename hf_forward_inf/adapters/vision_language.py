@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
+import numpy as np
 from datasets import Dataset
 from torch import Tensor, nn
 
@@ -39,6 +40,7 @@ class VisionLanguageAdapter(CausalLMAdapter):
         TypeError: If the model is no causal language model, or the processor knows no image token.
     """
 
+    default_strategy: Literal["full", "screen"] = "full"
     blank: ClassVar[dict[str, Any]] = {**LanguageAdapter.blank, "pictures": b""}
 
     def __init__(self, model: nn.Module, processor: Any, **options: Any):
@@ -99,6 +101,10 @@ class VisionLanguageAdapter(CausalLMAdapter):
         dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
         inputs = collated(features["pictures"], batch["input_ids"].shape[1])
         return batch | {name: v.to(dtype) if v.is_floating_point() else v for name, v in inputs.items()}
+
+    def shared_lengths(self, lengths: np.ndarray) -> np.ndarray | None:
+        """Return `None`: how many positions a row with pictures has is for the model to know."""
+        return None
 
     def _logits(self, forward: Forward, batch: Batch) -> tuple[Tensor, Tensor]:
         with self._as_before():

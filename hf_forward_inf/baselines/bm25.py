@@ -68,6 +68,10 @@ class BM25(Baseline):
         columns = {"input_column": self.input_column, "target_column": self.target_column}
         return {**columns, "with_answer": self.with_answer, "k1": self.k1, "b": self.b}
 
+    def reads_texts(self, queries: Dataset, candidates: Dataset) -> bool:
+        """Return whether both have columns of texts that are read."""
+        return all(self._columns(queries, candidates))
+
     def score(self, queries: Dataset, candidates: Dataset) -> np.ndarray:
         """Return BM25Plus scores, `[queries, candidates]`, without a unit.
 
@@ -76,16 +80,20 @@ class BM25(Baseline):
         """
         from rank_bm25 import BM25Plus
 
-        if self.adapter is None:
-            shared = [name for name in candidates.column_names if name in queries.column_names]
-            of_queries = of_candidates = text_columns(shared) or LAYOUTS[0]
-        else:
-            of_queries = _read(self.adapter.for_queries(queries.column_names), queries)
-            of_candidates = _read(self.adapter, candidates)
-        asked = self._words(queries, self._named(of_queries), "queries")
-        documents = self._words(candidates, self._named(of_candidates), "candidates")
+        of_queries, of_candidates = self._columns(queries, candidates)
+        asked = self._words(queries, of_queries, "queries")
+        documents = self._words(candidates, of_candidates, "candidates")
         index = BM25Plus(documents, k1=self.k1, b=self.b)
         return np.stack([index.get_scores(words) for words in asked]).astype(np.float32)
+
+    def _columns(self, queries: Dataset, candidates: Dataset) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Return the columns of texts of queries and of candidates."""
+        if self.adapter is None:
+            shared = [name for name in candidates.column_names if name in queries.column_names]
+            read = text_columns(shared) or LAYOUTS[0]
+            return self._named(read), self._named(read)
+        of_queries = _read(self.adapter.for_queries(queries.column_names), queries)
+        return self._named(of_queries), self._named(_read(self.adapter, candidates))
 
     def _named(self, read: tuple[str, ...]) -> tuple[str, ...]:
         """Return the columns of texts, those that the user named in the place of those that are read."""

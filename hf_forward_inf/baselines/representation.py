@@ -8,20 +8,23 @@ from datasets import Dataset
 from torch import nn
 
 from hf_forward_inf.adapters import Adapter
-from hf_forward_inf.adapters.base import Batch
 from hf_forward_inf.baselines.base import ModelBaseline
+from hf_forward_inf.passes.base_pass import BasePass
 from hf_forward_inf.passes.candidate_pass import MAX_BATCH_LENGTH, CandidatePass
-from hf_forward_inf.utils.models import evaluating, to_device
 
 
 class RepresentationSimilarity(ModelBaseline):
     """Scores a candidate by the cosine between its hidden state and the query's ([`Adapter.representation`]).
+
+    Hidden states come from a pass that computes the candidates' losses, too ([`BasePass`]).
 
     Args:
         model (`torch.nn.Module`, *optional*): The trained model.
         processor (*optional*): Its tokenizer or image processor.
         adapter (`Adapter`, *optional*): Defaults to the adapter for this kind of model.
         cache_dir (`str` or `Path`, *optional*): As in [`ForwardInf`].
+        centred (`bool`, defaults to `False`): Subtract the candidates' mean first: what all share carries no
+            information.
         max_batch_length (`int`, defaults to 4096): As in [`ForwardInf`].
 
     Raises:
@@ -37,10 +40,13 @@ class RepresentationSimilarity(ModelBaseline):
         *,
         adapter: Adapter | None = None,
         cache_dir: str | Path | None = None,
+        centred: bool = False,
         max_batch_length: int = MAX_BATCH_LENGTH,
     ):
         super().__init__(model, processor, adapter=adapter, cache_dir=cache_dir)
-        self.max_batch_length = max_batch_length
+        self.centred, self.max_batch_length = centred, max_batch_length
+        self.base: BasePass | None = None
+        """A base pass over the candidates, where one was made already."""
 
     @classmethod
     def misfit(cls, adapter: Adapter) -> str | None:
@@ -51,8 +57,8 @@ class RepresentationSimilarity(ModelBaseline):
 
     @property
     def config(self) -> dict[str, Any]:
-        """No options: an empty dictionary."""
-        return {}
+        """Whether states are centred."""
+        return {"centred": self.centred}
 
     def score(self, queries: Dataset, candidates: Dataset) -> np.ndarray:
         """Return cosines, float32 `[queries, candidates]`.
@@ -60,20 +66,18 @@ class RepresentationSimilarity(ModelBaseline):
         Raises:
             ValueError: If a column is missing, or a target is empty.
         """
-        with evaluating(self.adapter.model):
-            of_queries, of_candidates = self._states(queries), self._states(candidates)
+        of_queries = self._pass(queries).hidden
+        of_candidates = (self.base or self._pass(candidates)).hidden
+        if self.centred:
+            mean = np.nanmean(of_candidates, axis=1, keepdims=True)
+            of_queries, of_candidates = of_queries - mean, of_candidates - mean
         with np.errstate(invalid="ignore", divide="ignore"):
             of_queries, of_candidates = (
                 states / np.linalg.norm(states, axis=0) for states in (of_queries, of_candidates)
             )
         return of_queries.T @ of_candidates
 
-    def _states(self, rows: Dataset) -> np.ndarray:
-        """Return each row's hidden state, `[features, rows]`."""
-        run = CandidatePass(self.adapter, rows, cache_dir=self.cache_dir, max_batch_length=self.max_batch_length)
-
-        def work(batch: Batch) -> np.ndarray:
-            return self.adapter.representation(batch).cpu().numpy()
-
-        columns = work(to_device(self.adapter.collate(run.encoded[:1]), self.adapter.model))
-        return run.run(work, columns.shape[1], "hidden states", "hidden states")
+    def _pass(self, rows: Dataset) -> BasePass:
+        return BasePass(
+            CandidatePass(self.adapter, rows, cache_dir=self.cache_dir, max_batch_length=self.max_batch_length)
+        )

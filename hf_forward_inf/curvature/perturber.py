@@ -12,6 +12,7 @@ from hf_forward_inf.ascent.steps import Direction, Perturbation
 from hf_forward_inf.curvature.directions import direction_for
 from hf_forward_inf.curvature.sample import Sample
 from hf_forward_inf.curvature.trust import ROWS, TrustRegion
+from hf_forward_inf.utils.fingerprints import fingerprint
 
 
 class Perturber:
@@ -49,13 +50,26 @@ class Perturber:
     @property
     def block_size(self) -> int:
         """How many perturbed models are held in memory at once; for `"pcg"` with the products that they share."""
-        shared = self.ascent.direction == "pcg"
-        copies = 1 + 2 * (self.ascent.iterations or 0) if shared else 1
+        copies = 1 + 2 * (self.ascent.iterations or 0) if self.shares else 1
         return copies_in_memory(self.adapter.model, self.names, copies)
 
     def perturbation(self, queries: Rows) -> Perturbation:
         """Return the models theta_K of some encoded queries, computed when first used."""
         return Perturbation(self.adapter, queries, self.names, self.ascent, self.direction, self.length)
+
+    @property
+    def shares(self) -> bool:
+        """Whether theta_K of a query depends on the queries of its block: `"pcg"` gives them a common Krylov space."""
+        return self.ascent.direction == "pcg"
+
+    def keys(self, queries: Rows) -> list[str]:
+        """Return a fingerprint of each query's model, where possible the same in every block."""
+        count = len(queries["terms"])
+        if self.shares:
+            together = self.perturbation(queries).fingerprint
+            return [fingerprint(together, i) for i in range(count)]
+        alone = ({name: values[i : i + 1] for name, values in queries.items()} for i in range(count))
+        return [self.perturbation(query).fingerprint for query in alone]
 
     def blocks(self, queries: Dataset) -> Iterator[tuple[slice, Perturbation]]:
         """Perturb the model for all encoded queries: yield the rows of each block and their models."""

@@ -66,7 +66,7 @@ class CandidatePass:
             self.max_batch_length = 1
         # Longest first: if memory runs out, it does so at the start. Ties stay in order, so that runs agree.
         self.order = np.lexsort(-lengths.T[::-1])
-        self.encoded = encoded.select(self.order)
+        self.encoded, self.lengths = encoded.select(self.order), lengths[self.order]
         self.cuts = list(batches(lengths[self.order], self.max_batch_length))
         self.fingerprint = fingerprint(fingerprint_of_model(adapter.model), adapter.cache_key, encoded._fingerprint)
         hooked = foreign_hooks(adapter.model)
@@ -104,6 +104,10 @@ class CandidatePass:
                 add(rows, values[rows])
         return self._gathered(values).T
 
+    def is_cached(self, key: str) -> bool:
+        """Return whether all values of a pass are stored."""
+        return RowStore(self._folder(key), len(self.order), 1).is_complete()
+
     def _folder(self, key: str = "") -> Path | None:
         """Return the folder of a pass, or of all passes over these candidates; `None` if nothing is cached."""
         if not self.cached or not is_caching_enabled():
@@ -134,13 +138,14 @@ class CandidatePass:
         now = self._values(work, self.encoded[places])
         return agree(values[self.order[places]], now, tolerance_of(self.adapter.model))
 
-    def _values(self, work: Work, features: Rows) -> np.ndarray:
+    def _values(self, work: Work, features: Rows, collate: Callable[[Rows], Batch] | None = None) -> np.ndarray:
         """Compute the values of some rows, `[rows, columns]`, in halved batches when memory runs out."""
+        collate = collate or self.collated
 
         def parts() -> Iterator[np.ndarray]:
             for rows in batches(self.adapter.lengths(features), self.max_batch_length):
                 part = {key: values[rows] for key, values in features.items()}
-                yield work(to_device(self.adapter.collate(part), self.adapter.model))
+                yield work(collate(part))
 
         while True:
             try:
@@ -151,6 +156,10 @@ class CandidatePass:
             # Not find_executable_batch_size: it collects garbage at every call, which takes longer than a batch.
             self.max_batch_length //= 2
             clear_device_cache(garbage_collection=True)
+
+    def collated(self, features: Rows) -> Batch:
+        """Return rows as a batch on the model's device."""
+        return to_device(self.adapter.collate(features), self.adapter.model)
 
     def _gathered(self, values: np.ndarray) -> np.ndarray:
         """Add up what the processes have, `[rows, columns]`: each row is 0 in all of them but one."""

@@ -3,11 +3,11 @@
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
 from hf_forward_inf.utils.cache import mark_used
@@ -52,6 +52,14 @@ class RowStore:
                 continue
             stored[part["rows"]] = True
         return values, stored
+
+    def is_complete(self) -> bool:
+        """Return whether all rows are stored."""
+        stored = np.zeros(self.shape[0], dtype=bool)
+        for file in [] if self.folder is None else self.folder.glob("*.safetensors"):
+            with suppress(SafetensorError, OSError, IndexError), safe_open(file, "numpy") as content:
+                stored[content.get_tensor("rows")] = True
+        return bool(stored.all())
 
     @contextmanager
     def writing(self) -> Iterator[AddRows]:

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -50,8 +51,13 @@ def entries(folder: Path) -> list[Entry]:
         with suppress(FileNotFoundError):  # another process has removed it
             stats = [file.stat() for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()]
             used = max((max(one.st_atime, one.st_mtime) for one in stats), default=path.stat().st_mtime)
-            found.append(Entry(kind, path, sum(one.st_size for one in stats), used))
+            found.append(Entry(kind, path, sum(_on_disk(one) for one in stats), used))
     return sorted(found, key=lambda entry: entry.used)
+
+
+def _on_disk(stats: os.stat_result) -> int:
+    """Return the bytes that a file takes: a file with holes takes less than its size."""
+    return min(stats.st_size, getattr(stats, "st_blocks", sys.maxsize) * 512)
 
 
 def mark_used(path: Path) -> None:

@@ -1,0 +1,186 @@
+"""Algorithm 1 with a screen: a cheap attributor ranks all candidates, the finite step is run on the best of them."""
+
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from accelerate.utils import gather_object
+from datasets import Dataset
+from datasets.utils import tqdm
+
+from hf_forward_inf.adapters.base import Adapter
+from hf_forward_inf.algorithm import Scorer
+from hf_forward_inf.ascent.steps import Mirrored, PerturbedModels
+from hf_forward_inf.attribution import Attributor
+from hf_forward_inf.baselines import Fusion, RepresentationSimilarity
+from hf_forward_inf.passes.base_pass import BasePass
+from hf_forward_inf.passes.encoding import encode
+from hf_forward_inf.passes.kept_pass import KeptPass
+from hf_forward_inf.passes.loss_pass import LossPass
+from hf_forward_inf.tracing.audit import Scored
+from hf_forward_inf.tracing.time_budget import slices
+from hf_forward_inf.utils.fingerprints import fingerprint
+from hf_forward_inf.utils.models import evaluating
+from hf_forward_inf.utils.processes import process_state, progress_bars
+
+GIB = 2**30
+
+
+class ScreenedStep:
+    """What queries share: the base pass, the direction that was fitted, and what is stored of the candidates.
+
+    Args:
+        tracer (`ForwardInf`): Perturbs the model.
+        queries (`datasets.Dataset`): D_tst, one a row.
+        candidates (`datasets.Dataset`): The training examples D_i.
+        loss (`LossPass`): The pass over them.
+    """
+
+    def __init__(self, tracer: Scorer, queries: Dataset, candidates: Dataset, loss: LossPass):
+        self.tracer, self.queries, self.candidates, self.loss = tracer, queries, candidates, loss
+        self.d_tst = encode(tracer.adapter, queries, "queries", tracer.cache_dir)
+        with evaluating(tracer.adapter.model):
+            self.base_pass = BasePass(loss)
+            hidden = tracer.measure == "rise" and has_representation(tracer.adapter)
+            self.base = self.base_pass.losses if hidden else loss.base()  # L(theta, D_i)
+            self.unit = tracer.unit(self.base, self.loss.terms)
+            self.perturber = tracer.perturber(candidates)
+            self.kept = KeptPass(self.loss, set(self.perturber.names), tracer.storage * GIB)
+
+    def ranking(self, screen: Attributor, keep: int) -> np.ndarray:
+        """Return the best candidates of each query by a screen, best first, int64 `[queries, keep]`."""
+        for one in screen.attributors if isinstance(screen, Fusion) else [screen]:
+            if isinstance(one, RepresentationSimilarity):
+                one.base = self.base_pass
+        with progress_bars(False):
+            indices = screen.trace(self.queries, self.candidates, top_k=keep).indices
+        assert indices is not None
+        return indices
+
+    def run(self, best: np.ndarray, queries: range, audit: int = 0, seconds: float | None = None) -> dict[int, Scored]:
+        """Run the finite step on the best candidates of some queries, and on some random others.
+
+        Processes share the queries. A query's losses are cached as soon as they are computed.
+
+        Args:
+            best (`np.ndarray`): Row numbers of all queries, `[queries, keep]`.
+            queries (`range`): Some of them.
+            audit (`int`, defaults to 0): Random others of each query.
+            seconds (`float`, *optional*): Time for all queries, an equal share for each: its candidates are scored
+                best first until the time is over, the first 64 in any case.
+
+        Returns:
+            `dict[int, Scored]`: By query.
+        """
+        state = process_state()
+        units = list(self._units(queries))[state.process_index :: state.num_processes]
+        found: dict[int, Scored] = {}
+        ends = None if seconds is None else time.perf_counter() + seconds
+        left = sum(len(unit) for unit in units)
+        with (
+            evaluating(self.tracer.adapter.model),
+            progress_bars(state.is_main_process),
+            tqdm(total=left, desc="queries", disable=not left) as bar,
+        ):
+            for unit in units:
+                choices = [self._choice(i, best[i], audit) for i in unit]
+                share = None if ends is None else len(unit) * (ends - time.perf_counter()) / left
+                found |= zip(unit, self._scored(unit, choices, share), strict=True)
+                left -= len(unit)
+                bar.update(len(unit))
+        gathered = gather_object([*found.items()]) if state.num_processes > 1 else [*found.items()]
+        return dict(gathered)
+
+    def _units(self, queries: range) -> Iterator[list[int]]:
+        """Yield the queries that are perturbed together: as many as memory holds, or as share a Krylov space."""
+        size = self.perturber.block_size
+        state = process_state()
+        if not self.perturber.shares:  # every process gets some
+            size = max(1, min(size, len(queries) // state.num_processes))
+        for start in range(queries.start, queries.stop, size):
+            yield list(range(start, min(start + size, queries.stop)))
+
+    def _choice(self, query: int, kept: np.ndarray, audit: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """Return the kept candidates, some random others, and the number of all others."""
+        others = np.setdiff1d(np.arange(len(self.base)), kept)
+        # By the query's content: it is audited by the same candidates whatever it is traced with.
+        seed = int(fingerprint(self.d_tst[query : query + 1], self.tracer.ascent.seed), 16)
+        drawn = np.random.default_rng(seed).choice(others, min(audit, len(others)), replace=False)
+        return kept, np.sort(drawn), len(others)
+
+    def _scored(
+        self, unit: Sequence[int], choices: Sequence[tuple[np.ndarray, np.ndarray, int]], seconds: float | None
+    ) -> Iterator[Scored]:
+        """Score the chosen candidates of queries that are perturbed together."""
+        queries = self.d_tst[unit[0] : unit[-1] + 1]
+        # K steps of gradient ascent on the loss of each D_tst: theta -> theta_K, when first needed.
+        theta_k = self.perturber.perturbation(queries)
+        mirrored = Mirrored(theta_k) if self.tracer.ascent.mode == "symmetric" else None
+        keys = self.perturber.keys(queries)
+        ends = None if seconds is None else time.perf_counter() + seconds
+        for i, (key, (kept, drawn, others)) in enumerate(zip(keys, choices, strict=True)):
+            rows = np.concatenate([kept, drawn])
+            share = None if ends is None else max((ends - time.perf_counter()) / (len(keys) - i), 1e-9)
+            scores = np.full(len(rows), np.nan, dtype=np.float32)
+            for part in [np.arange(len(rows))] if share is None else slices(np.arange(len(rows)), share, alone=True):
+                scores[part] = self._rises(theta_k, mirrored, i, key, rows[part])
+            reached = len(kept) if share is None else int(part[-1]) + 1
+            yield Scored(kept[:reached], scores[:reached], drawn, scores[len(kept) :], others)
+
+    def _rises(
+        self, theta_k: PerturbedModels, mirrored: PerturbedModels | None, i: int, key: str, rows: np.ndarray
+    ) -> np.ndarray:
+        with np.errstate(invalid="ignore"):
+            rises = self._losses(theta_k, i, key, rows) - self.base[rows]  # L(theta_K, D_i) - L(theta, D_i)
+            if mirrored is not None:
+                other = self._losses(mirrored, i, fingerprint(key, "mirrored"), rows) - self.base[rows]
+                rises = (rises - other) / 2
+        return self.tracer.divided(self.tracer.finished(rises, self.loss.terms[rows]), self.unit[rows])
+
+    def _losses(self, models: PerturbedModels, i: int, key: str, rows: np.ndarray) -> np.ndarray:
+        losses, stored = self.kept.known(key)
+        missing = rows[~stored[rows]]
+        if len(missing):
+            losses[missing] = self.kept.run(models.thetas[i], key, missing)
+        return losses[rows]
+
+
+def assembled(found: dict[int, Scored], lost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return scores, float32 `[queries, candidates]`, and which were computed, bool; all others are the floor.
+
+    The floor is the lowest score of a query's kept candidates; of the others that were drawn, those above it keep
+    their scores.
+
+    Args:
+        found (`dict[int, Scored]`): By query.
+        lost (`np.ndarray`): bool `[candidates]`, those without a finite base loss.
+    """
+    scores = np.full((len(found), len(lost)), np.nan, dtype=np.float32)
+    stage = np.zeros(scores.shape, dtype=bool)
+    for i, one in found.items():
+        known = one.scores[~np.isnan(one.scores)]
+        if not len(known):
+            stage[i] = True  # the query can't move the model: no score is a floor
+            continue
+        floor = known.min()
+        scores[i] = floor
+        scores[i, one.rows], stage[i, one.rows] = one.scores, True
+        above = ~(one.audited <= floor)
+        scores[i, one.drawn[above]], stage[i, one.drawn] = one.audited[above], True
+    scores[:, lost] = np.nan
+    return scores, stage
+
+
+def floored(scores: np.ndarray, keep: int) -> tuple[np.ndarray, np.ndarray]:
+    """Set all scores beyond each query's best `keep` to the lowest of these; return which were not, too."""
+    if keep >= scores.shape[1]:
+        return scores, np.ones(scores.shape, dtype=bool)
+    ordered = np.sort(np.where(np.isnan(scores), -np.inf, scores), axis=1)
+    floor = ordered[:, [-keep]]
+    floored = np.where(scores < floor, np.where(np.isinf(floor), np.nan, floor), scores).astype(np.float32)
+    return floored, ~(scores < floor)
+
+
+def has_representation(adapter: Adapter) -> bool:
+    """Return whether an adapter says which hidden states represent an example."""
+    return RepresentationSimilarity.misfit(adapter) is None

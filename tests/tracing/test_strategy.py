@@ -1,0 +1,256 @@
+import numpy as np
+import pytest
+
+from hf_forward_inf import AscentConfig, Attribution, ForwardInf
+from hf_forward_inf.adapters import Seq2SeqAdapter
+from hf_forward_inf.baselines import BM25, Baseline, Random
+from hf_forward_inf.curvature.perturber import Perturber
+from hf_forward_inf.passes.kept_pass import KeptPass
+from hf_forward_inf.tracing import strategy
+from hf_forward_inf.tracing.screened import floored
+from tests.helpers.line import points
+
+PLAIN = AscentConfig(direction="gradient", radius=0.5)
+
+
+@pytest.fixture(scope="module")
+def rows(corpus):
+    return corpus["abstracts"].select(range(150))
+
+
+class Known(Baseline):
+    """A screen that ranks by given scores."""
+
+    name = "known"
+
+    def __init__(self, scores):
+        self.scores = scores
+
+    @property
+    def config(self):
+        return {}
+
+    def score(self, queries, candidates):
+        return self.scores
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ascent": PLAIN},
+        {"ascent": AscentConfig(), "reduction": "mean"},
+        {"ascent": AscentConfig(direction="pcg", sample=10, iterations=2)},
+        {"ascent": AscentConfig(direction="gradient", modules=["all"])},
+        {"ascent": PLAIN, "storage": 0, "max_batch_length": 100},
+        {"ascent": PLAIN, "units": "base_loss", "reduction": "mean"},
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The screen fails")
+def test_what_a_screen_keeps_has_the_scores_of_the_full_pass_and_the_rest_the_lowest(
+    options, model, tokenizer, queries, rows, tmp_path
+):
+    tracer = ForwardInf(model, tokenizer, **options, keep=12, audit=8)
+    found = tracer.trace(queries, rows, strategy="screen")
+    full = ForwardInf(model, tokenizer, **options, strategy="full", cache_dir=tmp_path / "other")
+    expected = full.trace(queries, rows).scores
+    best = BM25(model, tokenizer).trace(queries, rows).scores  # one half of the screen
+    assert found.plan.screen == "bm25+representation" and np.isfinite(best).all()
+    assert (found.stage.sum(axis=1) == 20).all()
+    for scores, stage, true in zip(found.scores, found.stage, expected, strict=True):
+        floor = scores[~stage][0]
+        assert (scores[~stage] == floor).all()
+        kept = stage & (scores > floor)
+        np.testing.assert_allclose(scores[kept], true[kept], atol=2e-4 * np.abs(true).max())
+        assert kept.sum() >= 11  # all but the one that is the floor
+    assert (full.trace(queries, rows).stage, full.trace(queries, rows).plan.strategy) == (None, "full")
+
+
+@pytest.mark.parametrize("mode", ["descent", "symmetric"])
+@pytest.mark.filterwarnings("ignore:mode=")
+def test_modes_are_screened_too(mode, model, tokenizer, queries, rows):
+    ascent = AscentConfig(direction="gradient", radius=0.5, mode=mode)
+    tracer = ForwardInf(model, tokenizer, ascent=ascent, screen="bm25", keep=5, audit=0, strategy="screen")
+    expected = tracer.with_options(strategy="full", screen=None, keep=None).trace(queries, rows).scores
+    kept = BM25(model, tokenizer).trace(queries, rows, top_k=5).indices
+    found = np.take_along_axis(tracer.trace(queries, rows).scores, kept, axis=1)
+    np.testing.assert_allclose(found, np.take_along_axis(expected, kept, axis=1), atol=1e-4)
+
+
+def test_only_what_was_drawn_and_lies_above_the_floor_keeps_its_score(line):
+    query, candidates = points(((3, 1), 0)), points(*(((i, 1), 0.5 * i) for i in range(40)))
+    full = ForwardInf(adapter=line).trace(query, candidates).scores
+    worst = Known(-full)  # keeps the lowest
+    tracer = ForwardInf(adapter=line, screen=worst, keep=3, audit=30, strategy="screen")
+    with pytest.warns(
+        UserWarning, match=r"The screen fails: known finds 0\.\d+ .* Give another screen, a larger keep"
+    ):
+        found = tracer.trace(query, candidates)
+    lowest = np.argsort(full[0])[:3]
+    assert found.stage.sum() == 33
+    assert found.scores[0][~found.stage[0]].tolist() == [full[0][lowest].max().item() * 0 + full[0][lowest].min()] * 7
+    np.testing.assert_allclose(found.scores[found.stage], full[found.stage], rtol=1e-6)
+
+
+def test_a_second_trace_computes_nothing_and_a_wider_one_only_what_is_new(line):
+    query, candidates = points(((3, 1), 0)), points(*(((i, 1), 0.5 * i) for i in range(40)))
+    order = Known(np.arange(40.0)[None])
+    tracer = ForwardInf(adapter=line, screen=order, keep=10, audit=0, strategy="screen", max_batch_length=5)
+    first = tracer.trace(query, candidates)
+    passes = line.passes
+    assert passes == 40 / 5 + 1 + 10 / 5  # base losses, ascent, kept
+    np.testing.assert_array_equal(tracer.trace(query, candidates).scores, first.scores)
+    assert line.passes == passes
+    tracer.with_options(keep=20).trace(query, candidates)
+    assert line.passes == passes + 1 + 10 / 5
+
+
+def test_an_interrupted_run_resumes_with_the_query_where_it_stopped(line, monkeypatch, tmp_path):
+    queries = points(((3, 1), 0), ((1, 2), 0), ((2, 2), 1))
+    candidates = points(*(((i, 1), 0.5 * i) for i in range(40)))
+    monkeypatch.setattr(Perturber, "block_size", 1)
+    order = Known(np.tile(np.arange(40.0), (3, 1)))
+    tracer = ForwardInf(adapter=line, screen=order, keep=10, audit=0, strategy="screen")
+    run = KeptPass.run
+
+    def killed(self, theta, key, rows):
+        if line.passes > 4:
+            raise KeyboardInterrupt
+        return run(self, theta, key, rows)
+
+    monkeypatch.setattr(KeptPass, "run", killed)
+    with pytest.raises(KeyboardInterrupt):
+        tracer.trace(queries, candidates)
+    monkeypatch.setattr(KeptPass, "run", run)
+    passes = line.passes
+    resumed = tracer.trace(queries, candidates)
+    assert line.passes <= passes + 4  # two ascents, two kept passes
+    again = tracer.with_options(cache_dir=tmp_path / "other").trace(queries, candidates)
+    np.testing.assert_array_equal(resumed.scores, again.scores)
+
+
+def test_states_are_computed_once_for_all_queries(model, tokenizer, queries, rows, monkeypatch):
+    adapter = Seq2SeqAdapter(model, tokenizer)
+    encoded = []
+    run = Seq2SeqAdapter.run_shared
+    monkeypatch.setattr(
+        Seq2SeqAdapter, "run_shared", lambda self, batch: encoded.append(len(batch["labels"])) or run(self, batch)
+    )
+    tracer = ForwardInf(adapter=adapter, ascent=PLAIN, screen="bm25", keep=20, audit=0, strategy="screen")
+    first = tracer.trace(queries, rows)
+    distinct = first.stage.any(axis=0).sum()
+    assert distinct <= sum(encoded) <= distinct + len(queries) + 3  # ascents, and first rows that were tried
+    encoded.clear()
+    tracer.with_options(ascent=AscentConfig(direction="gradient", radius=1.0)).trace(queries, rows)
+    assert sum(encoded) <= len(queries) + 1
+
+
+def test_auto_screens_language_models_where_that_saves_something(model, tokenizer, queries, corpus, line):
+    tracer = ForwardInf(model, tokenizer, ascent=PLAIN)
+    plan = tracer.plan(queries, corpus["abstracts"])
+    assert (plan.strategy, plan.screen, plan.audit) == ("screen", "bm25+representation", 30)
+    assert plan.keep == np.ceil(0.05 * len(corpus["abstracts"]))
+    assert "base losses and hidden states: 1 passes" in str(plan)
+    assert tracer.plan(queries, corpus["abstracts"].select(range(200))).reason == "a screen would save little"
+    assert tracer.with_options(screen="bm25").plan(queries, corpus["abstracts"].select(range(200))).screen == "bm25"
+    assert tracer.with_options(keep=999).plan(queries, corpus["abstracts"]).strategy == "full"
+    many = points(*(((i, 1), 0.5 * i) for i in range(400)))
+    assert ForwardInf(adapter=line).plan(many, many).reason == "the best for this kind of model"
+
+
+def test_a_plan_names_what_is_cached_and_is_kept_with_the_result(model, tokenizer, queries, rows, tmp_path):
+    tracer = ForwardInf(model, tokenizer, ascent=PLAIN, keep=10, audit=5)
+    before = tracer.plan(queries, rows)
+    found = tracer.trace(queries, rows, strategy="screen", top_k=4)
+    after = tracer.with_options(strategy="screen").plan(queries, rows)
+    assert before.strategy == "screen" and not before.parts[0].cached and after.parts[0].cached
+    assert after.passes < before.passes and "cached" in str(after)
+    found.save_to_disk(tmp_path / "found")
+    again = Attribution.load_from_disk(tmp_path / "found")
+    assert again.plan == found.plan and again.plan.audits[0].drawn == 15
+    np.testing.assert_array_equal(again.stage, found.stage)
+
+
+def test_auto_takes_the_full_pass_where_the_audit_finds_that_a_screen_fails(model, tokenizer, queries, corpus):
+    rows = corpus["abstracts"].select(range(300))
+    tracer = ForwardInf(model, tokenizer, ascent=PLAIN, screen=Random(seed=1), keep=20, audit=60)
+    with pytest.warns(UserWarning, match="The screen fails: random finds 0.*All candidates are scored instead"):
+        found = tracer.trace(corpus["queries"].select(range(10)), rows)
+    assert found.stage is None
+    assert found.plan.strategy == "full" and found.plan.reason == "random failed"
+    assert found.plan.audits[0].recall < 0.4
+    expected = tracer.with_options(screen=None, strategy="full", keep=None).trace(
+        corpus["queries"].select(range(10)), rows
+    )
+    np.testing.assert_array_equal(found.scores, expected.scores)
+
+
+def test_a_full_pass_can_set_all_but_the_best_to_a_floor(model, tokenizer, queries, rows):
+    full = ForwardInf(model, tokenizer, ascent=PLAIN, strategy="full").trace(queries, rows).scores
+    found = ForwardInf(model, tokenizer, ascent=PLAIN, strategy="full", keep=7).trace(queries, rows)
+    for scores, stage, true in zip(found.scores, found.stage, full, strict=True):
+        best = np.argsort(-true)[:7]
+        assert set(np.flatnonzero(stage)) == set(best)
+        np.testing.assert_array_equal(scores[best], true[best])
+        assert (scores[~stage] == true[best].min()).all()
+    scores, stage = floored(np.array([[np.nan, 2, 1, 0], [np.nan, np.nan, np.nan, 1]], dtype=np.float32), 2)
+    np.testing.assert_array_equal(scores, [[np.nan, 2, 1, 1], [np.nan, np.nan, np.nan, 1]])
+
+
+def test_within_a_time_budget_the_best_are_scored_first(model, tokenizer, queries, rows):
+    tracer = ForwardInf(model, tokenizer, ascent=PLAIN, screen="bm25", strategy="screen")
+    first = BM25(model, tokenizer).trace(queries, rows, top_k=64).indices
+    found = tracer.trace(queries, rows, time_budget=1e-6)
+    for stage, best in zip(found.stage, first, strict=True):
+        assert set(np.flatnonzero(stage)) == set(best)
+    expected = tracer.with_options(strategy="full", screen=None).trace(queries, rows).scores
+    np.testing.assert_allclose(tracer.trace(queries, rows, time_budget=600).scores, expected, atol=1e-4)
+
+
+def test_a_query_that_cannot_move_the_model_has_no_scores_and_a_lost_candidate_none(line):
+    queries, candidates = points(((3, 1), 0), ((0, 0), 0)), points(*(((i, 1), 0.5 * i) for i in range(40)))
+    candidates = candidates.map(
+        lambda row, i: {**row, "x": [float("inf"), 1.0]} if i == 39 else row, with_indices=True
+    )
+    order = Known(np.tile(np.arange(40.0)[::-1], (2, 1)))
+    tracer = ForwardInf(adapter=line, screen=order, keep=10, audit=0, strategy="screen")
+    with pytest.warns(UserWarning) as said:
+        found = tracer.trace(queries, candidates)
+    assert {"Queries row 1", "Candidates ro"} <= {str(one.message)[:13] for one in said}
+    assert np.isnan(found.scores[1]).all() and np.isnan(found.scores[0, 39])
+    assert np.isfinite(found.scores[0, :39]).all()
+
+
+def test_the_plan_of_long_work_is_printed_to_stderr(model, tokenizer, queries, rows, monkeypatch, capsys):
+    monkeypatch.setattr(strategy, "LONG", 1)
+    tracer = ForwardInf(model, tokenizer, ascent=PLAIN)
+    tracer.trace(queries, rows)
+    assert capsys.readouterr().err == ""  # progress bars are off
+    monkeypatch.setattr(strategy, "are_progress_bars_disabled", lambda: False)
+    tracer.trace(queries, rows)
+    assert "3 queries: the finite step on all 150 candidates" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"strategy": "some"}, ValueError, "strategy='some' must be one of"),
+        ({"keep": 0}, ValueError, "keep=0 must be a whole number of at least 1"),
+        ({"audit": -1}, ValueError, "audit=-1 must be a whole number of at least 0"),
+        ({"storage": -1}, ValueError, "storage=-1 must be at least 0"),
+        ({"screen": 3}, TypeError, "screen=3 must be the name of an attributor"),
+        ({"screen": "bm25", "strategy": "full"}, ValueError, "leave out screen, or strategy"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, error, message, line):
+    with pytest.raises(error, match=message):
+        ForwardInf(adapter=line, **options)
+
+
+def test_screens_that_do_not_fit_are_refused(line, model, tokenizer, queries, rows):
+    many = points(*(((i, 1), 0.5 * i) for i in range(400)))
+    with pytest.raises(TypeError, match="screen='bm25' does not fit: BM25 compares words"):
+        ForwardInf(adapter=line, screen="bm25").trace(many, many)
+    with pytest.raises(ValueError, match="neither texts nor representations"):
+        ForwardInf(adapter=line, strategy="screen").trace(many, many)
+    with pytest.raises(ValueError, match="screen='bm26' is no attributor"):
+        ForwardInf(model, tokenizer, screen="bm26", keep=5, audit=5).trace(queries, rows)
