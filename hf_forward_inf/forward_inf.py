@@ -10,7 +10,6 @@ from datasets import Dataset, IterableDataset
 from hf_forward_inf.adapters import DiffusionAdapter, is_diffusion
 from hf_forward_inf.algorithm import Scorer
 from hf_forward_inf.ascent.config import AscentConfig
-from hf_forward_inf.ascent.lora import RANK
 from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.data.inputs import Given, as_dataset, read_inputs
 from hf_forward_inf.plan import Plan
@@ -254,18 +253,18 @@ class ForwardInf(Scorer):
         """
         return rerank(self, found, k)
 
-    def save_perturbation(self, query: Mapping[str, Any], folder: str | Path, rank: int = RANK) -> float:
+    def save_perturbation(self, query: Mapping[str, Any], folder: str | Path, rank: int | None = None) -> float:
         """Perturb the model for a query, and save the change as an ordinary PEFT adapter.
 
         `PeftModel.from_pretrained(base, folder)`, or an engine that serves LoRA, then computes theta_K's losses. LoRA
-        changes linear layers: perturb only those, with `AscentConfig(lora_rank=...)`. Of a PEFT model, its own adapter
-        is saved with perturbed weights.
+        changes linear layers: perturb only those, with `AscentConfig(modules=["*proj.weight"])`. Of a PEFT model, its
+        own adapter is saved with perturbed weights.
 
         Args:
             query (`dict`): One row of the queries.
             folder (`Path`): Folder for `adapter_config.json`, `adapter_model.safetensors` and a model card.
-            rank (`int`, defaults to 64): Maximum rank of LoRA's matrices. The rank of one step along the gradient is
-                at most the number of the query's tokens.
+            rank (`int`, *optional*): Maximum rank of LoRA's matrices; engines accept 64 without configuration.
+                Defaults to what the change has: at most the number of the query's tokens, times steps.
 
         Returns:
             `float`: The share of the change's squared norm beyond this rank; 0 if the adapter is exact.

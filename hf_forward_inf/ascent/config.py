@@ -19,6 +19,9 @@ RADIUS = {False: 1.0, True: 1e-3}
 """Default radius: absolute, and relative to the norm of the perturbed parameters."""
 OPTIMIZERS = ("sgd", "adam")
 MODES = ("ascent", "descent", "symmetric")
+STEPS = ("low_rank", "full")
+LOW_RANK = (None, "gradient", "kfac")
+"""Directions that a step of low rank can have; `None` is one to be chosen."""
 POSITIVE = {"above": 0}
 
 
@@ -59,7 +62,7 @@ class AscentConfig:
             products), `"ekfac"` or `"kfac"` (Kronecker factors, fitted once for all queries), `"pcg"` (products
             preconditioned by `"kfac"`, and shared by the queries traced together: [`KrylovSpace`]), `"adam"` (root
             second moments). Candidates are only forwarded, whatever the direction. Defaults to the adapter's; to the
-            gradient with `learning_rate` or `lora_rank`, which allow no other.
+            gradient with `learning_rate`, which allows no other.
         damping (`float`, *optional*): lambda in (C + lambda I)^-1 g, as a multiple of the gradient's Rayleigh quotient
             g.Cg / g.g, that is, relative to the curvature along the gradient; for `"adam"`, of the mean second
             moment; for `"pcg"`, of the median quotient of the queries traced together. Defaults to the adapter's, else
@@ -71,11 +74,14 @@ class AscentConfig:
             adapter's, else to 128 for `"cg"` and 1024 for the others.
         second_moments (`str`, *optional*): For `"adam"`: a Trainer's `optimizer.pt` or its folder. By default second
             moments are estimated on the sample.
-        lora_rank (`int`, *optional*): Leave the weights untouched, and perturb linear layers through a new LoRA of at
-            most this rank. Its A is not random but spans the query's inputs to each layer, so that up to the number of
-            the query's tokens the step is exactly the gradient's, and beyond that its best approximation. It works
-            with quantised weights, and takes little memory. The output layer is left out unless named. Defaults to 64
-            if weights are quantised, else to perturbing the weights themselves.
+        memory (`float`, *optional*): Memory for the factors of `"kfac"`, `"ekfac"` and `"pcg"`, as a share of the
+            model's weights. It decides how many eigenpairs of each are stored ([`kronecker.KroneckerFit`]). Defaults
+            to 0.25, and 64 MiB at least.
+        step (`str`, *optional*): `"low_rank"`: weight matrices change by sums of outer products, at most as many as
+            the query has tokens, times steps, and the rows of embeddings that it reads; no gradient and no copy of a
+            matrix is made, so that weights may be quantised. `"full"`: all weights change. Along the gradient both are
+            the same step; for `"kfac"`, the damping of a step of low rank is divided among both factors
+            ([`inverse.factored_inverse`]). Other directions and Adam have full steps only. Defaults to the adapter's.
         seed (`int`, defaults to 0): Seed of the sample, of drawn targets and of dropout.
 
     Raises:
@@ -98,7 +104,8 @@ class AscentConfig:
     tolerance: float = field(default=1e-3, metadata=POSITIVE)
     sample: int | None = field(default=None, metadata=POSITIVE)
     second_moments: str | None = None
-    lora_rank: int | None = field(default=None, metadata=POSITIVE)
+    memory: float | None = field(default=None, metadata=POSITIVE)
+    step: Literal["low_rank", "full"] | None = field(default=None, metadata={"choices": STEPS})
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -112,17 +119,15 @@ class AscentConfig:
         for name in ("radius", "trust"):
             if getattr(self, name) is not None and self.learning_rate is not None:
                 raise ValueError(f"Give either a {name} or a learning_rate: each of them sets the length of the step.")
-        if self.relative and (self.learning_rate is not None or self.lora_rank is not None):
-            raise ValueError(
-                "relative=True is for a radius in weight space: leave it out with learning_rate or lora_rank."
-            )
+        if self.relative and self.learning_rate is not None:
+            raise ValueError("relative=True is for a radius: leave it out with learning_rate.")
         if self.optimizer != "sgd" and self.learning_rate is None:
             raise ValueError(f"optimizer={self.optimizer!r} needs a learning_rate, not a radius.")
 
     def _check_direction(self) -> None:
         direction = self.direction or self._only_direction
         if direction == "gradient":
-            for name in ("damping", "sample", "iterations"):
+            for name in ("damping", "sample", "iterations", "memory"):
                 if getattr(self, name) is not None:
                     raise ValueError(
                         f"{name}={getattr(self, name)} is for a correction, and direction='gradient' has none. "
@@ -133,10 +138,10 @@ class AscentConfig:
                 f"direction={direction!r} needs a radius: the length of a corrected gradient has no meaning, so a "
                 "learning_rate can't be applied to it."
             )
-        if self.lora_rank is not None and (direction != "gradient" or self.optimizer != "sgd"):
+        if self.step == "low_rank" and (direction not in LOW_RANK or self.optimizer != "sgd"):
             raise ValueError(
-                "lora_rank works along the gradient only: a correction by curvature, or Adam, needs the gradients of "
-                "the weights themselves. Leave out direction and optimizer, or lora_rank."
+                f"step='low_rank' can't follow direction={direction!r} with optimizer={self.optimizer!r}: weights "
+                "would change one by one. Take direction='kfac' or 'gradient', or step='full'."
             )
         if self.second_moments is not None and direction not in (None, "adam"):
             raise ValueError(f"second_moments are read by direction='adam', not by {direction!r}.")
@@ -144,11 +149,12 @@ class AscentConfig:
     @property
     def _only_direction(self) -> str | None:
         """The only direction that other options allow, if they do."""
-        return "gradient" if self.learning_rate is not None or self.lora_rank is not None else None
+        return "gradient" if self.learning_rate is not None else None
 
     def along(self, direction: str) -> "AscentConfig":
         """Return the same step in another direction, whose own options are unset."""
-        return replace(self, direction=direction, damping=None, sample=None, iterations=None, second_moments=None)  # type: ignore[arg-type]
+        unset = dict.fromkeys(("damping", "sample", "iterations", "second_moments", "memory", "step"))
+        return replace(self, direction=direction, **unset)  # type: ignore[arg-type]
 
     def completed(self, defaults: Callable[[str | None], Mapping[str, Any]] = no_defaults) -> "AscentConfig":
         """Set every unset option.
@@ -167,13 +173,19 @@ class AscentConfig:
         preferred = dict(defaults(direction))
         direction = direction or preferred.get("direction", "gradient")
         chosen = OF_DIRECTION[direction] | preferred | {"direction": direction} | self._length(preferred)
+        chosen |= {"step": self._default_step(direction, preferred)}
         return replace(self, **{name: value for name, value in chosen.items() if getattr(self, name) is None})
+
+    def _default_step(self, direction: str, preferred: Mapping[str, Any]) -> str:
+        if direction not in LOW_RANK or self.optimizer != "sgd":
+            return "full"
+        return preferred.get("step", "low_rank" if direction == "gradient" else "full")
 
     def _length(self, preferred: Mapping[str, Any]) -> dict[str, Any]:
         """Return radius and relative, which only make sense together."""
         if self.learning_rate is not None:
             return {"radius": None, "relative": False}
-        relative = bool(preferred.get("relative")) and self.radius is None and self.lora_rank is None
+        relative = bool(preferred.get("relative")) and self.radius is None
         if self.relative is not None:
             relative = self.relative
         if relative == bool(preferred.get("relative")):

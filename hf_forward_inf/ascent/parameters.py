@@ -1,40 +1,39 @@
 """Which of a model's parameters are perturbed, and the model run with them."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from hf_forward_inf.adapters.base import Adapter
 from hf_forward_inf.ascent.config import AscentConfig
-from hf_forward_inf.ascent.lora import RANK, LowRank, added
+from hf_forward_inf.ascent.layers import holders
+from hf_forward_inf.ascent.low_rank import LowRank, added
 from hf_forward_inf.utils.models import check_in_memory, is_quantised, linear_layers, peft_parameters
 
 Parameters: TypeAlias = dict[str, Tensor | LowRank]
 """theta_K: the perturbed parameters by name, or low-rank changes of them; all others are theta's."""
+SMALL = 16 * 2**20
+"""Bytes of weights up to which changed copies are faster than hooks."""
 
 
-def rank_of_ascent(adapter: Adapter, config: AscentConfig) -> int | None:
-    """Return the rank of the new LoRA that is perturbed; `None` if the weights themselves are.
+def is_low_rank(adapter: Adapter, config: AscentConfig) -> bool:
+    """Return whether weight matrices change by outer products ([`low_rank.LowRank`]), and no copy of them is made.
 
     Raises:
         ValueError: If weights are quantised and the direction needs their gradients.
     """
-    if config.lora_rank is not None:
-        return config.lora_rank
-    if not is_quantised(adapter.model) or peft_parameters(adapter.model):
-        return None
-    if config.direction != "gradient" or config.optimizer != "sgd" or config.relative:
-        raise ValueError(
-            "The model's weights are quantised, so it is perturbed through a new LoRA, which works along the gradient "
-            "only and with an absolute radius: leave out direction, optimizer and relative, or load the model "
-            "unquantised."
-        )
-    return RANK
+    if config.step == "low_rank" or not is_quantised(adapter.model) or peft_parameters(adapter.model):
+        return config.step == "low_rank"
+    raise ValueError(
+        f"The model's weights are quantised, so that they have no gradients, and direction={config.direction!r} with "
+        f"optimizer={config.optimizer!r} and step={config.step!r} needs them: take direction='kfac' or 'gradient' "
+        "with step='low_rank', or load the model unquantised."
+    )
 
 
 def radius_of(config: AscentConfig, parameters: Iterable[Tensor]) -> float:
@@ -44,8 +43,9 @@ def radius_of(config: AscentConfig, parameters: Iterable[Tensor]) -> float:
 
 
 def names_for(adapter: Adapter, config: AscentConfig) -> list[str]:
-    """List the parameters that ascent changes, or adds a LoRA to ([`parameters.perturbed_names`])."""
-    return perturbed_names(adapter, config.modules, lora=rank_of_ascent(adapter, config) is not None)
+    """List the parameters that ascent changes ([`parameters.perturbed_names`])."""
+    is_low_rank(adapter, config)  # refuses what quantised weights don't allow
+    return perturbed_names(adapter, config.modules)
 
 
 def norm(vector: Sequence[Tensor]) -> float:
@@ -56,46 +56,47 @@ def norm(vector: Sequence[Tensor]) -> float:
 
 def call(model: nn.Module, theta: Mapping[str, Tensor | LowRank], **inputs: Any) -> Any:
     """Run the model with the parameters theta in place of its own; with an empty theta, unchanged."""
-    whole = {name: value for name, value in theta.items() if isinstance(value, Tensor)}
-    with added(model, {name: value for name, value in theta.items() if isinstance(value, LowRank)}):
-        if not whole:
-            return model(**inputs)
-        return functional_call(model, _everywhere(model, whole), (), inputs, tie_weights=False)
+    with placed(model, theta):
+        return model(**inputs)
 
 
-def _everywhere(model: nn.Module, theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Name every place of a parameter, so that tied ones change together.
+@contextmanager
+def placed(model: nn.Module, theta: Mapping[str, Tensor | LowRank]) -> Iterator[None]:
+    """Put the parameters theta in place of the model's own for the length of a `with`, wherever they are.
 
-    A module that has two names is in one place: `functional_call`, left to find ties itself, would replace its
-    parameters twice and restore the replaced ones.
+    Not `torch.func.functional_call`: a checkpointed block runs again in the backward pass, which must come before the
+    model's own parameters are back. And a module that has two names would get replaced parameters back.
     """
-    own = dict(model.named_parameters())
-    values = {id(own[name]): value for name, value in theta.items()}
-    return {
-        f"{prefix}.{name}" if prefix else name: values[id(p)]
-        for prefix, module in model.named_modules()
-        for name, p in module.named_parameters(recurse=False, remove_duplicate=False)
+    own = dict(model.named_parameters()) if theta else {}
+    values = {id(own[name]): value for name, value in theta.items() if isinstance(value, Tensor)}
+    held = [
+        (module._parameters, name, p)
+        for module in (model.modules() if values else ())
+        for name, p in module._parameters.items()
         if id(p) in values
-    }
+    ]
+    with added(model, {name: value for name, value in theta.items() if isinstance(value, LowRank)}):
+        try:
+            for parameters, name, p in held:
+                parameters[name] = values[id(p)]  # type: ignore[assignment]
+            yield
+        finally:
+            for parameters, name, p in held:
+                parameters[name] = p
 
 
-def perturbed_names(adapter: Adapter, modules: list[str] | None, lora: bool = False) -> list[str]:
+def perturbed_names(adapter: Adapter, modules: list[str] | None) -> list[str]:
     """List the parameters that ascent changes.
 
     Args:
         adapter (`Adapter`): Knows the model and its preferred modules.
         modules (`list[str]`, *optional*): As in [`AscentConfig`].
-        lora (`bool`, defaults to `False`): Only weights of linear layers, the output layer's only if named.
 
     Raises:
         ValueError: If a pattern matches nothing, or only tied parameters that have another name.
     """
-    trainable: Mapping[str, Any]
-    if lora:
-        trainable = linear_layers(adapter.model)
-        modules = modules or _inner(adapter, list(trainable))
-    else:
-        trainable = {name: p for name, p in adapter.model.named_parameters() if p.is_floating_point()}
+    layers = linear_layers(adapter.model)  # with weights of 8 or 4 bits, too
+    trainable = [name for name, p in adapter.model.named_parameters() if p.is_floating_point() or name in layers]
     if modules is None:
         names = _beyond_shared(adapter, _matching(trainable, adapter.default_modules()))
     else:
@@ -105,14 +106,6 @@ def perturbed_names(adapter: Adapter, modules: list[str] | None, lora: bool = Fa
         names = _matching(trainable, modules)
     check_in_memory(adapter.model, names)
     return names
-
-
-def _inner(adapter: Adapter, layers: list[str]) -> list[str]:
-    """Return the linear layers that the adapter prefers, without the output layer."""
-    output = getattr(adapter.model, "get_output_embeddings", lambda: None)()
-    own = next((f"{name}.weight" for name, module in adapter.model.named_modules() if module is output), None)
-    inner = [name for name in layers if name != own]
-    return _beyond_shared(adapter, _matching(inner, adapter.default_modules()) or inner)
 
 
 def _beyond_shared(adapter: Adapter, names: list[str]) -> list[str]:
@@ -148,6 +141,33 @@ def copies_in_memory(model: nn.Module, names: list[str], each: int = 1) -> int:
     return max(1, min(32, room // max(1, each * sum(size.get(name, 0) for name in names))))
 
 
+def materialised(model: nn.Module, theta: Parameters) -> Parameters:
+    """Return theta with changed weights in place of low-rank changes, where hooks would take longer than a copy.
+
+    A hook multiplies every token by two thin matrices: for small layers that is as much work as the layer's own. So
+    weights of [`SMALL`] bytes in all are copied; larger ones, and those that a copy would round, are left alone.
+    """
+    own = dict(model.named_parameters())
+    changed = [own[name] for name, value in theta.items() if isinstance(value, LowRank)]
+    plain = all(type(p.data) is Tensor and p.dtype in (torch.float32, torch.float64) for p in changed)
+    if not plain or sum(p.numel() * p.element_size() for p in changed) > SMALL:
+        return theta
+    return dict(in_full(model, theta))
+
+
+def in_full(model: nn.Module, theta: Parameters) -> dict[str, Tensor]:
+    """Return theta with changed weights in place of all low-rank changes."""
+    own, layers = dict(model.named_parameters()), holders(model, theta)
+    return {
+        name: value.added_to(own[name], layers[name][0]) if isinstance(value, LowRank) else value
+        for name, value in theta.items()
+    }
+
+
 def has_length(adapter: Adapter, config: AscentConfig) -> bool:
-    """Whether steps have a radius in weight space: a fixed learning rate, a trust and a LoRA step have none."""
-    return config.radius is not None and config.trust is None and rank_of_ascent(adapter, config) is None
+    """Whether random steps can be as long as the ascent's, in weight space.
+
+    A fixed learning rate and a trust have no radius, and to quantised weights no random step can be added.
+    """
+    quantised = is_quantised(adapter.model) and not peft_parameters(adapter.model)
+    return config.radius is not None and config.trust is None and not quantised

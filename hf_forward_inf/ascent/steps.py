@@ -3,8 +3,8 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import cached_property, partial
-from typing import Protocol, TypeAlias
+from functools import cached_property
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +12,18 @@ from torch import Tensor, nn
 from hf_forward_inf.adapters.base import Adapter, Rows
 from hf_forward_inf.adapters.contrast import encoded_adapter
 from hf_forward_inf.ascent.config import AscentConfig
-from hf_forward_inf.ascent.lora import LowRank, slopes
-from hf_forward_inf.ascent.parameters import Parameters, call, norm, radius_of, rank_of_ascent
+from hf_forward_inf.ascent.layers import sites
+from hf_forward_inf.ascent.low_rank import LowRank
+from hf_forward_inf.ascent.parameters import Parameters, is_low_rank, materialised, norm, placed, radius_of
+from hf_forward_inf.ascent.slopes import Changes, added_up, length_of, slopes
 from hf_forward_inf.utils.fingerprints import fingerprint
 from hf_forward_inf.utils.models import to_device
 
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
 
-Correction: TypeAlias = Callable[[Sequence[Tensor]], Sequence[Tensor]]
-"""Maps a gradient to the direction of a step, both with one tensor for each perturbed parameter."""
+Correction: TypeAlias = Callable[[Any], Any]
+"""Maps a gradient to the direction of a step: both with one tensor for each perturbed parameter or, for a step of low
+rank, as [`slopes.Changes`]."""
 
 
 class Direction(Protocol):
@@ -96,6 +99,12 @@ class Perturbation:
     @cached_property
     def thetas(self) -> list[Parameters | None]:
         """theta_K of each query, `None` where the gradient is zero or not finite."""
+        model = self.adapter.model
+        return [None if theta is None else materialised(model, theta) for theta in self.changes]
+
+    @cached_property
+    def changes(self) -> list[Parameters | None]:
+        """The same, with low-rank changes for weights that [`parameters.materialised`] would copy."""
         rows = [{key: [values[i]] for key, values in self.queries.items()} for i in range(len(self))]
         correct = None if self.direction is None else self.direction.correction(self._gradients(rows))
         return [self._theta(row, correct) for row in rows]
@@ -107,7 +116,7 @@ class Perturbation:
             theta = {name: own[name].detach().clone().requires_grad_() for name in self.names}
             with torch.enable_grad(), torch.random.fork_rng():
                 torch.manual_seed(self.config.seed)
-                yield gradient_of(query_loss(self.adapter, row, self.names, self.config), theta)
+                yield gradient_of(self.adapter.model, query_loss(self.adapter, row, self.names, self.config), theta)
 
     def _theta(self, query: Rows, correct: Correction | None) -> Parameters | None:
         """Take the steps of one query; with a rule for the length, one step first, to find that of the path."""
@@ -169,24 +178,21 @@ def ascend(
     if config.radius is None and config.learning_rate is None:
         raise ValueError("The ascent has no length: complete its options with AscentConfig.completed().")
     loss, model = query_loss(adapter, query, names, config), adapter.model
-    rank = rank_of_ascent(adapter, config)
     with torch.enable_grad(), torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        if rank is not None:
-            return _ascend_lora(model, loss, names, config, rank)
+        if is_low_rank(adapter, config):
+            return _ascend_low_rank(model, loss, names, config, correct)
         return _ascend_weights(model, loss, names, config, correct)
 
 
-def query_loss(
-    adapter: Adapter, query: Rows, names: list[str], config: AscentConfig
-) -> Callable[[Parameters], Tensor]:
-    """Return the function from parameters to what is raised for a query: its loss, in units of itself for a radius."""
+def query_loss(adapter: Adapter, query: Rows, names: list[str], config: AscentConfig) -> Callable[[], Tensor]:
+    """Return a function that computes what is raised for a query: its loss, in units of itself for a radius."""
     adapter, model = encoded_adapter(adapter, query), adapter.model
     batch = to_device(adapter.collate(query), model)
     batch = adapter.with_shared(batch, set(names))
 
-    def loss(theta: Parameters) -> Tensor:
-        terms = adapter.term_losses(partial(call, model, theta), batch)
+    def loss() -> Tensor:
+        terms = adapter.term_losses(model, batch)
         mean, size = (part.sum(dim=1).sum() / sum(query["terms"]) for part in (terms, terms.detach().abs()))
         if config.radius is None or size == 0:
             return mean
@@ -197,14 +203,15 @@ def query_loss(
     return loss
 
 
-def gradient_of(loss: Callable[[Parameters], Tensor], theta: Mapping[str, Tensor]) -> Sequence[Tensor]:
-    """Return the gradient of a loss by parameters, one tensor for each."""
-    return torch.autograd.grad(loss({**theta}), list(theta.values()), allow_unused=True, materialize_grads=True)
+def gradient_of(model: nn.Module, loss: Callable[[], Tensor], theta: Parameters) -> Sequence[Tensor]:
+    """Return the gradient of a loss by parameters theta, one tensor for each."""
+    with placed(model, theta):  # until after the backward pass, in which checkpointed blocks run again
+        return torch.autograd.grad(loss(), list(theta.values()), allow_unused=True, materialize_grads=True)  # type: ignore[arg-type]
 
 
 def _ascend_weights(
     model: nn.Module,
-    loss: Callable[[Parameters], Tensor],
+    loss: Callable[[], Tensor],
     names: list[str],
     config: AscentConfig,
     correct: Correction | None,
@@ -216,7 +223,7 @@ def _ascend_weights(
         theta.values(), lr=config.learning_rate or 0.0, maximize=config.mode != "descent"
     )
     for _ in range(config.steps):
-        step = gradient_of(loss, theta)
+        step = gradient_of(model, loss, {**theta})
         length = norm(step)
         if correct is not None and 0 < length < math.inf:
             step = correct(step)
@@ -229,27 +236,49 @@ def _ascend_weights(
             value.grad = s.to(value.dtype)
         optimizer.step()
     if all(torch.equal(value, own[name]) for name, value in theta.items()):
-        raise ValueError(
-            f"A step of length {radius or config.learning_rate:g} is lost in the rounding of the weights "
-            f"({next(iter(theta.values())).dtype}): take a longer one."
-        )
+        _refuse_rounding(radius or config.learning_rate or 0.0, next(iter(theta.values())).dtype)
     return {name: value.detach() for name, value in theta.items()}
 
 
-def _ascend_lora(
-    model: nn.Module, loss: Callable[[Parameters], Tensor], names: list[str], config: AscentConfig, rank: int
+def _ascend_low_rank(
+    model: nn.Module,
+    loss: Callable[[], Tensor],
+    names: list[str],
+    config: AscentConfig,
+    correct: Correction | None,
 ) -> Parameters | None:
-    """Step along low-rank changes whose A spans each layer's inputs: a random A would see a part of them only."""
+    """Take the same steps without a copy of a weight matrix, or a gradient of one."""
+    own = dict(model.named_parameters())
     sign = -1.0 if config.mode == "descent" else 1.0
-    theta: dict[str, LowRank] = {}
+    radius = None if config.radius is None else radius_of(config, (own[name] for name in names))
+    layers = sites(model, names)
+    moved: Changes = {}
     for _ in range(config.steps):
-        step = {
-            name: slope.truncated(rank)[0] for name, slope in slopes(model, names, partial(loss, {**theta})).items()
-        }
-        length = math.hypot(*(change.norm() for change in step.values()))
+        step = slopes(model, names, layers, loss, _at(own, moved))
+        length = length_of(step)
+        if correct is not None and 0 < length < math.inf:
+            step = correct(step)
+            length = length_of(step)
         if not 0 < length < math.inf:
             return None
-        rate = sign * (config.learning_rate or (config.radius or 0.0) / config.steps / length)
+        rate = sign * (config.learning_rate or 0.0) if radius is None else sign * radius / config.steps / length
         for name, change in step.items():
-            theta[name] = (theta[name] + change * rate).truncated(rank)[0] if name in theta else change * rate
-    return {**theta}
+            moved[name] = added_up(moved[name], change * rate) if name in moved else change * rate
+    theta = _at(own, moved)
+    if not any(isinstance(value, LowRank) or not torch.equal(value, own[name]) for name, value in theta.items()):
+        _refuse_rounding(radius or config.learning_rate or 0.0, own[names[0]].dtype)
+    return theta
+
+
+def _at(own: Mapping[str, Tensor], moved: Changes) -> Parameters:
+    """Return theta, given by how much parameters have moved."""
+    return {
+        name: change if isinstance(change, LowRank) else (own[name].detach() + change).to(own[name].dtype)
+        for name, change in moved.items()
+    }
+
+
+def _refuse_rounding(length: float, precision: torch.dtype) -> None:
+    raise ValueError(
+        f"A step of length {length:g} is lost in the rounding of the weights ({precision}): take a longer one."
+    )

@@ -19,7 +19,8 @@ from hf_forward_inf.ascent.config import AscentConfig
 from hf_forward_inf.ascent.parameters import norm
 from hf_forward_inf.ascent.steps import Correction, Direction
 from hf_forward_inf.curvature.gauss_newton import GaussNewton
-from hf_forward_inf.curvature.kronecker import KroneckerFit, damped_inverse, rayleigh_quotient
+from hf_forward_inf.curvature.inverse import damped_inverse, factored_inverse, rayleigh_quotient
+from hf_forward_inf.curvature.kronecker import KroneckerFit
 from hf_forward_inf.curvature.sample import Sample
 from hf_forward_inf.curvature.second_moments import estimated_second_moments, optimizer_file, read_second_moments
 from hf_forward_inf.curvature.solvers import KrylovSpace, conjugate_gradients, warn_of_residual
@@ -103,19 +104,26 @@ class KroneckerFactors:
 
     def __init__(self, config: AscentConfig, cache: "FitCache"):
         self.config, self.names = config, cache.names
-        fit = KroneckerFit(cache.sample, cache.names, config.seed)
+        fit = KroneckerFit(cache.sample, cache.names, config.seed, config.memory)
         self.layers = fit.layers
-        self.fitted = cache.get(f"kfac-{fit.draws}", fit.factors)
+        kind = f"{fit.draws}-{fit.rank}"
+        self.parts = [cache.get(f"kfac-{kind}", fit.factors)]
         if config.direction == "ekfac":
-            self.fitted = self.fitted | cache.get(f"ekfac-{fit.draws}", lambda: fit.corrected(self.fitted))
-        self.fingerprint = fingerprint(cache.fingerprint, fit.draws)
+            self.parts.append(cache.get(f"ekfac-{kind}", lambda: fit.corrected(self.fitted)))
+        self.fingerprint = fingerprint(cache.fingerprint, kind)
+
+    @property
+    def fitted(self) -> Tensors:
+        """Everything fitted: read from the cache, so that its memory is free between the ascents."""
+        return {name: tensor for read in self.parts for name, tensor in read().items()}
 
     def correction(self, gradients: Iterable[Sequence[Tensor]] = ()) -> Correction:
-        """Return the product with the damped inverse."""
-        assert self.config.damping is not None
-        return partial(
-            damped_inverse, layers=self.layers, names=self.names, fitted=self.fitted, damping=self.config.damping
-        )
+        """Return the product with the damped inverse: of [`slopes.Changes`] for steps of low rank, else of vectors."""
+        fitted, damping = self.fitted, self.config.damping
+        assert damping is not None
+        if self.config.step == "low_rank":
+            return partial(factored_inverse, layers=self.layers, fitted=fitted, damping=damping)
+        return partial(damped_inverse, layers=self.layers, names=self.names, fitted=fitted, damping=damping)
 
 
 class PreconditionedGradients:
@@ -159,7 +167,7 @@ class SecondMoments:
             assert config.second_moments is not None
             moments = read_second_moments(optimizer_file(config.second_moments), adapter.model)
         else:
-            moments = cache.get("moments", lambda: estimated_second_moments(cache.sample, names))
+            moments = cache.get("moments", lambda: estimated_second_moments(cache.sample, names))()
         device = device_of(adapter.model)
         known = {name: moments[name].to(device) for name in names if name in moments}
         mean = sum(m.sum().item() for m in known.values()) / max(1, sum(m.numel() for m in known.values()))
@@ -189,12 +197,22 @@ class FitCache:
         self.adapter, self.sample, self.names = adapter, sample, names
         self.fingerprint = fingerprint(sample.fingerprint, names, seed)
 
-    def get(self, kind: str, fit: Callable[[], Tensors]) -> Tensors:
-        """Return what is cached, or fit it and cache it."""
-        device = device_of(self.adapter.model)
+    def get(self, kind: str, fit: Callable[[], Tensors]) -> Callable[[], Tensors]:
+        """Fit, unless it is cached, and return what reads the tensors from the cache.
+
+        A file is mapped into memory and read as far as it is used, so that factors take memory only while a query's
+        gradient is corrected.
+        """
         if not is_caching_enabled() or foreign_hooks(self.adapter.model):
-            return fit()
+            fitted = fit()
+            return lambda: fitted
+        device = device_of(self.adapter.model)
         key = fingerprint(fingerprint_of_model(self.adapter.model), self.adapter.cache_key, self.fingerprint)
         file = self.folder / f"{key}-{kind}.safetensors"
-        with process_state().main_process_first():
+
+        def read() -> Tensors:
             return {name: tensor.to(device) for name, tensor in cached_tensors(file, fit).items()}
+
+        with process_state().main_process_first():
+            cached_tensors(file, fit)
+        return read

@@ -15,18 +15,16 @@ from statistics import mode
 from typing import Any, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from hf_forward_inf.adapters.base import Adapter, Batch, Forward, Rows
+from hf_forward_inf.ascent.layers import AFFINE, multiplies, read_by, written_by
 from hf_forward_inf.ascent.parameters import call
 from hf_forward_inf.curvature.outer_products import CHUNK_BYTES, OuterProducts, Parts, QueryGradients, squared_norms
 from hf_forward_inf.utils.models import batch_size, to_device
 
-AFFINE = (nn.Linear, Conv1D, nn.Conv2d)
-"""Layers that multiply their input, at every position, by one matrix."""
 Objective: TypeAlias = Callable[[Forward], Tensor]
 """Given the model's forward, returns a sum of terms that depend on one example each."""
 
@@ -96,21 +94,7 @@ class Use:
             `tuple`: float32 `[rows, positions, inputs]` and `[rows, positions, outputs]`.
         """
         given, delta = self._sides(rows)
-        given = given.float()
-        if isinstance(self.module, nn.Conv2d):
-            delta = delta.flatten(2).transpose(1, 2)
-            return self._together(_patches(given, self.module).transpose(1, 2)), self._together(delta)
-        delta = delta.flatten(1, -2) if delta.dim() > 2 else delta[:, None]
-        return self._together(given.reshape(len(delta), delta.shape[1], -1)), self._together(delta)
-
-
-def _patches(images: Tensor, layer: nn.Conv2d) -> Tensor:
-    """Return the patches of images that a convolution multiplies, `[rows, channels x height x width, places]`."""
-    if isinstance(layer.padding, str):
-        # "same" pads an odd pixel at the end; the layer itself uses `_reversed_padding_repeated_twice`.
-        images = F.pad(images, layer._reversed_padding_repeated_twice)
-        return F.unfold(images, layer.kernel_size, layer.dilation, 0, layer.stride)
-    return F.unfold(images, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+        return self._together(read_by(self.module, given).float()), self._together(written_by(self.module, delta))
 
 
 def _own(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -277,12 +261,8 @@ def _parts(uses: list[tuple[Use, str]]) -> Parts | None:
 
 def is_supported(module: nn.Module) -> bool:
     """Whether a layer's gradients follow from its inputs and its output gradients."""
-    if isinstance(module, nn.Conv2d) and (module.groups > 1 or module.padding_mode != "zeros"):
-        return False
-    for kind in (*AFFINE, nn.Embedding):
-        if isinstance(module, kind):
-            # A subclass may do something else with its weight; scaling (BART's embeddings) is taken into account.
-            return type(module).forward is kind.forward or hasattr(module, "embed_scale")
+    if isinstance(module, (*AFFINE, nn.Embedding)):
+        return multiplies(module)
     if isinstance(module, nn.GroupNorm):
         return True
     # LayerNorm, and every family's own RMSNorm: vectors named weight and bias, and a name that says what it is.

@@ -53,14 +53,15 @@ class Sample:
         """Fingerprint of the rows, their encoding and their order."""
         return self.features._fingerprint
 
-    def batches(self, names: Set[str] = frozenset()) -> Iterator[Batch]:
+    def batches(self, names: Set[str] = frozenset(), length: int = MAX_BATCH_LENGTH) -> Iterator[Batch]:
         """Yield the batches, on the model's device.
 
         Args:
             names (`set[str]`, *optional*): The parameters to differentiate. If none of them belongs to the adapter's
                 shared part, that part is run here, without a graph.
+            length (`int`, defaults to [`MAX_BATCH_LENGTH`]): Padded tokens in one batch at most.
         """
-        limit = MAX_BATCH_LENGTH if self.adapter.can_batch(self.features, self.lengths) else 1
+        limit = min(length, MAX_BATCH_LENGTH) if self.adapter.can_batch(self.features, self.lengths) else 1
         for rows in batches(self.lengths, limit):
             batch = to_device(self.adapter.collate(self.features[rows]), self.adapter.model)
             yield self.adapter.with_shared(batch, names) if names else batch

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_forward_inf.adapters.base import Batch
-from hf_forward_inf.ascent.lora import LowRank
+from hf_forward_inf.ascent.low_rank import LowRank
 from hf_forward_inf.ascent.parameters import Parameters, call
 from hf_forward_inf.curvature.sample import Sample
 from hf_forward_inf.utils.fingerprints import fingerprint

@@ -17,8 +17,8 @@ from transformers.pytorch_utils import Conv1D
 from hf_forward_inf.adapters import CausalLMAdapter, Seq2SeqAdapter
 from hf_forward_inf.adapters.contrast import query_adapter
 from hf_forward_inf.algorithm import Scorer
-from hf_forward_inf.ascent.lora import LowRank
-from hf_forward_inf.ascent.parameters import Parameters, names_for
+from hf_forward_inf.ascent.low_rank import LowRank
+from hf_forward_inf.ascent.parameters import Parameters, in_full, names_for
 from hf_forward_inf.curvature.perturber import Perturber
 from hf_forward_inf.passes.candidate_pass import encode
 from hf_forward_inf.utils.models import evaluating, linear_layers, peft_parameters
@@ -51,7 +51,7 @@ Share of the perturbation's squared norm beyond this rank: {lost:.3g}.
 """
 
 
-def save_perturbation(tracer: Scorer, query: Mapping[str, Any], folder: Path, rank: int) -> float:
+def save_perturbation(tracer: Scorer, query: Mapping[str, Any], folder: Path, rank: int | None) -> float:
     """Perturb the model for a query and save the change; see [`ForwardInf.save_perturbation`]."""
     try:
         import peft  # noqa: F401
@@ -70,7 +70,7 @@ def save_perturbation(tracer: Scorer, query: Mapping[str, Any], folder: Path, ra
 
     def write(part: Path) -> None:
         if has_adapter:
-            model.save_pretrained(str(part), state_dict={**model.state_dict(), **theta})
+            model.save_pretrained(str(part), state_dict={**model.state_dict(), **in_full(model, theta)})
         else:
             _save_lora(tracer, changes, needed, part)
         (part / "README.md").write_text(_card(tracer, query, needed, lost))
@@ -112,7 +112,7 @@ def _check(tracer: Scorer, names: list[str], has_adapter: bool) -> None:
         hint = "This model has LoRA weights of its own: perturb those, or merge them first (merge_and_unload)."
     else:
         foreign = [name for name in names if name not in layers]
-        hint = "Perturb only linear layers: ForwardInf(..., ascent=AscentConfig(lora_rank=64))."
+        hint = "Perturb only linear layers, such as ForwardInf(..., ascent=AscentConfig(modules=['*proj.weight']))."
     if foreign:
         more = ", ..." if len(foreign) > 3 else ""
         raise ValueError(f"LoRA can't represent the change of {', '.join(foreign[:3])}{more}. {hint}")
@@ -123,19 +123,19 @@ def _theta(tracer: Scorer, query: Mapping[str, Any], perturber: Perturber) -> Pa
     adapter = tracer.adapter
     encoded = encode(adapter, Dataset.from_list([dict(query)]), "queries", tracer.cache_dir)
     with evaluating(adapter.model):
-        (theta,) = perturber.perturbation(encoded[:]).thetas
+        (theta,) = perturber.perturbation(encoded[:]).changes
     if theta is None:
         raise ValueError("The query's gradient is zero or not finite: there is no perturbation to save.")
     return theta
 
 
-def _as_lora(model: nn.Module, theta: Parameters, rank: int) -> tuple[dict[str, LowRank], float]:
+def _as_lora(model: nn.Module, theta: Parameters, rank: int | None) -> tuple[dict[str, LowRank], float]:
     """Return each layer's change in the lowest sufficient rank, and the share of the squared norm beyond `rank`."""
     layers = linear_layers(model)
     changes, squared_norms, lost = {}, [], []
     for name, value in theta.items():
         change = value if isinstance(value, LowRank) else _difference(layers[name], value)
-        changes[name], share = change.truncated(rank)
+        changes[name], share = change.truncated(min(change.shape) if rank is None else rank)
         squared_norm = change.norm() ** 2
         squared_norms.append(squared_norm)
         lost.append(share * squared_norm)

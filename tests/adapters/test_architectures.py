@@ -218,8 +218,12 @@ def test_a_vision_tower_with_as_many_blocks_is_not_taken_for_the_language_model(
 
 
 @pytest.mark.parametrize("way", ["torch.compile(model)", "model.compile()", "compiled layers"])
-@pytest.mark.parametrize("options", [{}, {"lora_rank": 8}, {"direction": "kfac", "sample": 4}])
-def test_a_compiled_model_has_the_scores_of_the_model(way, options, tmp_path):
+@pytest.mark.parametrize(
+    "options",
+    [{"step": "full"}, {}, {"direction": "kfac", "sample": 4}, {"direction": "kfac", "sample": 4, "step": "low_rank"}],
+)
+def test_a_compiled_model_has_the_scores_of_the_model(way, options, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_forward_inf.ascent.parameters.SMALL", 0)
     model = untrained(AutoModelForCausalLM, "llama", {})
     ascent = AscentConfig(**{"direction": "gradient", **options}, radius=0.3)
     with warnings.catch_warnings():

@@ -154,9 +154,11 @@ def test_corrected_directions_correct_the_gradient_of_the_difference(network, to
     assert F.cosine_similarity(moved, wanted, dim=0).item() > 0.999
 
 
-def test_a_fresh_lora_gives_the_scores_of_changed_weights(network, tokens, pairs, rows):
-    through = ForwardInf(network, tokens, ascent=AscentConfig(lora_rank=64, radius=RADIUS))
+def test_steps_of_low_rank_give_the_scores_of_changed_weights(network, tokens, pairs, rows, monkeypatch):
+    monkeypatch.setattr("hf_forward_inf.ascent.parameters.SMALL", 0)
     weights = [name for name in linear_layers(network) if ".1." in name]
+    ascent = AscentConfig(direction="gradient", step="low_rank", modules=weights, radius=RADIUS)
+    through = ForwardInf(network, tokens, ascent=ascent)
     found = through.trace(pairs, rows).scores
     for i, pair in enumerate(pairs):
         np.testing.assert_allclose(found[i], expected(network, tokens, pair, rows, weights), rtol=5e-3, atol=5e-4)

@@ -47,9 +47,8 @@ def test_steps_share_the_radius(line):
 
 def test_a_relative_radius_is_a_share_of_the_norm_of_what_is_perturbed(line):
     assert math.hypot(*moved(line, radius=0.1, relative=True)) == pytest.approx(0.1 * math.hypot(1, 2), rel=1e-5)
-    for other in ({"learning_rate": 1.0}, {"lora_rank": 2}):
-        with pytest.raises(ValueError, match="relative=True is for a radius in weight space: leave it out"):
-            AscentConfig(relative=True, **other)
+    with pytest.raises(ValueError, match="relative=True is for a radius: leave it out"):
+        AscentConfig(relative=True, learning_rate=1.0)
 
 
 def test_a_zero_gradient_moves_nothing(line):
@@ -66,7 +65,7 @@ def test_only_named_modules_move(model, tokenizer, queries):
     assert names
     assert all(".layer.1.EncDecAttention" in name or ".layer.1.layer_norm" in name for name in names)
     row = adapter.encode(queries[:1])
-    theta = ascend(adapter, row, names, AscentConfig(radius=2.0, direction="gradient").completed())
+    theta = ascend(adapter, row, names, AscentConfig(radius=2.0, direction="gradient", step="full").completed())
     own = dict(model.named_parameters())
     norm = torch.stack([(theta[name] - own[name]).norm() for name in names]).norm()
     assert theta.keys() == set(names)
@@ -121,8 +120,14 @@ def test_a_perturbation_is_known_by_query_modules_and_settings(line):
         ({"direction": "cg", "iterations": 0}, "iterations must be above 0, not 0"),
         ({"direction": "kfac", "damping": -1.0}, "damping must be above 0, not -1.0"),
         ({"direction": "kfac", "sample": 0}, "sample must be above 0, not 0"),
-        ({"lora_rank": 0}, "lora_rank must be above 0, not 0"),
-        ({"lora_rank": 8, "direction": "cg"}, "lora_rank works along the gradient only"),
+        ({"memory": 0.0}, "memory must be above 0, not 0.0"),
+        (
+            {"memory": 0.1, "direction": "gradient"},
+            "memory=0.1 is for a correction, and direction='gradient' has none",
+        ),
+        ({"step": "low_rank", "direction": "cg"}, "step='low_rank' can't follow direction='cg'"),
+        ({"step": "low_rank", "optimizer": "adam", "learning_rate": 0.1}, "can't follow .* optimizer='adam'"),
+        ({"step": "high_rank"}, "step must be one of low_rank, full"),
     ],
 )
 def test_impossible_settings_are_refused(options, message):

@@ -53,11 +53,19 @@ def test_another_direction_keeps_the_adapters_length():
     assert (turned.radius, turned.relative, turned.damping, turned.sample) == (1e-2, True, 0.1, 1024)
 
 
-@pytest.mark.parametrize("option", [{"learning_rate": 0.1}, {"lora_rank": 4}])
-def test_a_learning_rate_and_a_lora_go_along_the_gradient(option):
-    ascent = AscentConfig(**option).completed(relative_adapter)
+def test_a_learning_rate_goes_along_the_gradient():
+    ascent = AscentConfig(learning_rate=0.1).completed(relative_adapter)
     assert ascent.direction == "gradient" and ascent.relative is False
-    assert ascent.radius == (None if "learning_rate" in option else 1.0)
+    assert ascent.radius is None
+
+
+def test_steps_are_of_low_rank_where_the_direction_allows_it():
+    def step(**options):
+        return AscentConfig(**options).completed().step
+
+    assert step(direction="gradient") == step(learning_rate=0.1) == "low_rank"
+    assert step(direction="cg") == step(direction="ekfac") == step(direction="adam") == "full"
+    assert step(learning_rate=0.1, optimizer="adam") == step(direction="gradient", step="full") == "full"
 
 
 def test_an_option_that_the_preferred_direction_lacks_is_refused():

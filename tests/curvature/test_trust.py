@@ -68,8 +68,11 @@ def test_where_the_search_begins_does_not_matter():
         assert change(network, one).norm() == pytest.approx(change(network, other).norm().item(), rel=0.1)
 
 
-def test_low_rank_changes_are_scaled_too(model, tokenizer, queries, candidates):
-    tracer = ForwardInf(model, tokenizer, ascent=AscentConfig(lora_rank=64, trust=0.01))
+@pytest.mark.parametrize(("direction", "steps"), [("gradient", 1), ("kfac", 3)])
+def test_low_rank_changes_are_scaled_too(direction, steps, model, tokenizer, queries, candidates, monkeypatch):
+    monkeypatch.setattr("hf_forward_inf.ascent.parameters.SMALL", 0)
+    ascent = AscentConfig(direction=direction, step="low_rank", steps=steps, trust=0.01)
+    tracer = ForwardInf(model, tokenizer, ascent=ascent)
     perturber = tracer.perturber(candidates)
     encoded = tracer.adapter.encode(queries[:2])
     for theta in perturber.perturbation(encoded).thetas:

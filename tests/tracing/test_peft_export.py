@@ -14,6 +14,13 @@ from hf_forward_inf.utils.models import linear_layers
 from tests.helpers.causal import questions, train_tokens, untrained
 from tests.helpers.line import assert_same_state, state
 
+
+def linear(network, **options):
+    """Steps of the linear layers alone, without the output layer."""
+    names = [name for name in linear_layers(network) if "block.1" in name or "layers.1" in name or ".h.1" in name]
+    return AscentConfig(**{"direction": "gradient", "modules": names, **options})
+
+
 FRESH = """
 import json, sys, torch
 from peft import PeftModel
@@ -55,7 +62,7 @@ def test_a_fresh_process_loads_it_by_peft_and_has_the_same_losses(
         asked, among = (
             (queries.select([0]), candidates.select(range(5))) if name == "mt5" else (rows.select([0]), rows)
         )
-        tracer = ForwardInf(network, processor, ascent=AscentConfig(lora_rank=64))
+        tracer = ForwardInf(network, processor, ascent=linear(network))
         folder = tmp_path / name
         network.save_pretrained(folder)
         before = state(network)
@@ -98,11 +105,14 @@ def test_of_a_peft_model_its_own_adapter_is_saved_perturbed(tokens, rows, tmp_pa
     loss = LossPass(tracer.adapter.with_model(again), rows)
     np.testing.assert_allclose(loss.base() / loss.terms, expected, atol=1e-4)
     with pytest.raises(ValueError, match="has LoRA weights of its own"):
-        tracer.with_options(ascent=AscentConfig(lora_rank=4)).save_perturbation(rows[1], tmp_path / "other")
+        tracer.with_options(ascent=AscentConfig(modules=["*base_layer.weight"])).save_perturbation(
+            rows[1], tmp_path / "other"
+        )
 
 
 def test_its_card_says_what_it_is(tokens, rows, tmp_path):
-    tracer = ForwardInf(untrained("llama", len(tokens)), tokens, ascent=AscentConfig(lora_rank=4))
+    network = untrained("llama", len(tokens))
+    tracer = ForwardInf(network, tokens, ascent=linear(network))
     tracer.save_perturbation({"text": "# A\n```\nMarkdown", "other": 1}, tmp_path / "moved")
     card = (tmp_path / "moved" / "README.md").read_text()
     assert "library_name: peft" in card
@@ -115,7 +125,7 @@ def test_its_card_says_what_it_is(tokens, rows, tmp_path):
 @pytest.mark.parametrize(
     ("ascent", "message"),
     [
-        (AscentConfig(), r"can't represent the change of .*layernorm.weight.*AscentConfig\(lora_rank=64\)"),
+        (AscentConfig(), r"can't represent the change of .*layernorm.weight.*AscentConfig\(modules="),
         (AscentConfig(modules=["*proj.weight"], direction="cg"), "direction='cg' needs the training data"),
     ],
 )
@@ -137,6 +147,6 @@ def test_a_query_that_moves_nothing_is_refused(tokens, tmp_path, rows):
     network = untrained("llama", len(tokens))
     with torch.no_grad():
         network.lm_head.weight.zero_()  # all tokens equally likely, whatever the layers before give
-    tracer = ForwardInf(network, tokens, ascent=AscentConfig(lora_rank=4))
+    tracer = ForwardInf(network, tokens, ascent=linear(network))
     with pytest.raises(ValueError, match="no perturbation to save"):
         tracer.save_perturbation(rows[0], tmp_path / "moved")
