@@ -44,7 +44,7 @@ class ForwardInf(Scorer):
         processor (*optional*): Its tokenizer or image processor.
         adapter (`Adapter`, *optional*): Defaults to the adapter for this kind of model.
         ascent (`AscentConfig`, *optional*): How the model is perturbed. Unset fields take the adapter's defaults: one
-            normalised step, along the gradient for image classifiers, else corrected by curvature.
+            normalised step, corrected by curvature where the model's size allows it.
         reduction (`str`, defaults to `"sum"`): An example's loss is the `"sum"` or the `"mean"` over its target
             tokens.
         measure (`str`, defaults to `"rise"`): A candidate's score is the `"rise"` of its loss or, for classifiers, the

@@ -52,9 +52,8 @@ def main(options: Options) -> dict[str, Any]:
     truth = [[row] for row in rows.tolist()]
 
     # The score is by how much a candidate's prediction shifts when the model is moved for the query.
-    tracer = ForwardInf(
-        adapter=adapter, ascent=AscentConfig(radius=options.radius, seed=options.seed), measure="shift"
-    )
+    ascent = AscentConfig(direction="gradient", radius=options.radius, seed=options.seed)
+    tracer = ForwardInf(adapter=adapter, ascent=ascent, measure="shift")
     attributors: dict[str, Attributor] = {
         "forward_inf": tracer,
         "tracin": TracIn(adapter=adapter),

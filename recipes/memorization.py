@@ -34,7 +34,8 @@ def main(options: MemorizationOptions) -> dict[str, Any]:
     adapter = with_objective(adapter, options.objective, options.first)
 
     # Trace; scores are standardised over the queries, so that they can be compared between them.
-    tracer = ForwardInf(adapter=adapter, ascent=AscentConfig(radius=options.radius, seed=options.seed))
+    ascent = AscentConfig(direction="gradient", radius=options.radius, seed=options.seed)
+    tracer = ForwardInf(adapter=adapter, ascent=ascent)
     say(f"Tracing {len(queries)} test images over {len(candidates):,} candidates ...")
     found = tracer.trace(queries, candidates).standardised()
 

@@ -59,7 +59,8 @@ def main(options: Options) -> dict[str, Any]:
 
     # Self-influence: how much an example's own step raises its own loss.
     adapter = classifier(options, rows)
-    tracer = ForwardInf(adapter=adapter, ascent=AscentConfig(radius=options.radius, seed=options.seed))
+    ascent = AscentConfig(direction="gradient", radius=options.radius, seed=options.seed)
+    tracer = ForwardInf(adapter=adapter, ascent=ascent)
     scores = {
         "forward_inf": tracer.self_influence(rows),
         "tracin": TracIn(adapter=adapter).self_influence(rows),

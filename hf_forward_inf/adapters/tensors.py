@@ -122,10 +122,10 @@ class TensorAdapter(ClassifierAdapter):
         return output if isinstance(output, Tensor) else output.logits
 
     def default_ascent(self, direction: str | None = None) -> dict[str, Any]:
-        """Conjugate gradients: they predict retraining far better than the gradient (`recipes/lds.py`)."""
-        if direction not in (None, "cg"):
+        """Preconditioned products: they predict retraining far better than the gradient (`recipes/lds.py`)."""
+        if direction not in (None, "cg", "pcg"):
             return {}
-        return {"direction": "cg", "damping": 0.03, "radius": 0.3, "sample": 1024}
+        return {"direction": direction or "pcg", "damping": 0.03, "radius": 0.3, "sample": 1024}
 
     @torch.no_grad()
     def representation(self, batch: Batch, forward: Forward | None = None) -> Tensor:

@@ -131,7 +131,7 @@ def choose(adapter: ImageClassificationAdapter, task: Task, options: LeakageOpti
     for measured, (objective, measure) in MEASURES.items():
         own = with_objective(adapter, objective, options.first)
         for radius in options.radii:
-            ascent = AscentConfig(radius=radius, seed=options.seed)
+            ascent = AscentConfig(direction="gradient", radius=radius, seed=options.seed)
             tracer = ForwardInf(adapter=own, ascent=ascent, measure=measure)
             found = tracer.trace(task.queries, task.candidates)
             for correction in CORRECTIONS:

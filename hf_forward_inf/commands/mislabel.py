@@ -134,7 +134,9 @@ def self_influences(
 def _tracer(adapter: ImageClassificationAdapter, radius: float, options: MislabelOptions) -> ForwardInf:
     if options.first is not None:
         adapter = with_objective(adapter, "cross_entropy", options.first)
-    return ForwardInf(adapter=adapter, ascent=AscentConfig(radius=radius, seed=options.seed))
+    # Along the gradient, whose steps are taken for many rows in one batch: every row is a query of its own.
+    ascent = AscentConfig(direction="gradient", radius=radius, seed=options.seed)
+    return ForwardInf(adapter=adapter, ascent=ascent)
 
 
 def _rows(options: MislabelOptions, column: str) -> Dataset:

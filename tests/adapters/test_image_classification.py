@@ -21,7 +21,9 @@ from tests.helpers.line import assert_same_state, state
 def test_scores_are_those_of_the_algorithm_written_out_by_hand():
     data, model = rows(12), network().train()
     before = state(model)
-    tracer = ForwardInf(adapter=ImageClassificationAdapter(model), ascent=AscentConfig(radius=0.3))
+    tracer = ForwardInf(
+        adapter=ImageClassificationAdapter(model), ascent=AscentConfig(direction="gradient", radius=0.3)
+    )
     found = tracer.trace(data.select([5]), data)
     assert_same_state(before, state(model))  # BatchNorm's running statistics among it
     images, labels = tensors(data)
@@ -63,15 +65,30 @@ def test_a_memorised_query_finds_its_copy_although_its_loss_is_nothing(scale):
     sure = losses.argsort()[:20].tolist()
     assert losses[sure].max() < 1e-6  # log_softmax makes nothing of most
     adapter = ImageClassificationAdapter(adapter.model, transform=adapter.transform, objective="margin")
-    found = ForwardInf(adapter=adapter, ascent=AscentConfig(radius=0.001)).trace(data.select(sure), data)
+    found = ForwardInf(adapter=adapter, ascent=AscentConfig(direction="gradient", radius=0.001)).trace(
+        data.select(sure), data
+    )
     first = [found.ranking(i)[0] == row for i, row in enumerate(sure)]
     assert sum(first) >= 18  # another image may change as much: which networks do so depends on the machine
+
+
+def test_losses_move_along_a_corrected_step_and_margins_along_the_gradient():
+    losses, margins = (ImageClassificationAdapter(network(), objective=one) for one in ("cross_entropy", "margin"))
+    default = ForwardInf(adapter=losses).ascent
+    assert (default.direction, default.damping, default.radius, default.iterations) == ("pcg", 0.03, 0.3, 3)
+    copies = ForwardInf(adapter=margins).ascent
+    assert (copies.direction, copies.radius) == ("gradient", 0.01)
+    plain = ForwardInf(adapter=losses, ascent=AscentConfig(direction="gradient")).ascent
+    assert (plain.direction, plain.radius, plain.sample) == ("gradient", 0.3, None)
+    data = rows(12)
+    short = ForwardInf(adapter=losses, ascent=AscentConfig(radius=0.01)).trace(data, data)
+    assert [short.ranking(i)[0] for i in range(12)] == list(range(12))
 
 
 @pytest.mark.parametrize("first", [None, "3"])
 def test_a_shift_is_the_length_of_what_changes_in_the_logits_but_for_their_mean(first):
     data, model = rows(12), network().eval()
-    ascent = AscentConfig(radius=0.3)
+    ascent = AscentConfig(direction="gradient", radius=0.3)
     tracer = ForwardInf(adapter=ImageClassificationAdapter(model, first=first), ascent=ascent, measure="shift")
     found = tracer.trace(data.select([5]), data)
     images, labels = tensors(data)
@@ -90,10 +107,12 @@ def test_a_shift_is_the_length_of_what_changes_in_the_logits_but_for_their_mean(
 
 def test_a_shift_has_no_sign():
     data, adapter = rows(4), ImageClassificationAdapter(network())
-    down = ForwardInf(adapter=adapter, ascent=AscentConfig(radius=0.1, mode="descent"), measure="shift")
+    down = ForwardInf(
+        adapter=adapter, ascent=AscentConfig(direction="gradient", radius=0.1, mode="descent"), measure="shift"
+    )
     assert (down.trace(data.select([0]), data).scores > 0).all()
     with pytest.raises(ValueError, match="has no sign"):
-        down.with_options(ascent=AscentConfig(radius=0.1, mode="symmetric"))
+        down.with_options(ascent=AscentConfig(direction="gradient", radius=0.1, mode="symmetric"))
     with pytest.raises(ValueError, match="measure='sum' must be one of"):
         ForwardInf(adapter=adapter, measure="sum")
 
@@ -101,7 +120,9 @@ def test_a_shift_has_no_sign():
 def test_margins_are_log_odds_and_have_scores_of_their_own():
     data, model = rows(12), network()
     adapter = ImageClassificationAdapter(model, objective="margin")
-    found = ForwardInf(adapter=adapter, ascent=AscentConfig(radius=0.3)).trace(data.select([5]), data)
+    found = ForwardInf(adapter=adapter, ascent=AscentConfig(direction="gradient", radius=0.3)).trace(
+        data.select([5]), data
+    )
     images, labels = tensors(data)
 
     def odds():
@@ -129,7 +150,7 @@ def test_what_is_not_perturbed_is_run_once_for_all_queries(kind, tmp_path):
         model, options = vision_transformer(), {"image_processor": processor()}
         late, early = ["vit.layers.1"], model.vit.layers[0].attention.q_proj
     early.register_forward_hook(lambda *_: runs.append(1))
-    before, ascent = state(model), AscentConfig(modules=late, radius=0.3)
+    before, ascent = state(model), AscentConfig(direction="gradient", modules=late, radius=0.3)
     found = ForwardInf(adapter=ImageClassificationAdapter(model, **options), ascent=ascent).trace(data, data).scores
     assert_same_state(before, state(model))
     once = len(runs)
@@ -156,9 +177,8 @@ def test_a_module_that_does_not_run_its_children_in_a_line_is_run_whole(tmp_path
     adapter = ImageClassificationAdapter(model, first="late")
     with pytest.warns(UserWarning, match="Skipping can't be run in two parts"):
         found = ForwardInf(adapter=adapter).trace(data.select([0]), data).scores
-    whole = ImageClassificationAdapter(model)
-    names = ["late", "head"]
-    expected = ForwardInf(adapter=whole, ascent=AscentConfig(modules=names, radius=0.3), cache_dir=tmp_path)
+    whole, ascent = ImageClassificationAdapter(model), AscentConfig(modules=["late", "head"], radius=0.3)
+    expected = ForwardInf(adapter=whole, ascent=ascent, cache_dir=tmp_path)
     np.testing.assert_allclose(found, expected.trace(data.select([0]), data).scores, rtol=1e-5)
     with pytest.raises(ValueError, match="no child 'body'; it has early, late, head"):
         ImageClassificationAdapter(model, first="body")
@@ -224,7 +244,7 @@ def test_several_classes_and_numbers_have_the_loss_of_transformers(problem):
     one = [processor()(images=image, return_tensors="pt")["pixel_values"] for image in data["image"]]
     expected = [model(x, labels=torch.tensor([y])).loss.item() for x, y in zip(one, labels, strict=True)]
     np.testing.assert_allclose(adapter.loss(model, batch).detach(), expected, rtol=1e-5)
-    tracer = ForwardInf(adapter=adapter)
+    tracer = ForwardInf(adapter=adapter, ascent=AscentConfig(radius=0.01))
     assert (np.diag(tracer.trace(data, data).scores) > 0).all()
     with pytest.raises(ValueError, match="in rows 0, 1 "):
         tracer.trace(rows(2), rows(2))

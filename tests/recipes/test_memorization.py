@@ -37,7 +37,9 @@ def test_a_run_pairs_test_images_with_training_images(tmp_path):
 
 def test_features_are_those_of_the_moved_model():
     data, model = rows(6), network().eval()
-    tracer = ForwardInf(adapter=ImageClassificationAdapter(model), ascent=AscentConfig(radius=1.0))
+    tracer = ForwardInf(
+        adapter=ImageClassificationAdapter(model), ascent=AscentConfig(direction="gradient", radius=1.0)
+    )
     found = features_under_ascent(tracer, data.select([2]), data, [0.0, 0.5])
     images, labels = tensors(data)
     with torch.no_grad():
