@@ -1,6 +1,7 @@
 """ForwardInf, the class that users call. The paper's Algorithm 1 is in `algorithm.py`."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from hf_forward_inf.ascent.config import AscentConfig
 from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.data.inputs import Given, as_dataset, read_inputs
 from hf_forward_inf.plan import Plan
+from hf_forward_inf.scores.levels import background
 from hf_forward_inf.tracing.peft_export import save_perturbation
 from hf_forward_inf.tracing.planning import plan_for
 from hf_forward_inf.tracing.self_influence import rerank, self_influence
@@ -151,10 +153,14 @@ class ForwardInf(Scorer):
             return tracer.tune(candidates).trace(queries, candidates, top_k, time_budget=time_budget)
         traced = trace_planned(tracer, queries, candidates, time_budget)
         warn_of_lost(traced.scores[:, traced.reached], traced.reached)
-        return Attribution(
+        found = Attribution(
             traced.scores, queries, candidates, method=self.name, config=tracer.config,
             stage=traced.stage, plan=traced.plan,
-        ).keep(top_k)  # fmt: skip
+        )  # fmt: skip
+        if traced.estimates:
+            known = [background(scores, nats=found.in_nats) for scores in traced.estimates]
+            found = replace(found, backgrounds=known)
+        return found.keep(top_k)
 
     def _with_strategy(self, strategy: Literal["auto", "full", "screen"]) -> "ForwardInf":
         screen = None if strategy == "full" else self.screen

@@ -66,7 +66,7 @@ class Entry:
 def _along_the_gradient(tracer: Tracer) -> Attributor:
     # The default radius, not the tracer's: the best length of a corrected step is not that of the gradient.
     ascent = AscentConfig(direction="gradient", modules=tracer.ascent.modules, seed=tracer.ascent.seed)
-    return tracer.with_options(ascent=ascent)
+    return tracer.with_options(ascent=ascent, strategy="full", screen=None, keep=None)
 
 
 def _first_order(tracer: Tracer) -> Attributor:

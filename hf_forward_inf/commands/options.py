@@ -29,8 +29,13 @@ class TraceOptions(RunOptions):
         num_queries (`int`, *optional*): Number of queries traced at most, drawn at random. All if unset.
         tune (`bool`, defaults to `False`): Choose the radius by self-retrieval, without labels.
         reduction (`str`, defaults to `"sum"`): Loss of a candidate: sum or mean over its target tokens.
-        time_budget (`float`, *optional*): Seconds for scoring; candidates not reached by then, in a random order, get
-            no score.
+        strategy (`str`, defaults to `"auto"`): Which candidates get the finite step: all (full), those that a screen
+            keeps of each query (screen), or what is best for the model and the number of candidates (auto).
+        screen (`str`, *optional*): Attributor that ranks all candidates first, or several joined by +.
+        keep (`int`, *optional*): Candidates of each query that a screen keeps. Defaults to 5% of them, at least 50.
+        audit (`int`, defaults to 30): Random others of each query that are scored too, to see what the screen misses.
+        time_budget (`float`, *optional*): Seconds for scoring: with a screen the best first, otherwise in random
+            order; candidates not reached by then have the lowest score, or none.
         tokens (`bool`, defaults to `False`): Colour in the report the tokens of the best candidates by their part of
             the score.
         baselines (`bool`, defaults to `True`): Also run BM25, and fixed learning rates if proponents are known.
@@ -46,6 +51,10 @@ class TraceOptions(RunOptions):
     num_queries: int | None = field(default=None, metadata={"min": 1})
     tune: bool = False
     reduction: Literal["sum", "mean"] = "sum"
+    strategy: Literal["auto", "full", "screen"] = "auto"
+    screen: str | None = None
+    keep: int | None = field(default=None, metadata={"min": 1})
+    audit: int = field(default=30, metadata={"min": 0})
     time_budget: float | None = field(default=None, metadata={"above": 0})
     tokens: bool = False
     baselines: bool = True

@@ -29,7 +29,8 @@ def trace_run(options: TraceOptions, ascent: AscentConfig) -> dict[str, Any]:
     """
     run = Run(options)
     model, tokenizer = load_language_model(options.model)
-    tracer = ForwardInf(model, tokenizer, ascent=ascent, reduction=options.reduction)
+    chosen = {name: getattr(options, name) for name in ("reduction", "strategy", "screen", "keep", "audit")}
+    tracer = ForwardInf(model, tokenizer, ascent=ascent, **chosen)
     task = load_task(tracer, options)
     if options.tune:
         tracer = tracer.tune(task.candidates)

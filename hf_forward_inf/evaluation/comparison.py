@@ -63,7 +63,7 @@ def fixed_learning_rate(
     mrr = {}
     for rate, steps in tries:
         ascent = AscentConfig(learning_rate=rate, steps=steps, modules=["all"], seed=tracer.ascent.seed)
-        fixed = tracer.with_options(ascent=ascent)
+        fixed = tracer.with_options(ascent=ascent, strategy="full", screen=None, keep=None)
         mrr[fixed] = fixed.trace(queries.select(few), candidates).evaluate([truth[i] for i in few])["mrr"]
     return max(mrr, key=lambda fixed: mrr[fixed]).trace(queries, candidates)
 

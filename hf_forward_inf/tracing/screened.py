@@ -146,10 +146,10 @@ class ScreenedStep:
 
 
 def assembled(found: dict[int, Scored], lost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return scores, float32 `[queries, candidates]`, and which were computed, bool; all others are the floor.
+    """Return scores, float32 `[queries, candidates]`, and which are a candidate's own, bool; all others are the floor.
 
     The floor is the lowest score of a query's kept candidates; of the others that were drawn, those above it keep
-    their scores.
+    their own.
 
     Args:
         found (`dict[int, Scored]`): By query.
@@ -166,9 +166,14 @@ def assembled(found: dict[int, Scored], lost: np.ndarray) -> tuple[np.ndarray, n
         scores[i] = floor
         scores[i, one.rows], stage[i, one.rows] = one.scores, True
         above = ~(one.audited <= floor)
-        scores[i, one.drawn[above]], stage[i, one.drawn] = one.audited[above], True
+        scores[i, one.drawn[above]], stage[i, one.drawn[above]] = one.audited[above], True
     scores[:, lost] = np.nan
     return scores, stage
+
+
+def background_scores(one: Scored) -> np.ndarray:
+    """Return what all scores of a query look like: the kept, and each of the drawn for as many others as it stands."""
+    return np.concatenate([one.scores, np.repeat(one.audited, round(one.others / max(1, len(one.drawn))))])
 
 
 def floored(scores: np.ndarray, keep: int) -> tuple[np.ndarray, np.ndarray]:

@@ -60,6 +60,8 @@ def rerank(tracer: Scorer, found: Attribution, k: int) -> Attribution:
     own = self_influence(tracer, found.candidates.select(rows))[np.searchsorted(rows, best.indices)]
     with np.errstate(invalid="ignore", divide="ignore"):
         shares = np.where(own > 0, best.scores / own, np.nan).astype(np.float32)
+    if best.stage is not None:  # a floor is no score to divide
+        shares[~best.stage] = np.nan
     order = np.stack([best_first(row) for row in shares])
     scores, indices = (np.take_along_axis(values, order, axis=1) for values in (shares, best.indices))
     stage = None if best.stage is None else np.take_along_axis(best.stage, order, axis=1)

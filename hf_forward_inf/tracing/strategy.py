@@ -2,7 +2,7 @@
 
 import sys
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from datasets import Dataset
@@ -14,7 +14,7 @@ from hf_forward_inf.passes.loss_pass import LossPass
 from hf_forward_inf.plan import Audit, Plan
 from hf_forward_inf.tracing.audit import Scored, audit_of, failed
 from hf_forward_inf.tracing.planning import plan_for
-from hf_forward_inf.tracing.screened import ScreenedStep, assembled, floored
+from hf_forward_inf.tracing.screened import ScreenedStep, assembled, background_scores, floored
 from hf_forward_inf.tracing.time_budget import within
 from hf_forward_inf.utils.processes import process_state
 
@@ -33,12 +33,15 @@ class Traced:
         plan (`Plan`): How.
         reached (`np.ndarray`): Row numbers of the candidates that have scores.
         stage (`np.ndarray`, *optional*): As in [`Attribution`].
+        estimates (`list[np.ndarray]`, defaults to none): What all scores of each query look like without the floor,
+            as far as it is known.
     """
 
     scores: np.ndarray
     plan: Plan
     reached: np.ndarray
     stage: np.ndarray | None = None
+    estimates: list[np.ndarray] = field(default_factory=list)
 
 
 def trace_planned(tracer: Scorer, queries: Dataset, candidates: Dataset, seconds: float | None = None) -> Traced:
@@ -63,8 +66,8 @@ def trace_planned(tracer: Scorer, queries: Dataset, candidates: Dataset, seconds
     scores = _of_all(tracer, queries, candidates, loss)
     if plan.keep is None:
         return Traced(scores, plan, everything)
-    scores, stage = floored(scores, plan.keep)
-    return Traced(scores, plan, everything, stage)
+    lowered, stage = floored(scores, plan.keep)
+    return Traced(lowered, plan, everything, stage, [*scores])
 
 
 def _of_all(tracer: Scorer, queries: Dataset, candidates: Dataset, loss: LossPass | None = None) -> np.ndarray:
@@ -94,7 +97,8 @@ def _screened(
         _warn(audit, "Give another screen, a larger keep, or strategy='full'.")
     scores, stage = assembled(found, ~np.isfinite(step.base))
     plan = replace(plan, audits=() if audit is None else (audit,))
-    return Traced(scores, plan, np.arange(len(candidates)), stage)
+    estimates = [background_scores(found[i]) for i in sorted(found)] if plan.audit else []
+    return Traced(scores, plan, np.arange(len(candidates)), stage, estimates)
 
 
 def _without_screen(tracer: Scorer, queries: Dataset, candidates: Dataset, loss: LossPass, audit: Audit) -> Plan:

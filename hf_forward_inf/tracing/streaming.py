@@ -74,8 +74,9 @@ def trace_stream(
     """Score every row of a stream for every query, and return the best candidates of each query.
 
     The stream is read a chunk at a time. A chunk's encoded rows and losses are on disk only while it is traced; after
-    that, only rows that are among the best of some query remain. Each chunk costs what [`ForwardInf.trace`] does, the
-    queries' ascent included: for a chunk of some thousand rows the ascent is a small part of it.
+    that, only rows that are among the best of some query remain. All rows of a chunk get the finite step, whatever the
+    tracer's strategy: the floors of screened chunks could not be compared. Each chunk costs what [`ForwardInf.trace`]
+    does, the queries' ascent included: for a chunk of some thousand rows the ascent is a small part of it.
 
     A direction that is corrected by curvature takes its sample from the first chunk, unless the tracer has `training`.
 

@@ -25,7 +25,8 @@ def explain(tracer: Scorer, found: Attribution, k: int = 10) -> Attribution:
     Args:
         tracer (`ForwardInf`): Perturbs the model for the queries.
         found (`Attribution`): An attribution, its own or another attributor's.
-        k (`int`, defaults to 10): Candidates of each query to explain.
+        k (`int`, defaults to 10): Candidates of each query to explain; those without a score of their own, which a
+            screen has left out, are not.
 
     Returns:
         `Attribution`: The same with `details`, a row for each of these candidates: `query`, `candidate`, `terms` (the
@@ -41,17 +42,21 @@ def explain(tracer: Scorer, found: Attribution, k: int = 10) -> Attribution:
     details: dict[str, list[Any]] = {"query": [], "candidate": [], "terms": [], "term_scores": []}
     with evaluating(adapter.model), torch.no_grad():
         for i, theta_k, mirrored in perturbed(tracer, queries, candidates):
-            rows = found.top(i, k)["candidate"]
+            top = found.top(i, k)
+            rows = np.array(top["candidate"][:], dtype=int)
+            places = found.ranking(i)[: len(rows)]
+            if found.stage is not None:  # all others have the floor, which no tokens explain
+                computed = np.array(top["stage"][:], dtype=bool)
+                rows, places = rows[computed], places[computed]
             if not len(rows):
                 continue
-            places = found.ranking(i)[: len(rows)]
             features = adapter.encode(adapter.prepare(candidates.select_columns(columns))[places.tolist()])
             term_scores: list[np.ndarray] = []
             for part in _together(adapter, features):
                 term_scores += [*rises(tracer, theta_k, mirrored, part).cpu().numpy()]
             for row, texts, scores in zip(rows, adapter.term_texts(features), term_scores, strict=True):
                 details["query"].append(i)
-                details["candidate"].append(row)
+                details["candidate"].append(int(row))
                 details["terms"].append(texts)
                 details["term_scores"].append(scores[: len(texts)].astype(np.float32))
     return replace(found, details=Dataset.from_dict(details))

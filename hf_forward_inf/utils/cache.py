@@ -63,7 +63,7 @@ def _on_disk(stats: os.stat_result) -> int:
 def mark_used(path: Path) -> None:
     """Record that a file is used now: file systems need not record it themselves."""
     with suppress(OSError):  # a cache that can't be written to can be read
-        os.utime(path, (time.time(), path.stat().st_mtime))
+        os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
 
 
 def prune(folder: Path, keep: int, before: float | None = None) -> list[Entry]:
