@@ -262,9 +262,9 @@ class ForwardInf(Scorer):
     def save_perturbation(self, query: Mapping[str, Any], folder: str | Path, rank: int | None = None) -> float:
         """Perturb the model for a query, and save the change as an ordinary PEFT adapter.
 
-        `PeftModel.from_pretrained(base, folder)`, or an engine that serves LoRA, then computes theta_K's losses. LoRA
-        changes linear layers: perturb only those, with `AscentConfig(modules=["*proj.weight"])`. Of a PEFT model, its
-        own adapter is saved with perturbed weights.
+        `PeftModel.from_pretrained(base, folder)` then computes theta_K's losses: matrices change by LoRA, and
+        perturbed biases and normalisations are copied. Engines that serve LoRA alone need linear layers alone
+        (`AscentConfig(modules=["*proj.weight"])`). Of a PEFT model, its own adapter is saved with perturbed weights.
 
         Args:
             query (`dict`): One row of the queries.
@@ -279,7 +279,7 @@ class ForwardInf(Scorer):
             FileExistsError: If the folder is not empty.
             ImportError: If peft is not installed.
             TypeError: If this is not a language model.
-            ValueError: If a perturbed parameter is not a linear layer's, or the query's gradient is zero or not
+            ValueError: If an adapter can't hold a perturbed parameter's change, or the query's gradient is zero or not
                 finite.
         """
         return save_perturbation(self, query, Path(folder), rank)

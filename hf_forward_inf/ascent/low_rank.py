@@ -82,6 +82,12 @@ class LowRank:
         """Compute the product, `[outputs, inputs]`."""
         return (self.up @ self.down).index_add_(0, self.ids, self.rows)
 
+    def without_rows(self) -> "LowRank":
+        """Return the same change with an outer product in place of each row that changes by itself."""
+        one = self.up.new_zeros(len(self.up), len(self.ids))
+        one[self.ids, torch.arange(len(self.ids), device=one.device)] = 1.0
+        return LowRank(torch.cat([self.down, self.rows]), torch.cat([self.up, one], dim=1))
+
     def compact(self) -> "LowRank":
         """Return the same change with no more outer products than the matrix has rows or columns."""
         outputs, inputs = self.shape

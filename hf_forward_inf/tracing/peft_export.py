@@ -17,14 +17,17 @@ from transformers.pytorch_utils import Conv1D
 from hf_forward_inf.adapters import CausalLMAdapter, Seq2SeqAdapter
 from hf_forward_inf.adapters.contrast import query_adapter
 from hf_forward_inf.algorithm import Scorer
+from hf_forward_inf.ascent.layers import holders
 from hf_forward_inf.ascent.low_rank import LowRank
 from hf_forward_inf.ascent.parameters import Parameters, in_full, names_for
 from hf_forward_inf.curvature.perturber import Perturber
 from hf_forward_inf.passes.candidate_pass import encode
 from hf_forward_inf.utils.models import evaluating, linear_layers, peft_parameters
 from hf_forward_inf.utils.processes import process_state
-from hf_forward_inf.utils.storage import write_folder
+from hf_forward_inf.utils.storage import Tensors, write_folder
 
+PREFIX = "base_model.model."
+"""What PEFT puts before a parameter's name."""
 CARD = """---
 library_name: peft
 base_model: {base}
@@ -72,7 +75,8 @@ def save_perturbation(tracer: Scorer, query: Mapping[str, Any], folder: Path, ra
         if has_adapter:
             model.save_pretrained(str(part), state_dict={**model.state_dict(), **in_full(model, theta)})
         else:
-            _save_lora(tracer, changes, needed, part)
+            whole = {name: value for name, value in theta.items() if name not in changes and isinstance(value, Tensor)}
+            _save_lora(tracer, changes, whole, max(1, needed), part)
         (part / "README.md").write_text(_card(tracer, query, needed, lost))
 
     if process_state().is_main_process:
@@ -81,41 +85,68 @@ def save_perturbation(tracer: Scorer, query: Mapping[str, Any], folder: Path, ra
     return lost
 
 
-def _save_lora(tracer: Scorer, changes: Mapping[str, LowRank], rank: int, folder: Path) -> None:
-    """Write a fresh LoRA in PEFT's format."""
+def _save_lora(
+    tracer: Scorer, changes: Mapping[str, LowRank], whole: Mapping[str, Tensor], rank: int, folder: Path
+) -> None:
+    """Write a fresh LoRA in PEFT's format, with whole copies of biases and of modules like normalisations."""
     import peft
 
     model: Any = tracer.adapter.model
-    layers = linear_layers(model)
+    held = holders(model, changes)
+    named = {module: name for name, module in model.named_modules()}
+    targets = {named[layer]: (layer, changes[name]) for name, layers in held.items() for layer in layers}
+    tensors: Tensors = {}
+    for name, (layer, change) in targets.items():
+        tensors |= _tensors(f"{PREFIX}{name}", layer, change, rank)
+    biases = [name for name in whole if _owner(name) in targets or name in _biases(model)]
+    copied = sorted({_owner(name) for name in whole if name not in biases})
+    for name, value in whole.items():
+        place = f"{_owner(name)}.base_layer.bias" if _owner(name) in targets else name
+        tensors[f"{PREFIX}{place}"] = value.detach().clone().contiguous().cpu()
+    for name in copied:  # PEFT copies whole modules
+        for local, value in model.get_submodule(name).named_parameters(recurse=False):
+            tensors.setdefault(f"{PREFIX}{name}.{local}", value.detach().clone().contiguous().cpu())
     config = peft.LoraConfig(
         task_type="SEQ_2_SEQ_LM" if isinstance(tracer.adapter, Seq2SeqAdapter) else "CAUSAL_LM",
         base_model_name_or_path=model.name_or_path,
         inference_mode=True,
         r=rank,
         lora_alpha=rank,
-        target_modules=[name.removesuffix(".weight") for name in changes],
-        fan_in_fan_out=any(isinstance(layers[name], Conv1D) for name in changes),
+        target_modules=list(targets),
+        modules_to_save=copied or None,
+        bias="all" if biases else "none",
+        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer, _ in targets.values()),
     )
     config.save_pretrained(str(folder))
-    save_file(_tensors(changes, rank), folder / "adapter_model.safetensors", {"format": "pt"})
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+
+
+def _owner(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _biases(model: nn.Module) -> set[str]:
+    """Return the names of the biases of linear layers."""
+    return {f"{name.removesuffix('weight')}bias" for name in linear_layers(model)}
 
 
 def _check(tracer: Scorer, names: list[str], has_adapter: bool) -> None:
-    """Raise for a model or parameters whose change LoRA can't represent, before anything is computed."""
+    """Raise for a model or parameters whose change PEFT can't represent, before anything is computed."""
+    model: Any = tracer.adapter.model
     if not isinstance(tracer.adapter, CausalLMAdapter | Seq2SeqAdapter):
         raise TypeError(
             f"Only perturbations of language models can be saved, not those of {type(tracer.adapter).__name__}."
         )
-    layers = linear_layers(tracer.adapter.model)
+    layers = linear_layers(model)
     if has_adapter:
         foreign = [name for name in names if name in layers or ".base_layer." in name]
         hint = "This model has LoRA weights of its own: perturb those, or merge them first (merge_and_unload)."
     else:
-        foreign = [name for name in names if name not in layers]
-        hint = "Perturb only linear layers, such as ForwardInf(..., ascent=AscentConfig(modules=['*proj.weight']))."
+        foreign = [name for name in names if any(True for _ in model.get_submodule(_owner(name)).children())]
+        hint = "Perturb other parameters: ForwardInf(..., ascent=AscentConfig(modules=[...]))."
     if foreign:
         more = ", ..." if len(foreign) > 3 else ""
-        raise ValueError(f"LoRA can't represent the change of {', '.join(foreign[:3])}{more}. {hint}")
+        raise ValueError(f"An adapter can't hold the change of {', '.join(foreign[:3])}{more}. {hint}")
 
 
 def _theta(tracer: Scorer, query: Mapping[str, Any], perturber: Perturber) -> Parameters:
@@ -130,16 +161,21 @@ def _theta(tracer: Scorer, query: Mapping[str, Any], perturber: Perturber) -> Pa
 
 
 def _as_lora(model: nn.Module, theta: Parameters, rank: int | None) -> tuple[dict[str, LowRank], float]:
-    """Return each layer's change in the lowest sufficient rank, and the share of the squared norm beyond `rank`."""
-    layers = linear_layers(model)
+    """Return each matrix's change in the lowest sufficient rank, and the share of the squared norm beyond `rank`."""
+    matrices = {
+        name: layers[0]
+        for name, layers in holders(model, theta).items()
+        if name.endswith(".weight") and all(isinstance(layer, nn.Linear | Conv1D | nn.Embedding) for layer in layers)
+    }
     changes, squared_norms, lost = {}, [], []
-    for name, value in theta.items():
-        change = value if isinstance(value, LowRank) else _difference(layers[name], value)
-        changes[name], share = change.truncated(min(change.shape) if rank is None else rank)
+    for name, layer in matrices.items():
+        value = theta[name]
+        change = value if isinstance(value, LowRank) else _difference(layer, value)
+        changes[name], share = change.without_rows().truncated(min(change.shape) if rank is None else rank)
         squared_norm = change.norm() ** 2
         squared_norms.append(squared_norm)
         lost.append(share * squared_norm)
-    return changes, math.fsum(lost) / math.fsum(squared_norms)
+    return changes, math.fsum(lost) / (math.fsum(squared_norms) or 1.0)
 
 
 def _difference(layer: nn.Module, value: Tensor) -> LowRank:
@@ -150,15 +186,14 @@ def _difference(layer: nn.Module, value: Tensor) -> LowRank:
     return LowRank(torch.eye(change.shape[1], device=change.device), change)
 
 
-def _tensors(changes: Mapping[str, LowRank], rank: int) -> dict[str, Tensor]:
-    """Return the factors under PEFT's names, all padded with zeros to the same rank."""
-    tensors = {}
-    for name, change in changes.items():
-        missing = rank - len(change.down)
-        layer = f"base_model.model.{name.removesuffix('.weight')}"
-        tensors[f"{layer}.lora_A.weight"] = F.pad(change.down, (0, 0, 0, missing)).contiguous().cpu()
-        tensors[f"{layer}.lora_B.weight"] = F.pad(change.up, (0, missing)).contiguous().cpu()
-    return tensors
+def _tensors(name: str, layer: nn.Module, change: LowRank, rank: int) -> dict[str, Tensor]:
+    """Return the factors of a layer's change under PEFT's names, padded with zeros to the rank."""
+    missing = rank - len(change.down)
+    down = F.pad(change.down, (0, 0, 0, missing)).contiguous().cpu()
+    up = F.pad(change.up, (0, missing)).contiguous().cpu()
+    if isinstance(layer, nn.Embedding):  # whose matrix PEFT has the other way round
+        return {f"{name}.lora_embedding_A": up.T.contiguous(), f"{name}.lora_embedding_B": down.T.contiguous()}
+    return {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
 
 
 def _card(tracer: Scorer, query: Mapping[str, Any], rank: int, lost: float) -> str:

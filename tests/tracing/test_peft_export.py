@@ -62,7 +62,7 @@ def test_a_fresh_process_loads_it_by_peft_and_has_the_same_losses(
         asked, among = (
             (queries.select([0]), candidates.select(range(5))) if name == "mt5" else (rows.select([0]), rows)
         )
-        tracer = ForwardInf(network, processor, ascent=linear(network))
+        tracer = ForwardInf(network, processor, ascent=AscentConfig(direction="gradient", steps=2, modules=["all"]))
         folder = tmp_path / name
         network.save_pretrained(folder)
         before = state(network)
@@ -125,7 +125,6 @@ def test_its_card_says_what_it_is(tokens, rows, tmp_path):
 @pytest.mark.parametrize(
     ("ascent", "message"),
     [
-        (AscentConfig(), r"can't represent the change of .*layernorm.weight.*AscentConfig\(modules="),
         (AscentConfig(modules=["*proj.weight"], direction="cg"), "direction='cg' needs the training data"),
     ],
 )
