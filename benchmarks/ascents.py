@@ -15,7 +15,7 @@ from hf_forward_inf.data import builtin_facts, load_rows
 from hf_forward_inf.evaluation.cost import measure
 from hf_forward_inf.evaluation.fact_tracing import draw_task, with_answered, with_proponents
 from hf_forward_inf.toys.tiny_models import tiny_mt5
-from hf_forward_inf.utils.models import load_language_model
+from hf_forward_inf.utils.loading import load_model
 
 RADII = (0.1, 0.3, 1.0, 3.0, 10.0)
 FIXED = [(0.1, 1), (1.0, 1), (0.1, 3)]
@@ -31,7 +31,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.model:
         sentences, queries = load_rows(given.candidates, "abstracts"), load_rows(given.queries, "queries")
-        model, tokenizer = load_language_model(given.model)
+        model, tokenizer = load_model(given.model)
     else:
         sentences, queries = (builtin_facts()[name] for name in ("abstracts", "queries"))
         model, tokenizer = tiny_mt5(sentences)

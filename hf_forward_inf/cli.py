@@ -9,7 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from functools import partial
 from importlib import import_module
 from importlib.metadata import version
@@ -166,8 +166,8 @@ def run_command(
     words = sys.argv[1:] if arguments is None else arguments
     options, given = OptionParser(*kinds, prog=program).parse(words)
     try:
-        hidden = given.quiet or given.json
-        with _alone(given.json) if alone else _prepared(bars, hidden):
+        printed = redirect_stdout(StringIO()) if given.json else nullcontext()
+        with printed, nullcontext() if alone else _prepared(bars, given.quiet or given.json):
             result = run(*options)
         if given.json:
             _print_json(result)
@@ -179,11 +179,6 @@ def run_command(
         print(f"error: {error}.{hint}".replace("..", "."), file=sys.stderr)
         return 1
     return 0
-
-
-def _alone(hidden: bool) -> AbstractContextManager[Any]:
-    """Hide what a command prints that runs no model."""
-    return redirect_stdout(StringIO()) if hidden else nullcontext()
 
 
 @contextmanager
@@ -202,7 +197,9 @@ def _prepared(bars: bool, quiet: bool) -> Iterator[None]:
     disable_progress_bar()  # of loading weights
     own, warnings.formatwarning = warnings.formatwarning, _one_line
     try:
-        with progress_bars(bars and not quiet), silence(quiet):
+        with warnings.catch_warnings(), progress_bars(bars and not quiet), silence(quiet):
+            for kind in (FutureWarning, DeprecationWarning):  # of packages, which users can't change
+                warnings.simplefilter("ignore", kind)
             yield
     finally:
         warnings.formatwarning = own

@@ -23,6 +23,7 @@ from hf_forward_inf.tracing.streaming import trace_stream
 from hf_forward_inf.tracing.token_scores import explain
 from hf_forward_inf.tracing.tuning import Tuning, tune
 from hf_forward_inf.utils.cache import enforce_limit
+from hf_forward_inf.utils.loading import is_diffusion_folder, load_diffusion, load_model
 from hf_forward_inf.utils.storage import default_cache_dir
 from hf_forward_inf.utils.validation import warn_of_lost
 
@@ -85,6 +86,24 @@ class ForwardInf(Scorer):
     """
 
     tuning: Tuning | None = None
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, **options: Any) -> "ForwardInf":
+        """Return an attributor for a saved model.
+
+        Args:
+            name (`str` or `Path`): Hub name or local folder of a transformers model with a head, of a PEFT adapter, or
+                of a diffusers pipeline.
+            **options: Options of [`ForwardInf`].
+
+        Raises:
+            FileNotFoundError: If it is a path where nothing is.
+            ImportError: If it is a PEFT adapter or a diffusers pipeline, and these are not installed.
+        """
+        if is_diffusion_folder(str(name)):
+            return cls.from_pipe(load_diffusion(str(name)), **options)
+        model, processor = load_model(str(name))
+        return cls(model, processor, **options)
 
     @classmethod
     def from_pipe(cls, pipe: Any, **options: Any) -> "ForwardInf":

@@ -4,30 +4,15 @@ import inspect
 from typing import Any
 
 from datasets import Dataset
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    Pipeline,
-)
+from transformers import AutoConfig, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from hf_forward_inf.adapters.columns import is_conversation
 from hf_forward_inf.forward_inf import ForwardInf
+from hf_forward_inf.utils.loading import classes_for
 
 OPTIONS = inspect.signature(ForwardInf).parameters.keys() - {"model", "processor"}
 """Options that the pipeline passes to [`ForwardInf`]."""
-
-
-HEADS = {
-    "ForSequenceClassification": AutoModelForSequenceClassification,
-    "ForTokenClassification": AutoModelForTokenClassification,
-    "ForMaskedLM": AutoModelForMaskedLM,
-}
-"""What loads a model that was saved with a head; language models that generate are told apart by their kind."""
 
 
 class AutoModelForAttribution:
@@ -36,12 +21,8 @@ class AutoModelForAttribution:
     @classmethod
     def from_pretrained(cls, name: str, **options: Any) -> Any:
         """Load a model, by its name on the hub or its folder."""
-        config = options.get("config") or AutoConfig.from_pretrained(name)
-        saved = " ".join(config.architectures or [])
-        generating = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        return next((loader for head, loader in HEADS.items() if head in saved), generating).from_pretrained(
-            name, **options
-        )
+        loader, _ = classes_for(options.get("config") or AutoConfig.from_pretrained(name))
+        return loader.from_pretrained(name, **options)
 
 
 class DataAttributionPipeline(Pipeline):

@@ -26,7 +26,7 @@ from hf_forward_inf.evaluation.fact_tracing import draw_candidates, draw_task, w
 from hf_forward_inf.evaluation.tables import as_text, average, compare, flat
 from hf_forward_inf.report.plots import budget_plot
 from hf_forward_inf.toys.tiny_models import tiny_mt5
-from hf_forward_inf.utils.models import load_language_model
+from hf_forward_inf.utils.loading import load_model
 from hf_forward_inf.utils.processes import say
 from hf_forward_inf.utils.rows import sample_rows
 
@@ -43,7 +43,7 @@ def load(options: FtraceOptions) -> tuple[Any, Any, Dataset, Dataset, int | None
     queries = with_proponents(load_rows(options.queries, "queries"), sentences, options.strict)
     if options.model is not None:
         say(f"Tracing {options.queries} over {options.candidates} with {options.model}.")
-        return *load_language_model(options.model), sentences, queries, options.num_candidates
+        return *load_model(options.model), sentences, queries, options.num_candidates
     say(f"Tracing {options.queries} over {options.candidates} with a tiny mT5 trained on the candidates.")
     queries = sample_rows(queries, 4 * options.num_queries, options.seed)  # it won't answer them all
     sentences = draw_candidates(queries, sentences, options.num_candidates, options.seed)

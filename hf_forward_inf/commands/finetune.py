@@ -25,7 +25,7 @@ from hf_forward_inf.forward_inf import ForwardInf
 from hf_forward_inf.passes.candidate_pass import encode
 from hf_forward_inf.toys.tiny_models import train_tokenizer
 from hf_forward_inf.utils.fingerprints import fingerprint, fingerprint_of_model
-from hf_forward_inf.utils.models import load_language_model
+from hf_forward_inf.utils.loading import load_model
 from hf_forward_inf.utils.processes import process_state, say
 from hf_forward_inf.utils.rows import sample_rows
 from hf_forward_inf.utils.storage import default_cache_dir, write_folder
@@ -53,7 +53,7 @@ class Finetuning:
     def __init__(self, options: TrainingOptions, rows: Dataset, seed: int):
         self.options, self.seed = options, seed
         if options.model:
-            self.base, self.tokenizer = load_language_model(options.model)
+            self.base, self.tokenizer = load_model(options.model)
         else:
             self.tokenizer = train_tokenizer([*rows["prompt"], *rows["completion"]], 4096)
             self.base = _tiny_llama(len(self.tokenizer), seed)
@@ -157,7 +157,8 @@ def finetune_run(options: FinetuneOptions, ascent: AscentConfig) -> dict[str, An
         metrics |= _without(finetuning, train, task, found["forward_inf"].ranking, options.removed)
     metrics |= cost.measure(tracer, task.queries, train)
     shown = tracer.explain(found["forward_inf"].keep(options.top_k))
-    return run.write(shown, metrics, tracer, table=table, proponents=task.proponents)
+    written = run.write(shown, metrics, tracer, table=table, proponents=task.proponents)
+    return {**written, "answers": run.answer(shown)}
 
 
 def load_data(options: TrainingOptions) -> tuple[Dataset, Dataset]:

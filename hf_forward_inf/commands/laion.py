@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset, IterableDataset, load_from_disk
 
 from hf_forward_inf.adapters import DiffusionAdapter
@@ -20,6 +19,7 @@ from hf_forward_inf.toys.drawings import CAPTION, Teaching, as_queries, tiny_dra
 from hf_forward_inf.tracing.streaming import first_chunk
 from hf_forward_inf.utils.fingerprints import fingerprint, fingerprint_of_model
 from hf_forward_inf.utils.images import read_image
+from hf_forward_inf.utils.loading import load_diffusion
 from hf_forward_inf.utils.processes import process_state, say
 from hf_forward_inf.utils.rows import sample_rows
 from hf_forward_inf.utils.storage import write_folder
@@ -77,7 +77,7 @@ def laion_run(options: LaionOptions, ascent: AscentConfig) -> dict[str, Any]:
     written = run.write(found, metrics, tracer)
     if process_state().is_main_process:
         shutil.rmtree(run.folder / UNFINISHED)
-    return written
+    return {**written, "answers": run.answer(found)}
 
 
 def _source(options: LaionOptions, seed: int) -> tuple[DiffusionAdapter, IterableDataset]:
@@ -87,17 +87,12 @@ def _source(options: LaionOptions, seed: int) -> tuple[DiffusionAdapter, Iterabl
         digits = captioned_digits()
         adapter = tiny_drawer(digits, digits, Teaching(), 8, options.timesteps, seed)
         return adapter, digits.to_iterable_dataset()
-    from diffusers import DiffusionPipeline
-
     stream = load_captioned(
         options.candidates, image_column=options.image_column, caption_column=options.caption_column, streaming=True
     )
     assert isinstance(stream, IterableDataset)
     say(f"Tracing what {options.model} draws over {options.candidates}.")
-    device = process_state().device
-    precision = {"torch_dtype": torch.bfloat16} if device.type == "cuda" else {}
-    pipe = DiffusionPipeline.from_pretrained(options.model, **precision).to(device)
-    return DiffusionAdapter(pipe, timesteps=options.timesteps, seed=seed), stream
+    return DiffusionAdapter(load_diffusion(options.model), timesteps=options.timesteps, seed=seed), stream
 
 
 def _others(first: Dataset, asked: list[str], count: int, seed: int) -> list[str]:

@@ -23,9 +23,15 @@ class TraceOptions(RunOptions):
     """Which model, queries and candidates, and where the results go.
 
     Args:
-        model (`str`): Seq2seq or causal language model: hub name or local folder.
-        candidates (`str`): Training examples: hub name[:config], local folder, parquet, JSON or CSV.
+        model (`str`): Language model, classifier of texts or images, PEFT adapter or diffusers pipeline: hub name or
+            local folder.
+        candidates (`str`): Training examples: hub name[:config], local folder (of pictures, too), parquet, JSON or
+            CSV.
         queries (`str`): Outputs to explain, in the same forms as `candidates`. The model answers those without answer.
+        input_column (`str`, *optional*): Column of what the model reads: prompts, questions, images, in queries and
+            candidates. Found by name if unset.
+        target_column (`str`, *optional*): Column of what the model is to say: completions, answers, labels. Found by
+            name if unset.
         num_queries (`int`, *optional*): Number of queries traced at most, drawn at random. All if unset.
         tune (`bool`, defaults to `False`): Choose the radius by self-retrieval, without labels.
         reduction (`str`, defaults to `"sum"`): Loss of a candidate: sum or mean over its target tokens.
@@ -36,8 +42,8 @@ class TraceOptions(RunOptions):
         audit (`int`, defaults to 30): Random others of each query that are scored too, to see what the screen misses.
         time_budget (`float`, *optional*): Seconds for scoring: with a screen the best first, otherwise in random
             order; candidates not reached by then have the lowest score, or none.
-        tokens (`bool`, defaults to `False`): Colour in the report the tokens of the best candidates by their part of
-            the score.
+        tokens (`bool`, *optional*): Colour in the report the tokens (or places of a picture) of the best candidates
+            by their part of the score. Defaults to doing so for language models.
         baselines (`bool`, defaults to `True`): Also run BM25, and fixed learning rates if proponents are known.
         compare (`bool`, defaults to `False`): Also run every attributor: gradients, curvature, hidden states, fusion.
         cost (`bool`, defaults to `False`): Also measure what a query costs, in forward passes over the candidates: it
@@ -48,6 +54,8 @@ class TraceOptions(RunOptions):
     model: str
     candidates: str
     queries: str
+    input_column: str | None = None
+    target_column: str | None = None
     num_queries: int | None = field(default=None, metadata={"min": 1})
     tune: bool = False
     reduction: Literal["sum", "mean"] = "sum"
@@ -56,7 +64,7 @@ class TraceOptions(RunOptions):
     keep: int | None = field(default=None, metadata={"min": 1})
     audit: int = field(default=30, metadata={"min": 0})
     time_budget: float | None = field(default=None, metadata={"above": 0})
-    tokens: bool = False
+    tokens: bool | None = None
     baselines: bool = True
     compare: bool = False
     cost: bool = False

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from hf_forward_inf.attribution import Attribution
+from hf_forward_inf.commands.answers import answers, show
 from hf_forward_inf.evaluation.tables import Table
 from hf_forward_inf.forward_inf import ForwardInf
 from hf_forward_inf.utils.options import RunOptions
@@ -82,6 +83,12 @@ class Run:
         _write_all(self.folder, writers)
         say(f"Written: {', '.join(str(self.folder / name) for name in writers)}")
         return complete
+
+    def answer(self, found: Attribution) -> list[dict[str, Any]]:
+        """Print the best candidates of each query, and return them ([`answers.answers`])."""
+        best = answers(found)
+        show(best, str(self.folder / "report.html"))
+        return best
 
 
 def plotted(draw: Callable[[Any], str], data: Any) -> str:

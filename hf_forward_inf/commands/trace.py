@@ -4,17 +4,18 @@ from typing import Any
 
 from datasets import Dataset
 
+from hf_forward_inf.adapters.language import LanguageAdapter
 from hf_forward_inf.ascent.config import AscentConfig
 from hf_forward_inf.commands.options import TraceOptions
 from hf_forward_inf.commands.outputs import Run, plotted
-from hf_forward_inf.data import load_rows, proponents
+from hf_forward_inf.data import proponents
+from hf_forward_inf.data.inputs import as_dataset, named, read_inputs
 from hf_forward_inf.evaluation import cost
 from hf_forward_inf.evaluation.comparison import run_baselines, run_comparison
 from hf_forward_inf.evaluation.tables import as_text, compare, flat
 from hf_forward_inf.evaluation.task import MAIN, Task, has_facts
 from hf_forward_inf.forward_inf import ForwardInf
 from hf_forward_inf.report.plots import budget_plot
-from hf_forward_inf.utils.models import load_language_model
 from hf_forward_inf.utils.processes import say
 from hf_forward_inf.utils.rows import sample_rows
 
@@ -25,12 +26,11 @@ def trace_run(options: TraceOptions, ascent: AscentConfig) -> dict[str, Any]:
     Losses are cached as they are computed: an interrupted run resumes when it is started again.
 
     Returns:
-        `dict`: What `metrics.json` holds.
+        `dict`: What `metrics.json` holds, and `answers` ([`answers.answers`]).
     """
     run = Run(options)
-    model, tokenizer = load_language_model(options.model)
     chosen = {name: getattr(options, name) for name in ("reduction", "strategy", "screen", "keep", "audit")}
-    tracer = ForwardInf(model, tokenizer, ascent=ascent, **chosen)
+    tracer = ForwardInf.from_pretrained(options.model, ascent=ascent, **chosen)
     task = load_task(tracer, options)
     if options.tune:
         tracer = tracer.tune(task.candidates)
@@ -61,14 +61,18 @@ def trace_run(options: TraceOptions, ascent: AscentConfig) -> dict[str, Any]:
         say(f"A query costs {passes:.2f} forward passes over the candidates in this process.")
 
     shown = found["forward_inf"].keep(min(options.top_k, len(task.candidates)))
-    if options.tokens:
+    if isinstance(tracer.adapter, LanguageAdapter) if options.tokens is None else options.tokens:
         shown = tracer.explain(shown)
-    return run.write(shown, metrics, tracer, table=table, proponents=task.proponents, plot=plot)
+    written = run.write(shown, metrics, tracer, table=table, proponents=task.proponents, plot=plot)
+    return {**written, "answers": run.answer(shown)}
 
 
 def load_task(tracer: ForwardInf, options: TraceOptions) -> Task:
     """Load queries and candidates; the model answers queries that have no answer. Proponents go by facts, if known."""
-    candidates, queries = load_rows(options.candidates, "abstracts"), load_rows(options.queries, "queries")
+    columns, adapter = (options.input_column, options.target_column), tracer.adapter
+    candidates = named(as_dataset(options.candidates, "candidates"), adapter, columns, "candidates")
+    queries = named(as_dataset(options.queries, "queries"), adapter, columns, "queries")
+    queries, candidates = read_inputs(adapter, queries, candidates)
     if options.num_queries is not None:
         queries = sample_rows(queries, options.num_queries, options.seed)
     queries = _answered(tracer, queries)
@@ -78,7 +82,10 @@ def load_task(tracer: ForwardInf, options: TraceOptions) -> Task:
 
 
 def _answered(tracer: ForwardInf, queries: Dataset) -> Dataset:
-    complete = tracer.adapter.with_answers(queries)
+    adapter = tracer.adapter
+    if not adapter.answers_queries and adapter.columns[-1] in queries.column_names:
+        return queries
+    complete = adapter.with_answers(queries)
     if complete is not queries:
         say("Some queries have no answer: the model's own is traced.")
     return complete

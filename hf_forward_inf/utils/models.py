@@ -1,15 +1,12 @@
 """What is asked of any torch module: its mode, its device, its linear layers."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
-
-from hf_forward_inf.utils.processes import process_state
 
 SMALL = 2**20
 """Elements of a buffer that is restored after a forward has written to it; larger ones hold quantised weights."""
@@ -148,42 +145,3 @@ def is_quantised(model: nn.Module) -> bool:
     """Return whether linear layers have weights that can't be differentiated, such as those of 8 or 4 bits."""
     weights = (layer.weight for layer in linear_layers(model).values())
     return any(not weight.is_floating_point() or type(weight.data) is not Tensor for weight in weights)  # type: ignore[operator]
-
-
-def load_language_model(name: str) -> tuple[Any, Any]:
-    """Load a seq2seq or causal language model and its tokenizer: a hub name or local folder.
-
-    Of a PEFT adapter's folder, the base model is loaded with it; the tokenizer is the adapter's, if it has one.
-
-    Returns:
-        `tuple`: The model, in evaluation mode on the device of this process, and the tokenizer.
-
-    Raises:
-        ImportError: If it is a PEFT adapter, and peft is not installed.
-        ValueError: If a file of weights is damaged.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
-    from transformers.utils.peft_utils import find_adapter_config_file
-
-    if find_adapter_config_file(name) is not None:
-        return _load_adapter(name)
-    config = AutoConfig.from_pretrained(name)
-    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    try:
-        model = kind.from_pretrained(name)
-    except SafetensorError as error:
-        raise ValueError(f"The weights of {name} can't be read ({error}): a file is damaged or cut off.") from error
-    return model.to(process_state().device).eval(), AutoTokenizer.from_pretrained(name)
-
-
-def _load_adapter(name: str) -> tuple[Any, Any]:
-    try:
-        from peft import PeftConfig, PeftModel
-    except ImportError as error:
-        raise ImportError(f"{name} is a PEFT adapter: pip install 'hf-forward-inf[peft]'.") from error
-    from transformers import AutoTokenizer
-
-    base, tokenizer = load_language_model(str(PeftConfig.from_pretrained(name).base_model_name_or_path))
-    with suppress(OSError, ValueError):  # an adapter's folder need not have a tokenizer
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    return PeftModel.from_pretrained(base, name).eval(), tokenizer

@@ -8,7 +8,8 @@ from torch import nn
 from transformers import MT5ForConditionalGeneration
 
 from hf_forward_inf import ForwardInf
-from hf_forward_inf.utils.models import evaluating, load_language_model
+from hf_forward_inf.utils.loading import load_model
+from hf_forward_inf.utils.models import evaluating
 
 
 @pytest.mark.parametrize("own_tokenizer", [True, False])
@@ -22,7 +23,7 @@ def test_an_adapters_folder_is_loaded_with_its_base(model, tokenizer, queries, c
     tuned.save_pretrained(folder)
     if own_tokenizer:
         tokenizer.save_pretrained(folder)
-    loaded, tokens = load_language_model(str(folder))
+    loaded, tokens = load_model(str(folder))
     assert isinstance(loaded, PeftModel) and not loaded.training
     assert tokens.get_vocab() == tokenizer.get_vocab()
     one, other = (ForwardInf(m, tokenizer).trace(queries, candidates).scores for m in (tuned, loaded))

@@ -1,0 +1,174 @@
+"""The result in a terminal: what the model said, and the training examples behind it."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from datasets import ClassLabel, Dataset
+
+from hf_forward_inf.attribution import Attribution
+from hf_forward_inf.utils.processes import process_state
+from hf_forward_inf.utils.rows import SENTINEL, fill_in, text_and_target, text_columns, without_sentinels
+
+BEST = 3
+"""Candidates shown of each query."""
+QUERIES = 10
+"""Queries shown; the page has all."""
+SHARE = 0.3
+"""Tokens with this share of the highest token's score matter."""
+LONGEST = 300
+"""Characters of a query's input that are shown."""
+LEAST = 4
+"""Letters of a word that counts as shared."""
+WIDTH = 120
+"""Width of what is printed where there is no terminal."""
+
+
+def answers(found: Attribution, k: int = BEST) -> list[dict[str, Any]]:
+    """Return the best candidates of each query with their texts, as JSON can hold them.
+
+    Args:
+        found (`Attribution`): The result.
+        k (`int`, defaults to 3): Candidates of each query.
+
+    Returns:
+        `list[dict]`: For each query `query` (row number), `asked`, `said`, and `best`: `rank`, `score`, `candidate`
+        (row number), `text` and `matters`, the parts of the text that matter: the tokens with the highest scores where
+        they were computed, else the words that it shares with the query.
+    """
+    details = {(row["query"], row["candidate"]): row for row in found.details or []}
+    return [_answer(found, i, query, details, k) for i, query in enumerate(_without_pictures(found.queries))]
+
+
+def _answer(
+    found: Attribution, i: int, query: Mapping[str, Any], details: Mapping[tuple[int, int], Any], k: int
+) -> dict[str, Any]:
+    asked, said = _input_and_output(query, found.queries)
+    best = []
+    top = found.top(i, k)
+    for row in _without_pictures(top):
+        text = _joined(*_input_and_output(row, top))
+        detail = details.get((i, row["candidate"])) or {}
+        matters = _hottest(detail, text) if "term_scores" in detail else _shared(text, f"{asked} {said}")
+        known = {name: row[name] for name in ("rank", "score", "candidate", "level") if name in row}
+        best.append({**known, "text": text, "matters": matters})
+    return {"query": i, "asked": asked, "said": said, "verdict": found.verdict(i), "best": best}
+
+
+def _joined(text: str, target: str) -> str:
+    """Return input and output as one text: in its place, or after an arrow."""
+    return fill_in(text, target) if SENTINEL.search(text) or not (text and target) else f"{text} → {target.strip()}"
+
+
+def _without_pictures(rows: Dataset) -> Dataset:
+    """Return rows without their columns of pictures: decoding is expensive, and a terminal shows none."""
+    pictures = [name for name in ("image", "images") if name in rows.column_names and len(rows.column_names) > 1]
+    return rows.remove_columns(pictures)
+
+
+def _input_and_output(row: Mapping[str, Any], rows: Dataset) -> tuple[str, str]:
+    """Return a row's input and output as texts: a class by its name."""
+    columns = text_columns(row)
+    label = next((name for name in ("label", "labels") if name in row), None)
+    if columns is not None and (label is None or len(columns) > 1):
+        text, target = text_and_target(row, columns)
+        return (text, without_sentinels(target)) if SENTINEL.search(text) is None else (text, target)
+    text = text_and_target(row, columns)[0] if columns else ""
+    if label is None:
+        return text, ""
+    feature = rows.features[label]
+    named = isinstance(feature, ClassLabel) and isinstance(row[label], int)
+    return text, feature.int2str(row[label]) if named else str(row[label])
+
+
+def _hottest(detail: Mapping[str, Any], text: str) -> list[str]:
+    """Return the tokens with the highest scores, as far as they are in the text that is shown."""
+    least = SHARE * max(detail["term_scores"], default=0.0)
+    pairs = zip(detail["terms"], detail["term_scores"], strict=False)
+    hot = (term.strip() for term, score in pairs if score >= least > 0)
+    return [term for term in dict.fromkeys(hot) if term and term in text]
+
+
+def _shared(text: str, query: str) -> list[str]:
+    """Return the words that a text shares with a query, the short ones left out."""
+    asked = {word.lower() for word in _words(query)}
+    return list(dict.fromkeys(word for word in _words(text) if word.lower() in asked))
+
+
+def _words(text: str) -> Iterator[str]:
+    return (word for word in re.findall(r"\w+", text) if len(word) >= LEAST)
+
+
+def show(shown: Sequence[Mapping[str, Any]], page: str) -> None:
+    """Print the answers and where the page is, on the main process: in colours on a terminal, else as plain text.
+
+    Args:
+        shown (`list[dict]`): What [`answers`] returns.
+        page (`str`): The file of the page.
+    """
+    if not process_state().is_main_process:
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=WIDTH)
+    with console.capture() as printed:
+        for answer in shown[:QUERIES]:
+            _print(console, answer)
+        if len(shown) > QUERIES:
+            console.print(f"\n... and {len(shown) - QUERIES} more queries.")
+        console.print(f"\nThe page: {page}", soft_wrap=True)
+    print("\n".join(line.rstrip() for line in printed.get().splitlines()), flush=True)
+
+
+def _print(console: Any, answer: Mapping[str, Any]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    title = Text(f"\n{answer['query'] + 1}. ", style="bold")
+    title.append(_cut(fill_blanks(answer["asked"]), LONGEST), style="not bold")
+    console.print(title)
+    if answer["said"]:
+        console.print(
+            Text("   → ").append(_cut(_line(without_sentinels(answer["said"])), LONGEST), style="bold green")
+        )
+    console.print(Text(f"   {answer['verdict']}", style="italic"))
+    table = Table(box=None, padding=(0, 1, 0, 1), header_style="dim")
+    leveled = any(row.get("level") for row in answer["best"])
+    for name, width in (("rank", 4), ("score", 6), ("row", 6), *([("level", 6)] if leveled else [])):
+        table.add_column(name, justify="right", min_width=width, no_wrap=True)
+    table.add_column("training example", no_wrap=True, overflow="ellipsis")
+    room = console.width - 36
+    for row in answer["best"]:
+        text = _marked(row["text"], row["matters"], room)
+        level = [row.get("level") or ""] if leveled else []
+        table.add_row(str(row["rank"]), f"{row['score']:.3g}", str(row["candidate"]), *level, text)
+    console.print(table if answer["best"] else "   No candidate has a score.")
+
+
+def _marked(text: str, matters: Sequence[str], room: int) -> Any:
+    """Return a text of one line around what matters most, that in bold."""
+    from rich.text import Text
+
+    line, first = _line(text), min((at for one in matters if (at := _line(text).find(one)) >= 0), default=0)
+    if len(line) > room and first > room // 2:
+        line = "…" + line[first - room // 4 :]
+    marked = Text(line)
+    for one in matters:
+        edge = r"\b" if one[0].isalnum() and len(one) >= LEAST else ""
+        marked.highlight_regex(edge + re.escape(one), "bold magenta")
+    return marked
+
+
+def fill_blanks(text: str) -> str:
+    """Return an input with a blank in the place of each sentinel, in one line."""
+    return _line(SENTINEL.sub("____", text))
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 1]}…"
