@@ -80,7 +80,7 @@ def main() -> None:
         parser.add_argument(f"--{name}")
     parser.add_argument("--num_queries", type=int, default=50)
     parser.add_argument("--num_candidates", type=int, default=1200, help="Number of candidates of the built-in facts.")
-    parser.add_argument("--directions", nargs="*", default=["gradient", "adam", "kfac", "ekfac", "cg"])
+    parser.add_argument("--directions", nargs="*", default=["gradient", "kfac", "ekfac", "cg", "pcg"])
     parser.add_argument("--dampings", type=float, nargs="*", default=[1.0, 0.1, 0.01])
     parser.add_argument("--radii", type=float, nargs="*", default=[0.3, 1.0])
     parser.add_argument("--tune", action="store_true", help="Also let self-retrieval choose among the same settings.")

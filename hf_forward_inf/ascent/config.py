@@ -8,7 +8,6 @@ from hf_forward_inf.utils.options import check_fields
 
 OF_DIRECTION: dict[str, dict[str, Any]] = {
     "gradient": {},
-    "adam": {"damping": 0.1, "sample": 1024},
     "kfac": {"damping": 0.1, "sample": 1024},
     "ekfac": {"damping": 0.1, "sample": 1024},
     "cg": {"damping": 0.1, "sample": 128, "iterations": 10},
@@ -60,20 +59,17 @@ class AscentConfig:
         direction (`str`, *optional*): Direction of the step: the query's `"gradient"` g, or C^-1 g, with C the
             curvature of the training loss on a sample ([`directions`]): `"cg"` (conjugate gradients on Gauss-Newton
             products), `"ekfac"` or `"kfac"` (Kronecker factors, fitted once for all queries), `"pcg"` (products
-            preconditioned by `"kfac"`, and shared by the queries traced together: [`KrylovSpace`]), `"adam"` (root
-            second moments). Candidates are only forwarded, whatever the direction. Defaults to the adapter's; to the
-            gradient with `learning_rate`, which allows no other.
+            preconditioned by `"kfac"`, and shared by the queries traced together: [`KrylovSpace`]). Candidates are
+            only forwarded, whatever the direction. Defaults to the adapter's; to the gradient with `learning_rate`,
+            which allows no other.
         damping (`float`, *optional*): lambda in (C + lambda I)^-1 g, as a multiple of the gradient's Rayleigh quotient
-            g.Cg / g.g, that is, relative to the curvature along the gradient; for `"adam"`, of the mean second
-            moment; for `"pcg"`, of the median quotient of the queries traced together. Defaults to the adapter's, else
-            to 0.1.
+            g.Cg / g.g, that is, relative to the curvature along the gradient; for `"pcg"`, of the median
+            quotient of the queries traced together. Defaults to the adapter's, else to 0.1.
         iterations (`int`, *optional*): Maximum number of products a query for `"cg"` and `"pcg"`, each 2 to 2.5
             forward passes over the sample. Defaults to 10 and 3.
         tolerance (`float`, defaults to 1e-3): `"cg"` stops at this residual, relative to the gradient's norm.
         sample (`int`, *optional*): Number of training examples on which the curvature is estimated. Defaults to the
             adapter's, else to 128 for `"cg"` and 1024 for the others.
-        second_moments (`str`, *optional*): For `"adam"`: a Trainer's `optimizer.pt` or its folder. By default second
-            moments are estimated on the sample.
         memory (`float`, *optional*): Memory for the factors of `"kfac"`, `"ekfac"` and `"pcg"`, as a share of the
             model's weights. It decides how many eigenpairs of each are stored ([`kronecker.KroneckerFit`]). Defaults
             to 0.25, and 64 MiB at least.
@@ -81,7 +77,7 @@ class AscentConfig:
             the query has tokens, times steps, and the rows of embeddings that it reads; no gradient and no copy of a
             matrix is made, so that weights may be quantised. `"full"`: all weights change. Along the gradient both are
             the same step; for `"kfac"`, the damping of a step of low rank is divided among both factors
-            ([`inverse.factored_inverse`]). Other directions and Adam have full steps only. Defaults to the adapter's.
+            ([`inverse.factored_inverse`]). Other directions have full steps only. Defaults to the adapter's.
         seed (`int`, defaults to 0): Seed of the sample, of drawn targets and of dropout.
 
     Raises:
@@ -96,14 +92,13 @@ class AscentConfig:
     steps: int = field(default=1, metadata=POSITIVE)
     mode: Literal["ascent", "descent", "symmetric"] = field(default="ascent", metadata={"choices": MODES})
     modules: list[str] | None = None
-    direction: Literal["gradient", "adam", "kfac", "ekfac", "cg", "pcg"] | None = field(
+    direction: Literal["gradient", "kfac", "ekfac", "cg", "pcg"] | None = field(
         default=None, metadata={"choices": tuple(OF_DIRECTION)}
     )
     damping: float | None = field(default=None, metadata=POSITIVE)
     iterations: int | None = field(default=None, metadata=POSITIVE)
     tolerance: float = field(default=1e-3, metadata=POSITIVE)
     sample: int | None = field(default=None, metadata=POSITIVE)
-    second_moments: str | None = None
     memory: float | None = field(default=None, metadata=POSITIVE)
     step: Literal["low_rank", "full"] | None = field(default=None, metadata={"choices": STEPS})
     seed: int = 0
@@ -131,7 +126,7 @@ class AscentConfig:
                 if getattr(self, name) is not None:
                     raise ValueError(
                         f"{name}={getattr(self, name)} is for a correction, and direction='gradient' has none. "
-                        "Give direction='cg', 'ekfac', 'kfac' or 'adam', or leave it out."
+                        "Give direction='cg', 'pcg', 'ekfac' or 'kfac', or leave it out."
                     )
         if direction not in (None, "gradient") and self.learning_rate is not None:
             raise ValueError(
@@ -143,8 +138,6 @@ class AscentConfig:
                 f"step='low_rank' can't follow direction={direction!r} with optimizer={self.optimizer!r}: weights "
                 "would change one by one. Take direction='kfac' or 'gradient', or step='full'."
             )
-        if self.second_moments is not None and direction not in (None, "adam"):
-            raise ValueError(f"second_moments are read by direction='adam', not by {direction!r}.")
 
     @property
     def _only_direction(self) -> str | None:
@@ -153,7 +146,7 @@ class AscentConfig:
 
     def along(self, direction: str) -> "AscentConfig":
         """Return the same step in another direction, whose own options are unset."""
-        unset = dict.fromkeys(("damping", "sample", "iterations", "second_moments", "memory", "step"))
+        unset = dict.fromkeys(("damping", "sample", "iterations", "memory", "step"))
         return replace(self, direction=direction, **unset)  # type: ignore[arg-type]
 
     def completed(self, defaults: Callable[[str | None], Mapping[str, Any]] = no_defaults) -> "AscentConfig":

@@ -49,7 +49,7 @@ class FirstOrder(GradientBaseline):
     @property
     def config(self) -> dict[str, Any]:
         """The options of the ascent that its direction depends on, and modules."""
-        names = ("direction", "damping", "iterations", "tolerance", "sample", "second_moments", "seed")
+        names = ("direction", "damping", "iterations", "tolerance", "sample", "seed")
         options = asdict(self.ascent)
         return {**{name: options[name] for name in names}, "modules": self.modules}
 

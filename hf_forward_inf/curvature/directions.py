@@ -22,9 +22,8 @@ from hf_forward_inf.curvature.gauss_newton import GaussNewton
 from hf_forward_inf.curvature.inverse import damped_inverse, factored_inverse, rayleigh_quotient
 from hf_forward_inf.curvature.kronecker import KroneckerFit
 from hf_forward_inf.curvature.sample import Sample
-from hf_forward_inf.curvature.second_moments import estimated_second_moments, optimizer_file, read_second_moments
 from hf_forward_inf.curvature.solvers import KrylovSpace, conjugate_gradients, warn_of_residual
-from hf_forward_inf.utils.fingerprints import bytes_of, fingerprint, fingerprint_of_model, foreign_hooks
+from hf_forward_inf.utils.fingerprints import fingerprint, fingerprint_of_model, foreign_hooks
 from hf_forward_inf.utils.models import device_of
 from hf_forward_inf.utils.processes import process_state
 from hf_forward_inf.utils.storage import Tensors, cached_tensors, default_cache_dir
@@ -44,13 +43,10 @@ def direction_for(
             [`storage.default_cache_dir`].
 
     Raises:
-        FileNotFoundError: If there is no such optimizer state.
-        ValueError: If an optimizer state is of another model, or the direction needs training data and there is none.
+        ValueError: If the direction needs training data and there is none.
     """
     if config.direction == "gradient":
         return None
-    if config.second_moments is not None:
-        return SecondMoments(config, adapter, names, None)
     if training is None:
         raise ValueError(
             f"direction={config.direction!r} needs the training data: give ForwardInf(..., training=...)."
@@ -60,8 +56,6 @@ def direction_for(
     cache = FitCache(cache_dir, adapter, sample, names, config.seed)
     if config.direction == "cg":
         return ConjugateGradients(config, sample, names)
-    if config.direction == "adam":
-        return SecondMoments(config, adapter, names, cache)
     if config.direction == "pcg":
         return PreconditionedGradients(config, cache)
     return KroneckerFactors(config, cache)
@@ -154,36 +148,6 @@ class PreconditionedGradients:
         shift = self.config.damping * middle or 1.0
         precondition = partial(damped_inverse, layers=layers, names=names, fitted=fitted, shift=shift)
         return KrylovSpace(matrix, precondition, rights, self.config.iterations, shift)
-
-
-class SecondMoments:
-    """Divides by root second moments, as Adam does: g / sqrt(m + damping x mean of m).
-
-    Parameters without a known second moment take the mean.
-    """
-
-    def __init__(self, config: AscentConfig, adapter: Adapter, names: list[str], cache: "FitCache | None"):
-        if cache is None:
-            assert config.second_moments is not None
-            moments = read_second_moments(optimizer_file(config.second_moments), adapter.model)
-        else:
-            moments = cache.get("moments", lambda: estimated_second_moments(cache.sample, names))()
-        device = device_of(adapter.model)
-        known = {name: moments[name].to(device) for name in names if name in moments}
-        mean = sum(m.sum().item() for m in known.values()) / max(1, sum(m.numel() for m in known.values()))
-        assert config.damping is not None
-        # If the sample has no gradient at all, the direction is the query's gradient.
-        extra = config.damping * mean or 1.0
-        self.scales = [(known[name] + extra).rsqrt() if name in known else (mean + extra) ** -0.5 for name in names]
-        self.fingerprint = fingerprint({name: bytes_of(m) for name, m in known.items()})
-
-    def correction(self, gradients: Iterable[Sequence[Tensor]] = ()) -> Correction:
-        """Return the division."""
-        return self._scaled
-
-    def _scaled(self, gradient: Sequence[Tensor]) -> list[Tensor]:
-        pairs = zip(gradient, self.scales, strict=True)
-        return [g.float() * (s.view_as(g) if isinstance(s, Tensor) else s) for g, s in pairs]
 
 
 class FitCache:

@@ -16,7 +16,6 @@ from hf_forward_inf.utils.processes import say
 
 DIRECTIONS: dict[str, dict[str, Any]] = {
     "gradient": {"direction": "gradient"},
-    "adam": {"direction": "adam"},
     "kfac": {"direction": "kfac"},
     "ekfac": {"direction": "ekfac"},
     "cg_5": {"direction": "cg", "iterations": 5},

@@ -28,7 +28,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "facts": {
         "num_candidates": 400, "subsets": 60, "seeds": 2, "sample": 128,
         "without": ["influence_functions_lissa", "self_retrieval"],
-        "directions": ["gradient", "adam", "kfac", "ekfac", "cg_5"],
+        "directions": ["gradient", "kfac", "ekfac", "cg_5"],
         "dampings": [0.1, 0.01], "radii": [0.3, 1.0],
     },
     "sentences": {

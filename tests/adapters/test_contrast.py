@@ -135,7 +135,7 @@ def test_seq2seq_models_are_asked_why_this_rather_than_that(model, tokenizer, qu
     np.testing.assert_allclose(tracer.trace(pair, few).scores[0], wanted, rtol=2e-3, atol=2e-4)
 
 
-@pytest.mark.parametrize("direction", ["kfac", "ekfac", "adam", "cg"])
+@pytest.mark.parametrize("direction", ["kfac", "ekfac", "cg"])
 def test_corrected_directions_correct_the_gradient_of_the_difference(network, tokens, pairs, rows, direction):
     adapter = CausalLMAdapter(network, tokens)
     config = AscentConfig(direction=direction, radius=RADIUS).completed(adapter.default_ascent)

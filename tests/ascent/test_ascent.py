@@ -116,7 +116,6 @@ def test_a_perturbation_is_known_by_query_modules_and_settings(line):
         ({"damping": 0.1, "direction": "gradient"}, "direction='gradient' has none. Give direction='cg'"),
         ({"sample": 10, "direction": "gradient"}, "direction='gradient' has none"),
         ({"direction": "cg", "learning_rate": 0.1}, "direction='cg' needs a radius"),
-        ({"direction": "cg", "second_moments": "optimizer.pt"}, "read by direction='adam', not by 'cg'"),
         ({"direction": "cg", "iterations": 0}, "iterations must be above 0, not 0"),
         ({"direction": "kfac", "damping": -1.0}, "damping must be above 0, not -1.0"),
         ({"direction": "kfac", "sample": 0}, "sample must be above 0, not 0"),

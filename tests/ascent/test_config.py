@@ -64,15 +64,13 @@ def test_steps_are_of_low_rank_where_the_direction_allows_it():
         return AscentConfig(**options).completed().step
 
     assert step(direction="gradient") == step(learning_rate=0.1) == "low_rank"
-    assert step(direction="cg") == step(direction="ekfac") == step(direction="adam") == "full"
+    assert step(direction="cg") == step(direction="ekfac") == "full"
     assert step(learning_rate=0.1, optimizer="adam") == step(direction="gradient", step="full") == "full"
 
 
 def test_an_option_that_the_preferred_direction_lacks_is_refused():
     with pytest.raises(ValueError, match=r"damping=0\.5 is for a correction, and direction='gradient' has none"):
         AscentConfig(damping=0.5).completed(lambda direction: {"direction": "gradient"})
-    with pytest.raises(ValueError, match="read by direction='adam', not by 'kfac'"):
-        AscentConfig(second_moments="optimizer.pt").completed(absolute_adapter)
 
 
 def test_text_is_no_number():

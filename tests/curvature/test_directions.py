@@ -15,7 +15,7 @@ from hf_forward_inf.curvature.solvers import conjugate_gradients
 from tests.helpers import digits
 from tests.helpers.line import assert_same_state, state
 
-CORRECTED = ("adam", "kfac", "ekfac", "cg", "pcg")
+CORRECTED = ("kfac", "ekfac", "cg", "pcg")
 CANDIDATES = digits.rows(0, 100)
 QUERIES = digits.rows(100, 103)
 
@@ -239,63 +239,12 @@ def test_a_perturbation_is_known_by_everything_that_its_direction_depends_on():
     options = [
         {"sample": None}, {"direction": "cg"}, {"direction": "cg", "sample": 50}, {"direction": "cg", "damping": 0.2},
         {"direction": "cg", "iterations": 3}, {"direction": "kfac"}, {"direction": "ekfac"},
-        {"direction": "ekfac", "seed": 1}, {"direction": "ekfac", "sample": 90}, {"direction": "adam"},
+        {"direction": "ekfac", "seed": 1}, {"direction": "ekfac", "sample": 90},
         {"direction": "pcg"}, {"direction": "pcg", "iterations": 2},
     ]  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         assert len({perturbation(network, **one).fingerprint for one in options}) == len(options)
-
-
-def test_adam_divides_by_the_optimizers_root_second_moments(tmp_path):
-    network = digits.perceptron()
-    optimizer = torch.optim.Adam(network.named_parameters(), lr=0.0)
-    data = CANDIDATES.with_format("torch")[:]
-    nn.functional.cross_entropy(network(data["x"]), data["label"]).backward()
-    optimizer.step()
-    network.zero_grad()
-    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
-    found = steps(network, direction="adam", second_moments=str(tmp_path), damping=0.5)
-    moments = torch.cat([optimizer.state[p]["exp_avg_sq"].flatten() for p in network.parameters()])
-    gradients = steps(network, sample=None)
-    assert min(cosines(found, gradients / (moments + 0.5 * moments.mean()).sqrt())) > 0.9999
-
-
-def test_an_optimizer_state_of_another_model_is_refused(tmp_path):
-    other = nn.Linear(2, 2)
-    optimizer = torch.optim.Adam(other.named_parameters())
-    other(torch.ones(1, 2)).sum().backward()
-    optimizer.step()
-    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
-    with pytest.raises(ValueError, match="has 2 parameters, the model has 4"):
-        steps(digits.perceptron(), direction="adam", second_moments=str(tmp_path))
-    perceptron = digits.perceptron()
-    wider = nn.Sequential(nn.Linear(64, 25), nn.Tanh(), nn.Linear(25, 10))
-    save_steps(torch.optim.Adam(wider.parameters()), wider, tmp_path / "optimizer.pt")
-    with pytest.raises(ValueError, match=r"0.weight has shape \(25, 64\) there, \(\d+, 64\) here"):
-        steps(perceptron, direction="adam", second_moments=str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="no optimizer state"):
-        steps(digits.perceptron(), direction="adam", second_moments=str(tmp_path / "nowhere"))
-
-
-def test_what_holds_no_second_moments_is_refused(tmp_path):
-    network, file = digits.perceptron(), tmp_path / "optimizer.pt"
-    save_steps(torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9), network, file)
-    with pytest.raises(ValueError, match=r"has no second moment of 0\.weight: only Adam and its variants have them"):
-        steps(network, direction="adam", second_moments=str(tmp_path))
-    torch.save(network.state_dict(), file)
-    with pytest.raises(ValueError, match="is not an optimizer's state: give a Trainer's checkpoint folder"):
-        steps(network, direction="adam", second_moments=str(tmp_path))
-    file.write_bytes(b"cut off")
-    with pytest.raises(ValueError, match="is not an optimizer's state"):
-        steps(network, direction="adam", second_moments=str(tmp_path))
-
-
-def save_steps(optimizer, network, file):
-    """Save an optimizer's state after a step."""
-    network(torch.ones(1, 64)).sum().backward()
-    optimizer.step()
-    torch.save(optimizer.state_dict(), file)
 
 
 @pytest.mark.parametrize("direction", ["gradient", "cg"])

@@ -86,7 +86,7 @@ def test_other_queries_are_not_taken_for_those_that_were_kept():
     [
         ({"network": "deep"}, "--network must be one of perceptron, conv"),
         ({"subsets": 1}, "--subsets must be at least 2"),
-        ({"directions": ["up"]}, "--directions must be one of gradient, adam"),
+        ({"directions": ["up"]}, "--directions must be one of gradient, kfac"),
         ({"without": ["forward_inf"]}, "--without forward_inf leaves nothing to compare with"),
     ],
 )
