@@ -18,7 +18,7 @@ from hf_forward_inf.scores.corrections import standardised
 from hf_forward_inf.scores.levels import Background, Level, background, sentence
 from hf_forward_inf.utils.processes import progress_bars
 
-IN_NATS = {"units": "loss", "reduction": "sum", "measure": "rise", "hubs": False}
+IN_NATS = {"units": "loss", "reduction": "sum", "measure": "rise"}
 """Options with which scores are rises of a row's loss, in nats."""
 
 
@@ -83,6 +83,11 @@ class Attribution:
         from hf_forward_inf.report.summary import as_text
 
         return as_text(self)
+
+    def _repr_html_(self) -> str:
+        from hf_forward_inf.report import as_card
+
+        return as_card(self)
 
     def _checked(self, query: int) -> int:
         if not 0 <= query < len(self):
@@ -358,7 +363,7 @@ class Attribution:
         return cls(**hub.load(repo_id, **options))
 
     def to_html(self, path: str | Path, **options: Any) -> None:
-        """Write the report, one self-contained HTML file; see [`report.write_report`]."""
+        """Write the report, one self-contained HTML file; see [`report.write_report`] for its options."""
         from hf_forward_inf.report import write_report
 
         write_report(path, self, **options)

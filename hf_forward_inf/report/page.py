@@ -1,6 +1,12 @@
 """The page: an attribution's queries with their best candidates, as one HTML file that loads nothing."""
 
+import base64
+import hashlib
 from collections.abc import Mapping, Sequence
+from datetime import date
+from functools import cache
+from importlib.metadata import version
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -9,19 +15,25 @@ from datasets import Dataset
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from hf_forward_inf.report.gallery import heatmap, pictures_of
-from hf_forward_inf.scores.levels import Background
-from hf_forward_inf.utils.rows import LAYOUTS, SENTINEL, rather_than, text_and_target, text_columns, without_sentinels
+from hf_forward_inf.report.album import Album
+from hf_forward_inf.report.preview import write_preview
+from hf_forward_inf.report.queries import Query, read_query
+from hf_forward_inf.report.rows import Reader
+from hf_forward_inf.report.texts import CAPTIONS
+from hf_forward_inf.scores.levels import RULE, Background
+from hf_forward_inf.utils.rows import text_columns
 
-CAPTIONS = (None, ("caption",), ("text",))
-"""Columns of texts beside pictures that a model draws or classifies; others are read by models that say something."""
 SHOWN = 10
 """Candidates shown for each query."""
+OPENED = 3
+"""Queries that are not folded at first; one where there are more than [`FEW`]."""
+FEW = 5
 RISE = "the increase of an example's loss"
 SHIFT = "the change in the model's prediction for an example"
 BUDGET_CAPTION = (
     "MRR of each attributor after a given time, with the candidates that it has not scored yet ranked last. Each "
-    "scores candidates at its own measured speed, in one random order; those that a screen kept come first."
+    "scores candidates at its own measured speed, in one random order; a cascade starts with the best of its first "
+    "stage."
 )
 
 
@@ -85,125 +97,144 @@ def write_report(
     path: str | Path,
     attribution: Ranked,
     *,
+    compare: Sequence[Ranked] = (),
     proponents: Sequence[Sequence[int]] | None = None,
     metrics: Mapping[str, Mapping[str, float]] | None = None,
     note: str = "",
+    remarks: Sequence[str] | None = None,
     plot: str = "",
     plot_caption: str | None = None,
     title: str | None = None,
     columns: tuple[str, ...] | None = None,
+    about: Mapping[str, str] | None = None,
+    preview: str | Path | None = None,
     k: int = SHOWN,
 ) -> None:
-    """Write a page with the best candidates of each query; everything it shows is escaped.
+    """Write a page with the best candidates of each query: one file that loads nothing, in which no data is markup.
 
     Args:
         path (`Path`): The file to write.
         attribution (`Attribution`): The result to show.
+        compare (`list[Attribution]`, *optional*): Other attributors' results for the same queries; the page has a
+            switch between them.
         proponents (`list[list[int]]`, *optional*): For each query, the row numbers of its proponents, which are
             marked.
         metrics (`dict`, *optional*): Figures by attributor and name, shown as a table.
         note (`str`, defaults to `""`): A remark on these figures, shown below the table.
+        remarks (`list[str]`, *optional*): A sentence on each query, such as what the model says once it is trained
+            without the best rows.
         plot (`str`, defaults to `""`): SVG text, such as [`plots.budget_plot`] returns, shown below the table. It is
             not escaped.
         plot_caption (`str`, *optional*): Caption of the plot. Defaults to one for [`plots.budget_plot`].
         title (`str`, *optional*): Title of the page. Defaults to a question about what the model said or drew.
-        columns (`tuple[str, ...]`, *optional*): Columns of input and target texts. Defaults to those that
-            [`rows.text_columns`] finds.
+        columns (`tuple[str, ...]`, *optional*): Columns of input and target texts, of queries and candidates alike.
+            Defaults to those that [`rows.text_columns`] finds, in each for itself.
+        about (`dict[str, str]`, *optional*): What the foot says besides versions and date: model, data, command.
+        preview (`Path`, *optional*): A PNG to write, too: the first query's card, 1200 x 630, which sites show that
+            link to the page.
         k (`int`, defaults to 10): Candidates shown for each query.
+
+    Raises:
+        ValueError: If a result to compare with has another number of queries.
     """
-    drawn = "image" in attribution.queries.column_names
-    drawn = drawn and text_columns(attribution.queries.column_names) in CAPTIONS
-    details = {(row["query"], row["candidate"]): row for row in attribution.details or []}
-    queries = []
-    for i, query in enumerate(attribution.queries):
-        own = None if proponents is None else set(proponents[i])
-        found = attribution.top(i, k)
-        top = float(np.max(found["score"], initial=0.0))
-        rows = [_candidate(row, columns, details.get((i, row["candidate"])), top, own) for row in found]
-        queries.append(_query(query, columns, own) | {"rows": rows})
-    environment = Environment(
-        loader=PackageLoader("hf_forward_inf", "report"), autoescape=True, undefined=StrictUndefined
-    )
-    page = environment.get_template("page.html").render(
-        title=title or f"Which training examples made the model {'draw' if drawn else 'say'} this?",
-        measured=SHIFT if attribution.config.get("measure") == "shift" else RISE + ("" if drawn else " (in nats)"),
-        method=attribution.method,
-        candidates=attribution.total,
-        config={name: value for name, value in attribution.config.items() if value is not None and name != "run"},
-        metrics=metrics or {},
+    for other in compare:
+        if len(other.queries) != len(attribution.queries):
+            raise ValueError(
+                f"{other.method} has {len(other.queries)} queries and {attribution.method} "
+                f"{len(attribution.queries)}: compare results for the same queries."
+            )
+    names = attribution.queries.column_names
+    queries, album = _read([attribution, *compare], columns, proponents, remarks, k)
+    config = {name: value for name, value in attribution.config.items() if value is not None and name != "run"}
+    page = _template("page.html").render(
+        title=title or question(names), measured=_measured(attribution), method=attribution.method,
+        total=attribution.total, config=config, metrics=metrics or {}, note=note, plot=Markup(plot),
         figures=sorted({name for row in (metrics or {}).values() for name in row}, key=_figure_order),
-        queries=queries,
-        note=note,
-        plot=Markup(plot),
-        plot_caption=plot_caption or BUDGET_CAPTION,
-    )
+        plot_caption=plot_caption or BUDGET_CAPTION, queries=queries, pictures=album.stored(),
+        attributors=[attribution.method, *(other.method for other in compare)], rule=RULE,
+        opened=OPENED if len(queries) <= FEW else 1, about={**(about or {}), **_made()},
+        preview=None if preview is None else Path(preview).name, style=_asset("page.css"), script=_asset("page.js"),
+        script_hash=_hash(_asset("page.js")),
+    )  # fmt: skip
     Path(path).write_text(page, encoding="utf-8")
+    if preview is not None:
+        write_preview(preview, queries[0], question(names), attribution.total)
 
 
-def _texts(row: Mapping[str, Any], columns: tuple[str, ...] | None) -> tuple[str, str]:
-    """Return a row's input and target, of given columns or of those that it has."""
-    return text_and_target(row, columns or text_columns(row) or LAYOUTS[0])
+def as_card(attribution: Ranked, queries: int = OPENED, k: int = 5) -> str:
+    """Return the cards of the first queries as HTML for a notebook, without scripts.
+
+    Args:
+        attribution (`Attribution`): The result to show.
+        queries (`int`, defaults to 3): Queries shown.
+        k (`int`, defaults to 5): Candidates shown for each query.
+    """
+    shown, album = _read([attribution], None, None, None, k, queries)
+    more = len(attribution.queries) - len(shown)
+    return _template("card.html").render(queries=shown, pictures=album.stored(), style=_asset("page.css"), more=more)
 
 
-def _query(row: Mapping[str, Any], columns: tuple[str, ...] | None, own: set[int] | None) -> dict[str, Any]:
-    """Return the template's values for a query."""
-    text, target = _texts(row, columns)
-    contrast = row.get("contrast") or ("chosen" not in row and row.get("rejected"))
-    return {
-        "parts": _parts(text, rather_than(target, contrast) if contrast else target),
-        "pictures": pictures_of(row),
-        "proponents": None if own is None else len(own),
-    }
-
-
-def _candidate(
-    row: Mapping[str, Any],
+def _read(
+    attributions: Sequence[Ranked],
     columns: tuple[str, ...] | None,
-    detail: Mapping[str, Any] | None,
-    top: float,
-    own: set[int] | None,
-) -> dict[str, Any]:
-    """Return the template's values for a candidate."""
-    text, target = _texts(row, columns)
-    on_picture = "image" in row and text_columns(row) in CAPTIONS
-    terms = [] if on_picture else _heated(detail)
-    whole = bool(terms) and text in "".join(
-        piece for piece, _, _ in terms
-    )  # the coloured tokens already show the text
-    return {
-        "rank": row["rank"],
-        "score": row["score"],
-        "width": max(0.0, 100 * row["score"] / top) if top > 0 else 0.0,
-        "parts": [] if whole else _parts(text, target),
-        "pictures": pictures_of(row),
-        "name": str(row.get("id") or "") if on_picture else "",
-        "terms": terms,
-        "heat": heatmap(detail) if on_picture else "",
-        "proponent": own is not None and row["candidate"] in own,
-    }
+    proponents: Sequence[Sequence[int]] | None,
+    remarks: Sequence[str] | None,
+    k: int,
+    count: int | None = None,
+) -> tuple[list[Query], Album]:
+    """Return the first queries as the template shows them, with their pictures."""
+    album = Album()
+    reader = Reader(album, columns)
+    details = {(row["query"], row["candidate"]): row for row in attributions[0].details or []}
+    queries = [
+        read_query(
+            i, attributions, reader, details, None if proponents is None else proponents[i],
+            "" if remarks is None else remarks[i], k,
+        )
+        for i in range(len(attributions[0].queries))[:count]
+    ]  # fmt: skip
+    reader.count_systems()
+    return queries, album
 
 
-def _heated(detail: Mapping[str, Any] | None) -> list[tuple[str, float, float]]:
-    """Return tokens, their scores, and the opacity of each: its share of the highest score."""
-    if detail is None:
-        return []
-    highest = max(map(abs, detail["term_scores"]), default=0.0) or 1.0
-    pairs = zip(detail["terms"], detail["term_scores"], strict=True)
-    return [(text, score, round(max(0.0, score) / highest, 3)) for text, score in pairs if text]
+def question(names: Sequence[str]) -> str:
+    """Return what a page asks about queries with these columns."""
+    if {"label", "labels"} & set(names) and "input_ids" not in names:
+        return "Which training examples made the model choose this label?"
+    drawn = "image" in names and text_columns(names) in CAPTIONS
+    return f"Which training examples made the model {'draw' if drawn else 'say'} this?"
 
 
-def _parts(text: str, target: str) -> list[tuple[str, bool]]:
-    """Split a text at its sentinels and fill the target in; return pieces and whether each is the target's."""
-    answers = [without_sentinels(span) for span in SENTINEL.split(target)[1:]]
-    if not SENTINEL.search(text):
-        apart = f"{text} " if text and target else text
-        return [piece for piece in ((apart, False), (without_sentinels(target), True)) if piece[0]]
-    pieces: list[tuple[str, bool]] = []
-    for i, piece in enumerate(SENTINEL.split(text)):
-        if i:
-            pieces.append((answers[i - 1] if i <= len(answers) else "…", True))
-        pieces.append((piece, False))
-    return [piece for piece in pieces if piece[0]]
+def _measured(attribution: Ranked) -> str:
+    if attribution.config.get("measure") == "shift":
+        return SHIFT
+    names = attribution.queries.column_names
+    drawn = "image" in names and "label" not in names and text_columns(names) in CAPTIONS
+    return RISE + ("" if drawn else " (in nats)")
+
+
+def _made() -> dict[str, str]:
+    return {"hf_forward_inf": version("hf-forward-inf"), "date": date.today().isoformat()}
+
+
+@cache
+def _template(name: str) -> Any:
+    environment = Environment(
+        loader=PackageLoader("hf_forward_inf", "report/templates"),
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    return environment.get_template(name)
+
+
+@cache
+def _asset(name: str) -> Markup:
+    """Return a file of our own, which is not escaped."""
+    return Markup((files("hf_forward_inf.report") / "templates" / name).read_text(encoding="utf-8"))
+
+
+def _hash(script: str) -> str:
+    """Return the hash by which a browser knows our script: it runs no other."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 def _figure_order(name: str) -> tuple[int, str, int]:

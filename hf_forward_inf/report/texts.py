@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from hf_forward_inf.utils.rows import LAYOUTS, SENTINEL, rather_than, text_and_target, text_columns, without_sentinels
+from hf_forward_inf.utils.rows import SENTINEL, rather_than, text_and_target, text_columns, without_sentinels
 
 CAPTIONS = (None, ("caption",), ("text",))
 """Columns of texts beside pictures that a model draws or classifies; others are read by models that say something."""
@@ -20,6 +20,18 @@ TEMPLATE = re.compile(
     r"<\|[a-zA-Z_]+\|>|</?s>|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>|\[/?INST\]|\[(?:CLS|SEP|PAD|BOS|EOS)\]"
 )
 """Tokens of templates."""
+
+
+FIELDS = (
+    "sentence", "sentence1", "sentence2", "premise", "hypothesis", "question", "question1", "question2", "passage",
+    "text", "text_pair", "text1", "text2", "document", "content", "title", "prompt", "input", "output",
+)  # fmt: skip
+"""Names of columns of texts beyond the known layouts."""
+IDS = ("id", "uid", "uuid", "key")
+"""Columns that name a row."""
+SOURCES = ("source", "dataset", "origin", "subset", "domain", "author", "artist", "url", "file", "file_name", "path")
+"""Columns that say where a row comes from."""
+NO_TEXTS = frozenset({*IDS, *SOURCES, "level", "label", "prediction"})
 
 
 class Piece(NamedTuple):
@@ -52,9 +64,19 @@ def pieces(row: Mapping[str, Any], columns: tuple[str, ...] | None = None) -> li
         row (`dict`): A row.
         columns (`tuple[str, ...]`, *optional*): Columns of its input and target. Defaults to those of a known layout.
     """
-    text, target = text_and_target(row, columns or text_columns(row) or LAYOUTS[0])
+    known = columns or text_columns(row)
+    if known is None:
+        return [Piece(text, False)] if (text := "\n".join(_texts(row))) else []
+    text, target = text_and_target(row, known)
     contrast = row.get("contrast") or ("chosen" not in row and row.get("rejected"))
     return _filled(text, rather_than(target, contrast) if contrast else target)
+
+
+def _texts(row: Mapping[str, Any]) -> list[str]:
+    """Return the texts of a row of no known layout, such as a pair of sentences."""
+    found = {name: value for name, value in row.items() if isinstance(value, str) and value.strip()}
+    named = [found[name] for name in FIELDS if name in found]
+    return named or [value for name, value in found.items() if name not in NO_TEXTS]
 
 
 def _filled(text: str, target: str) -> list[Piece]:
@@ -153,4 +175,4 @@ def answer(row: Mapping[str, Any], columns: tuple[str, ...] | None = None) -> st
 def shortened(text: str, length: int) -> str:
     """Return a text on one line, cut at a word and marked where it is longer."""
     line = " ".join(text.split())
-    return line if len(line) <= length else f"{line[: length - 1].rsplit(' ', 1)[0]}…"
+    return line if len(line) <= length else f"{line[:length].rsplit(' ', 1)[0][: length - 1]}…"

@@ -125,7 +125,7 @@ def sentence(found: Background | None, best: float | None, nats: bool) -> str:
         )
     marked = found.strong + found.some
     if marked:
-        row = "training row stands out" if marked == 1 else "training rows stand out"
+        row = f"training rows stand{'s' if marked == 1 else ''} out"
         how = ", strongly" if found.strong == marked else f", {found.strong} of them strongly" if found.strong else ""
         return f"{marked:,} of {found.count:,} {row}{how}."
     if nats:

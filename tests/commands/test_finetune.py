@@ -51,7 +51,7 @@ def test_a_run_traces_wrong_answers_and_takes_what_it_found_away(small, tmp_path
     for name in ("right/mrr", "bm25/mrr", "tracin_cosine/mrr", "wrong_gone", "random/wrong_gone"):
         assert 0 <= written[name] <= 1
     page = (tmp_path / "out" / "report.html").read_text()
-    assert 'class="terms"' in page
+    assert 'class="h4"' in page
     with pytest.raises(FileExistsError, match="already holds a run"):
         finetune_run(options, AscentConfig())
 

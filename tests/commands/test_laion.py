@@ -53,7 +53,7 @@ def test_a_prompt_is_drawn_and_traced_over_shards(options):
     best = found.top(0)[0]
     assert best["id"] == f"{best['stream_row']:09}" and best["caption"] == rows(10)["caption"][best["stream_row"]]
     page = (folder / "report.html").read_text()
-    assert "1 queries traced over 11 training examples" in page and best["id"] in page
+    assert "1 query traced over 11 training examples" in page and best["id"] in page
     assert "divided by that loss" in page and "mean over all queries is subtracted" in page
     assert page.count('class="heat"') == 3
     assert sorted(path.name for path in folder.iterdir()) == ["attribution", "metrics.json", "report.html"]

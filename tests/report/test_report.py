@@ -24,7 +24,7 @@ def page(tmp_path, scores=((2.0, 1.0, -1.0),), **options):
 
 def test_what_comes_from_data_is_escaped(tmp_path):
     html = page(tmp_path, title="<i>t</i>")
-    assert "<script" not in html and "<b>Rome" not in html and "<i>t" not in html
+    assert html.count("<script") == 1 and "<b>Rome" not in html and "<i>t" not in html  # one of our own
     assert "&lt;script&gt;" in html and "A&amp;B" in html
 
 
@@ -36,14 +36,14 @@ def test_the_answer_stands_in_its_place_and_rows_in_their_order(tmp_path):
 
 def test_proponents_and_figures_are_shown_where_they_are_known(tmp_path):
     html = page(tmp_path, proponents=[[1]], metrics={"forward_inf": {"mrr": 0.5}, "bm25": {"recall@10": 0.25}})
-    assert html.count(">proponent</td>") == 1
+    assert html.count(">proponent</span>") == 1
     assert "1 known proponent among" in html
     assert "0.500" in html and "0.250" in html
     assert "known proponent" not in page(tmp_path)
 
 
 def test_it_is_one_file_that_fetches_nothing(tmp_path):
-    assert not re.search(r"(src|href)=|url\(|@import", page(tmp_path))
+    assert not re.search(r"""src=|href="(?!#)|url\(|@import""", page(tmp_path))
 
 
 def test_a_query_without_scores_says_why(tmp_path):
@@ -78,6 +78,6 @@ def test_pairs_contrasts_and_pictures_in_conversations_are_shown(tmp_path):
     html = (tmp_path / "page.html").read_text()
     assert "[image] What is it?" in html
     assert "<mark>A cat. rather than A dog.</mark>" in html
-    assert "<mark>It is a cat. rather than It is a dog.</mark>" in html
+    assert "It is a cat. rather than It is a dog." in re.sub("<[^>]+>", "", html)
     assert html.count("data:image/png") == 1
     assert "model say this?" in html

@@ -5,7 +5,7 @@ from datasets import Dataset
 from hf_forward_inf import Attribution
 from hf_forward_inf.scores.levels import background
 
-NATS = {"units": "loss", "reduction": "sum", "measure": "rise", "hubs": False}
+NATS = {"units": "loss", "reduction": "sum", "measure": "rise"}
 
 
 def traced(scores, **options):

@@ -1,0 +1,115 @@
+"""The pictures of a page, each stored once however often it is shown."""
+
+import base64
+import hashlib
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hf_forward_inf.utils.images import UnreadableImage, images_of, png_uri, read_image
+
+SIZES = {0: 224, 200: 160, 800: 128, 2400: 96}
+"""Longest side of pictures, in pixels, on pages with at least so many."""
+LIMIT = 15_000_000
+"""Characters that all pictures of a page take at most, unless they are as small as [`SMALLEST`]."""
+SMALLEST = 48
+PIXEL_ART = 64
+"""Pictures up to this side are stored without loss, and shown in hard pixels."""
+DARKEST = 200
+"""Opacity (of 255) of the place with the highest score."""
+SPOTS = 3
+"""Places of a picture that are circled: those with the highest scores."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture on the page: its name there, and its size."""
+
+    name: str
+    width: int
+    height: int
+
+    @property
+    def is_small(self) -> bool:
+        """Whether it is shown in hard pixels."""
+        return max(self.width, self.height) <= PIXEL_ART
+
+
+class Album:
+    """Collects the pictures of a page."""
+
+    def __init__(self) -> None:
+        self._images: dict[Picture, Any] = {}
+
+    def add(self, row: Mapping[str, Any]) -> list[Picture]:
+        """Add the pictures of a row, in its columns `image` or `images`, without unreadable ones."""
+        values = [one for name in ("image", "images") if row.get(name) is not None for one in images_of(row[name])]
+        return [picture for value in values if (picture := self._added(value)) is not None]
+
+    def _added(self, value: Any) -> Picture | None:
+        try:
+            image = read_image(value)
+        except UnreadableImage:
+            return None
+        image = image if image.mode in ("L", "RGB", "RGBA") else image.convert("RGBA")
+        image = image.copy()
+        image.thumbnail((SIZES[0], SIZES[0]))
+        digest = hashlib.sha256(f"{image.mode}{image.size}".encode() + image.tobytes()).hexdigest()
+        picture = Picture(f"p{digest[:12]}", *image.size)
+        self._images.setdefault(picture, image)
+        return picture
+
+    def stored(self) -> list[tuple[Picture, str]]:
+        """Return the pictures with their data: smaller where there are many, or where they take much."""
+        longest = next(size for count, size in reversed(SIZES.items()) if len(self._images) >= count)
+        found = self._at(longest)
+        while (total := sum(len(data) for _, data in found)) > LIMIT and longest > SMALLEST:
+            longest = max(SMALLEST, int(longest * min(0.9, (LIMIT / total) ** 0.5)))
+            found = self._at(longest)
+        return found
+
+    def _at(self, longest: int) -> list[tuple[Picture, str]]:
+        return [(picture, _encoded(image, longest)) for picture, image in self._images.items()]
+
+
+def _encoded(image: Any, longest: int) -> str:
+    """Return a picture as a `data:` URI: a PNG if it is small, else a WebP."""
+    if max(image.size) <= PIXEL_ART:
+        return png_uri(image)
+    image = image.copy()
+    image.thumbnail((longest, longest))
+    file = io.BytesIO()
+    image.save(file, format="WEBP", quality=75, method=2)
+    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+@dataclass(frozen=True)
+class Heatmap:
+    """Where in a picture its score comes from: a layer as `data:` URI, and the centres of its hottest places."""
+
+    layer: str
+    spots: list[tuple[float, float]]
+
+
+def heatmap(detail: Mapping[str, Any] | None) -> Heatmap | None:
+    """Return a heatmap to lay over a picture; `None` without details.
+
+    Args:
+        detail (`dict`): A row of `Attribution.details` whose terms are places, `row,column`.
+    """
+    if detail is None:
+        return None
+    from PIL import Image
+
+    height, width = (int(number) + 1 for number in detail["terms"][-1].split(","))
+    rises = np.clip(np.asarray(detail["term_scores"], dtype=float), 0, None).reshape(height, width)
+    layer = np.zeros((height, width, 4), dtype=np.uint8)
+    layer[..., :3] = (224, 82, 60)
+    layer[..., 3] = DARKEST * rises / (rises.max() or 1.0)
+    order = np.argsort(-rises, axis=None)[:SPOTS]
+    hot = [np.unravel_index(place, rises.shape) for place in order if rises.flat[place] > 0.5 * rises.max()]
+    spots = [(float((x + 0.5) / width), float((y + 0.5) / height)) for y, x in hot]
+    return Heatmap(png_uri(Image.fromarray(layer)), spots)
