@@ -77,7 +77,7 @@ def _row(draw: Any, row: Any, top: float) -> float:
 
 def _lines(draw: Any, text: str, font: Any, width: float, most: int) -> list[str]:
     """Break a text into lines of a width; the last one ends in an ellipsis if there is more."""
-    lines = [""]
+    lines, width = [""], width - draw.textlength(" …", font=font)
     for word in shortened(text, 400).split():
         longer = f"{lines[-1]} {word}".strip()
         if draw.textlength(longer, font=font) <= width or not lines[-1]:
