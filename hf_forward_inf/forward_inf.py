@@ -27,7 +27,7 @@ from hf_forward_inf.utils.loading import is_diffusion_folder, load_diffusion, lo
 from hf_forward_inf.utils.storage import default_cache_dir
 from hf_forward_inf.utils.validation import warn_of_lost
 
-TRACED = ("top_k", "tune", "time_budget", "strategy")
+TRACED = ("top_k", "time_budget", "strategy")
 """Options of [`ForwardInf.trace`] besides its data."""
 
 
@@ -132,7 +132,6 @@ class ForwardInf(Scorer):
         queries: Given,
         candidates: Given,
         top_k: int | None = None,
-        tune: bool = False,
         time_budget: float | None = None,
         strategy: Literal["auto", "full", "screen"] | None = None,
     ) -> Attribution:
@@ -147,8 +146,7 @@ class ForwardInf(Scorer):
             candidates (`datasets.Dataset`): Training examples that may have caused them; as `queries`.
             top_k (`int`, *optional*): Return only the best candidates of each query; all of them if it exceeds their
                 number. Defaults to all scores.
-            tune (`bool`, defaults to `False`): Choose the radius first, by self-retrieval on the candidates.
-            time_budget (`float`, *optional*): Seconds after which to stop, not counting tuning. With a screen, which
+            time_budget (`float`, *optional*): Seconds after which to stop. With a screen, which
                 ranks all candidates first, each query's candidates are scored best first, regardless of `keep`, in an
                 equal share of the time; those not reached have the floor. Otherwise they are scored in random order,
                 and those not reached have no score. The first 64 are always scored.
@@ -168,8 +166,6 @@ class ForwardInf(Scorer):
         if self.adapter.answers_queries:
             queries = self.adapter.with_answers(queries)
         tracer = self if strategy is None else self._with_strategy(strategy)
-        if tune:
-            return tracer.tune(candidates).trace(queries, candidates, top_k, time_budget=time_budget)
         traced = trace_planned(tracer, queries, candidates, time_budget)
         warn_of_lost(traced.scores[:, traced.reached], traced.reached)
         found = Attribution(
@@ -214,7 +210,7 @@ class ForwardInf(Scorer):
                 template, texts are the user's turn. For a diffusion model, classes or captions of images; `None` if
                 it is unconditional.
             candidates (`datasets.Dataset`): As in [`trace`].
-            **options: `top_k`, `tune`, `time_budget` and `strategy` are passed to [`trace`], all others to the
+            **options: `top_k`, `time_budget` and `strategy` are passed to [`trace`], all others to the
                 adapter's `with_answers` (such as `max_new_tokens`, or `num_images` and `seed`).
 
         Returns:

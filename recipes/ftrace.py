@@ -64,9 +64,6 @@ def main(options: FtraceOptions, ascent: AscentConfig) -> dict[str, Any]:
             unanswered=options.unanswered, paraphrased=options.paraphrased, strict=options.strict,
             seed=options.seed + repeat,
         )  # fmt: skip
-        if options.tune and repeat == 0:
-            tracer = tracer.tune(task.candidates)
-            say(f"Self-retrieval among the candidates (* is used):\n{tracer.tuning}")
 
         say(f"Tracing {len(task.queries)} queries over {len(task.candidates):,} candidates ...")
         found = {"forward_inf": tracer.trace(task.queries, task.candidates)}

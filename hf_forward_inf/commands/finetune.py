@@ -142,9 +142,6 @@ def finetune_run(options: FinetuneOptions, ascent: AscentConfig) -> dict[str, An
     if options.contrast:
         task = replace(task, queries=against_right(task.queries))
     tracer = ForwardInf(adapter=adapter, ascent=ascent)
-    if options.tune:
-        tracer = tracer.tune(train)
-        say(f"Self-retrieval among the training examples (* is used):\n{tracer.tuning}")
     found = {"forward_inf": tracer.trace(task.queries, train)}
     if task.proponents is not None:
         found |= {name: one.trace(task.queries, train) for name, one in attributors_for(tracer, COMPARED).items()}

@@ -33,7 +33,6 @@ class TraceOptions(RunOptions):
         target_column (`str`, *optional*): Column of what the model is to say: completions, answers, labels. Found by
             name if unset.
         num_queries (`int`, *optional*): Number of queries traced at most, drawn at random. All if unset.
-        tune (`bool`, defaults to `False`): Choose the radius by self-retrieval, without labels.
         reduction (`str`, defaults to `"sum"`): Loss of a candidate: sum or mean over its target tokens.
         strategy (`str`, defaults to `"auto"`): Which candidates get the finite step: all (full), those that a screen
             keeps of each query (screen), or what is best for the model and the number of candidates (auto).
@@ -57,7 +56,6 @@ class TraceOptions(RunOptions):
     input_column: str | None = None
     target_column: str | None = None
     num_queries: int | None = field(default=None, metadata={"min": 1})
-    tune: bool = False
     reduction: Literal["sum", "mean"] = "sum"
     strategy: Literal["auto", "full", "screen"] = "auto"
     screen: str | None = None
@@ -125,12 +123,10 @@ class FinetuneOptions(TrainingOptions):
             rather than that?
         removed (`int`, defaults to 5): Best candidates of each wrong answer that are removed before training again; 0
             to skip this.
-        tune (`bool`, defaults to `False`): Choose the radius by self-retrieval, without labels.
     """
 
     contrast: bool = False
     removed: int = field(default=5, metadata={"min": 0})
-    tune: bool = False
 
 
 @dataclass

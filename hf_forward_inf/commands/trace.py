@@ -32,9 +32,6 @@ def trace_run(options: TraceOptions, ascent: AscentConfig) -> dict[str, Any]:
     chosen = {name: getattr(options, name) for name in ("reduction", "strategy", "screen", "keep", "audit")}
     tracer = ForwardInf.from_pretrained(options.model, ascent=ascent, **chosen)
     task = load_task(tracer, options)
-    if options.tune:
-        tracer = tracer.tune(task.candidates)
-        say(f"Self-retrieval among the candidates (* is used):\n{tracer.tuning}")
 
     say(f"Tracing {len(task.queries)} queries over {len(task.candidates):,} candidates with {options.model} ...")
     found = {"forward_inf": tracer.trace(task.queries, task.candidates, time_budget=options.time_budget)}

@@ -25,7 +25,6 @@ class FtraceOptions(RunOptions):
             them separately.
         repeats (`int`, defaults to 1): Samples of queries and candidates; figures are means over samples.
         strict (`bool`, defaults to `False`): Proponents are only candidates in which the queried object is masked.
-        tune (`bool`, defaults to `False`): Choose the radius by self-retrieval, without labels.
         tokens (`bool`, defaults to `False`): Colour the tokens of the best candidates by their part of the score.
         baselines (`bool`, defaults to `True`): Also run BM25 and fixed learning rates.
         compare (`bool`, defaults to `False`): Also run every attributor.
@@ -44,7 +43,6 @@ class FtraceOptions(RunOptions):
     paraphrased: bool = False
     repeats: int = field(default=1, metadata={"min": 1})
     strict: bool = False
-    tune: bool = False
     tokens: bool = False
     baselines: bool = True
     compare: bool = False

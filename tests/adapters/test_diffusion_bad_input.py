@@ -164,7 +164,7 @@ def test_rows_of_a_stream_are_named_by_their_place(tracer):
 
 def test_what_is_no_set_of_rows_is_refused_with_the_way_out(tracer):
     stream = rows(3).to_iterable_dataset()
-    for options in ({}, {"tune": True}, {"time_budget": 1.0}):
+    for options in ({}, {"time_budget": 1.0}):
         with pytest.raises(TypeError, match=r"The candidates are a stream. Use ForwardInf.trace_stream\(quer"):
             tracer.trace(rows(1), stream, **options)
     with pytest.raises(TypeError, match="The queries are a stream"):

@@ -191,15 +191,8 @@ def test_a_time_budget_leaves_candidates_unscored(options):
     assert (np.isnan(found.scores).sum(axis=1) == 120 - 64).all()
 
 
-def test_tuning_shows_its_trials(options, capsys):
-    trace_run(TraceOptions(**{**options, "tune": True}, baselines=False), AscentConfig())
-    assert "self-retrieval MRR" in capsys.readouterr().out
-
-
-def test_a_step_that_is_given_is_not_tuned(options, capsys):
-    options = {**options, "tune": True, "no_baselines": True, "radius": 0.5}
-    assert main(["trace", *(word for word in as_arguments(options) if word != "--tune")]) == 0
-    assert "self-retrieval" not in capsys.readouterr().out
+def test_a_step_that_is_given_is_taken(options):
+    assert main(["trace", *as_arguments({**options, "no_baselines": True, "radius": 0.5})]) == 0
     assert json.loads(Path(options["output"], "metrics.json").read_text())["ascent/radius"] == 0.5
 
 
