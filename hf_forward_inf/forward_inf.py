@@ -17,6 +17,7 @@ from hf_forward_inf.plan import Plan
 from hf_forward_inf.scores.levels import background
 from hf_forward_inf.tracing.peft_export import save_perturbation
 from hf_forward_inf.tracing.planning import plan_for
+from hf_forward_inf.tracing.predictions import predict
 from hf_forward_inf.tracing.self_influence import rerank, self_influence
 from hf_forward_inf.tracing.strategy import trace_planned
 from hf_forward_inf.tracing.streaming import trace_stream
@@ -237,6 +238,10 @@ class ForwardInf(Scorer):
     def explain(self, found: Attribution, k: int = 10) -> Attribution:
         """Return the attribution with token-level scores of its best candidates; see [`token_scores.explain`]."""
         return explain(self, found, k)
+
+    def predict(self, found: Attribution, k: int = 10) -> Attribution:
+        """Return the attribution with a classifier's predictions for its rows; see [`predictions.predict`]."""
+        return predict(self, found, k)
 
     def self_influence(self, rows: Dataset) -> np.ndarray:
         """Compute how much each training example's loss rises when the model is moved against it (section 4.3).

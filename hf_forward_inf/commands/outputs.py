@@ -2,6 +2,8 @@
 
 import importlib.metadata
 import json
+import shlex
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -76,7 +78,7 @@ class Run:
         shown = {method: {key: row[key] for key in columns if key in row} for method, row in (table or {}).items()}
         writers: dict[str, Callable[[Path], None]] = {
             "attribution": found.save_to_disk,
-            "report.html": lambda path: found.to_html(path, metrics=shown, **report),
+            "report.html": lambda path: found.to_html(path, metrics=shown, about=about(self.options), **report),
             **(more or {}),
             "metrics.json": lambda path: _write_json(path, complete),
         }
@@ -115,6 +117,16 @@ def environment(options: Any) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if state.device.type == "cuda" else state.device.type,
         "processes": state.num_processes,
     }
+
+
+def about(options: Any) -> dict[str, str]:
+    """Return what the page's foot says: model, data, versions, device and command."""
+    known = environment(options)
+    named = {name: known.get(f"option/{name}") for name in ("model", "candidates", "queries")}
+    versions = [f"{name} {known[f'version/{name}']}" for name in ("torch", "transformers")]
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    made = {**named, "made with": ", ".join(versions), "device": known["device"], "command": command}
+    return {name: str(value) for name, value in made.items() if value}
 
 
 def check_output(output: str, overwrite: bool) -> Path:

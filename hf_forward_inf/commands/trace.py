@@ -4,6 +4,8 @@ from typing import Any
 
 from datasets import Dataset
 
+from hf_forward_inf.adapters.classification import ClassifierAdapter
+from hf_forward_inf.adapters.labels import OneClass
 from hf_forward_inf.adapters.language import LanguageAdapter
 from hf_forward_inf.ascent.config import AscentConfig
 from hf_forward_inf.commands.options import TraceOptions
@@ -18,6 +20,9 @@ from hf_forward_inf.forward_inf import ForwardInf
 from hf_forward_inf.report.plots import budget_plot
 from hf_forward_inf.utils.processes import say
 from hf_forward_inf.utils.rows import sample_rows
+
+COMPARED = 4
+"""Other attributors whose rows the page can show instead."""
 
 
 def trace_run(options: TraceOptions, ascent: AscentConfig) -> dict[str, Any]:
@@ -60,7 +65,10 @@ def trace_run(options: TraceOptions, ascent: AscentConfig) -> dict[str, Any]:
     shown = found["forward_inf"].keep(min(options.top_k, len(task.candidates)))
     if isinstance(tracer.adapter, LanguageAdapter) if options.tokens is None else options.tokens:
         shown = tracer.explain(shown)
-    written = run.write(shown, metrics, tracer, table=table, proponents=task.proponents, plot=plot)
+    if isinstance(tracer.adapter, ClassifierAdapter) and isinstance(tracer.adapter.labels, OneClass):
+        shown = tracer.predict(shown)
+    others = [one for name, one in found.items() if name != "forward_inf"][:COMPARED]
+    written = run.write(shown, metrics, tracer, table=table, compare=others, proponents=task.proponents, plot=plot)
     return {**written, "answers": run.answer(shown)}
 
 
