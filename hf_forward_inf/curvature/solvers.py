@@ -181,11 +181,15 @@ class KrylovSpace:
     def _parts(self, vectors: Tensor) -> list[Vector]:
         """Return flat vectors as parts of the parameters' shapes."""
         split = [vector.split([part.numel() for part in self.like]) for vector in vectors]
-        return [[part.view_as(like) for part, like in zip(parts, self.like, strict=True)] for parts in split]
+        return [
+            [part.view_as(like).to(like.device) for part, like in zip(parts, self.like, strict=True)]
+            for parts in split
+        ]
 
 
 def _flat(vector: Sequence[Tensor]) -> Tensor:
-    return torch.cat([part.float().flatten() for part in vector])
+    """Return a vector as one tensor, on the device of its first part: a model may lie on several."""
+    return torch.cat([part.float().flatten().to(vector[0].device) for part in vector])
 
 
 def lissa(

@@ -82,8 +82,8 @@ def tune(
     random halves be trained on by your own function, `train(model, rows, epochs)`. It may go on from the trained model
     (a few epochs at the peak learning rate) or begin from random weights, which is more expensive and more exact:
 
-    - a conv net of 1,898 parameters and 1,000 images: 8 halves with 5 further epochs chose settings with an LDS of
-      .536, where the best had .542; a Llama and 600 sentences: .761 of .789 with 3 epochs;
+    - a few halves, trained on from the model: with 5 further epochs they chose settings with an LDS of .536 for a conv
+      net and 1,000 images, where the best had .542; with 3 epochs .761 of .789 for a Llama and 600 sentences;
     - 6 to 10 halves from random weights: .003 to .02 below the best.
 
     The cost is printed before it is spent: `halves` x `epochs` / 2 epochs of training on all candidates, and one trace
