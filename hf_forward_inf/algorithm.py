@@ -20,6 +20,7 @@ from hf_forward_inf.curvature.perturber import Perturber
 from hf_forward_inf.passes.candidate_pass import MAX_BATCH_LENGTH, encode
 from hf_forward_inf.passes.loss_pass import LossPass, ShiftPass
 from hf_forward_inf.utils.models import evaluating
+from hf_forward_inf.utils.progress import counting
 
 PASSES = {"rise": LossPass, "shift": ShiftPass}
 """What a score measures of a candidate, and the pass that computes it."""
@@ -141,10 +142,11 @@ class Scorer:
             base = loss.base()  # L(theta, D_i)
             # K steps of gradient ascent on the loss of each D_tst: theta -> theta_K.
             for rows, theta_k in perturber.blocks(d_tst):
-                title = f"queries {rows.start + 1}-{rows.stop} of {len(queries)}"
-                scores[rows] = loss(theta_k, title) - base  # L(theta_K, D_i) - L(theta, D_i)
-                if self.ascent.mode == "symmetric":  # as far to the other side, which cancels even terms
-                    scores[rows] = (scores[rows] - (loss(Mirrored(theta_k), title) - base)) / 2
+                symmetric = self.ascent.mode == "symmetric"
+                with counting(rows.stop - rows.start, parts=1 + symmetric):
+                    scores[rows] = loss(theta_k) - base  # L(theta_K, D_i) - L(theta, D_i)
+                    if symmetric:  # as far to the other side, which cancels even terms
+                        scores[rows] = (scores[rows] - (loss(Mirrored(theta_k)) - base)) / 2
         return self.finished(scores, loss.terms)
 
     def finished(self, rises: np.ndarray, terms: np.ndarray) -> np.ndarray:

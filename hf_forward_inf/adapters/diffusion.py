@@ -34,6 +34,7 @@ from hf_forward_inf.adapters.diffusion_noise import draw, noising_for
 from hf_forward_inf.utils.fingerprints import fingerprint
 from hf_forward_inf.utils.images import PIXELS_A_TOKEN, images_of, undecoded
 from hf_forward_inf.utils.models import is_quantised, peft_parameters
+from hf_forward_inf.utils.progress import shown
 from hf_forward_inf.utils.validation import listed
 
 ENCODED_TOGETHER = 16
@@ -277,11 +278,12 @@ class DiffusionAdapter(Adapter):
                 f"{type(self.pipe).__name__} does not draw by class: give queries their `{self.columns[-1]}`."
             )
         given = rows[self.columns[0]] if len(self.columns) > 1 else [None]
+        self.pipe.set_progress_bar_config(disable=True)  # one for each picture
         return [
             self.pipe(
                 **self._request(value, num_images), generator=torch.Generator().manual_seed(seed), **options
             ).images
-            for value in given
+            for value in shown(given, f"drawing, {num_images} pictures each,", len(given), "queries")
         ]
 
     def _request(self, given: Any, num_images: int) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Answers that a language model gives: the tokens that it generates, and their text for people."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hf_forward_inf.utils.models import device_of, evaluating
+from hf_forward_inf.utils.progress import progress
 
 
 @torch.no_grad()
@@ -37,10 +38,8 @@ def generate(
         `list[list[int]]`: The generated tokens; the end token is the last of them where the model generated one.
     """
     answers: list[list[int]] = [[] for _ in inputs]
-    for size in sorted(set(room)):  # answers of one batch have the same limit
-        rows = [row for row, own in enumerate(room) if own == size]
-        for start in range(0, len(rows), batch_size):
-            chunk = rows[start : start + batch_size]
+    with progress("answering", len(inputs), "queries") as advance:
+        for chunk, size in _chunks(room, batch_size):
             ids, mask = (
                 part.to(device_of(model)) for part in _padded([inputs[row] for row in chunk], padding, not decoder)
             )
@@ -51,7 +50,16 @@ def generate(
                 )  # fmt: skip
             for row, tokens in zip(chunk, made[:, 1 if decoder else ids.shape[1] :].tolist(), strict=True):
                 answers[row] = _until_end(tokens, end_tokens(model))
+            advance(len(chunk))
     return answers
+
+
+def _chunks(room: Sequence[int], batch_size: int) -> Iterator[tuple[list[int], int]]:
+    """Yield rows that are answered together, and the limit that they have in common."""
+    for size in sorted(set(room)):
+        rows = [row for row, own in enumerate(room) if own == size]
+        for start in range(0, len(rows), batch_size):
+            yield rows[start : start + batch_size], size
 
 
 def end_tokens(model: Any) -> set[int]:

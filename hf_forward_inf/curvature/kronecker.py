@@ -3,15 +3,13 @@
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
 import torch
-from datasets import are_progress_bars_disabled
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from hf_forward_inf.adapters.base import Adapter, Batch
@@ -24,7 +22,7 @@ from hf_forward_inf.curvature.outer_products import CHUNK_BYTES
 from hf_forward_inf.curvature.sample import Sample
 from hf_forward_inf.curvature.sides import Side, Sketch, Squares, Sum, Whole
 from hf_forward_inf.utils.models import batch_size, device_of
-from hf_forward_inf.utils.processes import process_state
+from hf_forward_inf.utils.progress import shown
 from hf_forward_inf.utils.storage import Tensors
 
 T = TypeVar("T")
@@ -237,7 +235,7 @@ class KroneckerFit:
         self._check_rank(positions)
         self._warn_of_unsupported()
         for kind, sums in (("inputs", inner), ("outputs", outer)):
-            for name in self._shown(list(sums), "eigenvectors", "matrix"):
+            for name in shown(list(sums), "eigenvectors", len(sums), "matrices"):
                 count = positions[name] if kind == "inputs" else self.rows
                 found |= sums.pop(name).side(count).tensors(f"{kind}/{name}")
         return found
@@ -307,7 +305,7 @@ class KroneckerFit:
         own = dict(self.adapter.model.named_parameters())
         batches = list(self.sample.batches(set(self.names), self.batch_length))
         title = f"Kronecker factors, up to {self.rank} eigenpairs"
-        for batch in self._shown(batches, title, "batch"):
+        for batch in shown(batches, title, len(self.sample), "rows", batch_size):
             self.batch_rows = batch_size(batch)
             leaves = {name: own[name].detach().requires_grad_() for name in self.rest}
             with probed([layer for held in self.sites.values() for layer in held]) as calls, torch.enable_grad():
@@ -328,11 +326,6 @@ class KroneckerFit:
                     one.delta = gradient
                 with torch.no_grad():
                     yield made, dict(zip(self.rest, gradients[len(made) :], strict=True)), draw
-
-    def _shown(self, values: Sequence[T], title: str, unit: str) -> Iterable[T]:
-        """Return the values with a progress bar, if it takes long."""
-        hidden = are_progress_bars_disabled() or not process_state().is_main_process
-        return tqdm(values, desc=title, unit=unit, delay=1, disable=hidden)
 
     def _check_rank(self, positions: Counter[str]) -> None:
         for layer in self.layers:

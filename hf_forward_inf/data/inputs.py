@@ -10,6 +10,7 @@ from datasets import Dataset, DatasetDict
 from hf_forward_inf.adapters.base import Adapter
 from hf_forward_inf.adapters.columns import is_conversation
 from hf_forward_inf.data.rows import load_rows
+from hf_forward_inf.utils.processes import progress_bars
 from hf_forward_inf.utils.rows import as_stored
 from hf_forward_inf.utils.validation import check_dataset
 
@@ -39,7 +40,8 @@ def as_dataset(given: Given, role: str) -> Dataset:
         ValueError: If there are no rows, or columns differ in length.
     """
     if isinstance(given, str | Path):
-        given = load_rows(str(given), ROLES.get(role, role))
+        with progress_bars(False):
+            given = load_rows(str(given), ROLES.get(role, role))
     elif isinstance(given, list) and given and all(isinstance(row, Mapping) for row in given):
         given = Dataset.from_list([dict(row) for row in given])
     elif isinstance(given, DatasetDict) and len(given) == 1:

@@ -11,7 +11,6 @@ import torch
 from accelerate.utils import broadcast_object_list, reduce
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from datasets import Dataset, is_caching_enabled
-from datasets.utils import tqdm
 
 from hf_forward_inf.adapters.base import Adapter, Batch, Rows
 from hf_forward_inf.passes.encoding import encode
@@ -19,7 +18,8 @@ from hf_forward_inf.passes.freshness import agree, drawn_rows, is_first_use, tol
 from hf_forward_inf.passes.row_store import RowStore
 from hf_forward_inf.utils.fingerprints import fingerprint, fingerprint_of_model, foreign_hooks
 from hf_forward_inf.utils.models import to_device
-from hf_forward_inf.utils.processes import process_state, progress_bars
+from hf_forward_inf.utils.processes import process_state
+from hf_forward_inf.utils.progress import progress
 from hf_forward_inf.utils.storage import default_cache_dir
 
 MAX_BATCH_LENGTH = 4096
@@ -95,13 +95,14 @@ class CandidatePass:
         # Processes share whole batches: shapes, and so every bit of a loss, are those of a single process.
         missing = [cut for cut in self.cuts if not stored[self.order[cut]].all()]
         share = missing[self.state.process_index :: self.state.num_processes]
-        main = self.state.is_main_process
-        with store.writing() as add, progress_bars(main), tqdm(share, f"{title}, batches", disable=not share) as bar:
-            for cut in bar:
+        left = sum(int((~stored[self.order[cut]]).sum()) for cut in share)
+        with store.writing() as add, progress(title, left, "rows") as advance:
+            for cut in share:
                 places = np.arange(cut.start, cut.stop)[~stored[self.order[cut]]]
                 rows = self.order[places]
                 values[rows] = self._values(work, self.encoded[places])
                 add(rows, values[rows])
+                advance(len(rows))
         return self._gathered(values).T
 
     def is_cached(self, key: str) -> bool:

@@ -12,12 +12,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, is_caching_enabled
 
-from hf_forward_inf.adapters.base import Adapter
+from hf_forward_inf.adapters.base import Adapter, Rows
 from hf_forward_inf.adapters.contrast import query_adapter
 from hf_forward_inf.passes.freshness import agree, drawn_rows, is_first_use, tolerance_of
 from hf_forward_inf.utils.cache import mark_used
 from hf_forward_inf.utils.fingerprints import fingerprint
 from hf_forward_inf.utils.processes import process_state, progress_bars
+from hf_forward_inf.utils.progress import progress
 from hf_forward_inf.utils.rows import as_stored
 from hf_forward_inf.utils.storage import default_cache_dir, written
 from hf_forward_inf.utils.validation import check_dataset, check_rows, listed
@@ -67,15 +68,15 @@ def encode(
     state = process_state()
     read = rows.select_columns(list(columns))
     name = fingerprint(rows._fingerprint, adapter.cache_key, _files(read))
-    with state.main_process_first(), progress_bars(state.is_main_process):
+    with state.main_process_first():
         encoded = _mapped(
             adapter.prepare(read),
             (cache_dir or default_cache_dir()) / "encoded" / f"{name}.arrow",
             adapter,
+            role,
             batched=True,
             remove_columns=list(columns),
             new_fingerprint=name,
-            desc=f"encoding {role}",
         )
     if "unreadable" in encoded.column_names:
         reasons = encoded["unreadable"][:]
@@ -162,25 +163,37 @@ def _paths(values: pa.Array | pa.ChunkedArray) -> Iterator[str]:
         yield from (path for path in values.to_pylist() if path)
 
 
-def _mapped(rows: Dataset, file: Path, adapter: Adapter, **options: Any) -> Dataset:
-    """Return `rows.map(adapter.encode, **options)`, cached in a file that is there whole or not at all."""
+def _encoded(rows: Dataset, adapter: Adapter, role: str, **options: Any) -> Dataset:
+    """Return `rows.map(adapter.encode, **options)`, and show how many rows are done."""
+    with progress(f"encoding {role}", len(rows), "rows") as advance, progress_bars(False):
+
+        def encode(some: Rows) -> Rows:
+            features = adapter.encode(some)
+            advance(len(features["terms"]))
+            return features
+
+        return rows.map(encode, **options)
+
+
+def _mapped(rows: Dataset, file: Path, adapter: Adapter, role: str, **options: Any) -> Dataset:
+    """Return [`_encoded`], cached in a file that is there whole or not at all."""
     if not is_caching_enabled():
-        return rows.map(adapter.encode, **options)
+        return _encoded(rows, adapter, role, **options)
     cached = file.exists()
     if not cached:
         with written(file) as part:
-            rows.map(adapter.encode, **options, cache_file_name=str(part))
+            _encoded(rows, adapter, role, **options, cache_file_name=str(part))
     mark_used(file)
     encoded = rows.map(adapter.encode, **options, cache_file_name=str(file))
     if not is_first_use(adapter, file.stem) or not cached or _is_current(encoded, rows, adapter):
         return encoded
     warnings.warn(
-        f"{options['desc']}: what is cached is not what rows are encoded as now (a file, a tokenizer or a transform "
+        f"Encoding {role}: what is cached is not what rows are encoded as now (a file, a tokenizer or a transform "
         "has changed), so all rows are encoded again.",
         stacklevel=3,
     )
     file.unlink(missing_ok=True)
-    return _mapped(rows, file, adapter, **options)
+    return _mapped(rows, file, adapter, role, **options)
 
 
 def _is_current(encoded: Dataset, rows: Dataset, adapter: Adapter) -> bool:

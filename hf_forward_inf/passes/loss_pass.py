@@ -23,12 +23,12 @@ class LossPass(CandidatePass):
         """Compute the base loss of every candidate, L(theta, D_i), summed over its terms; float32 `[candidates]`."""
         return self.run(lambda batch: self._losses(batch, [{}]), 1, "base", "base losses")[0]
 
-    def __call__(self, perturbed: PerturbedModels, title: str = "loss pass") -> np.ndarray:
+    def __call__(self, perturbed: PerturbedModels, title: str = "losses") -> np.ndarray:
         """Compute every candidate's loss under each perturbed model, L(theta_K, D_i).
 
         Args:
             perturbed (`PerturbedModels`): The models of a block of queries.
-            title (`str`, defaults to `"loss pass"`): Title of the progress bar.
+            title (`str`, defaults to `"losses"`): Title of the progress bar.
 
         Returns:
             `np.ndarray`: float32 `[queries, candidates]`, NaN for a query that cannot move the model.

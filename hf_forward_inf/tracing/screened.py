@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from accelerate.utils import gather_object
 from datasets import Dataset
-from datasets.utils import tqdm
 
 from hf_forward_inf.adapters.base import Adapter
 from hf_forward_inf.algorithm import Scorer
@@ -21,7 +20,8 @@ from hf_forward_inf.tracing.audit import Scored
 from hf_forward_inf.tracing.time_budget import slices
 from hf_forward_inf.utils.fingerprints import fingerprint
 from hf_forward_inf.utils.models import evaluating
-from hf_forward_inf.utils.processes import process_state, progress_bars
+from hf_forward_inf.utils.processes import process_state
+from hf_forward_inf.utils.progress import counting, progress
 
 GIB = 2**30
 
@@ -52,7 +52,7 @@ class ScreenedStep:
         for one in screen.attributors if isinstance(screen, Fusion) else [screen]:
             if isinstance(one, RepresentationSimilarity):
                 one.base = self.base_pass
-        with progress_bars(False):
+        with progress(f"ranking by {screen.name}", None, "rows"):
             indices = screen.trace(self.queries, self.candidates, top_k=keep).indices
         assert indices is not None
         return indices
@@ -77,17 +77,13 @@ class ScreenedStep:
         found: dict[int, Scored] = {}
         ends = None if seconds is None else time.perf_counter() + seconds
         left = sum(len(unit) for unit in units)
-        with (
-            evaluating(self.tracer.adapter.model),
-            progress_bars(state.is_main_process),
-            tqdm(total=left, desc="queries", disable=not left) as bar,
-        ):
+        with evaluating(self.tracer.adapter.model), progress("tracing", left, "queries"):
             for unit in units:
                 choices = [self._choice(i, best[i], audit) for i in unit]
                 share = None if ends is None else len(unit) * (ends - time.perf_counter()) / left
-                found |= zip(unit, self._scored(unit, choices, share), strict=True)
+                with counting(len(unit)):
+                    found |= zip(unit, self._scored(unit, choices, share), strict=True)
                 left -= len(unit)
-                bar.update(len(unit))
         gathered = gather_object([*found.items()]) if state.num_processes > 1 else [*found.items()]
         return dict(gathered)
 

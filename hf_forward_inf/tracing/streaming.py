@@ -13,7 +13,6 @@ import numpy as np
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, DatasetInfo, IterableDataset, concatenate_datasets
 from datasets.table import InMemoryTable
-from datasets.utils import tqdm
 
 from hf_forward_inf.algorithm import Scorer
 from hf_forward_inf.attribution import Attribution
@@ -21,6 +20,7 @@ from hf_forward_inf.scores.corrections import check_enough, standardised
 from hf_forward_inf.scores.metrics import best_first
 from hf_forward_inf.utils.fingerprints import fingerprint, fingerprint_of_model
 from hf_forward_inf.utils.processes import process_state, progress_bars
+from hf_forward_inf.utils.progress import progress as shown_progress
 from hf_forward_inf.utils.rows import sample_rows
 from hf_forward_inf.utils.storage import default_cache_dir, write_folder
 from hf_forward_inf.utils.validation import lost_candidates, warn_of_lost
@@ -117,13 +117,13 @@ def trace_stream(
     saved = None if folder is None else _resumed(Path(folder), run, stream)
     best, progress = saved or (_empty(tracer, queries, standardise), Progress(run))
     main = process_state().is_main_process
-    with tqdm(desc="candidates traced", unit=" rows", initial=progress.streamed, disable=not main) as bar:
+    with shown_progress("tracing", None, "rows", progress.streamed) as advance:
         for rows in _chunks(stream, chunk_size, progress.streamed):
             scores = _scored(tracer, queries, rows, progress.streamed)
             scores = standardised(scores, known_deviation) if standardise else scores
             best = _merged(best, scores, rows, progress.streamed, top_k)
             progress = progress.after(scores, stream)
-            bar.update(len(rows))
+            advance(len(rows))
             if folder is not None and main:
                 _save(best, progress, Path(folder))
     if progress.streamed == 0:

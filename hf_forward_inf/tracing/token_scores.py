@@ -17,6 +17,7 @@ from hf_forward_inf.ascent.steps import Mirrored
 from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.passes.candidate_pass import encode
 from hf_forward_inf.utils.models import evaluating, to_device
+from hf_forward_inf.utils.progress import progress
 
 
 def explain(tracer: Scorer, found: Attribution, k: int = 10) -> Attribution:
@@ -40,8 +41,10 @@ def explain(tracer: Scorer, found: Attribution, k: int = 10) -> Attribution:
     queries = encode(adapter, found.queries, "queries", tracer.cache_dir)
     columns = list(adapter.columns_in(candidates.column_names))
     details: dict[str, list[Any]] = {"query": [], "candidate": [], "terms": [], "term_scores": []}
-    with evaluating(adapter.model), torch.no_grad():
+    counted = progress("scoring tokens", len(queries), "queries")
+    with counted as advance, evaluating(adapter.model), torch.no_grad():
         for i, theta_k, mirrored in perturbed(tracer, queries, candidates):
+            advance(1)
             top = found.top(i, k)
             rows = np.array(top["candidate"][:], dtype=int)
             places = found.ranking(i)[: len(rows)]
