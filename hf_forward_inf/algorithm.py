@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, is_caching_enabled
 from torch import nn
 from typing_extensions import Self
 
@@ -19,6 +19,8 @@ from hf_forward_inf.baselines.ensembles import described
 from hf_forward_inf.curvature.perturber import Perturber
 from hf_forward_inf.passes.candidate_pass import MAX_BATCH_LENGTH, encode
 from hf_forward_inf.passes.loss_pass import LossPass, ShiftPass
+from hf_forward_inf.utils.fingerprints import fingerprint
+from hf_forward_inf.utils.memory import Memory
 from hf_forward_inf.utils.models import evaluating
 from hf_forward_inf.utils.progress import counting
 
@@ -95,6 +97,7 @@ class Scorer:
         self.strategy, self.screen, self.keep, self.audit, self.storage = strategy, screen, keep, audit, storage
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self.max_batch_length = max_batch_length
+        self._perturbers = Memory[Perturber](1)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -138,7 +141,7 @@ class Scorer:
         scores = np.empty((len(queries), len(candidates)), dtype=np.float32)
         with evaluating(self.adapter.model), np.errstate(invalid="ignore"):
             loss = loss or self.candidate_pass(candidates, scratch, first_row)
-            perturber = self.perturber(candidates)
+            perturber = self.perturber(candidates, loss)
             base = loss.base()  # L(theta, D_i)
             # K steps of gradient ascent on the loss of each D_tst: theta -> theta_K.
             for rows, theta_k in perturber.blocks(d_tst):
@@ -156,10 +159,22 @@ class Scorer:
         scores = scores / terms if self.reduction == "mean" else scores
         return np.where(np.isfinite(scores), scores, np.nan).astype(np.float32)
 
-    def perturber(self, candidates: Dataset) -> Perturber:
-        """Return what perturbs the model; `candidates` are the training data where no other was given."""
+    def perturber(self, candidates: Dataset, loss: LossPass | None = None) -> Perturber:
+        """Return what perturbs the model.
+
+        Args:
+            candidates (`datasets.Dataset`): The training data where no other was given.
+            loss (`LossPass`, *optional*): The pass over them. Its fingerprint tells whether the last perturber, which
+                stays in memory, is that of the same model.
+        """
         training = candidates if self.training is None else self.training
-        return Perturber(self.adapter, self.ascent, training, self.cache_dir)
+
+        def made() -> Perturber:
+            return Perturber(self.adapter, self.ascent, training, self.cache_dir)
+
+        if loss is None or not loss.cached or not is_caching_enabled():
+            return made()
+        return self._perturbers.get(fingerprint(loss.fingerprint, training._fingerprint), made)
 
     def candidate_pass(self, candidates: Dataset, scratch: Path | None = None, first_row: int = 0) -> LossPass:
         """Return the pass that measures the candidates under one model after another; arguments as in [`score`]."""

@@ -25,6 +25,7 @@ from hf_forward_inf.tracing.token_scores import explain
 from hf_forward_inf.tracing.tuning import Tuning, tune
 from hf_forward_inf.utils.cache import enforce_limit
 from hf_forward_inf.utils.loading import is_diffusion_folder, load_diffusion, load_model
+from hf_forward_inf.utils.memory import unchanged
 from hf_forward_inf.utils.progress import progress
 from hf_forward_inf.utils.storage import default_cache_dir
 from hf_forward_inf.utils.validation import warn_of_lost
@@ -168,7 +169,7 @@ class ForwardInf(Scorer):
         if self.adapter.answers_queries:
             queries = self.adapter.with_answers(queries)
         tracer = self if strategy is None else self._with_strategy(strategy)
-        with progress("tracing", len(queries), "queries"):
+        with unchanged(), progress("tracing", len(queries), "queries"):
             traced = trace_planned(tracer, queries, candidates, time_budget)
         warn_of_lost(traced.scores[:, traced.reached], traced.reached)
         found = Attribution(

@@ -19,6 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from hf_forward_inf.adapters.base import Adapter, Rows
 from hf_forward_inf.adapters.columns import IGNORED, UnreadableRow, asked_items, each_row
 from hf_forward_inf.adapters.generation import generate
+from hf_forward_inf.utils.fingerprints import fingerprint
+from hf_forward_inf.utils.memory import once
 from hf_forward_inf.utils.models import device_of, evaluating, is_quantised
 from hf_forward_inf.utils.validation import listed
 
@@ -259,15 +261,19 @@ def longest_input(config: Any, tokenizer: PreTrainedTokenizerBase, part: str = "
 
 
 def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return everything that tokens depend on, as text: part of the cache key.
+    """Hash everything that tokens depend on: part of the cache key.
 
     Padding and truncation are left out: they are settings of the tokenizer's last call.
     """
+    return once("tokenizer", tokenizer, lambda: _tokenizer_state(tokenizer))
+
+
+def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     state = json.loads(backend.to_str()) | {"padding": None, "truncation": None} if backend is not None else None
     vocabulary = json.dumps(state or tokenizer.get_vocab())
     special = json.dumps(tokenizer.special_tokens_map, default=str)
-    return f"{vocabulary}\n{special}\n{tokenizer.chat_template or ''}"
+    return fingerprint(vocabulary, special, tokenizer.chat_template)
 
 
 def preferred_ascent(model: nn.Module, direction: str | None = None) -> dict[str, Any]:

@@ -9,11 +9,16 @@ from datasets import Dataset
 from torch import nn
 
 from hf_forward_inf.adapters import Adapter, DiffusionAdapter, adapter_for
-from hf_forward_inf.adapters.columns import PICTURES, SPAN, TEMPLATE
+from hf_forward_inf.adapters.columns import PICTURES, SPAN, TEMPLATE, each_row
 from hf_forward_inf.adapters.diffusion_inputs import reads_captions
 from hf_forward_inf.baselines.base import Baseline
+from hf_forward_inf.utils.fingerprints import fingerprint
+from hf_forward_inf.utils.memory import Memory
 from hf_forward_inf.utils.rows import LAYOUTS, fill_in, holds_texts, text_and_target, text_columns
 from hf_forward_inf.utils.validation import check_rows
+
+INDICES = Memory[Any]()
+"""Indices of the last candidates."""
 
 
 class BM25(Baseline):
@@ -82,8 +87,10 @@ class BM25(Baseline):
 
         of_queries, of_candidates = self._columns(queries, candidates)
         asked = self._words(queries, of_queries, "queries")
-        documents = self._words(candidates, of_candidates, "candidates")
-        index = BM25Plus(documents, k1=self.k1, b=self.b)
+        key = fingerprint(candidates._fingerprint, of_candidates, self.with_answer, self.k1, self.b)
+        index = INDICES.get(
+            key, lambda: BM25Plus(self._words(candidates, of_candidates, "candidates"), k1=self.k1, b=self.b)
+        )
         return np.stack([index.get_scores(words) for words in asked]).astype(np.float32)
 
     def _columns(self, queries: Dataset, candidates: Dataset) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -105,7 +112,7 @@ class BM25(Baseline):
             raise ValueError(f"The {role} have no column of texts that is read: name one, BM25(input_column=...).")
         check_rows(rows, columns if self.with_answer else columns[:1], role)
         read = rows.select_columns([name for name in columns if name in rows.column_names])  # no pictures
-        texts = (text_and_target(row, columns) for row in read)
+        texts = (text_and_target(row, columns) for row in each_row(read[:]))
         return [(fill_in(text, target) if self.with_answer else text).split() for text, target in texts]
 
 

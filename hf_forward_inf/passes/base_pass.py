@@ -7,6 +7,7 @@ import torch
 
 from hf_forward_inf.adapters.base import Batch
 from hf_forward_inf.passes.candidate_pass import CandidatePass
+from hf_forward_inf.passes.shared_states import SharedStates
 from hf_forward_inf.utils.models import evaluating, to_device
 
 KEY = "base losses and hidden states"
@@ -17,10 +18,11 @@ class BasePass:
 
     Args:
         run (`CandidatePass`): The candidates.
+        states (`SharedStates`, *optional*): Stores the states that later passes begin with.
     """
 
-    def __init__(self, run: CandidatePass):
-        self.run = run
+    def __init__(self, run: CandidatePass, states: SharedStates | None = None):
+        self.run, self.states = run, states
 
     @property
     def losses(self) -> np.ndarray:
@@ -43,4 +45,4 @@ class BasePass:
 
         with evaluating(adapter.model):
             first = work(to_device(adapter.collate(encoded[:1]), adapter.model))
-            return self.run.run(work, first.shape[1], KEY, KEY)
+            return self.run.run(work, first.shape[1], KEY, KEY, None if self.states is None else self.states.batch)

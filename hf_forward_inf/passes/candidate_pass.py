@@ -17,6 +17,7 @@ from hf_forward_inf.passes.encoding import encode
 from hf_forward_inf.passes.freshness import agree, drawn_rows, is_first_use, tolerance_of
 from hf_forward_inf.passes.row_store import RowStore
 from hf_forward_inf.utils.fingerprints import fingerprint, fingerprint_of_model, foreign_hooks
+from hf_forward_inf.utils.memory import Memory
 from hf_forward_inf.utils.models import to_device
 from hf_forward_inf.utils.processes import process_state
 from hf_forward_inf.utils.progress import progress
@@ -24,6 +25,12 @@ from hf_forward_inf.utils.storage import default_cache_dir
 
 MAX_BATCH_LENGTH = 4096
 """Default maximum of padded tokens in a batch; halved when memory runs out."""
+PLACE = "_place"
+"""Feature that says where a candidate is among the sorted ones."""
+SLICE = 4096
+"""Rows that are read at once."""
+LENGTHS = Memory[np.ndarray]()
+"""Lengths of the rows of the last candidates."""
 
 Work: TypeAlias = Callable[[Batch], np.ndarray]
 """Computes float32 values, `[rows, columns]`, from a batch on the model's device."""
@@ -60,8 +67,8 @@ class CandidatePass:
         self.max_batch_length = max_batch_length
         self.state = process_state()
         encoded = encode(adapter, candidates, "candidates", self.cache_dir, first_row=first_row)
-        self.terms = np.array(encoded["terms"], dtype=np.float32)
-        lengths = adapter.lengths(encoded.with_format(None))
+        self.terms = np.array(encoded["terms"][:], dtype=np.float32)
+        lengths = LENGTHS.get(fingerprint(adapter.cache_key, encoded._fingerprint), lambda: _lengths(adapter, encoded))
         if not adapter.can_batch(encoded.with_format(None), lengths):
             self.max_batch_length = 1
         # Longest first: if memory runs out, it does so at the start. Ties stay in order, so that runs agree.
@@ -78,7 +85,9 @@ class CandidatePass:
                 stacklevel=2,
             )
 
-    def run(self, work: Work, columns: int, key: str, title: str) -> np.ndarray:
+    def run(
+        self, work: Work, columns: int, key: str, title: str, collate: Callable[[Rows], Batch] | None = None
+    ) -> np.ndarray:
         """Run one cached pass over this process's share of the rows that are not stored, and gather all values.
 
         Args:
@@ -86,6 +95,8 @@ class CandidatePass:
             columns (`int`): Number of values for each candidate.
             key (`str`): Identifies everything that the values depend on besides weights, candidates and adapter.
             title (`str`): Title of the progress bar.
+            collate (`Callable`, *optional*): Makes batches of encoded candidates, whose places among the sorted ones
+                it is given, too ([`PLACE`]). Defaults to [`collated`].
 
         Returns:
             `np.ndarray`: float32 `[columns, candidates]`.
@@ -100,7 +111,7 @@ class CandidatePass:
             for cut in share:
                 places = np.arange(cut.start, cut.stop)[~stored[self.order[cut]]]
                 rows = self.order[places]
-                values[rows] = self._values(work, self.encoded[places])
+                values[rows] = self._values(work, self.features(places), collate)
                 add(rows, values[rows])
                 advance(len(rows))
         return self._gathered(values).T
@@ -158,9 +169,14 @@ class CandidatePass:
             self.max_batch_length //= 2
             clear_device_cache(garbage_collection=True)
 
+    def features(self, places: np.ndarray) -> Rows:
+        """Return encoded candidates, at places among the sorted ones, with these."""
+        return {**self.encoded[places.tolist()], PLACE: places.tolist()}
+
     def collated(self, features: Rows) -> Batch:
         """Return rows as a batch on the model's device."""
-        return to_device(self.adapter.collate(features), self.adapter.model)
+        own = {name: values for name, values in features.items() if name != PLACE}
+        return to_device(self.adapter.collate(own), self.adapter.model)
 
     def _gathered(self, values: np.ndarray) -> np.ndarray:
         """Add up what the processes have, `[rows, columns]`: each row is 0 in all of them but one."""
@@ -168,6 +184,12 @@ class CandidatePass:
             return values
         bits = torch.from_numpy(values).view(torch.int32).to(self.state.device)  # floats would lose the sign of -0
         return reduce(bits, "sum").cpu().view(torch.float32).numpy()
+
+
+def _lengths(adapter: Adapter, encoded: Dataset) -> np.ndarray:
+    """Return the lengths of all rows, `[rows, axes]`; some thousand rows at once are read faster than one by one."""
+    rows = encoded.with_format(None)
+    return np.concatenate([adapter.lengths(rows[start : start + SLICE]) for start in range(0, len(rows), SLICE)])
 
 
 def batches(lengths: np.ndarray, max_batch_length: int) -> Iterator[slice]:

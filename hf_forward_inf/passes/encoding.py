@@ -85,7 +85,7 @@ def encode(
             encoded = encoded.select(np.flatnonzero([not reason for reason in reasons]))
         else:
             check_readable(reasons, role, first_row, adapter.skips_unreadable)
-    check_terms(np.array(encoded["terms"]), columns[-1], role, first_row)
+    check_terms(np.array(encoded["terms"][:]), columns[-1], role, first_row)
     if (lost := _lost(encoded["truncated"][:])) and state.is_main_process:
         warnings.warn(
             f"{role.capitalize()} longer than the model's maximum length are truncated: of {len(rows)} rows, {lost}.",

@@ -123,13 +123,13 @@ def _screened(tracer: Scorer, plan: Plan, loss: LossPass) -> Plan:
     scored = min(plan.keep + plan.audit, plan.candidates) * plan.queries / plan.candidates
     lengths = tracer.adapter.shared_lengths(loss.lengths) if share < 1 else None
     itemsize = next(tracer.adapter.model.parameters()).element_size()
-    states = 0.0 if lengths is None else min(tracer.storage * GIB, min(1, scored) * lengths.sum() * width * itemsize)
+    states = 0.0 if lengths is None else float(lengths.sum()) * width * itemsize
+    room = min(1.0, tracer.storage * GIB / states) if states else 0.0
     key = KEY if tracer.measure == "rise" and has_representation(tracer.adapter) else "base"
-    again = min(1.0, scored) if states else scored  # stored, a candidate's states are computed once for all queries
     parts = [
         Part(KEY, 1.0, loss.is_cached(key), stored=4 * (1 + width) * plan.candidates),
         *_of_ascents(tracer, plan),
-        Part("states before the perturbed part", again * (1 - share), stored=int(states)),
+        Part("states before the perturbed part", scored * (1 - share) * (1 - room), stored=int(room * states)),
         Part("losses of the kept under each query's model", scored * share, stored=int(12 * scored * plan.candidates)),
     ]
     return replace(plan, parts=tuple(parts), memory=_memory(tracer, plan.queries))

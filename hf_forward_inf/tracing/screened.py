@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from hf_forward_inf.adapters.base import Adapter
 from hf_forward_inf.algorithm import Scorer
+from hf_forward_inf.ascent.parameters import names_for
 from hf_forward_inf.ascent.steps import Mirrored, PerturbedModels
 from hf_forward_inf.attribution import Attributor
 from hf_forward_inf.baselines import Fusion, RepresentationSimilarity
@@ -16,6 +17,7 @@ from hf_forward_inf.passes.base_pass import BasePass
 from hf_forward_inf.passes.encoding import encode
 from hf_forward_inf.passes.kept_pass import KeptPass
 from hf_forward_inf.passes.loss_pass import LossPass
+from hf_forward_inf.passes.shared_states import SharedStates
 from hf_forward_inf.tracing.audit import Scored
 from hf_forward_inf.tracing.time_budget import slices
 from hf_forward_inf.utils.fingerprints import fingerprint
@@ -40,12 +42,13 @@ class ScreenedStep:
         self.tracer, self.queries, self.candidates, self.loss = tracer, queries, candidates, loss
         self.d_tst = encode(tracer.adapter, queries, "queries", tracer.cache_dir)
         with evaluating(tracer.adapter.model):
-            self.base_pass = BasePass(loss)
+            names = set(names_for(tracer.adapter, tracer.ascent))
+            states = SharedStates(loss, names, tracer.storage * GIB)
+            self.base_pass, self.kept = BasePass(loss, states), KeptPass(loss, states)
             hidden = tracer.measure == "rise" and has_representation(tracer.adapter)
             self.base = self.base_pass.losses if hidden else loss.base()  # L(theta, D_i)
             self.unit = tracer.unit(self.base, self.loss.terms)
-            self.perturber = tracer.perturber(candidates)
-            self.kept = KeptPass(self.loss, set(self.perturber.names), tracer.storage * GIB)
+            self.perturber = tracer.perturber(candidates, loss)
 
     def ranking(self, screen: Attributor, keep: int) -> np.ndarray:
         """Return the best candidates of each query by a screen, best first, int64 `[queries, keep]`."""

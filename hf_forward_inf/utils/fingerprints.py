@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hf_forward_inf.utils.callables import fingerprint_of_callable
 from hf_forward_inf.utils.hashes import bytes_of, fingerprint
+from hf_forward_inf.utils.memory import once
 
 __all__ = ["bytes_of", "fingerprint", "fingerprint_of_model", "foreign_hooks", "uncached"]
 
@@ -39,7 +40,7 @@ def fingerprint_of_model(model: nn.Module) -> str:
     `forward`, which PEFT adapters are active and how strongly), the code of its class (of installed packages, version
     and source file), autocast, the precision of products, and the packages' versions.
     """
-    return Hasher.hash_bytes(_all_parts(model))
+    return once("fingerprint", model, lambda: Hasher.hash_bytes(_all_parts(model)))
 
 
 def _all_parts(model: nn.Module) -> Iterator[bytes]:
