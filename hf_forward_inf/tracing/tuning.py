@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from hf_forward_inf.algorithm import Scorer
 from hf_forward_inf.ascent.config import AscentConfig
-from hf_forward_inf.data.inputs import as_dataset
+from hf_forward_inf.data.inputs import as_dataset, read_inputs
 from hf_forward_inf.scores.metrics import distinct, lds_by_query, reciprocal_ranks
 from hf_forward_inf.scores.retraining import Retrained
 from hf_forward_inf.tracing.halves import TrainModel, retrained_on_halves
@@ -118,39 +118,43 @@ def tune(
         ValueError: If there are fewer than 2 candidates, no settings, none that retrieves or predicts anything, or
             `halves` lacks `train` or `queries`.
     """
-    candidates = as_dataset(candidates, "candidates")
+    adapter, seed = attributor.adapter, attributor.ascent.seed if seed is None else seed
+    if halves is None:
+        candidates = as_dataset(candidates, "candidates")
+        if train is not None or queries is not None:
+            raise ValueError("train and queries are for retraining: give halves=8 with them.")
+    elif train is None or queries is None or retrained is not None:
+        raise ValueError(
+            "halves needs train=..., a function that trains the model on some rows, and queries=..., rows that it was "
+            "not trained on, and excludes retrained."
+        )
+    else:
+        queries, candidates = read_inputs(adapter, queries, candidates)
     if len(candidates) < 2:
         raise ValueError(f"Tuning needs at least 2 candidates, to rank one above the other, not {len(candidates)}.")
     settings = _lengths(attributor.ascent) if ascents is None else _completed(attributor, ascents)
     if not settings:
         raise ValueError("No settings to try: ascents is empty.")
-    if seed is None:
-        seed = attributor.ascent.seed
-    if halves is not None:
-        if train is None or queries is None or retrained is not None:
-            raise ValueError(
-                "halves needs train=..., a function that trains the model on some rows, and queries=..., rows that it "
-                "was not trained on, and excludes retrained."
-            )
-        queries = as_dataset(queries, "queries")
-        retrained = retrained_on_halves(attributor, queries, candidates, train, halves, epochs, seed, len(settings))
-    elif train is not None or queries is not None:
-        raise ValueError("train and queries are for retraining: give halves=8 with them.")
+    if train is not None and queries is not None and halves is not None:
+        asked = adapter.with_answers(queries) if adapter.answers_queries else queries
+        retrained = retrained_on_halves(attributor, asked, candidates, train, halves, epochs, seed, len(settings))
     objective = (
         _self_retrieval(attributor, candidates, pool, drawn, seed)
         if retrained is None
         else _retraining(retrained, candidates)
     )
     tracer = attributor if attributor.training is not None else attributor.with_options(training=candidates)
-    trials = []
-    for ascent in settings:
-        scores = tracer.with_options(ascent=ascent).score(objective.queries, objective.candidates)
-        trials.append({**_shown(ascent, settings), **objective.measures(scores), "chosen": False})
+    trials = [_trial(tracer.with_options(ascent=ascent), objective, settings) for ascent in settings]
     best = _best([math.prod(trial[name] for name in MEASURES if name in trial) for trial in trials])
     if best is None:
         raise ValueError(objective.failed)
     trials[best]["chosen"] = True
     return Tuning(settings[best], trials)
+
+
+def _trial(tracer: Scorer, objective: _Objective, settings: Sequence[AscentConfig]) -> dict[str, Any]:
+    scores = tracer.score(objective.queries, objective.candidates)
+    return {**_shown(tracer.ascent, settings), **objective.measures(scores), "chosen": False}
 
 
 def _lengths(ascent: AscentConfig) -> list[AscentConfig]:
