@@ -11,8 +11,17 @@ if TYPE_CHECKING:
     from hf_forward_inf.forward_inf import ForwardInf
     from hf_forward_inf.pipelines import DataAttributionPipeline
     from hf_forward_inf.tracing.tuning import Tuning
+    from hf_forward_inf.trainers import TraceFailures
 
-__all__ = ["AscentConfig", "Attribution", "Attributor", "DataAttributionPipeline", "ForwardInf", "Tuning"]
+__all__ = [
+    "AscentConfig",
+    "Attribution",
+    "Attributor",
+    "DataAttributionPipeline",
+    "ForwardInf",
+    "TraceFailures",
+    "Tuning",
+]
 __version__ = "0.2.0"
 
 _MODULES = {
@@ -21,6 +30,7 @@ _MODULES = {
     "Attributor": "attribution",
     "DataAttributionPipeline": "pipelines",
     "ForwardInf": "forward_inf",
+    "TraceFailures": "trainers",
     "Tuning": "tracing.tuning",
 }
 

@@ -22,6 +22,7 @@ from hf_forward_inf.tracing.self_influence import rerank, self_influence
 from hf_forward_inf.tracing.strategy import trace_planned
 from hf_forward_inf.tracing.streaming import trace_stream
 from hf_forward_inf.tracing.token_scores import explain
+from hf_forward_inf.tracing.trained import adapter_of, rows_of
 from hf_forward_inf.tracing.tuning import Tuning, tune
 from hf_forward_inf.utils.cache import enforce_limit
 from hf_forward_inf.utils.loading import is_diffusion_folder, load_diffusion, load_model
@@ -109,6 +110,25 @@ class ForwardInf(Scorer):
         return cls(model, processor, **options)
 
     @classmethod
+    def from_trainer(cls, trainer: Any, **options: Any) -> "ForwardInf":
+        """Return an attributor for a trainer's model, whose candidates are by default the rows that it trains on.
+
+        Args:
+            trainer (`transformers.Trainer`): Or one of TRL's that trains on answers or texts (`SFTTrainer`).
+            **options: Options of [`ForwardInf`].
+
+        Raises:
+            TypeError: If the trainer has no tokenizer or processor, or its rows are a stream.
+            ValueError: If several of its rows are packed into one.
+
+        Example:
+            >>> tracer = ForwardInf.from_trainer(trainer)
+            >>> found = tracer.trace({"prompt": "What is the capital of Australia?"})
+        """
+        adapter = adapter_of(trainer)
+        return cls(adapter=adapter, **{"training": rows_of(trainer, adapter), **options})
+
+    @classmethod
     def from_pipe(cls, pipe: Any, **options: Any) -> "ForwardInf":
         """Return an attributor for the outputs of a pipeline.
 
@@ -133,7 +153,7 @@ class ForwardInf(Scorer):
     def trace(
         self,
         queries: Given,
-        candidates: Given,
+        candidates: Given | None = None,
         top_k: int | None = None,
         time_budget: float | None = None,
         strategy: Literal["auto", "full", "screen"] | None = None,
@@ -146,7 +166,8 @@ class ForwardInf(Scorer):
                 other names are read where it is unambiguous which are meant, and a warning says so. For a language
                 model, rows without an output (prompts without a completion, conversations that end with the user's
                 turn) are completed by the model.
-            candidates (`datasets.Dataset`): Training examples that may have caused them; as `queries`.
+            candidates (`datasets.Dataset`, *optional*): Training examples that may have caused them; as `queries`.
+                Defaults to `training`.
             top_k (`int`, *optional*): Return only the best candidates of each query; all of them if it exceeds their
                 number. Defaults to all scores.
             time_budget (`float`, *optional*): Seconds after which to stop. With a screen, which
@@ -164,6 +185,9 @@ class ForwardInf(Scorer):
             TypeError: If candidates are a stream; use [`trace_stream`].
             ValueError: If there are no rows, a column is missing, or a target is empty.
         """
+        candidates = self.training if candidates is None else candidates
+        if candidates is None:
+            raise TypeError("There are no candidates: trace(queries, candidates), or ForwardInf(..., training=...).")
         queries, candidates = read_inputs(self.adapter, queries, candidates)
         enforce_limit(self.cache_dir or default_cache_dir())
         if self.adapter.answers_queries:

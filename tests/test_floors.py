@@ -21,6 +21,7 @@ FLOORS = [
     "evaluation pipelines",
     "toys",
     "commands",
+    "trainers",
     "cli __main__",
     "__init__",
     "recipes",
