@@ -16,6 +16,7 @@ from datasets.table import InMemoryTable
 
 from hf_forward_inf.algorithm import Scorer
 from hf_forward_inf.attribution import Attribution
+from hf_forward_inf.data.inputs import as_dataset
 from hf_forward_inf.scores.corrections import check_enough, standardised
 from hf_forward_inf.scores.metrics import best_first
 from hf_forward_inf.utils.fingerprints import fingerprint, fingerprint_of_model
@@ -82,7 +83,7 @@ def trace_stream(
 
     Args:
         tracer (`ForwardInf`): With any adapter.
-        queries (`datasets.Dataset`): Outputs to explain.
+        queries (`datasets.Dataset`): Outputs to explain, as in [`ForwardInf.trace`].
         stream (`datasets.IterableDataset`): Candidates, for example from `load_dataset(..., streaming=True)`.
         top_k (`int`, defaults to 100): Candidates returned for each query.
         chunk_size (`int`, defaults to 2000): Rows read and traced at once.
@@ -104,6 +105,9 @@ def trace_stream(
     """
     known_deviation = 1.0 if tracer.units == "base_loss" else None
     _check(stream, top_k=top_k, chunk_size=chunk_size)
+    queries = as_dataset(queries, "queries")
+    if tracer.adapter.answers_queries:
+        queries = tracer.adapter.with_answers(queries)
     if standardise:
         check_enough(len(queries), 3 if known_deviation is None else 2)
     stream = stream.with_format("arrow")  # a copy, with a position of its own

@@ -154,3 +154,9 @@ def test_progress_of_one_stream_is_not_resumed_with_another(tracer, tmp_path):
     np.testing.assert_array_equal(again.scores, tracer.trace_stream(QUERIES, stream_of(first), top_k=3).scores)
     with pytest.raises(ValueError, match=r"holds the progress of another run.*another stream"):
         tracer.trace_stream(QUERIES, stream_of(second), top_k=3, chunk_size=8, folder=tmp_path)
+
+
+def test_queries_of_a_stream_are_rows_as_people_have_them(tracer):
+    candidates = line_points(20)
+    of_rows = tracer.trace_stream(QUERIES.to_list(), stream_of(candidates), top_k=3)
+    np.testing.assert_allclose(of_rows.scores, tracer.trace(QUERIES, candidates, top_k=3).scores, rtol=1e-6)

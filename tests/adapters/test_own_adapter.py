@@ -1,4 +1,4 @@
-"""The adapter in CONTRIBUTING.md is what it says."""
+"""The adapter in docs/adapters.md is what it says."""
 
 import inspect
 import re
@@ -13,7 +13,7 @@ from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf.adapters import Adapter
 from tests.helpers.texts import assert_close, plain_scores
 
-PAGE = Path(__file__).parents[2] / "CONTRIBUTING.md"
+PAGE = Path(__file__).parents[2] / "docs" / "adapters.md"
 TOKENS, RATINGS = [[1, 2, 3], [4], [2, 2, 5, 1], [3, 1]], [1.0, -2.0, 0.5, 3.0]
 
 

