@@ -171,8 +171,8 @@ def assembled(found: dict[int, Scored], lost: np.ndarray) -> tuple[np.ndarray, n
 
 
 def background_scores(one: Scored) -> np.ndarray:
-    """Return what all scores of a query look like: the kept, and each of the drawn for as many others as it stands."""
-    return np.concatenate([one.scores, np.repeat(one.audited, round(one.others / max(1, len(one.drawn))))])
+    """Return what all scores of a query look like: the kept, and the drawn repeated for all that were not kept."""
+    return np.concatenate([one.scores, np.resize(one.audited, one.others if len(one.audited) else 0)])
 
 
 def floored(scores: np.ndarray, keep: int) -> tuple[np.ndarray, np.ndarray]:
