@@ -122,10 +122,16 @@ class TensorAdapter(ClassifierAdapter):
         return output if isinstance(output, Tensor) else output.logits
 
     def default_ascent(self, direction: str | None = None) -> dict[str, Any]:
-        """Preconditioned products: they predict retraining far better than the gradient (`recipes/lds.py`)."""
+        """Three preconditioned products, which predict retraining far better than the gradient (`recipes/lds.py`).
+
+        On the digits and a perceptron (60 halves x 2 seeds, 80 queries) their LDS is .778, and .743 and .752 with a
+        damping of .03 and .003, .757 with two products, .777 with five, .675 with a sample of 256; that of 10 plain
+        products with a damping of .03 is .718, along K-FAC's direction .662.
+        """
         if direction not in (None, "cg", "pcg"):
             return {}
-        return {"direction": direction or "pcg", "damping": 0.03, "radius": 0.3, "sample": 1024}
+        damping = 0.03 if direction == "cg" else 0.01
+        return {"direction": direction or "pcg", "damping": damping, "radius": 0.3, "sample": 1024}
 
     @torch.no_grad()
     def representation(self, batch: Batch, forward: Forward | None = None) -> Tensor:

@@ -11,7 +11,7 @@ OF_DIRECTION: dict[str, dict[str, Any]] = {
     "kfac": {"damping": 0.1, "sample": 1024},
     "ekfac": {"damping": 0.1, "sample": 1024},
     "cg": {"damping": 0.1, "sample": 128, "iterations": 10},
-    "pcg": {"damping": 0.1, "sample": 1024, "iterations": 3},
+    "pcg": {"damping": 0.01, "sample": 1024, "iterations": 3},
 }
 """Options that only some directions have, with their defaults; `cg` uses every row of its sample at every query."""
 RADIUS = {False: 1.0, True: 1e-3}
@@ -64,7 +64,7 @@ class AscentConfig:
             which allows no other.
         damping (`float`, *optional*): lambda in (C + lambda I)^-1 g, as a multiple of the gradient's Rayleigh quotient
             g.Cg / g.g, that is, relative to the curvature along the gradient; for `"pcg"`, of the median
-            quotient of the queries traced together. Defaults to the adapter's, else to 0.1.
+            quotient of the queries traced together. Defaults to the adapter's, else to 0.1; for `"pcg"` to 0.01.
         iterations (`int`, *optional*): Maximum number of products a query for `"cg"` and `"pcg"`, each 2 to 2.5
             forward passes over the sample. Defaults to 10 and 3.
         tolerance (`float`, defaults to 1e-3): `"cg"` stops at this residual, relative to the gradient's norm.

@@ -75,7 +75,7 @@ def test_a_memorised_query_finds_its_copy_although_its_loss_is_nothing(scale):
 def test_losses_move_along_a_corrected_step_and_margins_along_the_gradient():
     losses, margins = (ImageClassificationAdapter(network(), objective=one) for one in ("cross_entropy", "margin"))
     default = ForwardInf(adapter=losses).ascent
-    assert (default.direction, default.damping, default.radius, default.sample) == ("pcg", 0.03, 0.3, 256)
+    assert (default.direction, default.damping, default.radius, default.sample) == ("pcg", 0.01, 0.3, 1024)
     copies = ForwardInf(adapter=margins).ascent
     assert (copies.direction, copies.radius) == ("gradient", 0.01)
     plain = ForwardInf(adapter=losses, ascent=AscentConfig(direction="gradient")).ascent

@@ -105,9 +105,9 @@ def test_a_model_of_texts_is_refused():
 def test_the_default_step_is_corrected_by_curvature_and_a_given_one_is_taken():
     adapter = TensorAdapter(digits.perceptron())
     default = ForwardInf(adapter=adapter).ascent
-    assert (default.direction, default.damping, default.radius, default.iterations) == ("pcg", 0.03, 0.3, 3)
+    assert (default.direction, default.damping, default.radius, default.iterations) == ("pcg", 0.01, 0.3, 3)
     longer = ForwardInf(adapter=adapter, ascent=AscentConfig(radius=2.0)).ascent
-    assert (longer.direction, longer.damping, longer.radius) == ("pcg", 0.03, 2.0)
+    assert (longer.direction, longer.damping, longer.radius) == ("pcg", 0.01, 2.0)
     plain = ForwardInf(adapter=adapter, ascent=AscentConfig(direction="gradient")).ascent
     assert (plain.direction, plain.damping, plain.radius) == ("gradient", None, 1.0)
     fixed = ForwardInf(adapter=adapter, ascent=AscentConfig(learning_rate=0.1)).ascent
