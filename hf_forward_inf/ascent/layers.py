@@ -121,26 +121,6 @@ def _flat(values: Iterable[Any]) -> Iterator[Any]:
             yield value
 
 
-@contextmanager
-def calls_of(pairs: Iterable[tuple[nn.Module, Callable[[nn.Module, Tensor, Tensor], Tensor]]]) -> Iterator[None]:
-    """Replace the outputs of layers for the length of a `with`; hooks are removed whatever happens.
-
-    Args:
-        pairs (`Iterable`): Layers, each with a function from the layer, its input and its output to another output.
-    """
-
-    def hook(function: Callable[[nn.Module, Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
-        def replaced(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> Tensor:
-            return function(module, args[0] if args else next(iter(kwargs.values())), output)
-
-        return replaced
-
-    with ExitStack() as stack:
-        for layer, function in pairs:
-            stack.callback(layer.register_forward_hook(hook(function), with_kwargs=True).remove)
-        yield
-
-
 @dataclass
 class Call:
     """One call of a layer: its input, a zero that was added to its output, and then that zero's gradient."""
@@ -175,12 +155,14 @@ def probed(layers: Collection[nn.Module]) -> Iterator[list[Call]]:
     """
     calls: list[Call] = []
 
-    def probe(layer: nn.Module, given: Tensor, output: Tensor) -> Tensor:
+    def probe(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         zero = output.detach().new_zeros(()).expand(output.shape).requires_grad_()
-        calls.append(Call(layer, given.detach(), zero))
+        calls.append(Call(layer, (args[0] if args else next(iter(kwargs.values()))).detach(), zero))
         return output + zero
 
-    with calls_of((layer, probe) for layer in dict.fromkeys(layers)):
+    with ExitStack() as stack:
+        for layer in dict.fromkeys(layers):
+            stack.callback(layer.register_forward_hook(probe, with_kwargs=True).remove)
         yield calls
 
 

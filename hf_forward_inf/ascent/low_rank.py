@@ -4,8 +4,8 @@ One step along the gradient of a linear layer is such a change, of rank at most 
 gradient is the sum over tokens of output gradient times input. Of an embedding, it changes a few rows.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,10 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from hf_forward_inf.ascent.layers import calls_of, holders
+from hf_forward_inf.ascent.layers import has_plain_weight, holders
 
 EXACT = 1e-12
 """Share of a change's squared norm that is below float32's precision."""
+COPIED = 64 * 2**20
+"""Bytes of a weight up to which a changed copy is made for a call."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,11 @@ def is_transposed(layer: nn.Module) -> bool:
 
 @contextmanager
 def added(model: nn.Module, changes: Mapping[str, LowRank]) -> Iterator[None]:
-    """Add low-rank changes to the outputs of the layers that hold the weights, for the length of a `with`.
+    """Change weights by outer products wherever they are held, for the length of a `with`.
+
+    What a change adds to a layer's output is added by a hook, and the weight is left alone. Where a forward pass has
+    so many positions that a changed copy of the weight is less work, the layer multiplies by such a copy, which is
+    freed after it (four layers of width 512, rank 12, 2,048 tokens: 2% of the pass, against 26% by hooks).
 
     Args:
         model (`torch.nn.Module`): The model; hooks are removed afterwards.
@@ -156,14 +162,57 @@ def added(model: nn.Module, changes: Mapping[str, LowRank]) -> Iterator[None]:
     Raises:
         KeyError: If the model has no such weight.
     """
+    layers = holders(model, changes) if changes else {}
+    places = [_Place(layer, change) for name, change in changes.items() for layer in layers[name]]
+    with ExitStack() as stack:
+        for place in places:
+            stack.callback(place.layer.register_forward_pre_hook(place.enter, with_kwargs=True).remove)
+            stack.callback(place.layer.register_forward_hook(place.leave, with_kwargs=True).remove)
+            stack.callback(place.restore)
+        yield
 
-    def add(change: LowRank, layer: nn.Module, given: Tensor, output: Tensor) -> Tensor:
-        moved = change.through(layer, given)
+
+@dataclass
+class _Place:
+    """A layer that holds a changed weight."""
+
+    layer: nn.Module
+    change: LowRank
+    weight: nn.Parameter | None = None
+    """The layer's own, while a changed copy is in its place."""
+
+    def enter(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Put a changed copy in the weight's place, if that is less work."""
+        if self._is_copied(_given(args, kwargs)):
+            weight = layer._parameters["weight"]
+            assert weight is not None
+            layer._parameters["weight"] = self.change.added_to(weight, layer)  # type: ignore[assignment]
+            self.weight = weight
+
+    def leave(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        """Add to the output what no copy of the weight has."""
+        if self.weight is not None:
+            self.restore()
+            return output
+        moved = self.change.through(layer, _given(args, kwargs))
         return (output.to(moved.dtype) + moved).to(output.dtype)
 
-    layers = holders(model, changes) if changes else {}
-    pairs: Iterable[tuple[nn.Module, Any]] = (
-        (layer, partial(add, change)) for name, change in changes.items() for layer in layers[name]
-    )
-    with calls_of(pairs):
-        yield
+    def restore(self) -> None:
+        """Put the weight back."""
+        if self.weight is not None:
+            self.layer._parameters["weight"], self.weight = self.weight, None
+
+    def _is_copied(self, given: Tensor) -> bool:
+        # Not while a graph is built, which would hold all copies; of half precision, a copy would be rounded.
+        if torch.is_grad_enabled() or isinstance(self.layer, nn.Embedding) or not has_plain_weight(self.layer):
+            return False
+        weight: Any = self.layer.weight
+        if weight.dtype not in (torch.float32, torch.float64) or weight.nbytes > COPIED:
+            return False
+        width = given.shape[1] if isinstance(self.layer, nn.Conv2d) else given.shape[-1]
+        outputs, inputs = self.change.shape
+        return given.numel() // width * (outputs + inputs) > outputs * inputs
+
+
+def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return args[0] if args else next(iter(kwargs.values()))

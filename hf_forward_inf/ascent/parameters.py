@@ -18,7 +18,7 @@ from hf_forward_inf.utils.models import check_in_memory, is_quantised, linear_la
 Parameters: TypeAlias = dict[str, Tensor | LowRank]
 """theta_K: the perturbed parameters by name, or low-rank changes of them; all others are theta's."""
 SMALL = 16 * 2**20
-"""Bytes of weights up to which changed copies are faster than hooks."""
+"""Bytes of weights of which changed copies are made once for all candidates."""
 
 
 def is_low_rank(adapter: Adapter, config: AscentConfig) -> bool:
@@ -142,10 +142,10 @@ def copies_in_memory(model: nn.Module, names: list[str], each: int = 1) -> int:
 
 
 def materialised(model: nn.Module, theta: Parameters) -> Parameters:
-    """Return theta with changed weights in place of low-rank changes, where hooks would take longer than a copy.
+    """Return theta with changed weights in place of low-rank changes, where hooks would take longer than all else.
 
-    A hook multiplies every token by two thin matrices: for small layers that is as much work as the layer's own. So
-    weights of [`SMALL`] bytes in all are copied; larger ones, and those that a copy would round, are left alone.
+    Up to [`SMALL`] bytes of weights are copied once for all candidates: with layers of width 64, calls of hooks nearly
+    double a pass. Larger weights, and those that a copy would round, are left alone ([`low_rank.added`]).
     """
     own = dict(model.named_parameters())
     changed = [own[name] for name, value in theta.items() if isinstance(value, LowRank)]

@@ -111,7 +111,10 @@ def test_no_higher_rank_is_taken_than_is_needed():
     torch.testing.assert_close(twice.up @ twice.down, 1.5 * drawn(2).up @ drawn(2).down)
 
 
-def test_an_added_change_is_a_change_of_the_weight_wherever_it_is(adapter, rows):
+@pytest.mark.parametrize("copied", [0, 2**20])
+def test_an_added_change_is_a_change_of_the_weight_wherever_it_is(copied, adapter, rows, monkeypatch):
+    monkeypatch.setattr("hf_forward_inf.ascent.low_rank.COPIED", copied)
+    before = state(adapter.model)
     batch = adapter.collate(adapter.encode(rows[:]))
     model, layers = adapter.model, sites(adapter.model, names_for(adapter, steps()[0]))
     changes = {}
@@ -124,6 +127,7 @@ def test_an_added_change_is_a_change_of_the_weight_wherever_it_is(adapter, rows)
         changes[name] = LowRank(down, up, ids, torch.randn(len(ids), inputs) / 10)
     with added(model, changes), torch.no_grad():
         given = adapter.loss(model, batch)
+    assert_same_state(before, state(model))
     changed = copy.deepcopy(model)
     with torch.no_grad():
         for name, change in changes.items():
