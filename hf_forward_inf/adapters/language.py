@@ -29,7 +29,7 @@ CONTRASTS = ("contrast", "rejected")
 FEW = 0.8
 """Share of a model's embeddings that its tokenizer has tokens for, at least; they are padded by a few percent."""
 LARGE = 10**9
-"""Parameters of a model beyond which copies of them are expensive."""
+"""Number of a model's parameters beyond which copies of them are expensive."""
 
 
 class LanguageAdapter(Adapter):
@@ -61,7 +61,7 @@ class LanguageAdapter(Adapter):
         return rows.with_format(None)
 
     def default_ascent(self, direction: str | None = None) -> dict[str, Any]:
-        """Corrected by curvature, if the model's size allows it ([`preferred_ascent`])."""
+        """Corrected by curvature ([`preferred_ascent`])."""
         return preferred_ascent(self.model, direction)
 
     def rows_for(self, inputs: Any, candidates: Dataset | None = None) -> Rows:
@@ -283,13 +283,16 @@ def preferred_ascent(model: nn.Module, direction: str | None = None) -> dict[str
     radius 2 and .57 at 1; that of 5 conjugate-gradient products on 64 sentences is .48, of Adam's direction .22, of
     the gradient .19. The longer step has the better recall.
 
-    Factors need memory for the squares of the layers' sides, and their eigenvectors: for models of more than
-    [`LARGE`] parameters, and for quantised weights, which have no gradients, the gradient is preferred.
+    It is the direction at any size, and for quantised weights: its steps are of low rank, and its factors take a
+    quarter of the model's memory ([`AscentConfig`]).
     """
-    if direction is None:
-        large = sum(p.numel() for p in model.parameters()) > LARGE
-        direction = "gradient" if large or is_quantised(model) else "kfac"
+    direction = direction or "kfac"
     return {"direction": direction} | ({"radius": 2.0, "sample": 128} if direction == "kfac" else {})
+
+
+def can_be_copied(model: nn.Module) -> bool:
+    """Return whether steps may change whole weights: none is quantised, and there are at most [`LARGE`]."""
+    return sum(p.numel() for p in model.parameters()) <= LARGE and not is_quantised(model)
 
 
 @torch.no_grad()

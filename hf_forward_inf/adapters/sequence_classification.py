@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hf_forward_inf.adapters.base import Batch, Forward, Rows
 from hf_forward_inf.adapters.classification import ClassifierAdapter
 from hf_forward_inf.adapters.labels import Numbers, only
-from hf_forward_inf.adapters.language import inputs_of, preferred_ascent
+from hf_forward_inf.adapters.language import can_be_copied, inputs_of
 from hf_forward_inf.adapters.naming import meant
 from hf_forward_inf.adapters.text_inputs import AnswersTexts, TextInputs, is_of_kind, unreadable
 from hf_forward_inf.utils.fingerprints import fingerprint
@@ -174,7 +174,7 @@ class SequenceClassificationAdapter(AnswersTexts, ClassifierAdapter):
         return answers
 
     def default_ascent(self, direction: str | None = None) -> dict[str, Any]:
-        """Conjugate gradients, if the model is of a size that allows it; a short step.
+        """Conjugate gradients; K-FAC, if weights are quantised or too large for copies; a short step.
 
         Measured on a character BERT of 22,000 parameters that learns the country of a city (600 rows, 8 countries, 40
         held-out queries, 40 retrained halves x 2 seeds): an LDS of .28 (standard error .03) with 128 rows, .29 with
@@ -182,7 +182,7 @@ class SequenceClassificationAdapter(AnswersTexts, ClassifierAdapter):
         training rows rank first for themselves, against 15% and 7%.
         """
         if direction is None:
-            direction = "gradient" if preferred_ascent(self.model)["direction"] == "gradient" else "cg"
+            direction = "cg" if can_be_copied(self.model) else "kfac"
         options = {"damping": 0.03, "sample": 128} if direction == "cg" else {}
         return {"direction": direction, "radius": 0.3, **options}
 

@@ -61,5 +61,5 @@ class TokenLabelsAdapter(AnswersTexts):
         return (states * valid).sum(1) / valid.sum(1)
 
     def default_ascent(self, direction: str | None = None) -> dict[str, Any]:
-        """K-FAC, if the model is of a size that allows it ([`language.preferred_ascent`])."""
+        """K-FAC ([`language.preferred_ascent`])."""
         return preferred_ascent(self.model, direction)

@@ -77,7 +77,8 @@ class AscentConfig:
             the query has tokens, times steps, and the rows of embeddings that it reads; no gradient and no copy of a
             matrix is made, so that weights may be quantised. `"full"`: all weights change. Along the gradient both are
             the same step; for `"kfac"`, the damping of a step of low rank is divided among both factors
-            ([`inverse.factored_inverse`]). Other directions have full steps only. Defaults to the adapter's.
+            ([`inverse.factored_inverse`]). Other directions have full steps only. Defaults to low rank where it can be
+            had.
         seed (`int`, defaults to 0): Seed of the sample, of drawn targets and of dropout.
 
     Raises:
@@ -172,7 +173,7 @@ class AscentConfig:
     def _default_step(self, direction: str, preferred: Mapping[str, Any]) -> str:
         if direction not in LOW_RANK or self.optimizer != "sgd":
             return "full"
-        return preferred.get("step", "low_rank" if direction == "gradient" else "full")
+        return preferred.get("step", "low_rank")
 
     def _length(self, preferred: Mapping[str, Any]) -> dict[str, Any]:
         """Return radius and relative, which only make sense together."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hf_forward_inf.adapters.base import Adapter
 from hf_forward_inf.ascent.config import AscentConfig
-from hf_forward_inf.ascent.layers import holders
+from hf_forward_inf.ascent.layers import holders, sides_of, sites
 from hf_forward_inf.ascent.low_rank import LowRank, added
 from hf_forward_inf.utils.models import check_in_memory, is_quantised, linear_layers, peft_parameters
 
@@ -139,6 +139,20 @@ def copies_in_memory(model: nn.Module, names: list[str], each: int = 1) -> int:
     size = {name: p.numel() * p.element_size() for name, p in model.named_parameters()}
     room = max(64 * 2**20, sum(size.values()) // 10)
     return max(1, min(32, room // max(1, each * sum(size.get(name, 0) for name in names))))
+
+
+def held_in_memory(model: nn.Module, names: list[str], rank: int) -> int:
+    """Number of models held in memory, each as changes of a rank ([`LowRank`]), or copies ([`materialised`])."""
+    own = dict(model.named_parameters())
+    size = {name: own[name].numel() * own[name].element_size() for name in names}
+    found = sites(model, names)
+    if sum(size[name] for name in found) <= SMALL:
+        return copies_in_memory(model, names)
+    for name, layers in found.items():
+        outputs, inputs = sides_of(layers[0])
+        size[name] = 4 * min(rank * (outputs + inputs), 2 * outputs * inputs)
+    room = max(64 * 2**20, sum(p.numel() * p.element_size() for p in own.values()) // 10)
+    return max(1, min(32, room // max(1, sum(size.values()))))
 
 
 def materialised(model: nn.Module, theta: Parameters) -> Parameters:

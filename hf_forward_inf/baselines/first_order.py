@@ -1,6 +1,6 @@
 """The first-order limit of Forward-INF: gradients of the candidates along the same direction."""
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -25,8 +25,8 @@ class FirstOrder(GradientBaseline):
     Args:
         model (`torch.nn.Module`, *optional*): The trained model.
         processor (*optional*): Its tokenizer or image processor.
-        ascent (`AscentConfig`, *optional*): Direction, damping, sample; radius, steps and mode are ignored, and
-            step, too: a dense gradient is corrected. Unset fields take the adapter's defaults.
+        ascent (`AscentConfig`, *optional*): Direction, damping, sample; radius, steps and mode are ignored. Unset
+            fields take the adapter's defaults.
         training (`datasets.Dataset`, *optional*): As in [`ForwardInf`].
         **options: `adapter`, `modules`, `cache_dir`, `max_batch_length` of [`baselines.gradients.GradientBaseline`].
     """
@@ -43,13 +43,13 @@ class FirstOrder(GradientBaseline):
         **options: Any,
     ):
         super().__init__(model, processor, **options)
-        self.ascent = replace((ascent or AscentConfig()).completed(self.adapter.default_ascent), step="full")
+        self.ascent = (ascent or AscentConfig()).completed(self.adapter.default_ascent)
         self.training = training
 
     @property
     def config(self) -> dict[str, Any]:
         """The options of the ascent that its direction depends on, and modules."""
-        names = ("direction", "damping", "iterations", "tolerance", "sample", "seed")
+        names = ("direction", "damping", "iterations", "tolerance", "sample", "memory", "step", "seed")
         options = asdict(self.ascent)
         return {**{name: options[name] for name in names}, "modules": self.modules}
 

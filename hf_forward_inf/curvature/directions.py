@@ -17,9 +17,10 @@ from torch import Tensor
 from hf_forward_inf.adapters.base import Adapter
 from hf_forward_inf.ascent.config import AscentConfig
 from hf_forward_inf.ascent.parameters import norm
+from hf_forward_inf.ascent.slopes import Changes
 from hf_forward_inf.ascent.steps import Correction, Direction
 from hf_forward_inf.curvature.gauss_newton import GaussNewton
-from hf_forward_inf.curvature.inverse import damped_inverse, factored_inverse, rayleigh_quotient
+from hf_forward_inf.curvature.inverse import damped_inverse, factored_inverse, factored_inverse_of, rayleigh_quotient
 from hf_forward_inf.curvature.kronecker import KroneckerFit
 from hf_forward_inf.curvature.sample import Sample
 from hf_forward_inf.curvature.solvers import KrylovSpace, conjugate_gradients, warn_of_residual
@@ -112,12 +113,18 @@ class KroneckerFactors:
         return {name: tensor for read in self.parts for name, tensor in read().items()}
 
     def correction(self, gradients: Iterable[Sequence[Tensor]] = ()) -> Correction:
-        """Return the product with the damped inverse: of [`slopes.Changes`] for steps of low rank, else of vectors."""
+        """Return the product with the damped inverse, of vectors or [`slopes.Changes`]; each factor's for low rank."""
         fitted, damping = self.fitted, self.config.damping
         assert damping is not None
-        if self.config.step == "low_rank":
-            return partial(factored_inverse, layers=self.layers, fitted=fitted, damping=damping)
-        return partial(damped_inverse, layers=self.layers, names=self.names, fitted=fitted, damping=damping)
+        if self.config.step == "full":
+            return partial(damped_inverse, layers=self.layers, names=self.names, fitted=fitted, damping=damping)
+
+        def solved(gradient: Changes | Sequence[Tensor]) -> Changes | list[Tensor]:
+            if isinstance(gradient, dict):
+                return factored_inverse(gradient, self.layers, fitted, damping)
+            return factored_inverse_of(gradient, self.layers, self.names, fitted, damping)
+
+        return solved
 
 
 class PreconditionedGradients:

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from hf_forward_inf.ascent.low_rank import LowRank
+from hf_forward_inf.ascent.layers import precise
+from hf_forward_inf.ascent.low_rank import LowRank, is_transposed
 from hf_forward_inf.ascent.slopes import Changes, added_up
 from hf_forward_inf.curvature.kronecker import Layer
 from hf_forward_inf.curvature.sides import Side
@@ -51,6 +52,32 @@ def factored_inverse(gradient: Changes, layers: Sequence[Layer], fitted: Tensors
             else:
                 found[name] = solved
     return {name: found.get(name, change) for name, change in gradient.items()}
+
+
+def factored_inverse_of(
+    vector: Sequence[Tensor], layers: Sequence[Layer], names: Sequence[str], fitted: Tensors, damping: float
+) -> list[Tensor]:
+    """Return [`factored_inverse`] of a dense vector, one tensor for each of the parameters `names`.
+
+    Of a matrix that is an embedding and an output layer, all counts as the output layer's.
+    """
+    given: Changes = {name: precise(value) for name, value in zip(names, vector, strict=True)}
+    for layer in layers:
+        value = given[layer.weight]
+        assert isinstance(value, Tensor)
+        matrix = value.T if is_transposed(layer.modules[0]) else value.flatten(1)
+        given[layer.weight] = LowRank(torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device), matrix)
+    for name, value in given.items():
+        if f"ids/{name}" in fitted and isinstance(value, Tensor):
+            ids = torch.arange(len(value), device=value.device)
+            given[name] = LowRank.of_rows(len(value), ids, value)
+    found = factored_inverse(given, layers, fitted, damping)
+    transposed = {layer.weight for layer in layers if is_transposed(layer.modules[0])}
+    dense = {name: one.dense() if isinstance(one, LowRank) else one for name, one in found.items()}
+    return [
+        (dense[name].T if name in transposed else dense[name]).reshape(value.shape)
+        for name, value in zip(names, vector, strict=True)
+    ]
 
 
 class Part:

@@ -6,13 +6,17 @@ from pathlib import Path
 from datasets import Dataset
 
 from hf_forward_inf.adapters.base import Adapter, Rows
+from hf_forward_inf.adapters.contrast import encoded_adapter
 from hf_forward_inf.ascent.config import AscentConfig
-from hf_forward_inf.ascent.parameters import copies_in_memory, names_for
+from hf_forward_inf.ascent.parameters import copies_in_memory, held_in_memory, is_low_rank, names_for
 from hf_forward_inf.ascent.steps import Direction, Perturbation
 from hf_forward_inf.curvature.directions import direction_for
 from hf_forward_inf.curvature.sample import Sample
 from hf_forward_inf.curvature.trust import ROWS, TrustRegion
 from hf_forward_inf.utils.fingerprints import fingerprint
+
+TOKENS = 64
+"""Tokens of an ordinary query, and the rank of its step."""
 
 
 class Perturber:
@@ -49,7 +53,13 @@ class Perturber:
 
     @property
     def block_size(self) -> int:
-        """How many perturbed models are held in memory at once; for `"pcg"` with the products that they share."""
+        """How many perturbed models are held in memory at once, for queries of ordinary length."""
+        return self._block_size(TOKENS)
+
+    def _block_size(self, tokens: int) -> int:
+        """Return how many models fit into a tenth of the model, or 64 MiB; for `"pcg"` with all shared products."""
+        if is_low_rank(self.adapter, self.ascent):
+            return held_in_memory(self.adapter.model, self.names, tokens * self.ascent.steps)
         copies = 1 + 2 * (self.ascent.iterations or 0) if self.shares else 1
         return copies_in_memory(self.adapter.model, self.names, copies)
 
@@ -73,6 +83,9 @@ class Perturber:
 
     def blocks(self, queries: Dataset) -> Iterator[tuple[slice, Perturbation]]:
         """Perturb the model for all encoded queries: yield the rows of each block and their models."""
-        for start in range(0, len(queries), self.block_size):
-            rows = slice(start, min(start + self.block_size, len(queries)))
+        adapter = encoded_adapter(self.adapter, queries.column_names)
+        longest = int(adapter.lengths(queries.with_format(None)).sum(1).max()) if len(queries) else 0
+        size = self._block_size(max(TOKENS, longest))
+        for start in range(0, len(queries), size):
+            rows = slice(start, min(start + size, len(queries)))
             yield rows, self.perturbation(queries[rows])

@@ -15,10 +15,12 @@ def test_a_tokenizers_state_is_the_same_after_its_use():
     assert tokenizer_state(used) != tokenizer_state(train_tokenizer(["a blue circle"], 300))
 
 
-def test_a_model_too_large_for_copies_is_stepped_along_the_gradient(model, tokenizer, monkeypatch):
-    assert ForwardInf(model, tokenizer).ascent == AscentConfig(direction="kfac", radius=2.0, sample=128).completed()
+def test_models_of_any_size_are_stepped_along_the_corrected_gradient(model, tokenizer, monkeypatch):
+    expected = AscentConfig(direction="kfac", radius=2.0, sample=128).completed()
+    assert ForwardInf(model, tokenizer).ascent == expected
     monkeypatch.setattr(text, "LARGE", 1000)
-    assert ForwardInf(model, tokenizer).ascent == AscentConfig(direction="gradient").completed()
+    assert ForwardInf(model, tokenizer).ascent == expected
+    assert not text.can_be_copied(model)
 
 
 def test_a_tokenizer_of_another_family_is_doubted(tokenizer, recwarn):
