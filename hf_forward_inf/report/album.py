@@ -39,10 +39,16 @@ class Picture:
 
 
 class Album:
-    """Collects the pictures of a page."""
+    """Collects the pictures of a page.
 
-    def __init__(self) -> None:
-        self._images: dict[Picture, Any] = {}
+    Args:
+        expected (`int`, defaults to 1): About how many pictures there will be: of many, each is smaller.
+    """
+
+    def __init__(self, expected: int = 1):
+        self.longest = next(size for count, size in reversed(SIZES.items()) if expected >= count)
+        self._stored: dict[Picture, str] = {}
+        self._known: dict[bytes, Picture | None] = {}
 
     def add(self, row: Mapping[str, Any]) -> list[Picture]:
         """Add the pictures of a row, in its columns `image` or `images`, without unreadable ones."""
@@ -50,40 +56,48 @@ class Album:
         return [picture for value in values if (picture := self._added(value)) is not None]
 
     def _added(self, value: Any) -> Picture | None:
+        """Add a picture; one that was read before is not read again."""
+        encoded = value.get("bytes") if isinstance(value, Mapping) else None
+        if not encoded:
+            return self._read(value)
+        key = hashlib.sha256(encoded).digest()
+        if key not in self._known:
+            self._known[key] = self._read(value)
+        return self._known[key]
+
+    def _read(self, value: Any) -> Picture | None:
         try:
             image = read_image(value)
         except UnreadableImage:
             return None
         image = image if image.mode in ("L", "RGB", "RGBA") else image.convert("RGBA")
-        image = image.copy()
-        image.thumbnail((SIZES[0], SIZES[0]))
-        digest = hashlib.sha256(f"{image.mode}{image.size}".encode() + image.tobytes()).hexdigest()
-        picture = Picture(f"p{digest[:12]}", *image.size)
-        self._images.setdefault(picture, image)
+        data, size = _encoded(image, self.longest)
+        picture = Picture(f"p{hashlib.sha256(data.encode()).hexdigest()[:12]}", *size)
+        self._stored[picture] = data
         return picture
 
     def stored(self) -> list[tuple[Picture, str]]:
-        """Return the pictures with their data: smaller where there are many, or where they take much."""
-        longest = next(size for count, size in reversed(SIZES.items()) if len(self._images) >= count)
-        found = self._at(longest)
-        while (total := sum(len(data) for _, data in found)) > LIMIT and longest > SMALLEST:
+        """Return the pictures with their data: smaller than before if together they take too much."""
+        found, longest = self._stored, self.longest
+        while (total := sum(map(len, found.values()))) > LIMIT and longest > SMALLEST:
             longest = max(SMALLEST, int(longest * min(0.9, (LIMIT / total) ** 0.5)))
-            found = self._at(longest)
-        return found
-
-    def _at(self, longest: int) -> list[tuple[Picture, str]]:
-        return [(picture, _encoded(image, longest)) for picture, image in self._images.items()]
+            found = {picture: _encoded(_decoded(data), longest)[0] for picture, data in found.items()}
+        return list(found.items())
 
 
-def _encoded(image: Any, longest: int) -> str:
-    """Return a picture as a `data:` URI: a PNG if it is small, else a WebP."""
+def _encoded(image: Any, longest: int) -> tuple[str, tuple[int, int]]:
+    """Return a picture as a `data:` URI, a PNG if it is small, else a WebP, and its size."""
     if max(image.size) <= PIXEL_ART:
-        return png_uri(image)
+        return png_uri(image), image.size
     image = image.copy()
     image.thumbnail((longest, longest))
     file = io.BytesIO()
     image.save(file, format="WEBP", quality=75, method=2)
-    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
+    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode(), image.size
+
+
+def _decoded(data: str) -> Any:
+    return read_image(base64.b64decode(data.partition(",")[2]))
 
 
 @dataclass(frozen=True)

@@ -183,7 +183,8 @@ def _read(
     count: int | None = None,
 ) -> tuple[list[Query], Album]:
     """Return the first queries as the template shows them, with their pictures."""
-    album = Album()
+    shown = len(attributions[0].queries) if count is None else min(count, len(attributions[0].queries))
+    album = Album(expected=shown * (k * len(attributions) + 1))
     reader = Reader(album, columns)
     details = {(row["query"], row["candidate"]): row for row in attributions[0].details or []}
     queries = [
@@ -191,7 +192,7 @@ def _read(
             i, attributions, reader, details, None if proponents is None else proponents[i],
             "" if remarks is None else remarks[i], k,
         )
-        for i in range(len(attributions[0].queries))[:count]
+        for i in range(shown)
     ]  # fmt: skip
     reader.count_systems()
     return queries, album
