@@ -27,6 +27,7 @@ from experiments.counterfactual import (
     attributors,
     behind,
     line,
+    remark,
     rise_figures,
     without_best,
 )
@@ -100,6 +101,7 @@ def main(options: CounterfactualOptions) -> dict[str, Any]:
         columns=COLUMNS,
         plot=plotted(partial(interval_plot, "rise"), table),
         plot_caption=CAPTION,
+        remarks=[remark(removals[REFERENCE], chance, i, count) for i in range(len(queries))],
         title="Does the answer go away without what was found?",
     )
 

@@ -103,6 +103,16 @@ class Counterfactual:
         return Removal(rises.mean(axis=0), gone)
 
 
+def remark(removal: Removal, chance: Removal, query: int, count: int) -> str:
+    """Say in a sentence what happened to a query when its best candidates were removed, as the page shows it."""
+    rise, other, gone = removal.rises[query], chance.rises[query], removal.gone[query]
+    lost = "" if np.isnan(gone) else f" {gone:.0%} of the models that gave this answer no longer do."
+    return (
+        f"Trained again without its best {count} rows, the model's loss on this answer rises by {rise:.3g} "
+        f"(without {count} random rows: {other:.3g}).{lost}"
+    )
+
+
 def without_best(found: Attribution, count: int) -> np.ndarray:
     """Return which candidates are left without each query's best ones: booleans `[queries, candidates]`."""
     kept = np.ones((len(found), len(found.candidates)), dtype=bool)
