@@ -5,12 +5,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_forward_inf.report.duplicates import stacked
+from hf_forward_inf.report.marks import Span
 from hf_forward_inf.report.rows import Reader, View, rows_of
 from hf_forward_inf.report.strip import strip
 from hf_forward_inf.report.texts import shortened
 
 NAMED = 60
 """Longest answer that is quoted in a sentence."""
+SENTENCE = 120
+"""Longest text of a query that its head shows as a whole."""
 
 
 @dataclass
@@ -25,11 +28,15 @@ class Ranking:
 
 @dataclass
 class Query:
-    """A query with the rankings of all attributors, the page's own first."""
+    """A query with the rankings of all attributors, the page's own first.
+
+    Its head is its whole text in spans where that is short (`heading`), else its answer (`title`).
+    """
 
     number: int
     view: View
     title: str
+    heading: list[Span]
     rankings: list[Ranking]
     proponents: int | None
     remark: str
@@ -68,16 +75,18 @@ def read_query(
         for found in attributions
     ]
     title = shortened(view.answer or view.text or view.label or f"Query {number + 1}", 140)
-    _untwice(view, title)
-    return Query(number, view, title, rankings, None if known is None else len(known), remark)
+    heading = view.spans if not view.bubbles and not view.rest and len(view.text) <= SENTENCE else []
+    _untwice(view, title, heading)
+    return Query(number, view, title, heading, rankings, None if known is None else len(known), remark)
 
 
-def _untwice(view: View, title: str) -> None:
-    """Leave out of a query's text what its title shows already: the whole answer of a conversation, or all of it."""
-    if view.bubbles and view.bubbles[-1].role == "assistant" and title == shortened(view.answer, len(view.answer) + 1):
+def _untwice(view: View, title: str, heading: list[Span]) -> None:
+    """Leave out of a query's text what its head shows already: the whole answer of a conversation, or all of it."""
+    whole = not title.endswith("…")
+    if heading or (whole and not view.bubbles and not view.answer):
+        view.spans = []
+    elif whole and view.bubbles and view.bubbles[-1].role == "assistant":
         del view.bubbles[-1]
-    elif not view.bubbles and title == shortened(view.text, len(view.text) + 1):
-        view.spans, view.rest = [], []
 
 
 def _ranking(

@@ -45,6 +45,7 @@ def test_a_prompt_is_drawn_and_traced_over_shards(options):
     with pytest.warns(UserWarning, match="Candidates row 10: the loss is NaN"):
         metrics = laion_run(options, ASCENT)
     folder = Path(options.output)
+    assert metrics.pop("answers")[0]["best"][0]["rank"] == 1
     assert metrics == json.loads((folder / "metrics.json").read_text())
     assert (metrics["queries"], metrics["candidates"], metrics["unscored"]) == (1, 11, 1)
     found = Attribution.load_from_disk(folder / "attribution")
