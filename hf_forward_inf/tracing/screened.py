@@ -52,11 +52,17 @@ class ScreenedStep:
 
     def ranking(self, screen: Attributor, keep: int) -> np.ndarray:
         """Return the best candidates of each query by a screen, best first, int64 `[queries, keep]`."""
-        for one in screen.attributors if isinstance(screen, Fusion) else [screen]:
-            if isinstance(one, RepresentationSimilarity):
+        parts = screen.attributors if isinstance(screen, Fusion) else [screen]
+        own = [one for one in parts if isinstance(one, RepresentationSimilarity)]
+        own = [one for one in own if one.adapter is self.tracer.adapter]
+        try:
+            for one in own:
                 one.base = self.base_pass
-        with progress(f"ranking by {screen.name}", None, "rows"):
-            indices = screen.trace(self.queries, self.candidates, top_k=keep).indices
+            with progress(f"ranking by {screen.name}", None, "rows"):
+                indices = screen.trace(self.queries, self.candidates, top_k=keep).indices
+        finally:
+            for one in own:  # it may be the user's, and rank other candidates next
+                one.base = None
         assert indices is not None
         return indices
 

@@ -21,6 +21,9 @@ from hf_forward_inf.tracing.token_scores import perturbed, rises
 from hf_forward_inf.utils.models import evaluating, to_device
 from hf_forward_inf.utils.storage import Tensors
 
+SCREENING = ("strategy", "screen", "keep", "audit")
+"""Options that decide which candidates have a score, not which score."""
+
 
 def self_influence(tracer: Scorer, rows: Dataset) -> np.ndarray:
     """Compute each row's score as a candidate for itself, `[rows]`; see [`ForwardInf.self_influence`].
@@ -47,6 +50,7 @@ def rerank(tracer: Scorer, found: Attribution, k: int) -> Attribution:
             "ForwardInf(units='loss')."
         )
     differ = [name for name, value in tracer.config.items() if found.config.get(name) != value]
+    differ = [name for name in differ if name not in SCREENING]
     if differ or found.config.get("standardised"):
         raise ValueError(
             f"These scores are not this attributor's own ({', '.join(differ) or 'they are standardised'}): trace with "

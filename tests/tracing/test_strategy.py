@@ -3,7 +3,7 @@ import pytest
 
 from hf_forward_inf import AscentConfig, Attribution, ForwardInf
 from hf_forward_inf.adapters import Seq2SeqAdapter
-from hf_forward_inf.baselines import BM25, Baseline, Random
+from hf_forward_inf.baselines import BM25, Baseline, Random, RepresentationSimilarity
 from hf_forward_inf.curvature.perturber import Perturber
 from hf_forward_inf.passes.kept_pass import KeptPass
 from hf_forward_inf.tracing import strategy
@@ -143,6 +143,19 @@ def test_states_are_computed_once_for_all_queries(model, tokenizer, queries, row
     assert sum(encoded) <= len(queries) + 1
 
 
+def test_a_screen_of_the_users_reads_its_own_model_and_other_candidates_next(model, tokenizer, queries, rows):
+    adapter = Seq2SeqAdapter(model, tokenizer)
+    screen = RepresentationSimilarity(adapter=adapter)
+    tracer = ForwardInf(adapter=adapter, ascent=PLAIN, screen=screen, keep=10, audit=0, strategy="screen")
+    found = tracer.trace(queries, rows)
+    others = rows.select(range(100, 150))
+    expected = RepresentationSimilarity(model, tokenizer).trace(queries, others).scores
+    np.testing.assert_allclose(screen.trace(queries, others).scores, expected, atol=1e-5)
+    kept = RepresentationSimilarity(model, tokenizer).trace(queries, rows, top_k=10).indices
+    for stage, best in zip(found.stage, kept, strict=True):
+        assert set(np.flatnonzero(stage)) == set(best)
+
+
 def test_auto_screens_language_models_where_that_saves_something(model, tokenizer, queries, corpus, line):
     tracer = ForwardInf(model, tokenizer, ascent=PLAIN)
     plan = tracer.plan(queries, corpus["abstracts"])
@@ -207,8 +220,8 @@ def test_within_a_time_budget_the_best_are_scored_first(model, tokenizer, querie
 
 def test_levels_tokens_and_reranking_read_only_scores_of_their_own(model, tokenizer, queries, corpus):
     rows = corpus["abstracts"].select(range(300))
-    tracer = ForwardInf(model, tokenizer, ascent=PLAIN, keep=12, audit=50, strategy="screen", screen="bm25")
-    found = tracer.trace(queries, rows)
+    tracer = ForwardInf(model, tokenizer, ascent=PLAIN, keep=12, audit=50, screen="bm25")
+    found = tracer.trace(queries, rows, strategy="screen")
     full = tracer.trace(queries, rows, strategy="full")
     for i in range(len(queries)):
         estimate, true = found.background(i), full.background(i)
