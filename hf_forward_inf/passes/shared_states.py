@@ -3,13 +3,11 @@
 from collections.abc import Set
 
 import torch
-from datasets import is_caching_enabled
 
 from hf_forward_inf.adapters.agreement import parts_agree
 from hf_forward_inf.adapters.base import Batch, Rows
 from hf_forward_inf.passes.candidate_pass import PLACE, CandidatePass
 from hf_forward_inf.passes.state_store import StateStore, padded
-from hf_forward_inf.utils.fingerprints import fingerprint
 
 
 class SharedStates:
@@ -23,6 +21,7 @@ class SharedStates:
 
     def __init__(self, run: CandidatePass, names: Set[str], storage: float):
         self.run, self.adapter, self.names = run, run.adapter, names
+        self.others: list[StateStore] = []
         self.store = self._store(storage)
 
     @torch.no_grad()
@@ -36,7 +35,7 @@ class SharedStates:
         batch = self.run.collated(features)
         if self.store is None:
             return self.adapter.with_shared(batch, self.names)
-        states = [self.store.read(place) for place in places]
+        states = [self._read(place) for place in places]
         missing = [i for i, one in enumerate(states) if one is None]
         if missing:
             fewer = {name: [values[i] for i in missing] for name, values in features.items()}
@@ -46,6 +45,12 @@ class SharedStates:
                 self.store.write(places[i], own)
         device = next(value.device for value in batch.values() if isinstance(value, torch.Tensor))
         return self.adapter.with_states(batch, padded([one.to(device) for one in states if one is not None]))
+
+    def _read(self, place: int) -> torch.Tensor | None:
+        """Return stored states, whichever process has computed them."""
+        assert self.store is not None
+        found = (store.read(place) for store in (self.store, *self.others))
+        return next((states for states in found if states is not None), None)
 
     def _states(self, batch: Batch) -> torch.Tensor:
         return self.adapter.shared_states(self.adapter.with_shared(batch, self.names))
@@ -61,9 +66,14 @@ class SharedStates:
             halves = adapter.with_shared(first, self.names)
         if not adapter.shares or not self._can_be_put_back(first, halves, int(lengths[0])):
             return None
-        folder = run._folder(fingerprint("states", run.state.process_index))
-        file = folder.with_suffix(".bin") if run.cached and is_caching_enabled() and folder else None
-        return StateStore(file, lengths, adapter.shared_states(halves), storage / run.state.num_processes)
+        like, limit = adapter.shared_states(halves), storage / run.state.num_processes
+        folder = run._folder("states")
+        if folder is None:
+            return StateStore(None, lengths, like, limit)
+        files = [folder / f"{process}.bin" for process in range(run.state.num_processes)]
+        own = files[run.state.process_index]
+        self.others = [StateStore(file, lengths, like, 0) for file in {*files, *folder.glob("*.bin")} - {own}]
+        return StateStore(own, lengths, like, limit)
 
     def _can_be_put_back(self, first: Batch, halves: Batch, length: int) -> bool:
         adapter = self.adapter
