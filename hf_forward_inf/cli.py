@@ -62,6 +62,10 @@ COMMANDS = {
         ("MislabelOptions",), "mislabel.mislabel_run", "truth", False,
         "which labels look wrong? Your images, the most suspicious first",
     ),
+    "explore": Command(
+        ("ExploreOptions",), "explore.explore_run", "explore", True,
+        "explore a run's results in the browser, or write them as a Space",
+    ),
     "cache": Command(
         ("CacheOptions",), "cache.cache_run", None, False,
         "show, prune or clear the cache of losses and curvature", True,

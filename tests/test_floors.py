@@ -18,7 +18,7 @@ FLOORS = [
     "algorithm",
     "tracing",
     "forward_inf",
-    "evaluation pipelines",
+    "evaluation explorer pipelines",
     "toys",
     "commands",
     "trainers",

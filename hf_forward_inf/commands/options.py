@@ -7,8 +7,8 @@ from hf_forward_inf.ascent.config import AscentConfig
 from hf_forward_inf.utils.options import RunOptions
 
 __all__ = [
-    "AscentConfig", "CacheOptions", "CompareOptions", "FinetuneOptions", "ImageOptions", "LaionOptions",
-    "LeakageOptions", "MislabelOptions", "TraceOptions",
+    "AscentConfig", "CacheOptions", "CompareOptions", "ExploreOptions", "FinetuneOptions", "ImageOptions",
+    "LaionOptions", "LeakageOptions", "MislabelOptions", "TraceOptions",
 ]  # fmt: skip
 RADII = (0.003, 0.01, 0.03, 0.1, 0.3)
 """Lengths of the step that `leakage` tries with defaults."""
@@ -328,3 +328,22 @@ class CacheOptions:
 
     action: Literal["show", "prune", "clear"] = field(default="show", metadata={"positional": True})
     keep: str | None = None
+
+
+@dataclass(kw_only=True)
+class ExploreOptions:
+    """Explore a run's results in the browser: pick a query or type one, compare attributors, filter rows.
+
+    Args:
+        folder (`str`): Output folder of a run.
+        model (`str`, *optional*): Model that answers what you type, and is traced: hub name or local folder.
+        candidates (`str`, *optional*): Training examples that are then traced over. Defaults to those of the run.
+        port (`int`, *optional*): Port on this machine. Defaults to the first free one from 7860 on.
+        export_space (`str`, *optional*): Write a Space that shows the results into this folder, and serve nothing.
+    """
+
+    folder: str = field(metadata={"positional": True})
+    model: str | None = None
+    candidates: str | None = None
+    port: int | None = None
+    export_space: str | None = None

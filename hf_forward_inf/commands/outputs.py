@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import shlex
+import shutil
 import sys
 import tempfile
 import time
@@ -23,6 +24,8 @@ from hf_forward_inf.utils.storage import finish, write_all
 
 OUTPUTS = ("attribution", "report.html", "metrics.json")
 """What a run writes, in this order: a folder with metrics.json holds a finished run."""
+COMPARED = "compared"
+"""Folder with other attributors' results, where there are any."""
 COLUMNS = ("mrr", "mrr_se", "precision@1", "precision@10", "recall@10")
 """Figures in the report's table, unless a run names others."""
 
@@ -80,11 +83,25 @@ class Run:
             "attribution": found.save_to_disk,
             "report.html": lambda path: found.to_html(path, metrics=shown, about=about(self.options), **report),
             **(more or {}),
+            **self._compared(report.get("compare", ())),
             "metrics.json": lambda path: _write_json(path, complete),
         }
         _write_all(self.folder, writers)
         say(f"Written: {', '.join(str(self.folder / name) for name in writers)}")
         return complete
+
+    def _compared(self, others: Sequence[Attribution]) -> dict[str, Callable[[Path], None]]:
+        """Return what writes other attributors' results, for the explorer; those of an earlier run are removed."""
+        if not others:
+            if process_state().is_main_process:
+                shutil.rmtree(self.folder / COMPARED, ignore_errors=True)
+            return {}
+
+        def write(folder: Path) -> None:
+            for other in others:
+                other.keep(min(self.options.top_k, other.scores.shape[1])).save_to_disk(folder / other.method)
+
+        return {COMPARED: write}
 
     def answer(self, found: Attribution) -> list[dict[str, Any]]:
         """Print the best candidates of each query, and return them ([`answers.answers`])."""
