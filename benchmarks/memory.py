@@ -41,9 +41,10 @@ def main() -> None:
     parser.add_argument("--lora", action="store_true", help="A LoRA of rank 16 on a frozen base.")
     parser.add_argument("--num_candidates", type=int, default=64)
     parser.add_argument("--num_queries", type=int, default=2)
-    parser.add_argument("--sentences", type=int, default=3, help="Sentences in a row.")
-    parser.add_argument("--sample", type=int, default=32)
+    parser.add_argument("--sentences", type=int, default=2, help="Sentences in a row.")
+    parser.add_argument("--sample", type=int, default=128)
     parser.add_argument("--steps", type=int, default=1)
+    parser.add_argument("--trust", type=float, help="A length in nats; by default a radius.")
     parser.add_argument("--memory", type=float, help="As in AscentConfig.")
     options = parser.parse_args()
     warnings.simplefilter("ignore")  # of a tokenizer that is not the model's
@@ -61,7 +62,7 @@ def main() -> None:
     candidates = Dataset.from_dict({"text": rows[: options.num_candidates]})
     queries = Dataset.from_dict({"text": rows[-options.num_queries :]})
     ascent = AscentConfig(
-        direction="kfac", sample=options.sample, trust=0.01, steps=options.steps, memory=options.memory
+        direction="kfac", sample=options.sample, trust=options.trust, steps=options.steps, memory=options.memory
     )
     with tempfile.TemporaryDirectory() as folder:
         tracer = ForwardInf(model.eval(), tokenizer, ascent=ascent, cache_dir=folder)

@@ -7,7 +7,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
@@ -129,9 +129,19 @@ class Call:
     given: Tensor
     probe: Tensor
     delta: Tensor | None = None
+    version: int = field(init=False)
+    """How often the input has been written to: the layer's gradient is by what it was then."""
+
+    def __post_init__(self) -> None:
+        self.version = self.given._version
 
     def inputs(self) -> Tensor:
         """Return what the layer's matrix multiplies, `[positions, inputs]`; of an embedding, ids `[positions]`."""
+        if self.given._version != self.version:
+            raise ValueError(
+                f"What a {type(self.layer).__name__} has read is overwritten afterwards, so that its gradient does not "
+                "follow from it: take step='full', or perturb other layers with modules=[...]."
+            )
         if isinstance(self.layer, nn.Embedding):
             return self.given.flatten()
         return read_by(self.layer, self.given).flatten(0, 1)

@@ -1,5 +1,6 @@
 """Which of a model's parameters are perturbed, and the model run with them."""
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -17,6 +18,8 @@ from hf_forward_inf.utils.models import check_in_memory, is_quantised, linear_la
 
 Parameters: TypeAlias = dict[str, Tensor | LowRank]
 """theta_K: the perturbed parameters by name, or low-rank changes of them; all others are theta's."""
+LARGE = 256 * 2**20
+"""Bytes of weights that change in full beyond which a warning says so."""
 SMALL = 16 * 2**20
 """Bytes of weights of which changed copies are made once for all candidates."""
 
@@ -153,6 +156,19 @@ def held_in_memory(model: nn.Module, names: list[str], rank: int) -> int:
         size[name] = 4 * min(rank * (outputs + inputs), 2 * outputs * inputs)
     room = max(64 * 2**20, sum(p.numel() * p.element_size() for p in own.values()) // 10)
     return max(1, min(32, room // max(1, sum(size.values()))))
+
+
+def warn_of_full_steps(model: nn.Module, names: list[str]) -> None:
+    """Warn of matrices whose change is not of low rank, if they are large: layers of unknown kind hold them."""
+    own, found = dict(model.named_parameters()), sites(model, names)
+    rest = {name: own[name].nbytes for name in names if name not in found and own[name].dim() > 1}
+    if sum(rest.values()) > LARGE:
+        warnings.warn(
+            f"{len(rest)} of the perturbed parameters ({', '.join(list(rest)[:3])}, ...) belong to layers of unknown "
+            f"kind: they change in full, for which a gradient and a copy of each are made, "
+            f"{sum(rest.values()) / 2**30:.1f} GiB for a query. Choose others with modules=[...] if memory is short.",
+            stacklevel=3,
+        )
 
 
 def materialised(model: nn.Module, theta: Parameters) -> Parameters:

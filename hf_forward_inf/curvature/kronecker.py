@@ -163,7 +163,7 @@ class KroneckerFit:
             bias_name = None if bias is None or holders[id(bias)] > 1 else named.get(id(bias))
             key: object = name
             if len(own) == 1 and not isinstance(held[0], nn.Conv2d):
-                key = (own[0].given.data_ptr(), own[0].given.shape, bias_name is None)
+                key = (own[0].given.data_ptr(), own[0].version, own[0].given.shape, bias_name is None)
             by_row = bool(own) and all(len(one.given) == batch_size(batch) for one in own)
             layers.append(Layer(name, bias_name, held, readers.setdefault(key, name), by_row, is_tied))
         return layers

@@ -8,7 +8,13 @@ from datasets import Dataset
 from hf_forward_inf.adapters.base import Adapter, Rows
 from hf_forward_inf.adapters.contrast import encoded_adapter
 from hf_forward_inf.ascent.config import AscentConfig
-from hf_forward_inf.ascent.parameters import copies_in_memory, held_in_memory, is_low_rank, names_for
+from hf_forward_inf.ascent.parameters import (
+    copies_in_memory,
+    held_in_memory,
+    is_low_rank,
+    names_for,
+    warn_of_full_steps,
+)
 from hf_forward_inf.ascent.steps import Direction, Perturbation
 from hf_forward_inf.curvature.directions import direction_for
 from hf_forward_inf.curvature.sample import Sample
@@ -41,6 +47,8 @@ class Perturber:
     ):
         self.adapter, self.ascent = adapter, ascent
         self.names = names_for(adapter, ascent)
+        if is_low_rank(adapter, ascent):
+            warn_of_full_steps(adapter.model, self.names)
         self.direction: Direction | None = direction_for(ascent, adapter, training, self.names, cache_dir)
         self.length = None if ascent.trust is None else self._trust_region(training, cache_dir)
 

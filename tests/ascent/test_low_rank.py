@@ -229,6 +229,43 @@ def _run(network, theta, x):
         return functional_call(network, whole, (x,))
 
 
+def test_an_input_that_is_overwritten_is_refused():
+    class Overwriting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(64, 64), nn.Linear(64, 10)
+
+        def forward(self, x):
+            x = self.one(x)
+            y = self.two(x)
+            x.mul_(2)
+            return y
+
+    adapter = TensorAdapter(Overwriting())
+    query = adapter.encode(digits.rows(0, 1)[:])
+    with pytest.raises(ValueError, match=r"What a Linear has read is overwritten afterwards.*take step='full'"):
+        ascend(adapter, query, ["two.weight"], steps()[0].completed())
+
+
+def test_large_weights_that_change_in_full_are_named(monkeypatch):
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weights = nn.Parameter(torch.randn(64, 10) / 8)
+
+        def forward(self, x):
+            return x @ self.weights
+
+    tracer = ForwardInf(adapter=TensorAdapter(Experts()), ascent=steps()[0])
+    data = digits.rows(0, 5)
+    assert np.isfinite(tracer.trace(data, data).scores).all()
+    monkeypatch.setattr(parameters, "LARGE", 1000)
+    with pytest.warns(
+        UserWarning, match=r"1 of the perturbed parameters \(weights, ...\) belong to layers of unknown"
+    ):
+        tracer.perturber(data)
+
+
 def test_a_lora_moves_as_whole_weights_do(tokens, rows, hooked):
     config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     tuned = get_peft_model(untrained("llama", len(tokens)), config).eval()
