@@ -139,7 +139,7 @@ class Call:
         """Return what the layer's matrix multiplies, `[positions, inputs]`; of an embedding, ids `[positions]`."""
         if self.given._version != self.version:
             raise ValueError(
-                f"What a {type(self.layer).__name__} has read is overwritten afterwards, so that its gradient does not "
+                f"What a {type(self.layer).__name__} has read is overwritten afterwards, so that its gradient doesn't "
                 "follow from it: take step='full', or perturb other layers with modules=[...]."
             )
         if isinstance(self.layer, nn.Embedding):

@@ -18,6 +18,8 @@ from hf_forward_inf.utils.models import check_in_memory, is_quantised, linear_la
 
 Parameters: TypeAlias = dict[str, Tensor | LowRank]
 """theta_K: the perturbed parameters by name, or low-rank changes of them; all others are theta's."""
+TOKENS = 64
+"""Tokens of an ordinary query, and the rank of a step of low rank."""
 LARGE = 256 * 2**20
 """Bytes of weights that change in full beyond which a warning says so."""
 SMALL = 16 * 2**20
@@ -137,25 +139,22 @@ def _nothing_matches(model: nn.Module, pattern: str, names: Iterable[str]) -> st
     return f"No parameter matches modules={pattern!r}.{hint} The model's top-level modules: {', '.join(tops)}."
 
 
-def copies_in_memory(model: nn.Module, names: list[str], each: int = 1) -> int:
-    """Number of models held in memory, each as `each` copies of what is perturbed: a tenth of the model, or 64 MiB."""
-    size = {name: p.numel() * p.element_size() for name, p in model.named_parameters()}
-    room = max(64 * 2**20, sum(size.values()) // 10)
-    return max(1, min(32, room // max(1, each * sum(size.get(name, 0) for name in names))))
+def copies_in_memory(model: nn.Module, size: int) -> int:
+    """Number of perturbed models of some bytes that are held in memory: a tenth of the model, or 64 MiB."""
+    room = max(64 * 2**20, sum(p.numel() * p.element_size() for p in model.parameters()) // 10)
+    return max(1, min(32, room // max(1, size)))
 
 
-def held_in_memory(model: nn.Module, names: list[str], rank: int) -> int:
-    """Number of models held in memory, each as changes of a rank ([`LowRank`]), or copies ([`materialised`])."""
+def bytes_of_change(model: nn.Module, names: list[str], rank: int | None = None) -> int:
+    """Return the bytes of a perturbed model: copies of its parameters, or changes of a rank ([`materialised`])."""
     own = dict(model.named_parameters())
     size = {name: own[name].numel() * own[name].element_size() for name in names}
-    found = sites(model, names)
-    if sum(size[name] for name in found) <= SMALL:
-        return copies_in_memory(model, names)
-    for name, layers in found.items():
-        outputs, inputs = sides_of(layers[0])
-        size[name] = 4 * min(rank * (outputs + inputs), 2 * outputs * inputs)
-    room = max(64 * 2**20, sum(p.numel() * p.element_size() for p in own.values()) // 10)
-    return max(1, min(32, room // max(1, sum(size.values()))))
+    found = sites(model, names) if rank is not None else {}
+    if sum(size[name] for name in found) > SMALL:
+        for name, layers in found.items():
+            outputs, inputs = sides_of(layers[0])
+            size[name] = 4 * min((rank or 0) * (outputs + inputs), 2 * outputs * inputs)
+    return sum(size.values())
 
 
 def warn_of_full_steps(model: nn.Module, names: list[str]) -> None:

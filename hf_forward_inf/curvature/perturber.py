@@ -9,8 +9,9 @@ from hf_forward_inf.adapters.base import Adapter, Rows
 from hf_forward_inf.adapters.contrast import encoded_adapter
 from hf_forward_inf.ascent.config import AscentConfig
 from hf_forward_inf.ascent.parameters import (
+    TOKENS,
+    bytes_of_change,
     copies_in_memory,
-    held_in_memory,
     is_low_rank,
     names_for,
     warn_of_full_steps,
@@ -20,9 +21,6 @@ from hf_forward_inf.curvature.directions import direction_for
 from hf_forward_inf.curvature.sample import Sample
 from hf_forward_inf.curvature.trust import ROWS, TrustRegion
 from hf_forward_inf.utils.fingerprints import fingerprint
-
-TOKENS = 64
-"""Tokens of an ordinary query, and the rank of its step."""
 
 
 class Perturber:
@@ -66,10 +64,9 @@ class Perturber:
 
     def _block_size(self, tokens: int) -> int:
         """Return how many models fit into a tenth of the model, or 64 MiB; for `"pcg"` with all shared products."""
-        if is_low_rank(self.adapter, self.ascent):
-            return held_in_memory(self.adapter.model, self.names, tokens * self.ascent.steps)
+        rank = tokens * self.ascent.steps if is_low_rank(self.adapter, self.ascent) else None
         copies = 1 + 2 * (self.ascent.iterations or 0) if self.shares else 1
-        return copies_in_memory(self.adapter.model, self.names, copies)
+        return copies_in_memory(self.adapter.model, copies * bytes_of_change(self.adapter.model, self.names, rank))
 
     def perturbation(self, queries: Rows) -> Perturbation:
         """Return the models theta_K of some encoded queries, computed when first used."""

@@ -8,7 +8,7 @@ from datasets import Dataset
 from torch import nn
 
 from hf_forward_inf.algorithm import Scorer
-from hf_forward_inf.ascent.parameters import copies_in_memory, names_for
+from hf_forward_inf.ascent.parameters import TOKENS, bytes_of_change, copies_in_memory, is_low_rank, names_for
 from hf_forward_inf.attribution import Attributor
 from hf_forward_inf.baselines import ATTRIBUTORS, BM25, Fusion, RepresentationSimilarity
 from hf_forward_inf.passes.base_pass import KEY
@@ -163,7 +163,7 @@ def _width(model: nn.Module) -> int:
 
 def _memory(tracer: Scorer, queries: int) -> int:
     """Return the bytes of the perturbed models that are held at once."""
-    names = names_for(tracer.adapter, tracer.ascent)
-    sizes = {name: p.numel() * p.element_size() for name, p in tracer.adapter.model.named_parameters()}
-    copies = min(queries, copies_in_memory(tracer.adapter.model, names))
-    return copies * sum(sizes.get(name, 0) for name in names)
+    model, ascent = tracer.adapter.model, tracer.ascent
+    rank = TOKENS * ascent.steps if is_low_rank(tracer.adapter, ascent) else None
+    size = bytes_of_change(model, names_for(tracer.adapter, ascent), rank)
+    return min(queries, copies_in_memory(model, size)) * size

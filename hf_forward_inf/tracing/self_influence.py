@@ -13,7 +13,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_forward_inf.adapters.base import Batch, Rows
 from hf_forward_inf.algorithm import Scorer
-from hf_forward_inf.ascent.parameters import Parameters, call, copies_in_memory, has_length, names_for, radius_of
+from hf_forward_inf.ascent.parameters import (
+    Parameters,
+    bytes_of_change,
+    call,
+    copies_in_memory,
+    has_length,
+    names_for,
+    radius_of,
+)
 from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.passes.candidate_pass import encode
 from hf_forward_inf.scores.metrics import best_first
@@ -100,7 +108,7 @@ def _shifts(tracer: Scorer, theta_k: Parameters, features: Rows) -> Tensor:
 
 def _batched(tracer: Scorer, encoded: Dataset) -> np.ndarray:
     names = names_for(tracer.adapter, tracer.ascent)
-    size = copies_in_memory(tracer.adapter.model, names)
+    size = copies_in_memory(tracer.adapter.model, bytes_of_change(tracer.adapter.model, names))
     batches = (encoded[start : start + size] for start in range(0, len(encoded), size))
     return np.concatenate([_scores_of_batch(tracer, names, features) for features in batches])
 
