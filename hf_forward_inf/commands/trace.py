@@ -40,14 +40,18 @@ def trace_run(options: TraceOptions, ascent: AscentConfig) -> dict[str, Any]:
 
     say(f"Tracing {len(task.queries)} queries over {len(task.candidates):,} candidates with {options.model} ...")
     found = {"forward_inf": tracer.trace(task.queries, task.candidates, time_budget=options.time_budget)}
+    plan = found["forward_inf"].plan
     costs: dict[str, float] = {}
+    for audit in () if plan is None else plan.audits:
+        say(f"{audit}.")
+        costs |= {"screen/recall": audit.recall, "screen/recall_error": audit.error}
     plot = ""
     if options.baselines:
         found |= run_baselines(task, tracer)
     if options.compare:
         comparison = run_comparison(task, tracer)
         found |= comparison.found
-        costs = comparison.costs
+        costs |= comparison.costs
         plot = plotted(budget_plot, comparison.curves) if comparison.curves else ""
 
     table = compare(found, task)

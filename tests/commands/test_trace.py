@@ -112,6 +112,17 @@ sys.exit(any(main(arguments) for arguments in json.loads(sys.argv[1])))
 """
 
 
+def test_a_screened_run_says_what_the_screen_finds(options, capsys):
+    options |= {"strategy": "screen", "screen": "bm25", "keep": 20, "audit": 10, "baselines": False, "top_k": 3}
+    metrics = trace_run(TraceOptions(**options), GRADIENT)
+    said = capsys.readouterr().out
+    assert "bm25 finds 0." in said and "of 40 random others" in said
+    assert 0 < metrics["screen/recall"] <= 1
+    found = Attribution.load_from_disk(Path(options["output"]) / "attribution")
+    assert (found.plan.strategy, found.plan.keep, found.plan.audits[0].drawn) == ("screen", 20, 40)
+    assert found.stage.all() and found.config["screen"] == "bm25"
+
+
 def test_two_processes_give_the_scores_of_one(options, corpus, tmp_path):
     (tmp_path / "runs.py").write_text(RUNS)
     launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
