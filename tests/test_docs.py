@@ -4,7 +4,9 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from functools import partial
+from io import StringIO
 from unittest.mock import patch
 
 import pytest
@@ -13,7 +15,7 @@ from datasets import DatasetDict
 
 from hf_forward_inf import cli
 from hf_forward_inf.baselines import ATTRIBUTORS
-from tests.helpers.pages import PAGES, ROOT, blocks, commands, parse, run_python
+from tests.helpers.pages import PAGES, ROOT, blocks, commands, compare, parse, run_python
 from tests.helpers.playground import chat_model, classifiers, linked, pictures
 
 LONGEST_README = 120
@@ -75,20 +77,22 @@ def run_page(page, names):
         if block.language == "python":
             run_python(block, names, exact=not trained_hardly)
         elif block.language == "shell":
-            for words in commands(block):
-                run_command(words)
+            with redirect_stdout(StringIO()) as printed:
+                for words in commands(block):
+                    run_command(words, again=block.output is not None)
+            compare(block, printed.getvalue())
         else:
             assert block.language in ("text", "yaml"), f"{page}, line {block.line}"
 
 
-def run_command(words):
+def run_command(words, again=False):
     if words[0] != "hf-forward-inf":
         return parse(words)
     if words[-1] == "--help":
         with pytest.raises(SystemExit) if len(words) > 2 else open(os.devnull):
             cli.main(words[1:])
         return None
-    if tuple(words) not in RUN:  # pages may have a command in common
+    if again or tuple(words) not in RUN:  # pages may have a command in common
         assert cli.main([*words[1:], "--quiet"]) == 0
         RUN.add(tuple(words))
 

@@ -58,6 +58,7 @@ def chat_model(folder):
 def pictures(folder):
     """A diffusion pipeline, and captioned pictures."""
     drawing.stable_diffusion().save_pretrained(folder / "my-pipeline")
+    write_rows(folder / "captions.jsonl", [{"caption": "a red square"}])
     (folder / "pictures").mkdir()
     rows = drawing.rows(6)
     for i, row in enumerate(rows):
