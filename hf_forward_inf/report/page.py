@@ -32,8 +32,7 @@ RISE = "the increase of an example's loss"
 SHIFT = "the change in the model's prediction for an example"
 BUDGET_CAPTION = (
     "MRR of each attributor after a given time, with the candidates that it has not scored yet ranked last. Each "
-    "scores candidates at its own measured speed, in one random order; a cascade starts with the best of its first "
-    "stage."
+    "scores candidates at its own measured speed, in one random order; those that a screen kept come first."
 )
 
 
