@@ -1,7 +1,7 @@
 """Metrics of a ranking against known proponents, as FTRACE defines them (Akyürek et al., 2022), or retraining.
 
 Ties never help: candidates with equal scores have no order, and each metric is its expectation over all orders of
-them. Candidates without a score (NaN) share the last rank.
+them, which no library of rankings computes. Candidates without a score (NaN) share the last rank.
 """
 
 from collections.abc import Sequence
@@ -264,9 +264,13 @@ def lds(
 
 def bootstrap_interval(values: np.ndarray, *, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
     """Return the 95% bootstrap interval of the mean over queries, given one value per query, `[queries]`."""
-    draws = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
-    low, high = np.percentile(values[draws].mean(axis=1), [2.5, 97.5])
-    return float(low), float(high)
+    from scipy.stats import bootstrap
+
+    if len(values) < 2:
+        return float(np.mean(values)), float(np.mean(values))
+    options = {"n_resamples": resamples, "method": "percentile", "rng": np.random.default_rng(seed)}
+    interval = bootstrap((values,), np.mean, **options).confidence_interval
+    return float(interval.low), float(interval.high)
 
 
 def lds_by_query(scores: np.ndarray, subsets: np.ndarray, losses: np.ndarray) -> np.ndarray:
@@ -288,15 +292,17 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
     """
     if np.isnan(a).any() or np.isnan(b).any():
         raise ValueError("NaN has no rank: leave out subsets or queries without a finite loss or score.")
-    a, b = (mean_ranks(values) - (len(values) + 1) / 2 for values in (a, b))
-    spread = np.sqrt((a @ a) * (b @ b))
-    return float(a @ b / spread) if spread > 0 else 0.0
+    from scipy.stats import spearmanr
+
+    constant = len(a) < 2 or (a == a[0]).all() or (b == b[0]).all()
+    return 0.0 if constant else float(spearmanr(a, b).statistic)
 
 
 def mean_ranks(values: np.ndarray) -> np.ndarray:
     """Return ranks, 1 for the highest value; equal values share their mean rank."""
-    _, group, sizes = np.unique(-values, return_inverse=True, return_counts=True)
-    return (np.cumsum(sizes) - (sizes - 1) / 2)[group]
+    from scipy.stats import rankdata
+
+    return rankdata(-values)
 
 
 def detection(scores: np.ndarray, wrong: np.ndarray, share: float = 0.15) -> dict[str, float]:

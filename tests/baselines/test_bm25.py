@@ -41,6 +41,15 @@ def test_scores_are_bm25_plus_with_the_answer_in_its_place():
     np.testing.assert_allclose(found.scores[0], bm25_plus(["France", "owns", "Paris"], documents), rtol=1e-5)
 
 
+def test_words_that_repeat_and_words_that_no_candidate_has_count_as_in_the_formula():
+    documents = ["a b a", "b", "", "c c c d"]
+    queries = ["a a b", "nowhere", "", "d nowhere c"]
+    found = BM25().trace(Dataset.from_dict({"text": queries}), Dataset.from_dict({"text": documents}))
+    expected = [bm25_plus(query.split(), [text.split() for text in documents]) for query in queries]
+    np.testing.assert_allclose(found.scores, expected, rtol=1e-5)
+    np.testing.assert_array_equal(BM25().trace({"text": "a"}, {"text": ["", ""]}).scores, [[0, 0]])
+
+
 def test_without_the_answer_its_words_count_nothing():
     found = BM25(with_answer=False).trace(QUERY, ROWS)
     documents = [text.split() for text in ROWS["inputs_pretokenized"]]
