@@ -79,6 +79,11 @@ class Ranked(Protocol):
         """Scores of single tokens or places, for some pairs."""
         ...
 
+    @property
+    def plan(self) -> Any:
+        """What was computed; its text is for people."""
+        ...
+
     def top(self, query: int, k: int = 10) -> Dataset:
         """Return the best candidates of one query, best first."""
         ...
@@ -151,7 +156,7 @@ def write_report(
         figures=sorted({name for row in (metrics or {}).values() for name in row}, key=_figure_order),
         plot_caption=plot_caption or BUDGET_CAPTION, queries=queries, pictures=album.stored(),
         attributors=[attribution.method, *(other.method for other in compare)], rule=RULE,
-        opened=OPENED if len(queries) <= FEW else 1, about={**(about or {}), **_made()},
+        opened=OPENED if len(queries) <= FEW else 1, about={**(about or {}), **_made(attribution)},
         preview=None if preview is None else Path(preview).name, style=_asset("page.css"), script=_asset("page.js"),
         script_hash=_hash(_asset("page.js")),
     )  # fmt: skip
@@ -213,8 +218,10 @@ def _measured(attribution: Ranked) -> str:
     return RISE + ("" if drawn else " (in nats)")
 
 
-def _made() -> dict[str, str]:
-    return {"hf_forward_inf": version("hf-forward-inf"), "date": date.today().isoformat()}
+def _made(attribution: Ranked) -> dict[str, str]:
+    """Return what the foot says of every page: how candidates were traced, version and date."""
+    plan = {} if attribution.plan is None else {"traced": str(attribution.plan)}
+    return {**plan, "hf_forward_inf": version("hf-forward-inf"), "date": date.today().isoformat()}
 
 
 @cache

@@ -29,8 +29,8 @@ def push(
     """Upload a result to a dataset of the hub, which is made if need be.
 
     Args:
-        found (`Attribution`): The result. All columns of its queries and of the candidates that are among the best
-            are uploaded.
+        found (`Attribution`): The result. All columns of its queries and candidates are uploaded; where only the best
+            were kept, of these candidates alone.
         repo_id (`str`): Such as `"me/why-lima"`.
         k (`int`, defaults to 10): Candidates of each query in the table that the viewer shows.
         private (`bool`, *optional*): Whether a new dataset is private. Defaults to the owner's setting.
@@ -51,8 +51,7 @@ def push(
 
 def write(found: Any, folder: Path, repo_id: str, k: int = 10) -> None:
     """Write the files that [`push`] uploads: parquet, JSON and the card."""
-    found = found if found.indices is not None else found.keep(found.scores.shape[1])
-    compact = found.compact() if found.indices.shape[1] < found.total else found
+    compact = found.compact()
     parts = {TABLE: shown(found, k), **tables(compact), "scores": scores(compact)}
     written = [name for name, rows in parts.items() if rows is not None]
     with progress_bars(False):

@@ -1,10 +1,13 @@
 import re
+from datetime import date
 
 import numpy as np
+import pytest
 from datasets import Dataset
 from PIL import Image
 
 from hf_forward_inf import Attribution
+from hf_forward_inf.plan import Plan
 from hf_forward_inf.report import write_report
 
 ROWS = {
@@ -65,6 +68,22 @@ def test_only_the_best_are_shown(tmp_path):
         k=2,
     )
     assert (tmp_path / "x.html").read_text().count('class="rank"') == 2
+
+
+def test_the_foot_says_what_was_traced_how_and_with_what(tmp_path):
+    plan = Plan("full", "it is cheap", queries=1, candidates=3)
+    found = Attribution(np.ones((1, 3), np.float32), Dataset.from_dict({"q": [1]}), Dataset.from_dict(ROWS), plan=plan)
+    found.to_html(tmp_path / "page.html", about={"model": "me/<b>tiny</b>"}, remarks=["A & B"])
+    html = (tmp_path / "page.html").read_text()
+    assert "me/&lt;b&gt;tiny" in html and "the finite step on all 3 candidates (it is cheap)" in html
+    assert "A &amp; B" in html and str(date.today()) in html
+
+
+def test_results_for_other_queries_are_not_compared(tmp_path):
+    rows = Dataset.from_dict({"text": ["a", "b"]})
+    one, two = (Attribution(np.ones((n, 2), np.float32), rows.select(range(n)), rows) for n in (1, 2))
+    with pytest.raises(ValueError, match="forward_inf has 2 queries and forward_inf 1"):
+        one.to_html(tmp_path / "page.html", compare=[two])
 
 
 def test_pairs_contrasts_and_pictures_in_conversations_are_shown(tmp_path):
