@@ -108,11 +108,12 @@ class Heatmap:
     spots: list[tuple[float, float]]
 
 
-def heatmap(detail: Mapping[str, Any] | None) -> Heatmap | None:
+def heatmap(detail: Mapping[str, Any] | None, highest: float | None = None) -> Heatmap | None:
     """Return a heatmap to lay over a picture; `None` without details.
 
     Args:
         detail (`dict`): A row of `Attribution.details` whose terms are places, `row,column`.
+        highest (`float`, *optional*): The highest score of a place in all rows of the query. Defaults to this row's.
     """
     if detail is None:
         return None
@@ -120,10 +121,11 @@ def heatmap(detail: Mapping[str, Any] | None) -> Heatmap | None:
 
     height, width = (int(number) + 1 for number in detail["terms"][-1].split(","))
     rises = np.clip(np.asarray(detail["term_scores"], dtype=float), 0, None).reshape(height, width)
+    highest = highest or float(rises.max()) or 1.0
     layer = np.zeros((height, width, 4), dtype=np.uint8)
     layer[..., :3] = (224, 82, 60)
-    layer[..., 3] = DARKEST * rises / (rises.max() or 1.0)
+    layer[..., 3] = DARKEST * np.minimum(1.0, rises / highest)
     order = np.argsort(-rises, axis=None)[:SPOTS]
-    hot = [np.unravel_index(place, rises.shape) for place in order if rises.flat[place] > 0.5 * rises.max()]
+    hot = [np.unravel_index(place, rises.shape) for place in order if rises.flat[place] > 0.5 * highest]
     spots = [(float((x + 0.5) / width), float((y + 0.5) / height)) for y, x in hot]
     return Heatmap(png_uri(Image.fromarray(layer)), spots)

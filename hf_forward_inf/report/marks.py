@@ -44,12 +44,15 @@ class Heat:
 
     Args:
         detail (`dict`, *optional*): A row of `Attribution.details`. Without it there is no heat.
+        highest (`float`, *optional*): The score of the hottest token of all rows of the query. Defaults to this row's.
     """
 
-    def __init__(self, detail: Mapping[str, Any] | None):
+    def __init__(self, detail: Mapping[str, Any] | None, highest: float | None = None):
         pairs = [] if detail is None else list(zip(detail["terms"], detail["term_scores"], strict=True))
         self.terms = [(_bare(text), float(score)) for text, score in pairs]
-        self.highest = max((abs(score) for text, score in self.terms if text.strip()), default=0.0)
+        own = max((abs(score) for text, score in self.terms if text.strip()), default=0.0)
+        self.highest = own if highest is None else highest
+        self.is_lost = bool(self.terms)  # until some of the tokens are found in a text
         self.characters = [(one, i) for i, (text, _) in enumerate(self.terms) for one in text if not one.isspace()]
         self.joined = "".join(one for one, _ in self.characters)
 
@@ -59,6 +62,7 @@ class Heat:
         start = self.joined.rfind("".join(text[place] for place in places)) if places else -1
         found: list[int | None] = [None] * len(text)
         if start >= 0:
+            self.is_lost = False
             for offset, place in enumerate(places):
                 found[place] = self.characters[start + offset][1]
         return found

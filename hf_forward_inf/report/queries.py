@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_forward_inf.report.duplicates import stacked
-from hf_forward_inf.report.marks import Span
+from hf_forward_inf.report.marks import Heat, Span
 from hf_forward_inf.report.rows import Reader, View, rows_of
 from hf_forward_inf.report.strip import strip
 from hf_forward_inf.report.texts import shortened
@@ -99,9 +99,11 @@ def _ranking(
     k: int,
 ) -> Ranking:
     best = found.top(number, k)
+    hottest = (Heat(detail).highest for (i, _), detail in details.items() if i == number)
+    highest = max(hottest, default=None)
     views = []
     for row in rows_of(best):
-        view = reader.read(row, best.features, details.get((number, row["candidate"])), query.words)
+        view = reader.read(row, best.features, details.get((number, row["candidate"])), query.words, highest)
         view.rank, view.score, view.candidate = row["rank"], row["score"], row["candidate"]
         view.level, view.computed = row.get("level") or "", row.get("stage", True)
         view.proponent = view.candidate in proponents
@@ -115,7 +117,8 @@ def _ranking(
 
 def _stacked(views: list[View]) -> list[View]:
     """Return rows with those that say nearly the same below the first of them."""
-    for first, *copies in (groups := stacked([view.text if not view.pictures else "" for view in views])):
+    groups = stacked(["" if view.pictures else view.text for view in views])
+    for first, *copies in groups:
         views[first].copies = [views[i] for i in copies]
     return [views[group[0]] for group in groups]
 

@@ -96,6 +96,7 @@ class Reader:
         features: Features,
         detail: Mapping[str, Any] | None = None,
         shared: Collection[str] = (),
+        highest: float | None = None,
     ) -> View:
         """Return what is shown of a row.
 
@@ -104,24 +105,24 @@ class Reader:
             features (`datasets.Features`): The features of its dataset, which name classes.
             detail (`dict`, *optional*): Scores of its tokens or places.
             shared (`set[str]`): Words to mark.
+            highest (`float`, *optional*): The highest of such scores among all rows of the query.
         """
         columns = self.columns if self.columns and set(self.columns) & set(row) else None
         on_picture = "image" in row and text_columns(row) in CAPTIONS
-        heat = Heat(None if on_picture else detail)
+        heat = Heat(None if on_picture else detail, highest)
         said = None if columns else turns(row)
         whole = pieces(row, columns)
         if not said and on_picture:
             whole = [Piece(piece.text, False) for piece in whole]
         spans, rest = ([], []) if said else cut(marked(whole, heat, shared), LONG)
         bubbles = [self._bubble(turn, heat, shared) for turn in said or []]
-        hot = any(span.heat for span in spans + rest) or any(s.heat for b in bubbles for s in b.spans + b.rest)
-        if heat.highest and not hot:  # its tokens are not found in the text: they are shown themselves
+        if heat.is_lost:  # its tokens are not found in the text: they are shown themselves
             rest = [*rest, *heat.spans()]
         text = plain(row, columns)
         label = named(row, features, "label")
         return View(
             text=text, answer=answer(row, columns), spans=spans, rest=rest, bubbles=bubbles,
-            pictures=self.album.add(row), heat=heatmap(detail) if on_picture else None,
+            pictures=self.album.add(row), heat=heatmap(detail, highest) if on_picture else None,
             alt=shortened(text, 100) or label, label=label, prediction=_prediction(row, features),
             identity=_first(row, IDS)[1], source=_first(row, SOURCES)[1], others=_others(row),
         )  # fmt: skip

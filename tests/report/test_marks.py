@@ -27,6 +27,12 @@ def test_a_text_that_holds_none_of_the_tokens_is_not_heated():
     assert shown(heat.spans()) == [("other", 4)]
 
 
+def test_heat_is_a_share_of_the_hottest_token_of_all_rows():
+    heat = Heat({"terms": ["cold", " warm"], "term_scores": [0.01, 3.0]}, highest=10.0)
+    assert shown(marked([Piece("cold warm", False)], heat)) == [("cold ", 0), ("warm", 2)]
+    assert not heat.is_lost and Heat({"terms": ["a"], "term_scores": [1.0]}).is_lost
+
+
 def test_whole_words_that_mean_something_are_shared():
     assert words("The capital of Peru, in 7 words") == {"capital", "peru", "7", "words"}
     spans = marked([Piece("Peruvian PERU is in Peru", False)], Heat(None), {"peru"})
