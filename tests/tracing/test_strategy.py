@@ -185,7 +185,7 @@ def test_a_plan_names_what_is_cached_and_is_kept_with_the_result(model, tokenize
 def test_auto_takes_the_full_pass_where_the_audit_finds_that_a_screen_fails(model, tokenizer, queries, corpus):
     rows = corpus["abstracts"].select(range(300))
     tracer = ForwardInf(model, tokenizer, ascent=PLAIN, screen=Random(seed=1), keep=20, audit=60)
-    with pytest.warns(UserWarning, match="The screen fails: random finds 0.*All candidates are scored instead"):
+    with pytest.warns(UserWarning, match="The screen fails: random finds 0.*Another way is taken instead"):
         found = tracer.trace(corpus["queries"].select(range(10)), rows)
     assert found.stage is None
     assert found.plan.strategy == "full" and found.plan.reason == "random failed"
@@ -194,6 +194,24 @@ def test_auto_takes_the_full_pass_where_the_audit_finds_that_a_screen_fails(mode
         corpus["queries"].select(range(10)), rows
     )
     np.testing.assert_array_equal(found.scores, expected.scores)
+
+
+def test_auto_tries_the_parts_of_the_default_screen_before_the_full_pass(model, tokenizer, corpus, monkeypatch):
+    queries, rows = corpus["queries"].select(range(10)), corpus["abstracts"].select(range(300))
+    tracer = ForwardInf(model, tokenizer, ascent=PLAIN, keep=20, audit=30)
+    good = tracer.with_options(keep=None).trace(queries, rows, strategy="full").scores
+    monkeypatch.setattr(BM25, "score", lambda self, asked, candidates: -good)  # the worst, which spoils both
+    with pytest.warns(UserWarning, match="The screen fails"):
+        found = tracer.with_options(keep=20).trace(queries, rows)
+    tried = [audit.screen for audit in found.plan.audits]
+    assert tried == ["bm25+representation", "bm25", "representation"][: len(tried)] and len(tried) > 1
+    monkeypatch.setattr(RepresentationSimilarity, "score", lambda self, asked, candidates: good)
+    monkeypatch.setattr(strategy, "failed", lambda audit: audit.screen != "representation")
+    with pytest.warns(UserWarning, match="The screen fails"):
+        found = tracer.trace(queries, rows)
+    assert found.plan.screen == "representation" and len(found.plan.audits) == 3
+    best = np.argsort(-good, axis=1)[:, :20]
+    np.testing.assert_array_equal(np.take_along_axis(found.stage, best, axis=1), True)
 
 
 def test_a_full_pass_can_set_all_but_the_best_to_a_floor(model, tokenizer, queries, rows):
