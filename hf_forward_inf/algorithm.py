@@ -1,6 +1,7 @@
 """Algorithm 1 of "The Mirrored Influence Hypothesis" (Ko et al., CVPR 2024): scores of candidates for queries."""
 
 import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing_extensions import Self
 
 from hf_forward_inf.adapters import Adapter, choose_adapter
 from hf_forward_inf.ascent.config import AscentConfig
-from hf_forward_inf.ascent.steps import Mirrored
+from hf_forward_inf.ascent.steps import Mirrored, PerturbedModels
 from hf_forward_inf.attribution import Attributor
 from hf_forward_inf.baselines.ensembles import described
 from hf_forward_inf.curvature.perturber import Perturber
@@ -32,6 +33,9 @@ CHOICES = {
     "units": (None, "loss", "base_loss"),
     "strategy": ("auto", "full", "screen"),
 }
+
+Blocks = Callable[[], Iterator[tuple[slice, PerturbedModels]]]
+"""Yields the rows of each block of queries and their perturbed models ([`Perturber.blocks`])."""
 
 
 class Scorer:
@@ -127,6 +131,7 @@ class Scorer:
         scratch: Path | None = None,
         first_row: int = 0,
         loss: LossPass | None = None,
+        models: Blocks | None = None,
     ) -> np.ndarray:
         """Algorithm 1 on all candidates: float32 scores, `[queries, candidates]`, NaN where one is not finite.
 
@@ -136,15 +141,16 @@ class Scorer:
             scratch (`Path`, *optional*): Where what is computed of the candidates is cached. Defaults to `cache_dir`.
             first_row (`int`, defaults to 0): The number that messages give the first candidate.
             loss (`LossPass`, *optional*): The pass over the candidates. Defaults to a new one.
+            models (`Callable`, *optional*): Returns the queries' perturbed models, a block at a time, where they were
+                prepared ([`prepared.prepare`]).
         """
-        d_tst = encode(self.adapter, queries, "queries", self.cache_dir)
         scores = np.empty((len(queries), len(candidates)), dtype=np.float32)
         with evaluating(self.adapter.model), np.errstate(invalid="ignore"):
             loss = loss or self.candidate_pass(candidates, scratch, first_row)
-            perturber = self.perturber(candidates, loss)
+            models = models or self.models_of(queries, candidates, loss)
             base = loss.base()  # L(theta, D_i)
             # K steps of gradient ascent on the loss of each D_tst: theta -> theta_K.
-            for rows, theta_k in perturber.blocks(d_tst):
+            for rows, theta_k in models():
                 symmetric = self.ascent.mode == "symmetric"
                 with counting(rows.stop - rows.start, parts=1 + symmetric):
                     scores[rows] = loss(theta_k) - base  # L(theta_K, D_i) - L(theta, D_i)
@@ -158,6 +164,12 @@ class Scorer:
         scores = -rises if self.ascent.mode == "descent" and self.measure == "rise" else rises
         scores = scores / terms if self.reduction == "mean" else scores
         return np.where(np.isfinite(scores), scores, np.nan).astype(np.float32)
+
+    def models_of(self, queries: Dataset, candidates: Dataset, loss: LossPass | None = None) -> Blocks:
+        """Return what perturbs the model for each block of queries; arguments as in [`perturber`]."""
+        d_tst = encode(self.adapter, queries, "queries", self.cache_dir)
+        perturber = self.perturber(candidates, loss)
+        return lambda: perturber.blocks(d_tst)
 
     def perturber(self, candidates: Dataset, loss: LossPass | None = None) -> Perturber:
         """Return what perturbs the model.

@@ -9,7 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from functools import partial
 from importlib import import_module
 from importlib.metadata import version
@@ -165,23 +165,31 @@ def run_command(
         bars (`bool`, defaults to `True`): Whether progress is shown; not where many short passes would.
         alone (`bool`, defaults to `False`): Whether no model is run, so that nothing is prepared for one.
     """
+    from hf_forward_inf.utils.interruptions import interruptible, is_lost_peer, report, report_lost_peer, say_once
     from hf_forward_inf.utils.parser import OptionParser
 
     words = sys.argv[1:] if arguments is None else arguments
-    options, given = OptionParser(*kinds, prog=program).parse(words)
+    with redirect_stderr(StringIO()) if int(os.environ.get("RANK", 0)) else nullcontext():  # wrong options, once
+        options, given = OptionParser(*kinds, prog=program).parse(words)
     try:
         printed = redirect_stdout(StringIO()) if given.json else nullcontext()
-        with printed, nullcontext() if alone else _prepared(bars, given.quiet or given.json):
+        with interruptible(), printed, nullcontext() if alone else _prepared(bars, given.quiet or given.json):
             result = run(*options)
         if given.json:
             _print_json(result)
+    except KeyboardInterrupt as stop:
+        return report(stop)
     except EXPECTED as error:
-        print(f"error: {error or type(error).__name__}", file=sys.stderr)
+        say_once(f"error: {str(error) or type(error).__name__}")
         return 1
     except ImportError as error:
         hint = f" It may need: pip install 'hf-forward-inf[{extra}]'." if extra else ""
-        print(f"error: {error}.{hint}".replace("..", "."), file=sys.stderr)
+        say_once(f"error: {error}.{hint}".replace("..", "."))
         return 1
+    except RuntimeError as error:
+        if not is_lost_peer(error):
+            raise
+        return report_lost_peer()
     return 0
 
 

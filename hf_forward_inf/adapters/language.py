@@ -6,14 +6,13 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from hf_forward_inf.adapters.base import Adapter, Rows
@@ -242,7 +241,10 @@ def check_tokenizer(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
 
 def pad(sequences: list[list[int]], value: int) -> Tensor:
     """Pad on the right to a common length, `[rows, longest]`."""
-    return pad_sequence([torch.tensor(s) for s in sequences], batch_first=True, padding_value=value)
+    counts = np.array([len(sequence) for sequence in sequences])
+    padded = np.full((len(counts), counts.max(initial=0)), value)
+    padded[np.arange(padded.shape[1]) < counts[:, None]] = np.fromiter(chain.from_iterable(sequences), dtype=np.int64)
+    return torch.from_numpy(padded)
 
 
 def longest_input(config: Any, tokenizer: PreTrainedTokenizerBase, part: str = "decoder") -> int | None:

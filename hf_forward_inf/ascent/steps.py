@@ -55,6 +55,7 @@ class PerturbedModels(Protocol):
     """Some perturbed models: their fingerprint is known at once, their parameters are computed when first used."""
 
     fingerprint: str
+    adapter: Adapter
 
     def __len__(self) -> int:
         """Number of models."""
@@ -134,8 +135,8 @@ class Perturbation:
 class Mirrored:
     """The models after the same steps to the other side, 2 theta - theta_K ([`PerturbedModels`])."""
 
-    def __init__(self, other: Perturbation):
-        self.other = other
+    def __init__(self, other: PerturbedModels):
+        self.other, self.adapter = other, other.adapter
         self.fingerprint = fingerprint(other.fingerprint, "mirrored")
 
     def __len__(self) -> int:
@@ -144,7 +145,7 @@ class Mirrored:
     @cached_property
     def thetas(self) -> list[Parameters | None]:
         """The mirror image of each query's theta_K."""
-        own = dict(self.other.adapter.model.named_parameters())
+        own = dict(self.adapter.model.named_parameters())
         return [None if theta is None else _mirrored(own, theta) for theta in self.other.thetas]
 
 

@@ -3,6 +3,7 @@
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import TypeAlias
 
@@ -75,7 +76,7 @@ class CandidatePass:
         self.order = np.lexsort(-lengths.T[::-1])
         self.encoded, self.lengths = encoded.select(self.order), lengths[self.order]
         self.cuts = list(batches(lengths[self.order], self.max_batch_length))
-        self.fingerprint = fingerprint(fingerprint_of_model(adapter.model), adapter.cache_key, encoded._fingerprint)
+        self._of_rows = encoded._fingerprint
         hooked = foreign_hooks(adapter.model)
         self.cached = not hooked
         if hooked and self.state.is_main_process:
@@ -115,6 +116,11 @@ class CandidatePass:
                 add(rows, values[rows])
                 advance(len(rows))
         return self._gathered(values).T
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Fingerprint of all that values depend on besides a pass's own key."""
+        return fingerprint(fingerprint_of_model(self.adapter.model), self.adapter.cache_key, self._of_rows)
 
     def is_cached(self, key: str) -> bool:
         """Return whether all values of a pass are stored."""

@@ -18,10 +18,13 @@ class LossPass(CandidatePass):
 
     kind = ""
     """Part of the cache key: separates what subclasses compute from plain losses."""
+    _base: np.ndarray | None = None
 
     def base(self) -> np.ndarray:
         """Compute the base loss of every candidate, L(theta, D_i), summed over its terms; float32 `[candidates]`."""
-        return self.run(lambda batch: self._losses(batch, [{}]), 1, "base", "base losses")[0]
+        if self._base is None:
+            self._base = self.run(lambda batch: self._losses(batch, [{}]), 1, "base", "base losses")[0]
+        return self._base
 
     def __call__(self, perturbed: PerturbedModels, title: str = "losses") -> np.ndarray:
         """Compute every candidate's loss under each perturbed model, L(theta_K, D_i).

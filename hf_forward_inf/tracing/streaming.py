@@ -2,9 +2,8 @@
 
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,16 +13,17 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset, DatasetInfo, IterableDataset, concatenate_datasets
 from datasets.table import InMemoryTable
 
-from hf_forward_inf.algorithm import Scorer
+from hf_forward_inf.algorithm import Blocks, Scorer
 from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.data.inputs import as_dataset
 from hf_forward_inf.scores.corrections import check_enough, standardised
 from hf_forward_inf.scores.metrics import best_first
-from hf_forward_inf.utils.fingerprints import fingerprint, fingerprint_of_model
+from hf_forward_inf.tracing.prepared import prepare
+from hf_forward_inf.utils.fingerprints import fingerprint, fingerprint_of_model, uncached
 from hf_forward_inf.utils.processes import process_state, progress_bars
 from hf_forward_inf.utils.progress import progress as shown_progress
 from hf_forward_inf.utils.rows import sample_rows
-from hf_forward_inf.utils.storage import default_cache_dir, write_folder
+from hf_forward_inf.utils.storage import default_cache_dir, temporary_folder, write_folder
 from hf_forward_inf.utils.validation import lost_candidates, warn_of_lost
 
 FIRST_ROWS = 16
@@ -71,15 +71,16 @@ def trace_stream(
     chunk_size: int = 2000,
     standardise: bool = False,
     folder: str | Path | None = None,
+    models: Blocks | None = None,
 ) -> Attribution:
     """Score every row of a stream for every query, and return the best candidates of each query.
 
-    The stream is read a chunk at a time. A chunk's encoded rows and losses are on disk only while it is traced; after
-    that, only rows that are among the best of some query remain. All rows of a chunk get the finite step, whatever the
-    tracer's strategy: the floors of screened chunks could not be compared. Each chunk costs what [`ForwardInf.trace`]
-    does, the queries' ascent included: for a chunk of some thousand rows the ascent is a small part of it.
+    The model is perturbed once for all queries. The stream is read a chunk at a time, of which only the rows that are
+    among the best of some query remain: a chunk costs the forward passes over its rows, and is not cached. All rows of
+    a chunk get the finite step, whatever the tracer's strategy: the floors of screened chunks could not be compared.
 
-    A direction that is corrected by curvature takes its sample from the first chunk, unless the tracer has `training`.
+    A direction that is corrected by curvature, and a trust region, take their sample from the first chunk, unless the
+    tracer has `training`.
 
     Args:
         tracer (`ForwardInf`): With any adapter.
@@ -92,6 +93,8 @@ def trace_stream(
         folder (`str` or `Path`, *optional*): Where the best candidates and the position in the stream are saved after
             each chunk; the same call then resumes after the last saved chunk. (A shuffled stream loses what is in its
             buffer.)
+        models (`Callable`, *optional*): The queries' perturbed models, where they were prepared
+            ([`prepared.prepare`]).
 
     Returns:
         `Attribution`: Scores `[queries, top_k]`. Its candidates are the best rows in stream order, with a column
@@ -111,9 +114,7 @@ def trace_stream(
     if standardise:
         check_enough(len(queries), 3 if known_deviation is None else 2)
     stream = stream.with_format("arrow")  # a copy, with a position of its own
-    if tracer.training is None and tracer.ascent.sample is not None:
-        training = sample_rows(first_chunk(stream, chunk_size), tracer.ascent.sample, tracer.ascent.seed)
-        tracer = tracer.with_options(training=training)
+    tracer = with_training(tracer, stream, chunk_size)
     run = fingerprint(
         fingerprint_of_model(tracer.adapter.model), tracer.adapter.cache_key, queries._fingerprint, tracer.config,
         top_k, chunk_size, standardise, None if folder is None else _identity(stream),
@@ -121,9 +122,11 @@ def trace_stream(
     saved = None if folder is None else _resumed(Path(folder), run, stream)
     best, progress = saved or (_empty(tracer, queries, standardise), Progress(run))
     main = process_state().is_main_process
-    with shown_progress("tracing", None, "rows", progress.streamed) as advance:
+    cache = tracer.cache_dir or default_cache_dir()
+    with shown_progress("tracing", None, "rows", progress.streamed) as advance, _scratch(cache) as scratch:
         for rows in _chunks(stream, chunk_size, progress.streamed):
-            scores = _scored(tracer, queries, rows, progress.streamed)
+            models = models or prepare(tracer, queries, scratch / "models", in_memory=True)
+            scores = _scored(tracer, queries, models, rows, progress.streamed, scratch / "chunk")
             scores = standardised(scores, known_deviation) if standardise else scores
             best = _merged(best, scores, rows, progress.streamed, top_k)
             progress = progress.after(scores, stream)
@@ -137,6 +140,14 @@ def trace_stream(
         best.keep(top_k), config={**best.config, **counts}, backgrounds=None, traced=progress.streamed,
         rows=np.array(best.candidates[STREAM_ROW][:], dtype=np.int64),
     )  # fmt: skip
+
+
+def with_training(tracer: Scorer, stream: IterableDataset, chunk_size: int) -> Scorer:
+    """Return an attributor with training data, from the first chunk of a stream, where its step needs any."""
+    if tracer.training is not None or (tracer.ascent.sample is None and tracer.ascent.trust is None):
+        return tracer
+    chunk = first_chunk(stream, chunk_size)
+    return tracer.with_options(training=sample_rows(chunk, tracer.ascent.sample or len(chunk), tracer.ascent.seed))
 
 
 def _check(stream: Any, **sizes: int) -> None:
@@ -189,17 +200,26 @@ def _chunks(stream: IterableDataset, size: int, start: int = 0) -> Iterator[Data
             ) from error
         if table is None:
             return
+        table = table.combine_chunks()  # of a generator each row is a piece
         yield Dataset(InMemoryTable(table), info=DatasetInfo(features=stream.features))
         start += len(table)
 
 
-def _scored(tracer: Scorer, queries: Dataset, rows: Dataset, start: int) -> np.ndarray:
-    """Compute a chunk's scores, `[queries, rows]`; its encoded rows and losses are deleted afterwards."""
-    with progress_bars(False), _scratch(tracer.cache_dir or default_cache_dir()) as scratch:
+def _scored(tracer: Scorer, queries: Dataset, models: Blocks, rows: Dataset, start: int, scratch: Path) -> np.ndarray:
+    """Compute a chunk's scores, `[queries, rows]`; nothing of it is cached, but what several processes share."""
+    state = process_state()
+    with progress_bars(False), uncached() if state.num_processes == 1 else nullcontext():
         try:
-            scores = tracer.in_units(tracer.score(queries, rows, scratch, start), rows, scratch, start)
+            loss = tracer.candidate_pass(rows, scratch, start)
+            scores = tracer.score(queries, rows, scratch, start, loss, models)
+            if tracer.units != "loss":
+                scores = tracer.divided(scores, tracer.unit(loss.base(), loss.terms, start))
         except ValueError as error:
             raise ValueError(f"Rows {start} to {start + len(rows) - 1} of the stream: {error}") from error
+    if state.num_processes > 1:
+        state.wait_for_everyone()
+        if state.is_main_process:
+            shutil.rmtree(scratch, ignore_errors=True)
     warn_of_lost(scores, np.arange(start, start + len(rows)))
     return scores
 
@@ -208,17 +228,9 @@ def _scored(tracer: Scorer, queries: Dataset, rows: Dataset, start: int) -> np.n
 def _scratch(folder: Path) -> Iterator[Path]:
     """Create a temporary folder that all processes share, and delete it afterwards."""
     state = process_state()
-    made = [""]
-    if state.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        made = [tempfile.mkdtemp(prefix="chunk-", dir=folder)]
-    scratch = Path(made[0] if state.num_processes == 1 else broadcast_object_list(made)[0])
-    try:
-        yield scratch
+    with temporary_folder(folder) if state.is_main_process else nullcontext(folder) as own:
+        yield own if state.num_processes == 1 else Path(broadcast_object_list([str(own)])[0])
         state.wait_for_everyone()
-    finally:
-        if state.is_main_process:
-            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _merged(best: Attribution, scores: np.ndarray, rows: Dataset, start: int, top_k: int) -> Attribution:
@@ -228,6 +240,8 @@ def _merged(best: Attribution, scores: np.ndarray, rows: Dataset, start: int, to
     scores = np.concatenate([best.scores, scores], axis=1)
     ranked = [(row, best_first(row)[:top_k]) for row in scores]
     remaining = np.unique(np.concatenate([first[~np.isnan(row[first])] for row, first in ranked]))
+    if len(remaining) == len(best.candidates) and (remaining < len(remaining)).all():  # nothing better in this chunk
+        return best
     with progress_bars(False):
         candidates = rows.select(remaining).flatten_indices(keep_in_memory=True)
     return replace(best, scores=scores[:, remaining], candidates=candidates)

@@ -13,6 +13,8 @@ from accelerate.utils import parse_flag_from_env
 from datasets import are_progress_bars_disabled
 from datasets.utils import disable_progress_bars, enable_progress_bars
 
+from hf_forward_inf.utils.watch import watch
+
 RANKS = ("LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """Environment variables that torchrun and MPI set in each of several processes."""
 _silent = False
@@ -20,7 +22,10 @@ _silent = False
 
 def process_state() -> PartialState:
     """Return accelerate's state of this run's processes and device, also for several processes on CPUs."""
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+    if state.num_processes > 1:
+        watch(state.process_index, state.num_processes)
+    return state
 
 
 def say(text: str) -> None:
@@ -66,7 +71,7 @@ def start_the_other_processes() -> None:
     """
     count = processes_asked_for()
     if count > 1:
-        command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), *sys.argv]
+        command = ["-m", "hf_forward_inf.utils.launch", "--standalone", "--nproc_per_node", str(count), *sys.argv]
         sys.stdout.flush()
         os.execv(sys.executable, [sys.executable, *command])
 

@@ -37,7 +37,7 @@ def test_rows_that_are_encoded_otherwise_now_are_encoded_again(line, monkeypatch
     before = encode(line, ROWS, "candidates")["y"][:]
     own = LineAdapter.encode
     monkeypatch.setattr(LineAdapter, "encode", lambda self, rows: {**own(self, rows), "y": [y + 1 for y in rows["y"]]})
-    with pytest.warns(UserWarning, match="encoding candidates: .* encoded again"):
+    with pytest.warns(UserWarning, match="ncoding candidates: .* encoded again"):
         now = encode(LineAdapter(line.model), ROWS, "candidates")["y"][:]
     assert now == [y + 1 for y in before]
 

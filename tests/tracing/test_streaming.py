@@ -6,6 +6,8 @@ from datasets import Dataset, IterableDataset
 
 from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf.adapters import DiffusionAdapter
+from hf_forward_inf.ascent import steps
+from hf_forward_inf.curvature.perturber import Perturber
 from tests.helpers.drawing import rows, stable_diffusion
 from tests.helpers.line import points
 
@@ -160,3 +162,17 @@ def test_queries_of_a_stream_are_rows_as_people_have_them(tracer):
     candidates = line_points(20)
     of_rows = tracer.trace_stream(QUERIES.to_list(), stream_of(candidates), top_k=3)
     np.testing.assert_allclose(of_rows.scores, tracer.trace(QUERIES, candidates, top_k=3).scores, rtol=1e-6)
+
+
+def test_queries_are_perturbed_once_whatever_the_number_of_chunks(line, monkeypatch):
+    ascents = []
+    own = steps.ascend
+    monkeypatch.setattr(steps, "ascend", lambda *args: ascents.append(1) or own(*args))
+    candidates = line_points(50)
+    for block_size in (32, 2):  # in memory, on the disk
+        ascents.clear()
+        monkeypatch.setattr(Perturber, "block_size", block_size)
+        found = ForwardInf(adapter=line).trace_stream(QUERIES, stream_of(candidates), top_k=5, chunk_size=7)
+        assert len(ascents) == 3
+        expected = ForwardInf(adapter=line).trace(QUERIES, candidates, top_k=5)
+        np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-6)
