@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from hf_forward_inf.ascent.layers import has_plain_weight, holders
+from hf_forward_inf.utils.models import without_autocast
 
 EXACT = 1e-12
 """Share of a change's squared norm that is below float32's precision."""
@@ -73,6 +74,7 @@ class LowRank:
     def __mul__(self, factor: float) -> "LowRank":
         return LowRank(self.down, self.up * factor, self.ids, self.rows * factor)
 
+    @without_autocast()
     def norm(self) -> float:
         """Return the Frobenius norm, without computing the product."""
         squared = ((self.down @ self.down.T) * (self.up.T @ self.up)).double().sum()
@@ -80,6 +82,7 @@ class LowRank:
             squared = squared + (self.rows * (self.rows + 2 * self.up[self.ids] @ self.down)).double().sum()
         return squared.clamp(min=0).sqrt().item()
 
+    @without_autocast()
     def dense(self) -> Tensor:
         """Compute the product, `[outputs, inputs]`."""
         return (self.up @ self.down).index_add_(0, self.ids, self.rows)
@@ -90,6 +93,7 @@ class LowRank:
         one[self.ids, torch.arange(len(self.ids), device=one.device)] = 1.0
         return LowRank(torch.cat([self.down, self.rows]), torch.cat([self.up, one], dim=1))
 
+    @without_autocast()
     def compact(self) -> "LowRank":
         """Return the same change with no more outer products than the matrix has rows or columns."""
         outputs, inputs = self.shape
@@ -99,6 +103,7 @@ class LowRank:
         down, up = (one(inputs), product) if inputs <= outputs else (product, one(outputs))
         return LowRank(down, up, self.ids, self.rows)
 
+    @without_autocast()
     def truncated(self, rank: int) -> tuple["LowRank", float]:
         """Return the best approximation of at most this rank, and the share of the squared norm that it loses.
 
@@ -116,6 +121,7 @@ class LowRank:
         change = LowRank(down.to(self.down.dtype), up.to(self.up.dtype), self.ids, self.rows)
         return change, float(lost[kept]) if kept < len(lost) else 0.0
 
+    @without_autocast()
     def through(self, layer: nn.Module, given: Tensor) -> Tensor:
         """Return by how much the output of a layer changes, given its input."""
         if isinstance(layer, nn.Embedding):

@@ -11,6 +11,7 @@ from hf_forward_inf.ascent.low_rank import LowRank, is_transposed
 from hf_forward_inf.ascent.slopes import Changes, added_up
 from hf_forward_inf.curvature.kronecker import Layer
 from hf_forward_inf.curvature.sides import Side
+from hf_forward_inf.utils.models import without_autocast
 from hf_forward_inf.utils.storage import Tensors
 
 
@@ -19,6 +20,7 @@ def sides_of(layer: Layer, fitted: Tensors) -> tuple[Side, Side]:
     return Side.read(fitted, f"outputs/{layer.weight}"), Side.read(fitted, f"inputs/{layer.inputs}")
 
 
+@without_autocast()
 def factored_inverse(gradient: Changes, layers: Sequence[Layer], fitted: Tensors, damping: float) -> Changes:
     """Return the gradient's step along the inverse curvature, each factor damped by itself: it has the same rank.
 
@@ -54,6 +56,7 @@ def factored_inverse(gradient: Changes, layers: Sequence[Layer], fitted: Tensors
     return {name: found.get(name, change) for name, change in gradient.items()}
 
 
+@without_autocast()
 def factored_inverse_of(
     vector: Sequence[Tensor], layers: Sequence[Layer], names: Sequence[str], fitted: Tensors, damping: float
 ) -> list[Tensor]:
@@ -139,6 +142,7 @@ def _sum(values: Tensor) -> float:
     return values.double().sum().item()
 
 
+@without_autocast()
 def damped_inverse(
     vector: Sequence[Tensor],
     layers: Sequence[Layer],
@@ -169,6 +173,7 @@ def damped_inverse(
     return [solved[name] for name in names]
 
 
+@without_autocast()
 def rayleigh_quotient(
     vector: Sequence[Tensor], layers: Sequence[Layer], names: Sequence[str], fitted: Tensors
 ) -> float:

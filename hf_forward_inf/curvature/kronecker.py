@@ -21,7 +21,7 @@ from hf_forward_inf.curvature.example_gradients import is_supported
 from hf_forward_inf.curvature.outer_products import CHUNK_BYTES
 from hf_forward_inf.curvature.sample import Sample
 from hf_forward_inf.curvature.sides import Side, Sketch, Squares, Sum, Whole
-from hf_forward_inf.utils.models import batch_size, device_of
+from hf_forward_inf.utils.models import batch_size, device_of, without_autocast
 from hf_forward_inf.utils.progress import shown
 from hf_forward_inf.utils.storage import Tensors
 
@@ -293,7 +293,8 @@ class KroneckerFit:
                 inputs, deltas = inner.split(inputs)[0], outer.split(deltas)[0]
                 step = max(1, CHUNK_BYTES // (4 * inputs.shape[2] * deltas.shape[2]))
                 for a, d in zip(inputs.split(step), deltas.split(step), strict=True):
-                    squares = (d.transpose(1, 2) @ a).square().sum(0) / self.rows
+                    with without_autocast():
+                        squares = (d.transpose(1, 2) @ a).square().sum(0) / self.rows
                     found[f"curvature/{layer.weight}"] = (
                         found[f"curvature/{layer.weight}"].to(squares.device) + squares
                     )

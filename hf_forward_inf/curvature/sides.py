@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from hf_forward_inf.utils.models import without_autocast
 from hf_forward_inf.utils.storage import Tensors
 
 
@@ -51,6 +52,7 @@ class Side:
         side = len(self.values) if self.vectors is None else len(self.vectors)
         return (self.values.double().sum().item() + self.rest * (side - len(self.values))) / side
 
+    @without_autocast()
     def split(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return coordinates by eigenvector, `[..., eigenpairs]`, and what lies in no eigenvector, `[..., side]`.
 
@@ -63,6 +65,7 @@ class Side:
         found = x @ vectors
         return found, None if self.is_complete else x - found @ vectors.T
 
+    @without_autocast()
     def joined(self, coordinates: Tensor, others: Tensor | None) -> Tensor:
         """Return the vectors that [`split`] has split."""
         if self.vectors is not None:
@@ -83,6 +86,7 @@ class Side:
         """Multiply `[..., side]` by the inverse of the matrix + damping x I."""
         return self.apply(x, lambda values: 1 / (values + damping))
 
+    @without_autocast()
     def diagonal(self) -> Tensor:
         """Return the diagonal, `[side]`."""
         if self.vectors is None:
@@ -108,10 +112,12 @@ class Whole:
     def __init__(self, side: int, device: torch.device):
         self.total = torch.zeros(side, side, device=device)
 
+    @without_autocast()
     def add(self, vectors: Tensor) -> None:
         """Add outer products; see [`Sum`]."""
         self.total.addmm_(vectors.T.float(), vectors.float())
 
+    @without_autocast()
     def side(self, count: float) -> Side:
         """Return all eigenpairs.
 
@@ -129,12 +135,14 @@ class Sketch:
         self.random, self.trace = random, 0.0
         self.total = torch.zeros_like(random)
 
+    @without_autocast()
     def add(self, vectors: Tensor) -> None:
         """Add outer products; see [`Sum`]."""
         vectors = vectors.float()
         self.total.addmm_(vectors.T, vectors @ self.random)
         self.trace += vectors.double().square().sum().item()
 
+    @without_autocast()
     def side(self, count: float) -> Side:
         """Return at most as many eigenpairs as the random matrix has columns."""
         total, length = self.total / max(count, 1), len(self.total)
@@ -157,10 +165,12 @@ class Squares:
     def __init__(self, side: int, device: torch.device):
         self.total = torch.zeros(side, device=device)
 
+    @without_autocast()
     def add(self, vectors: Tensor) -> None:
         """Add outer products; see [`Sum`]."""
         self.total += vectors.float().square().sum(0)
 
+    @without_autocast()
     def side(self, count: float) -> Side:
         """Return the diagonal."""
         return Side(self.total / max(count, 1))

@@ -14,7 +14,7 @@ from datasets.fingerprint import Hasher
 from torch import Tensor, nn
 
 from hf_forward_inf.utils.callables import fingerprint_of_callable
-from hf_forward_inf.utils.hashes import bytes_of, fingerprint
+from hf_forward_inf.utils.hashes import bytes_of, fingerprint, view_of
 from hf_forward_inf.utils.memory import once
 
 __all__ = ["bytes_of", "fingerprint", "fingerprint_of_model", "foreign_hooks", "uncached"]
@@ -43,7 +43,7 @@ def fingerprint_of_model(model: nn.Module) -> str:
     return once("fingerprint", model, lambda: Hasher.hash_bytes(_all_parts(model)))
 
 
-def _all_parts(model: nn.Module) -> Iterator[bytes]:
+def _all_parts(model: nn.Module) -> Iterator[bytes | memoryview]:
     yield f"{[_version(package) for package in PACKAGES]} {torch.get_float32_matmul_precision()}".encode()
     yield f"convolutions {torch.backends.cudnn.allow_tf32}".encode()
     for device in ("cpu", torch.accelerator.current_accelerator() or "cpu"):
@@ -60,7 +60,7 @@ def _version(package: str) -> str:
         return ""
 
 
-def _parts(name: str, value: Any, seen: dict[int, Any]) -> Iterator[bytes]:
+def _parts(name: str, value: Any, seen: dict[int, Any]) -> Iterator[bytes | memoryview]:
     """Walk through an object, and yield all that it holds, in an order that is the same in every process."""
     yield name.encode()
     if id(value) in seen:
@@ -71,7 +71,7 @@ def _parts(name: str, value: Any, seen: dict[int, Any]) -> Iterator[bytes]:
         seen[id(value)] = value
     if isinstance(value, Tensor):
         yield f"{value.dtype} {tuple(value.shape)}".encode()
-        yield from (bytes_of(plain) for plain in _plain(value.detach()))
+        yield from (view_of(plain) for plain in _plain(value.detach()))
     elif isinstance(value, np.ndarray):
         yield f"{value.dtype} {value.shape}".encode() + value.tobytes()
     elif isinstance(value, PLAIN):

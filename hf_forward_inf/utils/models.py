@@ -1,7 +1,7 @@
 """What is asked of any torch module: its mode, its device, its linear layers."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -80,6 +80,17 @@ def _out_of_inference_mode() -> Iterator[None]:
         yield
         return
     with torch.inference_mode(False), torch.no_grad():  # leaving the one alone would switch gradients on
+        yield
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Switch off a surrounding autocast: sums and solutions are to have the precision of their terms."""
+    kinds = {"cpu", torch.device(torch.accelerator.current_accelerator() or "cpu").type}
+    with ExitStack() as stack:
+        for kind in kinds:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
         yield
 
 

@@ -229,6 +229,24 @@ def _run(network, theta, x):
         return functional_call(network, whole, (x,))
 
 
+@pytest.mark.parametrize("direction", ["gradient", "kfac"])
+def test_under_autocast_changes_are_computed_in_float32(direction, tokens, rows):
+    network = untrained("llama", len(tokens))
+    ascent = AscentConfig(direction=direction, radius=0.3, modules=["all"])
+    tracer = ForwardInf(network, tokens, ascent=ascent)
+    theta = tracer.perturber(rows).perturbation(tracer.adapter.encode(rows[:1])).changes[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        coarse = tracer.perturber(rows).perturbation(tracer.adapter.encode(rows[:1])).changes[0]
+        own = {name: (value.dense() if isinstance(value, LowRank) else value) for name, value in coarse.items()}
+        squares = [
+            (own[name] - (0 if isinstance(v, LowRank) else network.get_parameter(name))) for name, v in coarse.items()
+        ]
+    assert torch.cat([one.flatten() for one in squares]).norm().item() == pytest.approx(0.3, rel=1e-4)
+    for name, value in theta.items():
+        if isinstance(value, LowRank):
+            assert torch.cosine_similarity(value.dense().flatten(), own[name].flatten(), dim=0) > 0.97
+
+
 def test_an_input_that_is_overwritten_is_refused():
     class Overwriting(nn.Module):
         def __init__(self):
