@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_forward_inf.report.duplicates import stacked
-from hf_forward_inf.report.marks import Heat, Span
-from hf_forward_inf.report.rows import Reader, View, rows_of
+from hf_forward_inf.report.marks import Heat, Span, marked
+from hf_forward_inf.report.rows import Bubble, Reader, View, rows_of
 from hf_forward_inf.report.strip import strip
-from hf_forward_inf.report.texts import shortened
+from hf_forward_inf.report.texts import Piece, shortened
 
+MARKED = ("strong", "some")
+"""Levels of rows that stand out."""
 NAMED = 60
 """Longest answer that is quoted in a sentence."""
 SENTENCE = 120
@@ -75,18 +77,31 @@ def read_query(
         for found in attributions
     ]
     title = shortened(view.answer or view.text or view.label or f"Query {number + 1}", 140)
-    heading = view.spans if not view.bubbles and not view.rest and len(view.text) <= SENTENCE else []
-    _untwice(view, title, heading)
+    _underline(view, rankings[0].rows)
+    heading = _heading(view, whole=not title.endswith("…"))
     return Query(number, view, title, heading, rankings, None if known is None else len(known), remark)
 
 
-def _untwice(view: View, title: str, heading: list[Span]) -> None:
-    """Leave out of a query's text what its head shows already: the whole answer of a conversation, or all of it."""
-    whole = not title.endswith("…")
-    if heading or (whole and not view.bubbles and not view.answer):
-        view.spans = []
-    elif whole and view.bubbles and view.bubbles[-1].role == "assistant":
-        del view.bubbles[-1]
+def _underline(view: View, rows: list[View]) -> None:
+    """Mark the words of a query that rows which stand out have, too."""
+    shared = view.words & {word for row in rows if row.level in MARKED for word in row.words}
+    parts: list[View | Bubble] = [view, *(bubble for bubble in view.bubbles if not bubble.system)]
+    for part in parts:
+        part.spans, part.rest = (
+            marked([Piece(span.text, span.answer) for span in spans], Heat(None), shared)
+            for spans in (part.spans, part.rest)
+        )
+
+
+def _heading(view: View, whole: bool) -> list[Span]:
+    """Return the head of a query, a short text or a conversation's answer, and leave that out of its text."""
+    if view.bubbles:
+        shows = whole and view.bubbles[-1].role == "assistant"
+        return view.bubbles.pop().spans if shows else []
+    if view.rest or len(view.text) > SENTENCE:
+        return []
+    heading, view.spans = view.spans, []
+    return heading
 
 
 def _ranking(
@@ -125,12 +140,12 @@ def _stacked(views: list[View]) -> list[View]:
 
 def _also(query: View, views: list[View]) -> str:
     """Say how many of the rows that stand out say the answer, and where all come from."""
-    marked = [view for view in views if view.level in ("strong", "some")]
+    standing = [view for view in views if view.level in MARKED]
     parts = []
-    if marked and query.answer and len(query.answer) <= NAMED:
-        saying = sum(query.answer.casefold() in view.text.casefold() for view in marked)
+    if standing and query.answer and len(query.answer) <= NAMED:
+        saying = sum(query.answer.casefold() in view.text.casefold() for view in standing)
         parts += [f"{saying} of them {'says' if saying == 1 else 'say'} “{query.answer}”"] if saying else []
-    sources = {view.source for view in marked}
-    if len(marked) > 1 and len(sources) == 1 and sources != {""}:
+    sources = {view.source for view in standing}
+    if len(standing) > 1 and len(sources) == 1 and sources != {""}:
         parts.append(f"all come from {sources.pop()}")
     return f" {'; '.join(parts)[:1].upper()}{'; '.join(parts)[1:]}." if parts else ""

@@ -158,6 +158,8 @@ def test_the_answer_is_large_tokens_are_marked_by_more_than_colour_and_shared_wo
     tab = Tab(browser, chats)
     assert tab.texts(".query >> nth=0 >> h2 mark") == ["Clean the rim with alcohol and sand the pads."]
     assert float(tab.style("details[open] h2", "fontSize")[:-2]) > 20
+    assert tab.texts(".query >> nth=0 >> h2 u") == ["Clean", "rim", "alcohol", "sand", "pads"]
+    assert tab.texts(".query >> nth=1 >> h2 u") == []  # no row stands out
     row = ".query >> nth=0 >> .by-0 .row >> nth=0"
     assert tab.texts(f"{row} >> .h4") == ["rim", "alcohol"] and tab.texts(f"{row} >> .h3") == ["sand"]
     assert int(tab.style(f"{row} >> .h4", "fontWeight")) >= 700
