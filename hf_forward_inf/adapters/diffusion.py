@@ -283,7 +283,7 @@ class DiffusionAdapter(Adapter):
             self.pipe(
                 **self._request(value, num_images), generator=torch.Generator().manual_seed(seed), **options
             ).images
-            for value in shown(given, f"drawing, {num_images} pictures each,", len(given), "queries")
+            for value in shown(given, f"drawing {num_images} pictures each", len(given), "queries")
         ]
 
     def _request(self, given: Any, num_images: int) -> dict[str, Any]:

@@ -91,6 +91,9 @@ class ImageClassificationAdapter(TensorAdapter):
         """Check labels, and leave decoding to `encode`, which names the images that can't be read."""
         return undecoded(super().prepare(rows), self.columns[0])
 
+    def _undecoded(self, rows: Dataset) -> Dataset:
+        return undecoded(rows, self.columns[0])
+
     def encode(self, rows: Rows) -> Rows:
         """Return the model's input for images; `unreadable` says why there is none."""
         readable, why, sizes = [], [], []

@@ -41,6 +41,8 @@ class TensorAdapter(ClassifierAdapter):
         >>> found = tracer.trace(queries, candidates)
     """
 
+    answers_queries = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -148,6 +150,17 @@ class TensorAdapter(ClassifierAdapter):
         finally:
             handle.remove()
         return read[-1].float().flatten(1)
+
+    def with_answers(self, queries: Dataset, **options: Any) -> Dataset:
+        """Return the queries with the model's classes as labels, if they have no column of labels."""
+        column = self.columns[1]
+        if column in queries.column_names:
+            return queries
+        return queries.add_column(column, self.answer(self._undecoded(queries)[:]))
+
+    def _undecoded(self, rows: Dataset) -> Dataset:
+        """Return rows in the form in which [`answer`] reads them."""
+        return rows
 
     @torch.no_grad()
     def answer(self, rows: Rows) -> list[Any]:

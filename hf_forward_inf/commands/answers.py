@@ -2,9 +2,10 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, Image
 
 from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.utils.processes import process_state
@@ -20,6 +21,8 @@ LONGEST = 300
 """Characters of a query's input that are shown."""
 LEAST = 4
 """Letters of a word that counts as shared."""
+IMAGE, FILE = "image", "_file"
+"""Column of pictures, and the name under which their files go."""
 WIDTH = 120
 """Width of what is printed where there is no terminal."""
 
@@ -37,18 +40,19 @@ def answers(found: Attribution, k: int = BEST) -> list[dict[str, Any]]:
         they were computed, else the words that it shares with the query.
     """
     details = {(row["query"], row["candidate"]): row for row in found.details or []}
-    return [_answer(found, i, query, details, k) for i, query in enumerate(_without_pictures(found.queries))]
+    return [_answer(found, i, query, details, k) for i, query in enumerate(_with_file_names(found.queries))]
 
 
 def _answer(
     found: Attribution, i: int, query: Mapping[str, Any], details: Mapping[tuple[int, int], Any], k: int
 ) -> dict[str, Any]:
-    asked, said = _input_and_output(query, found.queries)
+    classes = next((one for one in found.candidates.features.values() if isinstance(one, ClassLabel)), None)
+    asked, said = _input_and_output(query, found.queries, classes)
     best = []
     top = found.top(i, k)
-    for row in _without_pictures(top):
-        text = _joined(*_input_and_output(row, top))
-        detail = details.get((i, row["candidate"])) or {}
+    for row in _with_file_names(top):
+        text = _joined(*_input_and_output(row, top, classes))
+        detail: Mapping[str, Any] = details.get((i, row["candidate"])) or {}
         matters = _hottest(detail, text) if "term_scores" in detail else _shared(text, f"{asked} {said}")
         known = {name: row[name] for name in ("rank", "score", "candidate", "level") if name in row}
         best.append({**known, "text": text, "matters": matters})
@@ -60,25 +64,32 @@ def _joined(text: str, target: str) -> str:
     return fill_in(text, target) if SENTINEL.search(text) or not (text and target) else f"{text} → {target.strip()}"
 
 
-def _without_pictures(rows: Dataset) -> Dataset:
-    """Return rows without their columns of pictures: decoding is expensive, and a terminal shows none."""
-    pictures = [name for name in ("image", "images") if name in rows.column_names and len(rows.column_names) > 1]
-    return rows.remove_columns(pictures)
+def _with_file_names(rows: Dataset) -> list[dict[str, Any]]:
+    """Return rows with the names of pictures' files in the place of the pictures, which a terminal doesn't show."""
+    names = [""] * len(rows)
+    if isinstance(rows.features.get(IMAGE), Image):
+        files = rows.select_columns([IMAGE]).cast_column(IMAGE, Image(decode=False))
+        names = [Path((row[IMAGE] or {}).get("path") or "").name for row in files]
+    plain = rows.remove_columns([name for name in (IMAGE, "images") if name in rows.column_names])
+    texts: list[dict[str, Any]] = plain.to_list() if plain.column_names else [{} for _ in names]
+    return [{**row, FILE: file} for row, file in zip(texts, names, strict=True)]
 
 
-def _input_and_output(row: Mapping[str, Any], rows: Dataset) -> tuple[str, str]:
-    """Return a row's input and output as texts: a class by its name."""
+def _input_and_output(row: Mapping[str, Any], rows: Dataset, classes: ClassLabel | None) -> tuple[str, str]:
+    """Return a row's input and output as texts: a picture by its file, a class by its name."""
     columns = text_columns(row)
     label = next((name for name in ("label", "labels") if name in row), None)
     if columns is not None and (label is None or len(columns) > 1):
         text, target = text_and_target(row, columns)
+        text = f"{row[FILE]} {text}".strip()
         return (text, without_sentinels(target)) if SENTINEL.search(text) is None else (text, target)
-    text = text_and_target(row, columns)[0] if columns else ""
+    text = f"{row[FILE]} {text_and_target(row, columns)[0] if columns else ''}".strip()
     if label is None:
         return text, ""
-    feature = rows.features[label]
-    named = isinstance(feature, ClassLabel) and isinstance(row[label], int)
-    return text, feature.int2str(row[label]) if named else str(row[label])
+    own = rows.features[label]
+    feature = own if isinstance(own, ClassLabel) else classes
+    named = feature is not None and isinstance(row[label], int) and 0 <= row[label] < feature.num_classes
+    return text, feature.int2str(row[label]) if named and feature else str(row[label])
 
 
 def _hottest(detail: Mapping[str, Any], text: str) -> list[str]:

@@ -99,8 +99,10 @@ def load_diffusion(name: str) -> Any:
     """
     import torch
     from diffusers import DiffusionPipeline
+    from diffusers.utils.logging import disable_progress_bar
 
     _check_exists(name)
+    disable_progress_bar()  # of loading weights
     device = process_state().device
     precision = {"torch_dtype": torch.bfloat16} if device.type == "cuda" else {}
     return DiffusionPipeline.from_pretrained(name, **precision).to(device)

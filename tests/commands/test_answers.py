@@ -6,6 +6,8 @@ from datasets import ClassLabel, Dataset, Features, Value
 
 from hf_forward_inf import Attribution
 from hf_forward_inf.commands.answers import QUERIES, answers, show
+from hf_forward_inf.data import as_dataset
+from tests.helpers.images import picture
 
 
 def talk(asked, said):
@@ -81,3 +83,14 @@ def test_many_queries_are_counted_but_not_all_printed(capsys):
     show(found, "page")
     printed = capsys.readouterr().out
     assert "... and 2 more queries." in printed and f"\n{QUERIES + 1}. " not in printed
+
+
+def test_a_picture_is_named_by_its_file_and_its_class(tmp_path, capsys):
+    for label in ("cats", "dogs"):
+        (tmp_path / label).mkdir()
+        picture(len(label)).save(tmp_path / label / f"{label}.png")
+    rows = as_dataset(tmp_path, "candidates")
+    queries = rows.select([1]).remove_columns("label").add_column("label", [0])  # the model says a number
+    (answer,) = answers(Attribution(np.array([[2.0, 1.0]], dtype=np.float32), queries, rows))
+    assert (answer["asked"], answer["said"]) == ("dogs.png", "cats")
+    assert [row["text"] for row in answer["best"]] == ["cats.png → cats", "dogs.png → dogs"]
