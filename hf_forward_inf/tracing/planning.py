@@ -11,7 +11,7 @@ from hf_forward_inf.algorithm import Scorer
 from hf_forward_inf.ascent.parameters import TOKENS, bytes_of_change, copies_in_memory, is_low_rank, names_for
 from hf_forward_inf.attribution import Attributor
 from hf_forward_inf.baselines import ATTRIBUTORS, BM25, Fusion, RepresentationSimilarity
-from hf_forward_inf.passes.base_pass import KEY
+from hf_forward_inf.passes.base_pass import KEY, is_joint
 from hf_forward_inf.passes.loss_pass import LossPass
 from hf_forward_inf.plan import Part, Plan
 from hf_forward_inf.tracing.screened import GIB, has_representation
@@ -125,7 +125,7 @@ def _screened(tracer: Scorer, plan: Plan, loss: LossPass) -> Plan:
     itemsize = next(tracer.adapter.model.parameters()).element_size()
     states = 0.0 if lengths is None else float(lengths.sum()) * width * itemsize
     room = min(1.0, tracer.storage * GIB / states) if states else 0.0
-    key = KEY if tracer.measure == "rise" and has_representation(tracer.adapter) else "base"
+    key = KEY if tracer.measure == "rise" and is_joint(tracer.adapter) else "base"
     parts = [
         Part(KEY, 1.0, loss.is_cached(key), stored=4 * (1 + width) * plan.candidates),
         *_of_ascents(tracer, plan),

@@ -1,13 +1,14 @@
 """Algorithm 1 with a screen: a cheap attributor ranks all candidates, the finite step is run on the best of them."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeAlias
 
 import numpy as np
 from accelerate.utils import gather_object
 from datasets import Dataset
 
-from hf_forward_inf.adapters.base import Adapter
+from hf_forward_inf.adapters.base import Adapter, Rows
 from hf_forward_inf.algorithm import Scorer
 from hf_forward_inf.ascent.parameters import names_for
 from hf_forward_inf.ascent.steps import Mirrored, PerturbedModels
@@ -28,6 +29,10 @@ from hf_forward_inf.utils.progress import counting, progress
 GIB = 2**30
 
 
+Model: TypeAlias = tuple[PerturbedModels, int]
+"""Perturbed models, and which of them is meant."""
+
+
 class ScreenedStep:
     """What queries share: the base pass, the direction that was fitted, and what is stored of the candidates.
 
@@ -45,8 +50,8 @@ class ScreenedStep:
             names = set(names_for(tracer.adapter, tracer.ascent))
             states = SharedStates(loss, names, tracer.storage * GIB)
             self.base_pass, self.kept = BasePass(loss, states), KeptPass(loss, states)
-            hidden = tracer.measure == "rise" and has_representation(tracer.adapter)
-            self.base = self.base_pass.losses if hidden else loss.base()  # L(theta, D_i)
+            joint = tracer.measure == "rise" and self.base_pass.joint
+            self.base = self.base_pass.losses if joint else loss.base()  # L(theta, D_i)
             self.unit = tracer.unit(self.base, self.loss.terms)
             self.perturber = tracer.perturber(candidates, loss)
 
@@ -118,36 +123,51 @@ class ScreenedStep:
     ) -> Iterator[Scored]:
         """Score the chosen candidates of queries that are perturbed together."""
         queries = self.d_tst[unit[0] : unit[-1] + 1]
-        # K steps of gradient ascent on the loss of each D_tst: theta -> theta_K, when first needed.
-        theta_k = self.perturber.perturbation(queries)
-        mirrored = Mirrored(theta_k) if self.tracer.ascent.mode == "symmetric" else None
-        keys = self.perturber.keys(queries)
+        keys, chosen = self.perturber.keys(queries), [np.concatenate([kept, drawn]) for kept, drawn, _ in choices]
+        models = self._models(queries, keys, chosen)
         ends = None if seconds is None else time.perf_counter() + seconds
-        for i, (key, (kept, drawn, others)) in enumerate(zip(keys, choices, strict=True)):
-            rows = np.concatenate([kept, drawn])
+        for i, (key, rows, (kept, drawn, others)) in enumerate(zip(keys, chosen, choices, strict=True)):
             share = None if ends is None else max((ends - time.perf_counter()) / (len(keys) - i), 1e-9)
             scores = np.full(len(rows), np.nan, dtype=np.float32)
             for part in [np.arange(len(rows))] if share is None else slices(np.arange(len(rows)), share, alone=True):
-                scores[part] = self._rises(theta_k, mirrored, i, key, rows[part])
+                scores[part] = self._rises(models, key, rows[part])
             reached = len(kept) if share is None else int(part[-1]) + 1
             yield Scored(kept[:reached], scores[:reached], drawn, scores[len(kept) :], others)
 
-    def _rises(
-        self, theta_k: PerturbedModels, mirrored: PerturbedModels | None, i: int, key: str, rows: np.ndarray
-    ) -> np.ndarray:
+    def _models(self, queries: Rows, keys: Sequence[str], chosen: Sequence[np.ndarray]) -> dict[str, Model]:
+        """Return the models of queries by their keys, computed when first needed: of those alone that lack losses."""
+        symmetric = self.tracer.ascent.mode == "symmetric"
+        both = [(key, mirrored(key)) if symmetric else (key,) for key in keys]
+        lacking = [
+            i
+            for i, rows in enumerate(chosen)
+            if self.perturber.shares or not all(self.kept.known(key)[1][rows].all() for key in both[i])
+        ]
+        # K steps of gradient ascent on the loss of each D_tst: theta -> theta_K.
+        theta_k = self.perturber.perturbation({name: [values[i] for i in lacking] for name, values in queries.items()})
+        other = Mirrored(theta_k)
+        models: dict[str, Model] = {keys[i]: (theta_k, j) for j, i in enumerate(lacking)}
+        return models | ({mirrored(keys[i]): (other, j) for j, i in enumerate(lacking)} if symmetric else {})
+
+    def _rises(self, models: Mapping[str, Model], key: str, rows: np.ndarray) -> np.ndarray:
         with np.errstate(invalid="ignore"):
-            rises = self._losses(theta_k, i, key, rows) - self.base[rows]  # L(theta_K, D_i) - L(theta, D_i)
-            if mirrored is not None:
-                other = self._losses(mirrored, i, fingerprint(key, "mirrored"), rows) - self.base[rows]
-                rises = (rises - other) / 2
+            rises = self._losses(models, key, rows) - self.base[rows]  # L(theta_K, D_i) - L(theta, D_i)
+            if self.tracer.ascent.mode == "symmetric":
+                rises = (rises - (self._losses(models, mirrored(key), rows) - self.base[rows])) / 2
         return self.tracer.divided(self.tracer.finished(rises, self.loss.terms[rows]), self.unit[rows])
 
-    def _losses(self, models: PerturbedModels, i: int, key: str, rows: np.ndarray) -> np.ndarray:
+    def _losses(self, models: Mapping[str, Model], key: str, rows: np.ndarray) -> np.ndarray:
         losses, stored = self.kept.known(key)
         missing = rows[~stored[rows]]
         if len(missing):
-            losses[missing] = self.kept.run(models.thetas[i], key, missing)
+            perturbed, i = models[key]
+            losses[missing] = self.kept.run(perturbed.thetas[i], key, missing)
         return losses[rows]
+
+
+def mirrored(key: str) -> str:
+    """Return the key of the model after the same steps to the other side."""
+    return fingerprint(key, "mirrored")
 
 
 def assembled(found: dict[int, Scored], lost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
