@@ -21,6 +21,8 @@ LONGEST = 300
 """Characters of a query's input that are shown."""
 LEAST = 4
 """Letters of a word that counts as shared."""
+KNOWN = ("rank", "score", "candidate", "level")
+"""Columns of the best candidates that are shown, where they are known."""
 IMAGE, FILE = "image", "_file"
 """Column of pictures, and the name under which their files go."""
 WIDTH = 120
@@ -54,8 +56,8 @@ def _answer(
         text = _joined(*_input_and_output(row, top, classes))
         detail: Mapping[str, Any] = details.get((i, row["candidate"])) or {}
         matters = _hottest(detail, text) if "term_scores" in detail else _shared(text, f"{asked} {said}")
-        known = {name: row[name] for name in ("rank", "score", "candidate", "level") if name in row}
-        best.append({**known, "text": text, "matters": matters})
+        own = {name: row[name] for name in KNOWN if name in row}
+        best.append(own | {"text": text, "matters": matters})
     return {"query": i, "asked": asked, "said": said, "verdict": found.verdict(i), "best": best}
 
 

@@ -109,9 +109,9 @@ def _renamed(rows: Dataset, names: Mapping[str, str], role: str) -> Dataset:
 def _asked(adapter: Adapter, queries: Dataset, column: str, candidates: Dataset) -> Dataset:
     """Return queries that ask in a column of another name, as the adapter asks."""
     asked = adapter.rows_for(queries[column][:], candidates)
-    queries = queries.remove_columns(column)
-    for name, values in asked.items():
+    for name, values in asked.items():  # before the other is removed: a dataset without columns has no rows
         queries = queries.add_column(name, values)
+    queries = queries.remove_columns(column)
     warnings.warn(f"Of the queries, `{column}` is read as `{next(iter(asked))}`.", stacklevel=4)
     return queries
 

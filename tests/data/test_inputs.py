@@ -132,6 +132,13 @@ def test_questions_without_answers_are_asked_whatever_their_name(chat):
     np.testing.assert_array_equal(found.scores, expected.scores)
 
 
+def test_inputs_without_targets_are_answered_whatever_their_name(model, tokenizer, candidates, queries):
+    asked = {"source": queries["inputs_pretokenized"][:]}
+    with pytest.warns(UserWarning, match="Of the queries, `source` is read as `inputs_pretokenized`"):
+        read, _ = read_inputs(ForwardInf(model, tokenizer).adapter, asked, candidates)
+    assert read.to_dict() == {"inputs_pretokenized": asked["source"]}
+
+
 def test_a_pair_of_other_names_is_a_chat_where_there_is_a_template(chat, plain):
     rows = questions().rename_columns({"prompt": "query", "completion": "response"})
     with pytest.warns(UserWarning, match="`query` as `question`, `response` as `answer`"):
