@@ -42,6 +42,11 @@ def multiplies(module: nn.Module) -> bool:
     return False
 
 
+def is_embedding(layer: nn.Module) -> bool:
+    """Whether a layer reads rows of its weight by their numbers."""
+    return isinstance(layer, nn.Embedding)
+
+
 def sides_of(layer: nn.Module) -> tuple[int, int]:
     """Return the outputs and inputs of a layer's matrix, for packed weights, too."""
     if isinstance(layer, nn.Embedding):

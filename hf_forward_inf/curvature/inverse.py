@@ -9,7 +9,7 @@ from torch import Tensor
 from hf_forward_inf.ascent.layers import precise
 from hf_forward_inf.ascent.low_rank import LowRank, is_transposed
 from hf_forward_inf.ascent.slopes import Changes, added_up
-from hf_forward_inf.curvature.kronecker import Layer
+from hf_forward_inf.curvature.kronecker_layers import Layer
 from hf_forward_inf.curvature.sides import Side
 from hf_forward_inf.utils.models import without_autocast
 from hf_forward_inf.utils.storage import Tensors
@@ -126,14 +126,14 @@ def _entries(name: str, change: Tensor | LowRank, fitted: Tensors, is_joined: bo
         if len(change.ids):
             yield change.rows, _of_rows(name, change.ids, fitted)
     elif not is_joined:
-        yield change, fitted.get(f"diagonal/{name}", torch.zeros_like(change))
+        yield change, fitted.get(f"diagonal/{name}", torch.zeros_like(change)).to(change.device)
 
 
 def _of_rows(name: str, ids: Tensor, fitted: Tensors) -> Tensor:
     """Return the mean squares of an embedding's rows, 0 for those that the sample doesn't read."""
-    known, squares = fitted.get(f"ids/{name}"), fitted.get(f"rows/{name}")
-    if known is None or squares is None or not len(known):
+    if f"ids/{name}" not in fitted or not len(fitted[f"ids/{name}"]):
         return torch.zeros((), device=ids.device)
+    known, squares = (fitted[f"{kind}/{name}"].to(ids.device) for kind in ("ids", "rows"))
     place = torch.searchsorted(known, ids).clamp(max=len(known) - 1)
     return squares[place] * (known[place] == ids)[:, None]
 
@@ -204,15 +204,15 @@ class _Block:
         self.outer, self.inner = sides_of(layer, fitted)
         rows = self.outer.split(layer.matrix(given).T)  # by the outputs' eigenvectors, and the rest
         self.parts = [self.inner.split(row.T) for row in rows if row is not None]
-        outer = [self.outer.values[:, None], torch.full((1, 1), self.outer.rest)]
-        inner = [self.inner.values[None], torch.full((1, 1), self.inner.rest)]
+        outer = [self.outer.values[:, None], self.outer.values.new_full((1, 1), self.outer.rest)]
+        inner = [self.inner.values[None], self.inner.values.new_full((1, 1), self.inner.rest)]
         exact = fitted.get(f"curvature/{layer.weight}")
-        self.curvature = [[exact if exact is not None else a.to(b.device) * b for b in inner] for a in outer]
+        self.curvature = [[exact if exact is not None else a * b for b in inner] for a in outer]
 
     def curved(self) -> float:
         """Return v.Cv."""
         return sum(
-            _sum(part.square() * by)
+            _sum(part.square() * by.to(part.device))
             for parts, curvature in zip(self.parts, self.curvature, strict=False)
             for part, by in zip(parts, curvature, strict=True)
             if part is not None
@@ -222,9 +222,8 @@ class _Block:
         """Return the layer's part of the solution, `[outputs, inputs]`."""
         rows = []
         for parts, curvature in zip(self.parts, self.curvature, strict=False):
-            first, rest = (
-                None if part is None else part / (by + shift) for part, by in zip(parts, curvature, strict=True)
-            )
+            pairs = zip(parts, curvature, strict=True)
+            first, rest = (None if part is None else part / (by.to(part.device) + shift) for part, by in pairs)
             assert first is not None
             rows.append(self.inner.joined(first, rest).T)
         return self.outer.joined(rows[0], rows[1] if len(rows) > 1 else None).T
@@ -233,12 +232,12 @@ class _Block:
 def _diagonal(name: str, value: Tensor, layers: Sequence[Layer], fitted: Tensors) -> Tensor:
     """Return the curvature of a parameter value by value."""
     if f"diagonal/{name}" in fitted:
-        return fitted[f"diagonal/{name}"]
+        return fitted[f"diagonal/{name}"].to(value.device)
     found = torch.zeros_like(value)
     for layer in layers:
         if layer.weight == name:
             outer, inner = sides_of(layer, fitted)
-            found += torch.outer(outer.diagonal(), inner.diagonal())
+            found += torch.outer(outer.diagonal(), inner.diagonal()).to(found.device)
     if f"ids/{name}" in fitted:
-        found[fitted[f"ids/{name}"]] += fitted[f"rows/{name}"]
+        found[fitted[f"ids/{name}"].to(found.device)] += fitted[f"rows/{name}"].to(found.device)
     return found

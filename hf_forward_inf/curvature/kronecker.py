@@ -4,20 +4,19 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
 from hf_forward_inf.adapters.base import Adapter, Batch
-from hf_forward_inf.ascent.layers import Call, precise, probed, sides_of, sites, watched
+from hf_forward_inf.ascent.layers import Call, is_embedding, precise, probed, sites, watched
 from hf_forward_inf.ascent.low_rank import LowRank
 from hf_forward_inf.ascent.parameters import call
 from hf_forward_inf.ascent.slopes import gradient_of_matrix
 from hf_forward_inf.curvature.example_gradients import is_supported
+from hf_forward_inf.curvature.kronecker_layers import bytes_of_factors, factored_layers
 from hf_forward_inf.curvature.outer_products import CHUNK_BYTES
 from hf_forward_inf.curvature.sample import Sample
 from hf_forward_inf.curvature.sides import Side, Sketch, Squares, Sum, Whole
@@ -30,67 +29,9 @@ LARGEST_RANK = 2048
 """Eigenpairs of a factor at most, whatever the memory: eigenvectors take cubic time."""
 LEAST_MEMORY = 64 * 2**20
 """Bytes that the factors of a small model may take, if no memory is set."""
-WIDE = 4
-"""A layer with more outputs than this multiple of its inputs, and than eigenpairs, is taken for an output layer over a
-vocabulary: its outputs have a diagonal, which is most of the curvature of a softmax."""
 TARGETS = 8192
 """Targets drawn in all, several for each prediction if the sample is small: K-FAC's LDS on digits was .69 with 800 and
 .73 with 12,800, and another target costs no forward pass."""
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A matrix whose curvature is factored.
-
-    Args:
-        weight (`str`): Its name.
-        bias (`str`, *optional*): The bias that belongs to it, where that is perturbed: one more input, which is 1.
-        modules (`list[torch.nn.Module]`): The layers that multiply by it.
-        inputs (`str`): The first of the weights that read the same inputs, and share that factor.
-        by_row (`bool`): Whether the layers are called once for each example of a batch.
-        is_tied (`bool`): Whether it is an embedding, too: that part has a curvature of its own, by row.
-    """
-
-    weight: str
-    bias: str | None
-    modules: list[nn.Module]
-    inputs: str
-    by_row: bool
-    is_tied: bool
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Outputs and inputs, the bias's included."""
-        outputs, inputs = sides_of(self.modules[0])
-        return outputs, inputs + (self.bias is not None)
-
-    def matrix(self, vector: Tensors) -> Tensor:
-        """Return its part of a vector as `[outputs, inputs]`, with the bias as one more input."""
-        weight = vector[self.weight]
-        weight = weight.T if isinstance(self.modules[0], Conv1D) else weight.flatten(1)
-        return weight if self.bias is None else torch.cat([weight, vector[self.bias][:, None]], dim=1)
-
-    def parameters(self, matrix: Tensor, like: Tensors) -> Iterator[tuple[str, Tensor]]:
-        """Return the parameters of a matrix: the inverse of [`matrix`]."""
-        if self.bias is not None:
-            yield self.bias, matrix[:, -1]
-            matrix = matrix[:, :-1]
-        weight = matrix.T if isinstance(self.modules[0], Conv1D) else matrix
-        yield self.weight, weight.reshape(like[self.weight].shape)
-
-    def read(self, one: Call) -> Tensor:
-        """Return the inputs of a call, `[positions, inputs]`."""
-        inputs = one.inputs()
-        return inputs if self.bias is None else torch.cat([inputs, torch.ones_like(inputs[:, :1])], dim=1)
-
-    def positions(self, calls: list[Call], rows: int) -> tuple[Tensor, Tensor]:
-        """Return the inputs and output gradients of all its calls, by example: `[rows, positions, side]`."""
-        own = [one for one in calls if one.layer in self.modules]
-        inputs = [self.read(one) for one in own]
-        return (
-            torch.cat([part.reshape(rows, -1, part.shape[-1]) for part in inputs], dim=1),
-            torch.cat([part.reshape(rows, -1, part.shape[-1]) for part in (one.deltas() for one in own)], dim=1),
-        )
 
 
 class KroneckerFit:
@@ -131,8 +72,10 @@ class KroneckerFit:
         with watched(self.adapter.model, self.sites) as elsewhere, torch.no_grad():
             self._outputs(first, {})
         self.sites = {name: held for name, held in self.sites.items() if name not in elsewhere}
-        self.layers = self._layers(first)
-        self.embeddings = [name for name, held in self.sites.items() if any(_is_embedding(layer) for layer in held)]
+        with probed([layer for held in self.sites.values() for layer in held]) as calls, torch.no_grad():
+            self._outputs(first, {})
+        self.layers = factored_layers(self.adapter.model, names, self.sites, calls, batch_size(first))
+        self.embeddings = [name for name, held in self.sites.items() if any(is_embedding(layer) for layer in held)]
         factored = {*self.sites, *(layer.bias for layer in self.layers)}
         self.rest = [name for name in names if name not in factored]
         draws = math.ceil(TARGETS / sum(sample.features["terms"]))
@@ -144,30 +87,6 @@ class KroneckerFit:
     def _outputs(self, batch: Batch, theta: Tensors) -> Tensor:
         return self.adapter.outputs_and_loss(partial(call, self.adapter.model, theta), batch)[0]
 
-    def _layers(self, batch: Batch) -> list[Layer]:
-        """Return the factored layers, by running one batch: which of them read the same inputs?"""
-        model = self.adapter.model
-        named = {id(p): name for name, p in model.named_parameters() if name in self.names}
-        holders = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
-        affine = {name: [layer for layer in held if not _is_embedding(layer)] for name, held in self.sites.items()}
-        with probed([layer for held in affine.values() for layer in held]) as calls, torch.no_grad():
-            self._outputs(batch, {})
-        readers: dict[object, str] = {}
-        layers = []
-        for name, held in affine.items():
-            if not held:
-                continue
-            own = [one for one in calls if one.layer in held]
-            is_tied = len(held) < len(self.sites[name])
-            bias = held[0]._parameters.get("bias") if len(held) == 1 and not is_tied else None
-            bias_name = None if bias is None or holders[id(bias)] > 1 else named.get(id(bias))
-            key: object = name
-            if len(own) == 1 and not isinstance(held[0], nn.Conv2d):
-                key = (own[0].given.data_ptr(), own[0].version, own[0].given.shape, bias_name is None)
-            by_row = bool(own) and all(len(one.given) == batch_size(batch) for one in own)
-            layers.append(Layer(name, bias_name, held, readers.setdefault(key, name), by_row, is_tied))
-        return layers
-
     @property
     def _model_bytes(self) -> int:
         return sum(p.numel() * p.element_size() for p in self.adapter.model.parameters())
@@ -176,18 +95,12 @@ class KroneckerFit:
         """Return how many eigenpairs of each factor the memory allows."""
         size = self._model_bytes
         room = max(size / 4, LEAST_MEMORY) if memory is None else memory * size
-        inner = {layer.inputs: layer.shape[1] for layer in self.layers}
-        sides = [*inner.values(), *(layer.shape[0] for layer in self.layers)]
-
-        def needed(rank: int) -> float:
-            wide = {layer.shape[0] for layer in self.layers if _is_wide(layer, rank)}
-            return sum(4.0 * side * (1 if side in wide else min(side, rank)) for side in sides)
-
-        allowed = [rank for rank in range(1, LARGEST_RANK + 1) if needed(rank) <= room]
+        allowed = [rank for rank in range(1, LARGEST_RANK + 1) if bytes_of_factors(self.layers, rank) <= room]
         if not allowed:
+            least = bytes_of_factors(self.layers, 1)
             raise ValueError(
                 f"memory={(memory or 0):g} is {room / 2**20:.1f} MiB, and a single eigenpair of every factor takes "
-                f"{needed(1) / 2**20:.1f} MiB: give at least memory={math.ceil(1000 * needed(1) / size) / 1000:g}."
+                f"{least / 2**20:.1f} MiB: give at least memory={math.ceil(1000 * least / size) / 1000:g}."
             )
         return max(allowed)
 
@@ -223,7 +136,7 @@ class KroneckerFit:
             for name, slope in slopes.items():
                 found[f"diagonal/{name}"] = found.get(f"diagonal/{name}", 0) + precise(slope).square() / self.rows
             for name in self.embeddings:
-                read = [one for one in calls if one.layer in self.sites[name] and _is_embedding(one.layer)]
+                read = [one for one in calls if one.layer in self.sites[name] and is_embedding(one.layer)]
                 self._add_rows(found, name, gradient_of_matrix(self.sites[name], read))
             for leader, inputs in self._inputs(calls) if draw == 0 else ():
                 positions[leader] += len(inputs)
@@ -254,7 +167,7 @@ class KroneckerFit:
         inner = {layer.inputs: of(layer.shape[1], layer.weight) for layer in self.layers}
         outer = {
             layer.weight: Squares(layer.shape[0], device[layer.weight])
-            if _is_wide(layer, self.rank)
+            if layer.is_wide(self.rank)
             else of(layer.shape[0], layer.weight)
             for layer in self.layers
         }
@@ -314,6 +227,8 @@ class KroneckerFit:
             made = [*calls]
             asked = [one.probe for one in made] + list(leaves.values())
             for draw in range(self.draws):
+                for one in made:
+                    one.delta = None  # memory for the next ones
                 slopes = self.adapter.sampled_output_gradients(outputs.detach(), generator).to(outputs.dtype)
                 gradients = torch.autograd.grad(
                     outputs,
@@ -332,7 +247,7 @@ class KroneckerFit:
         for layer in self.layers:
             outputs, inputs = layer.shape
             seen = positions[layer.inputs]
-            asked = min(self.rank, max(inputs, 0 if _is_wide(layer, self.rank) else outputs))
+            asked = min(self.rank, max(inputs, 0 if layer.is_wide(self.rank) else outputs))
             if 0 < seen < asked:
                 warnings.warn(
                     f"{len(self.sample)} examples ({seen} positions) are too few for the factors "
@@ -354,12 +269,3 @@ class KroneckerFit:
                 f"Layers of unknown kind get a diagonal, not Kronecker factors: {', '.join(owners)}.",
                 stacklevel=2,
             )
-
-
-def _is_embedding(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Embedding)
-
-
-def _is_wide(layer: Layer, rank: int) -> bool:
-    outputs, inputs = layer.shape
-    return outputs > max(rank, WIDE * inputs)

@@ -61,7 +61,7 @@ class Side:
         """
         if self.vectors is None:
             return x, None
-        vectors = self.vectors.to(x.dtype)
+        vectors = self.vectors.to(x)  # a model may lie on several devices
         found = x @ vectors
         return found, None if self.is_complete else x - found @ vectors.T
 
@@ -69,14 +69,14 @@ class Side:
     def joined(self, coordinates: Tensor, others: Tensor | None) -> Tensor:
         """Return the vectors that [`split`] has split."""
         if self.vectors is not None:
-            coordinates = coordinates @ self.vectors.T.to(coordinates.dtype)
+            coordinates = coordinates @ self.vectors.T.to(coordinates)
         return coordinates if others is None else coordinates + others
 
     def apply(self, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         """Multiply `[..., side]` by the matrix with a function applied to its eigenvalues."""
         found, others = self.split(x)
-        rest = function(self.values.new_tensor(self.rest))
-        return self.joined(found * function(self.values), None if others is None else others * rest)
+        rest = function(found.new_tensor(self.rest))
+        return self.joined(found * function(self.values.to(found)), None if others is None else others * rest)
 
     def times(self, x: Tensor) -> Tensor:
         """Multiply `[..., side]` by the matrix."""
