@@ -16,7 +16,7 @@ from tests.helpers import digits
 from tests.helpers.drawing import rows as drawings
 from tests.helpers.drawing import stable_diffusion
 
-CONTRIBUTING = Path(__file__).parents[2] / "CONTRIBUTING.md"
+PAGE = Path(__file__).parents[2] / "docs" / "adapters.md"
 IMAGES_ONLY = {"denoiser_features", "pixel_distance"}
 """Attributors that can't trace a language model."""
 
@@ -89,8 +89,8 @@ def test_bm25_reads_the_columns_that_the_adapter_reads(model, tokenizer, queries
     np.testing.assert_array_equal(captions.scores, BM25(input_column="caption").trace(drawings(2), drawings(5)).scores)
 
 
-def test_the_example_of_an_attributor_in_contributing_runs(tracer, queries, candidates, monkeypatch):
-    section = CONTRIBUTING.read_text().partition("## A new attributor")[2]
+def test_the_example_of_an_attributor_in_the_documentation_runs(tracer, queries, candidates, monkeypatch):
+    section = PAGE.read_text().partition("## A new attributor")[2]
     (code,) = re.findall(r"```python\n(.*?)```", section.partition("\n## ")[0], flags=re.DOTALL)
     monkeypatch.setattr(package, "ATTRIBUTORS", dict(ATTRIBUTORS))
     monkeypatch.setattr("hf_forward_inf.baselines.registry.ATTRIBUTORS", package.ATTRIBUTORS)
