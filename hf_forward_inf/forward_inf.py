@@ -65,14 +65,13 @@ class ForwardInf(Scorer):
             curvature. Defaults to the candidates of each trace.
         strategy (`str`, defaults to `"auto"`): `"full"`: the finite step is run on all candidates; or `"screen"`: a
             cheap attributor ranks all of them, and the step is run on the best of each query. All others then get the
-            lowest score of these, the floor. `"auto"` screens for language models, where it also ranks better, as
-            long as that saves something, and takes the full pass where the audit finds that the screen fails.
+            lowest score of these, the floor. `"auto"` screens more than 1,000 candidates of language models, takes
+            the full pass where the audit finds that the screen fails, and sets the floor for them in any case.
         screen (`str` or `Attributor`, *optional*): Ranks the candidates: an attributor's name in
             [`baselines.ATTRIBUTORS`], several joined by `+`, whose reciprocal ranks are added, or an attributor.
             Defaults to `"bm25+representation"`, as far as the model and its rows have texts and hidden states.
-        keep (`int`, *optional*): Candidates of each query that a screen keeps. Defaults to 5% of them, at least 50.
-            With `strategy="full"`, all candidates beyond each query's best `keep` are set to the lowest score of
-            these; by default none is.
+        keep (`int`, *optional*): Candidates of each query above the floor: those that a screen keeps, or the best of a
+            full pass. Defaults to 5% of them, at least 50; to all with `strategy="full"`, which has no floor then.
         audit (`int`, defaults to 30): Random others of each query that are scored, too: they tell how many of the best
             candidates the screen finds ([`Plan.audits`]).
         storage (`float`, defaults to 4.0): GiB that the states before the perturbed part may take in the cache, from

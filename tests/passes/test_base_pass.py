@@ -54,10 +54,13 @@ def test_from_stored_states_a_causal_model_gives_the_same_losses_and_states(layo
     torch.testing.assert_close(again["states"][valid], expected[valid], atol=1e-5, rtol=0)
 
 
-def test_centred_similarity_is_the_cosine_without_the_candidates_mean(model, tokenizer, queries, candidates):
+def test_whitened_similarity_is_the_cosine_by_the_candidates_covariance(model, tokenizer, queries, candidates):
     adapter = Seq2SeqAdapter(model, tokenizer)
-    one, other = (BasePass(LossPass(adapter, rows)).hidden.T for rows in (queries, candidates))
-    one, other = (torch.tensor(states - other.mean(0)) for states in (one, other))
-    expected = torch.cosine_similarity(one[:, None], other[None], dim=2).numpy()
-    found = RepresentationSimilarity(adapter=adapter, centred=True).trace(queries, candidates).scores
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    one, other = (torch.tensor(BasePass(LossPass(adapter, rows)).hidden.T).double() for rows in (queries, candidates))
+    one, other = one - other.mean(0), other - other.mean(0)
+    covariance = other.T @ other / len(other)
+    metric = torch.linalg.inv(covariance + covariance.trace() / len(covariance) * torch.eye(len(covariance)))
+    norms = [(states @ metric * states).sum(1).sqrt() for states in (one, other)]
+    expected = one @ metric @ other.T / norms[0][:, None] / norms[1]
+    found = RepresentationSimilarity(adapter=adapter, whitened=True).trace(queries, candidates).scores
+    np.testing.assert_allclose(found, expected, atol=1e-4)

@@ -187,13 +187,11 @@ def test_auto_takes_the_full_pass_where_the_audit_finds_that_a_screen_fails(mode
     tracer = ForwardInf(model, tokenizer, ascent=PLAIN, screen=Random(seed=1), keep=20, audit=60)
     with pytest.warns(UserWarning, match="The screen fails: random finds 0.*Another way is taken instead"):
         found = tracer.trace(corpus["queries"].select(range(10)), rows)
-    assert found.stage is None
     assert found.plan.strategy == "full" and found.plan.reason == "random failed"
     assert found.plan.audits[0].recall < 0.4
-    expected = tracer.with_options(screen=None, strategy="full", keep=None).trace(
-        corpus["queries"].select(range(10)), rows
-    )
+    expected = tracer.with_options(screen=None, strategy="full").trace(corpus["queries"].select(range(10)), rows)
     np.testing.assert_array_equal(found.scores, expected.scores)
+    np.testing.assert_array_equal(found.stage, expected.stage)
 
 
 def test_auto_tries_the_parts_of_the_default_screen_before_the_full_pass(model, tokenizer, corpus, monkeypatch):
@@ -214,7 +212,7 @@ def test_auto_tries_the_parts_of_the_default_screen_before_the_full_pass(model, 
     np.testing.assert_array_equal(np.take_along_axis(found.stage, best, axis=1), True)
 
 
-def test_a_full_pass_can_set_all_but_the_best_to_a_floor(model, tokenizer, queries, rows):
+def test_a_full_pass_can_set_all_but_the_best_to_a_floor(model, tokenizer, queries, rows, corpus):
     full = ForwardInf(model, tokenizer, ascent=PLAIN, strategy="full").trace(queries, rows).scores
     found = ForwardInf(model, tokenizer, ascent=PLAIN, strategy="full", keep=7).trace(queries, rows)
     for scores, stage, true in zip(found.scores, found.stage, full, strict=True):
@@ -222,6 +220,10 @@ def test_a_full_pass_can_set_all_but_the_best_to_a_floor(model, tokenizer, queri
         assert set(np.flatnonzero(stage)) == set(best)
         np.testing.assert_array_equal(scores[best], true[best])
         assert (scores[~stage] == true[best].min()).all()
+    for rows, own in ((corpus["abstracts"].select(range(100)), 50), (corpus["abstracts"].select(range(40)), 40)):
+        found = ForwardInf(model, tokenizer, ascent=PLAIN).trace(queries, rows)  # the default of language models
+        assert found.plan.strategy == "full" and found.plan.keep == (50 if len(rows) > 50 else None)
+        assert found.stage is None if len(rows) == 40 else (found.stage.sum(axis=1) == own).all()
     scores, stage = floored(np.array([[np.nan, 2, 1, 0], [np.nan, np.nan, np.nan, 1]], dtype=np.float32), 2)
     np.testing.assert_array_equal(scores, [[np.nan, 2, 1, 1], [np.nan, np.nan, np.nan, 1]])
 
