@@ -8,6 +8,7 @@ from transformers import AutoConfig, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from hf_forward_inf.adapters.columns import is_conversation
+from hf_forward_inf.data.inputs import Given, as_dataset
 from hf_forward_inf.forward_inf import ForwardInf
 from hf_forward_inf.utils.loading import classes_for
 
@@ -29,7 +30,8 @@ class DataAttributionPipeline(Pipeline):
     """Returns the training examples behind an output.
 
     Args:
-        candidates (`datasets.Dataset`): Training examples, given to the constructor or to a call.
+        candidates (`datasets.Dataset`): Training examples, given to the constructor or to a call; or what else
+            [`data.as_dataset`] reads.
         top_k (`int`, defaults to 10): Number of candidates returned for each query.
         **options: All options of [`ForwardInf`] (`ascent`, `reduction`, `units`, ...), given to the constructor.
 
@@ -45,14 +47,14 @@ class DataAttributionPipeline(Pipeline):
     _load_feature_extractor: Any = False
     _pipeline_calls_generate = False
 
-    def __init__(self, *args: Any, candidates: Dataset | None = None, **kwargs: Any):
+    def __init__(self, *args: Any, candidates: Given | None = None, **kwargs: Any):
         options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
         super().__init__(*args, **kwargs)
         self.candidates = candidates
         self.tracer = ForwardInf(self.model, self.tokenizer, **options)
 
     def _sanitize_parameters(
-        self, top_k: int | None = None, candidates: Dataset | None = None, **unknown: Any
+        self, top_k: int | None = None, candidates: Given | None = None, **unknown: Any
     ) -> tuple[dict, dict, dict]:
         if unknown:
             raise TypeError(f"The data-attribution pipeline has no option {', '.join(unknown)}.")
@@ -84,7 +86,9 @@ class DataAttributionPipeline(Pipeline):
 
     def preprocess(self, input_: Any, **preprocess_parameters: Any) -> Any:
         """Return the inputs as query rows."""
-        return Dataset.from_dict(self.tracer.adapter.rows_for(input_, preprocess_parameters.get("candidates")))
+        candidates = preprocess_parameters.get("candidates")
+        given = None if candidates is None else as_dataset(candidates, "candidates")
+        return Dataset.from_dict(self.tracer.adapter.rows_for(input_, given))
 
     def _forward(self, input_tensors: Any, **forward_parameters: Any) -> Any:
         """Trace the query rows from `preprocess`."""

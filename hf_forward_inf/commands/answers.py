@@ -166,7 +166,7 @@ def _marked(text: str, matters: Sequence[str], room: int) -> Any:
 
     line, first = _line(text), min((at for one in matters if (at := _line(text).find(one)) >= 0), default=0)
     if len(line) > room and first > room // 2:
-        line = "…" + line[first - room // 4 :]
+        line = "… " + line[first - room // 4 :].partition(" ")[2]
     marked = Text(line)
     for one in matters:
         edge = r"\b" if one[0].isalnum() and len(one) >= LEAST else ""

@@ -102,7 +102,9 @@ def _renamed(rows: Dataset, names: Mapping[str, str], role: str) -> Dataset:
     if not names:
         return rows
     how = ", ".join(f"`{old}` as `{new}`" for old, new in names.items())
-    warnings.warn(f"Of the {role}, {how} is read. If others are meant, rename them.", stacklevel=4)
+    warnings.warn(
+        f"Columns of the {role} are read under other names: {how}. If others are meant, rename them.", stacklevel=4
+    )
     return rows.rename_columns(dict(names))
 
 
@@ -112,7 +114,9 @@ def _asked(adapter: Adapter, queries: Dataset, column: str, candidates: Dataset)
     for name, values in asked.items():  # before the other is removed: a dataset without columns has no rows
         queries = queries.add_column(name, values)
     queries = queries.remove_columns(column)
-    warnings.warn(f"Of the queries, `{column}` is read as `{next(iter(asked))}`.", stacklevel=4)
+    warnings.warn(
+        f"Columns of the queries are read under other names: `{column}` as `{next(iter(asked))}`.", stacklevel=4
+    )
     return queries
 
 

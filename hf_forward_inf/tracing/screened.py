@@ -91,7 +91,7 @@ class ScreenedStep:
         found: dict[int, Scored] = {}
         ends = None if seconds is None else time.perf_counter() + seconds
         left = sum(len(unit) for unit in units)
-        with evaluating(self.tracer.adapter.model), progress("tracing", left, "queries"):
+        with evaluating(self.tracer.adapter.model):
             for unit in units:
                 choices = [self._choice(i, best[i], audit) for i in unit]
                 share = None if ends is None else len(unit) * (ends - time.perf_counter()) / left

@@ -114,7 +114,7 @@ def test_other_names_of_inputs_and_targets_are_read_and_said(model, tokenizer, c
     tracer = ForwardInf(model, tokenizer, ascent=GRADIENT)
     expected = tracer.trace(queries.select_columns(own), candidates.select_columns(own)).scores
     others = candidates.select_columns(own).rename_columns(dict(zip(own, ("source", "target"), strict=True)))
-    with pytest.warns(UserWarning, match="Of the candidates, `source` as `inputs_pretokenized`, `target` as"):
+    with pytest.warns(UserWarning, match="candidates are read under other names: `source` as `inputs_pretok"):
         found = tracer.trace(queries, others)
     np.testing.assert_array_equal(found.scores, expected)
     assert found.candidates.column_names == list(own)
@@ -125,7 +125,7 @@ def test_questions_without_answers_are_asked_whatever_their_name(chat):
     candidates = questions().rename_columns({"prompt": "question", "completion": "answer"})
     asked = ["What is the capital of Peru?"]
     expected = tracer.trace_generation(asked, candidates)
-    with pytest.warns(UserWarning, match="Of the queries, `question` is read as `messages`"):
+    with pytest.warns(UserWarning, match="queries are read under other names: `question` as `messages`"):
         found = tracer.trace({"question": asked, "id": [7]}, candidates)
     assert found.queries["output_ids"][0] == expected.queries["output_ids"][0]
     assert found.queries["id"][0] == 7
@@ -134,7 +134,7 @@ def test_questions_without_answers_are_asked_whatever_their_name(chat):
 
 def test_inputs_without_targets_are_answered_whatever_their_name(model, tokenizer, candidates, queries):
     asked = {"source": queries["inputs_pretokenized"][:]}
-    with pytest.warns(UserWarning, match="Of the queries, `source` is read as `inputs_pretokenized`"):
+    with pytest.warns(UserWarning, match="queries are read under other names: `source` as `inputs_pretokenized`"):
         read, _ = read_inputs(ForwardInf(model, tokenizer).adapter, asked, candidates)
     assert read.to_dict() == {"inputs_pretokenized": asked["source"]}
 
@@ -161,7 +161,7 @@ def test_pictures_and_classes_are_found_by_their_type_unless_there_are_several()
         queries, candidates = read_inputs(adapter, rows, rows)
     assert queries.column_names == candidates.column_names == ["image", "label", "place"]
     two = rows.add_column("breed", [2], feature=features["kind"])
-    with pytest.warns(UserWarning, match="`photograph` as `image` is read"):
+    with pytest.warns(UserWarning, match="`photograph` as `image`. If others"):
         assert "label" not in read_inputs(adapter, two, two)[1].column_names
 
 
