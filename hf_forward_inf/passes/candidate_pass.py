@@ -103,7 +103,7 @@ class CandidatePass:
             `np.ndarray`: float32 `[columns, candidates]`.
         """
         store = RowStore(self._folder(key), len(self.order), columns)
-        values, stored = self._stored(store, work)
+        values, stored = self._stored(store, lambda places: self._values(work, self.features(places), collate))
         # Processes share whole batches: shapes, and so every bit of a loss, are those of a single process.
         missing = [cut for cut in self.cuts if not stored[self.order[cut]].all()]
         share = missing[self.state.process_index :: self.state.num_processes]
@@ -132,10 +132,10 @@ class CandidatePass:
             return None
         return self.cache_dir / "passes" / self.fingerprint / (fingerprint(key) if key else "")
 
-    def _stored(self, store: RowStore, work: Work) -> tuple[np.ndarray, np.ndarray]:
+    def _stored(self, store: RowStore, compute: Callable[[np.ndarray], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Return the values that are stored, on the main process alone, and which rows they are, on all."""
         found = store.load() if self.state.is_main_process else store.nothing()
-        if self.state.is_main_process and not self._is_current(work, *found):
+        if self.state.is_main_process and not self._is_current(compute, *found):
             warnings.warn(
                 "Cached losses are not what the model computes now (its code, or a file that it reads, has changed), "
                 "so all are computed again.",
@@ -147,14 +147,13 @@ class CandidatePass:
             return found[0], broadcast_object_list([found[1]])[0]
         return found
 
-    def _is_current(self, work: Work, values: np.ndarray, stored: np.ndarray) -> bool:
+    def _is_current(self, compute: Callable[[np.ndarray], np.ndarray], values: np.ndarray, stored: np.ndarray) -> bool:
         """Compute a few random rows of the adapter's first pass over these candidates again, and compare."""
         places = np.flatnonzero(stored[self.order])
         if not is_first_use(self.adapter, self.fingerprint) or not len(places):
             return True
         places = drawn_rows(places)
-        now = self._values(work, self.encoded[places])
-        return agree(values[self.order[places]], now, tolerance_of(self.adapter.model))
+        return agree(values[self.order[places]], compute(places), tolerance_of(self.adapter.model))
 
     def _values(self, work: Work, features: Rows, collate: Callable[[Rows], Batch] | None = None) -> np.ndarray:
         """Compute the values of some rows, `[rows, columns]`, in halved batches when memory runs out."""

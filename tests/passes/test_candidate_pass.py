@@ -72,7 +72,7 @@ def test_batches_are_halved_when_memory_runs_out(model, tokenizer, queries, cand
 
 def test_an_interrupted_run_resumes_where_it_stopped(line, monkeypatch, tmp_path):
     queries, rows = points(((3, 1), 0), ((1, 2), 0), ((2, 2), 1)), points(((1, 0), 0), ((0, 1), 0))
-    monkeypatch.setattr(Perturber, "block_size", 1)
+    monkeypatch.setattr(Perturber, "_block_size", lambda self, tokens: 1)
     tracer = ForwardInf(adapter=line)
     losses = type(line).term_losses
 

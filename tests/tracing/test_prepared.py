@@ -19,7 +19,7 @@ def tokens():
     [{"direction": "kfac", "sample": 4}, {"direction": "gradient", "step": "low_rank"}, {"mode": "symmetric"}],
 )
 def test_stored_models_are_the_computed_ones(tokens, tmp_path, monkeypatch, ascent):
-    monkeypatch.setattr(Perturber, "block_size", 2)
+    monkeypatch.setattr(Perturber, "_block_size", lambda self, tokens: 2)
     model = untrained("llama", len(tokens))
     tracer = ForwardInf(model, tokens, ascent=AscentConfig(radius=0.5, **ascent), training=questions())
     rows = questions()

@@ -171,7 +171,7 @@ def test_queries_are_perturbed_once_whatever_the_number_of_chunks(line, monkeypa
     candidates = line_points(50)
     for block_size in (32, 2):  # in memory, on the disk
         ascents.clear()
-        monkeypatch.setattr(Perturber, "block_size", block_size)
+        monkeypatch.setattr(Perturber, "_block_size", lambda self, tokens, size=block_size: size)
         found = ForwardInf(adapter=line).trace_stream(QUERIES, stream_of(candidates), top_k=5, chunk_size=7)
         assert len(ascents) == 3
         expected = ForwardInf(adapter=line).trace(QUERIES, candidates, top_k=5)
