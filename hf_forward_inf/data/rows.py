@@ -66,7 +66,7 @@ def _streamed(rows: Dataset, streaming: bool) -> Any:
 
 
 def _builder(path: Path) -> str:
-    builders = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
+    builders = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".tar": "webdataset"}
     if path.suffix not in builders:
         raise ValueError(f"{path} has an unknown ending: give a file that ends in {', '.join(builders)}.")
     return builders[path.suffix]

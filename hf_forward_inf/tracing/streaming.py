@@ -120,7 +120,7 @@ def trace_stream(
         top_k, chunk_size, standardise, None if folder is None else _identity(stream),
     )  # fmt: skip
     saved = None if folder is None else _resumed(Path(folder), run, stream)
-    best, progress = saved or (_empty(tracer, queries, standardise), Progress(run))
+    best, progress = saved or (empty(tracer, queries, standardise), Progress(run))
     main = process_state().is_main_process
     cache = tracer.cache_dir or default_cache_dir()
     with shown_progress("tracing", None, "rows", progress.streamed) as advance, _scratch(cache) as scratch:
@@ -128,13 +128,19 @@ def trace_stream(
             models = models or prepare(tracer, queries, scratch / "models", in_memory=True)
             scores = _scored(tracer, queries, models, rows, progress.streamed, scratch / "chunk")
             scores = standardised(scores, known_deviation) if standardise else scores
-            best = _merged(best, scores, rows, progress.streamed, top_k)
+            places = range(progress.streamed, progress.streamed + len(rows))
+            best = best_of(best, scores, rows.add_column(STREAM_ROW, list(places)), top_k)
             progress = progress.after(scores, stream)
             advance(len(rows))
             if folder is not None and main:
                 _save(best, progress, Path(folder))
     if progress.streamed == 0:
         raise ValueError("There are no candidates: the stream is empty.")
+    return finished(best, progress, top_k)
+
+
+def finished(best: Attribution, progress: Progress, top_k: int) -> Attribution:
+    """Return the attribution of the best candidates at the end of a stream."""
     counts = {"streamed": progress.streamed, "unscored": progress.unscored}
     return replace(
         best.keep(top_k), config={**best.config, **counts}, backgrounds=None, traced=progress.streamed,
@@ -159,7 +165,7 @@ def _check(stream: Any, **sizes: int) -> None:
             raise ValueError(f"{name}={value} must be at least 1.")
 
 
-def _empty(tracer: Scorer, queries: Dataset, standardise: bool) -> Attribution:
+def empty(tracer: Scorer, queries: Dataset, standardise: bool) -> Attribution:
     """Return the attribution before the first chunk, with no candidates."""
     scores = np.empty((len(queries), 0), dtype=np.float32)
     config = {**tracer.config, "standardised": standardise}
@@ -233,14 +239,13 @@ def _scratch(folder: Path) -> Iterator[Path]:
         state.wait_for_everyone()
 
 
-def _merged(best: Attribution, scores: np.ndarray, rows: Dataset, start: int, top_k: int) -> Attribution:
-    """Add a chunk, whose first row is row `start` of the stream, and drop what is not among the best of any query."""
-    rows = rows.add_column(STREAM_ROW, list(range(start, start + len(rows))))
+def best_of(best: Attribution, scores: np.ndarray, rows: Dataset, top_k: int) -> Attribution:
+    """Add rows, with their place in [`STREAM_ROW`], and drop what is not among the best of any query."""
     rows = concatenate_datasets([best.candidates, rows]) if len(best.candidates) else rows
     scores = np.concatenate([best.scores, scores], axis=1)
     ranked = [(row, best_first(row)[:top_k]) for row in scores]
     remaining = np.unique(np.concatenate([first[~np.isnan(row[first])] for row, first in ranked]))
-    if len(remaining) == len(best.candidates) and (remaining < len(remaining)).all():  # nothing better in this chunk
+    if len(remaining) == len(best.candidates) and (remaining < len(remaining)).all():  # nothing better among them
         return best
     with progress_bars(False):
         candidates = rows.select(remaining).flatten_indices(keep_in_memory=True)
@@ -265,16 +270,23 @@ def _saved(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"*{ENDING}"), key=lambda path: int(path.name.removesuffix(ENDING)))
 
 
-def _resumed(folder: Path, run: str, stream: IterableDataset) -> tuple[Attribution, Progress] | None:
-    """Load what was saved last and set the stream to its position; `None` if nothing was saved."""
+def last_saved(folder: Path) -> tuple[Attribution, Progress] | None:
+    """Load what [`trace_stream`] has saved last in a folder; `None` if nothing was saved."""
     saved = _saved(folder)
     if not saved:
         return None
-    progress = Progress(**json.loads((saved[-1] / PROGRESS).read_text()))
-    if progress.run != run:
+    return Attribution.load_from_disk(saved[-1]), Progress(**json.loads((saved[-1] / PROGRESS).read_text()))
+
+
+def _resumed(folder: Path, run: str, stream: IterableDataset) -> tuple[Attribution, Progress] | None:
+    """Load what was saved last and set the stream to its position; `None` if nothing was saved."""
+    saved = last_saved(folder)
+    if saved is None:
+        return None
+    if saved[1].run != run:
         raise ValueError(
             f"{folder} holds the progress of another run, with another model, other queries, another stream or other "
             "options. Give another folder, or delete it."
         )
-    stream.load_state_dict(progress.stream_state)
-    return Attribution.load_from_disk(saved[-1]), progress
+    stream.load_state_dict(saved[1].stream_state)
+    return saved
