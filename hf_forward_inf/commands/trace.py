@@ -63,8 +63,11 @@ def trace_run(options: TraceOptions, ascent: AscentConfig) -> dict[str, Any]:
         say(as_text(table, costs))
     if options.cost:
         metrics |= cost.measure(tracer, task.queries, task.candidates)
+        metrics |= cost.measure_screened(tracer, task.queries, task.candidates)
         passes = metrics["forward_passes_per_query"]
         say(f"A query costs {passes:.2f} forward passes over the candidates in this process.")
+        if screened := metrics.get("screened_forward_passes_per_query"):
+            say(f"With the screen, a further query costs {screened:.2f}.")
 
     shown = found["forward_inf"].keep(min(options.top_k, len(task.candidates)))
     if isinstance(tracer.adapter, LanguageAdapter) if options.tokens is None else options.tokens:

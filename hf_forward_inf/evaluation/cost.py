@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from datasets import Dataset
@@ -14,6 +15,7 @@ from datasets import Dataset
 from hf_forward_inf.algorithm import Scorer
 from hf_forward_inf.ascent.steps import Mirrored, Perturbation
 from hf_forward_inf.attribution import Attribution
+from hf_forward_inf.forward_inf import ForwardInf
 from hf_forward_inf.passes.candidate_pass import encode
 from hf_forward_inf.passes.loss_pass import LossPass
 from hf_forward_inf.utils.fingerprints import uncached
@@ -62,6 +64,28 @@ def measure(tracer: Scorer, queries: Dataset, candidates: Dataset) -> dict[str, 
     if all(peaks):
         figures["peak_memory_ratio"] = peaks[1] / peaks[0]
     return figures
+
+
+def measure_screened(tracer: ForwardInf, queries: Dataset, candidates: Dataset) -> dict[str, float]:
+    """Measure the cost of a further query of a screened trace, once its base pass, fit and screen are cached.
+
+    Args:
+        tracer (`ForwardInf`): The attributor, with a screen.
+        queries (`datasets.Dataset`): The first is traced before, up to 16 others are measured.
+        candidates (`datasets.Dataset`): The candidates.
+
+    Returns:
+        `dict[str, float]`: `screened_forward_passes_per_query`, the time of a query divided by that of one plain
+        forward pass over the candidates; nothing if there is one query, or no screen is used.
+    """
+    if len(queries) < 2 or tracer.plan(queries, candidates).strategy != "screen":
+        return {}
+    further = queries.select(range(1, min(QUERIES + 1, len(queries))))
+    with progress_bars(False), TemporaryDirectory() as folder:
+        fresh = tracer.with_options(cache_dir=folder)
+        fresh.trace(queries.select([0]), candidates)
+        seconds, _ = timed(lambda: fresh.trace(further, candidates))
+    return {"screened_forward_passes_per_query": seconds / len(further) / plain_pass(tracer, candidates)[0]}
 
 
 def plain_pass(tracer: Scorer, candidates: Dataset) -> tuple[float, float]:

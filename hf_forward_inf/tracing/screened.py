@@ -112,7 +112,9 @@ class ScreenedStep:
 
     def _choice(self, query: int, kept: np.ndarray, audit: int) -> tuple[np.ndarray, np.ndarray, int]:
         """Return the kept candidates, some random others, and the number of all others."""
-        others = np.setdiff1d(np.arange(len(self.base)), kept)
+        is_other = np.ones(len(self.base), dtype=bool)
+        is_other[kept] = False
+        others = np.flatnonzero(is_other)
         # By the query's content: it is audited by the same candidates whatever it is traced with.
         seed = int(fingerprint(self.d_tst[query : query + 1], self.tracer.ascent.seed), 16)
         drawn = np.random.default_rng(seed).choice(others, min(audit, len(others)), replace=False)

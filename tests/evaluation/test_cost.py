@@ -6,7 +6,7 @@ from datasets import is_caching_enabled
 
 from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf.adapters import TensorAdapter
-from hf_forward_inf.baselines import BM25
+from hf_forward_inf.baselines import BM25, Random
 from hf_forward_inf.evaluation import cost
 from hf_forward_inf.evaluation.cost import Pace, measure, pace, plain_pass
 from tests.helpers import digits
@@ -51,6 +51,17 @@ def test_a_fit_is_counted_once_and_not_for_each_query(network):
     figures = measure(tracer, QUERIES, CANDIDATES)
     assert 50 / 100 <= figures["forward_passes_to_fit"] <= 3 * 50 / 100
     assert figures["forward_passes_per_query"] == pytest.approx(1 + 1 / 100)
+
+
+def test_a_further_query_of_a_screened_trace_costs_itself_and_what_is_kept(network, monkeypatch):
+    monkeypatch.setattr(cost, "plain_pass", lambda tracer, candidates: (100.0, 0.0))
+    tracer = tracer_of(network)
+    screened = tracer.with_options(screen=Random(), keep=20, audit=10)
+    monkeypatch.setattr("hf_forward_inf.passes.candidate_pass.foreign_hooks", lambda model: [])  # the clock
+    figures = cost.measure_screened(screened, QUERIES, CANDIDATES)
+    assert figures["screened_forward_passes_per_query"] == pytest.approx((1 + 20 + 10) / 100, abs=0.03)
+    assert cost.measure_screened(tracer, QUERIES, CANDIDATES) == {}
+    assert cost.measure_screened(screened, QUERIES.select([0]), CANDIDATES) == {}
 
 
 def test_nothing_is_read_from_the_cache(network):
