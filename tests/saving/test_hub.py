@@ -34,13 +34,16 @@ def server(tmp_path, monkeypatch):
     return folder
 
 
+NATS = {"units": "loss", "reduction": "sum", "measure": "rise"}
+
+
 @pytest.fixture
 def found():
     rows = Dataset.from_dict({"text": [f"row {i}" for i in range(300)], "source": ["forum"] * 300})
     scores = np.random.default_rng(0).normal(size=(2, 300)).astype(np.float32)
     scores[0, 7] = 5000
     queries = Dataset.from_dict({"prompt": ["Capital of | Peru?", "And Chile?"], "completion": ["Lima", "Santiago"]})
-    return Attribution(scores, queries, rows, config={"radius": 1.0, "run": "x"})
+    return Attribution(scores, queries, rows, config={**NATS, "radius": 1.0, "run": "x"})
 
 
 @pytest.mark.parametrize("top_k", [None, 3])

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from datasets import Dataset
@@ -28,8 +30,8 @@ def test_the_spread_is_that_of_the_inner_98_percent(noise):
 
 
 def test_a_candidate_far_above_all_others_is_strong_and_a_nearer_one_has_some_effect(noise):
-    noise[3], noise[5], noise[9] = 15.0, 12.5 * 0.01 * 50, 0.3
-    found = traced(noise * 3)  # spreads of 0.03: 1,500, 625 and 30 of them
+    noise[3], noise[5], noise[9] = 17.0, 13.0, 11.0
+    found = traced(noise)
     assert found.levels(0, 4) == ["strong", "some", "none", "none"]
     assert found.verdict(0) == "2 of 400 training rows stand out, 1 of them strongly."
     assert found.top(0, 2)["level"][:] == ["strong", "some"]
@@ -40,31 +42,41 @@ def test_noise_has_no_level_however_wide_it_is(noise):
     for scale in (0.01, 1.0, 1e4):
         found = traced(noise * scale)
         assert set(found.levels(0)) == {"none"}
-        assert found.verdict(0).startswith("Nothing in this data stands out")
+        assert found.verdict(0) == "Nothing in this data stands out: none of 400 training rows."
 
 
-def test_a_rise_of_few_nats_is_no_effect_and_other_units_have_strong_ones_only(noise):
-    noise[3] = 11.0 / 3
-    assert traced(noise * 3).levels(0, 1) == ["none"]  # 366 spreads, but 11 nats
-    noise[3] = 13.0 / 3
-    assert traced(noise * 3).levels(0, 1) == ["some"]
-    other = traced(noise * 3, method="tracin")
-    assert other.levels(0, 1) == ["none"] and "beyond doubt: the best of 400 is 4" in other.verdict(0)
-    noise[3] = 15.0
-    assert traced(noise, method="tracin").levels(0, 1) == ["strong"]
+def test_a_row_that_rises_much_does_not_stand_out_where_all_others_rise(noise):
+    noise[3] = 0.25  # 25 nats, and 27 spreads
+    assert traced(noise * 100).levels(0, 1) == ["none"]
+    noise[3] = 0.33
+    assert traced(noise * 100).levels(0, 1) == ["strong"]
+
+
+def test_of_other_scores_it_is_only_said_how_far_the_best_is(noise):
+    noise[3] = 17.0
+    for other in (
+        {"method": "tracin"},
+        {"config": {**NATS, "units": "base_loss"}},
+        {"config": {**NATS, "reduction": "mean"}},
+    ):
+        found = traced(noise, **other)
+        assert found.levels(0) is None and "level" not in found.top(0).column_names
+        assert found.verdict(0).startswith("The best of 400 training rows is 1,8")
+    labelled = Dataset.from_dict({"text": ["q"], "label": [1]})
+    assert replace(traced(noise), queries=labelled).levels(0) is None
 
 
 def test_levels_are_the_same_where_only_the_best_are_kept(noise):
-    noise[3], noise[5] = 15.0, 6.0
-    found = traced(noise * 3)
+    noise[3], noise[5] = 17.0, 13.0
+    found = traced(noise)
     assert found.keep(3).levels(0) == found.levels(0, 3) and found.keep(1).verdict(0) == found.verdict(0)
 
 
 def test_scores_that_were_not_computed_are_no_part_of_the_null(noise):
-    noise[3] = 15.0
+    noise[3] = 17.0
     computed = np.zeros((1, 400), bool)
     computed[0, :150] = True
-    scores = np.where(computed[0], noise * 3, 0.0)
+    scores = np.where(computed[0], noise, 0.0)
     found = traced(scores, stage=computed)
     assert found.background(0).count == 150
     assert found.background(0).spread == pytest.approx(traced(scores[:150]).background(0).spread)
@@ -84,4 +96,4 @@ def test_few_scores_or_only_the_best_have_no_level(noise):
 def test_one_other_score_among_equal_ones_is_not_infinitely_far():
     scores = np.zeros(300)
     scores[7] = 20.0
-    assert traced(scores).levels(0, 1) == ["none"]
+    assert traced(scores).background(0).distance(20.0) == pytest.approx(np.sqrt(300))
