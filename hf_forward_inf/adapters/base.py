@@ -73,6 +73,10 @@ class Adapter(ABC):
         """Return the column of what queries without answers ask, where it has another name; `None` elsewhere."""
         return None
 
+    def doubt(self, queries: Dataset, candidates: Dataset) -> str | None:
+        """Return what users may not have meant by queries and candidates together, as a sentence."""
+        return None
+
     def names_of(self, inputs: bool, targets: bool) -> tuple[str, str]:
         """Return the names of the columns of inputs and targets, where the user names one or both."""
         return self.columns[0], self.columns[-1]

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
+from datasets import Dataset, Value
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import Self
@@ -147,6 +147,19 @@ class CausalLMAdapter(LanguageAdapter):
     def only_asked(self, names: Iterable[str]) -> str | None:
         """Return the column of questions, of queries without answers."""
         return None if self.rows.knows(names, answered=False) else lone_question(names)
+
+    def doubt(self, queries: Dataset, candidates: Dataset) -> str | None:
+        """Return a sentence where plain prompts are to be continued by a model that was trained on conversations."""
+        read = self.rows.columns_in(queries.column_names, answered=False)
+        plain = read[0] == self.columns[0] and isinstance(queries.features[read[0]], Value)
+        if not plain or self.columns[1] in read or self.tokenizer.chat_template is None:
+            return None
+        if self.rows.is_plain(candidates):
+            return None
+        return (
+            f"The queries' `{read[0]}` is continued as it is, and the candidates are conversations. To ask in a chat, "
+            f"give `{self.rows.messages}`, or name the column `question`."
+        )
 
     def names_of(self, inputs: bool, targets: bool) -> tuple[str, str]:
         """Return the columns of prompts and completions, or of both sides of a chat; of texts without prompts."""

@@ -200,12 +200,12 @@ class TextRows:
     def questions(self, items: list[Any], candidates: Dataset | None) -> Rows:
         """Return texts and conversations as rows ([`CausalLMAdapter.questions`])."""
         texts = [isinstance(item, str) for item in items]
-        if all(texts) and (self.tokenizer.chat_template is None or self._plain(candidates)):
+        if all(texts) and (self.tokenizer.chat_template is None or self.is_plain(candidates)):
             return {self.prompt: items}
         turns = [[{"role": "user", "content": item}] if isinstance(item, str) else item for item in items]
         return {self.messages: turns}
 
-    def _plain(self, candidates: Dataset | None) -> bool:
+    def is_plain(self, candidates: Dataset | None) -> bool:
         """Whether candidates are texts, or prompts and completions as texts."""
         first = self.columns_in(candidates.column_names)[0] if candidates is not None else self.messages
         return first in (self.text, self.prompt) and isinstance(candidates.features[first], Value)  # type: ignore[union-attr]

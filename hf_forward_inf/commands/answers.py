@@ -95,11 +95,15 @@ def _input_and_output(row: Mapping[str, Any], rows: Dataset, classes: ClassLabel
 
 
 def _hottest(detail: Mapping[str, Any], text: str) -> list[str]:
-    """Return the tokens with the highest scores, as far as they are in the text that is shown."""
-    least = SHARE * max(detail["term_scores"], default=0.0)
-    pairs = zip(detail["terms"], detail["term_scores"], strict=False)
-    hot = (term.strip() for term, score in pairs if score >= least > 0)
-    return [term for term in dict.fromkeys(hot) if term and term in text]
+    """Return the words with the tokens of the highest scores, as far as they are in the text that is shown."""
+    least, hot, end = SHARE * max(detail["term_scores"], default=0.0), set(), 0
+    for term, score in zip(detail["terms"], detail["term_scores"], strict=False):
+        if score >= least > 0:
+            hot |= set(range(end, end + len(term)))
+        end += len(term)
+    words = re.finditer(r"\w+|[^\w\s]+", "".join(detail["terms"]))
+    found = (match.group() for match in words if hot & set(range(*match.span())))
+    return [word for word in dict.fromkeys(found) if word in text]
 
 
 def _shared(text: str, query: str) -> list[str]:

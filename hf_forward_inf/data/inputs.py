@@ -95,6 +95,8 @@ def read_inputs(adapter: Adapter | None, queries: Given, candidates: Given) -> t
     queries = _renamed(queries, of_queries.meant(queries.features), "queries")
     if (asked := of_queries.only_asked(queries.column_names)) is not None:
         queries = _asked(adapter, queries, asked, candidates)
+    elif (doubt := of_queries.doubt(queries, candidates)) is not None:
+        warnings.warn(doubt, stacklevel=3)
     return queries, candidates
 
 

@@ -79,9 +79,14 @@ def _load_adapter(name: str) -> tuple[Any, Any]:
 
 
 def is_diffusion_folder(name: str) -> bool:
-    """Whether a hub name or local folder holds a diffusers pipeline."""
+    """Whether a hub name or local folder holds a diffusers pipeline.
+
+    Raises:
+        FileNotFoundError: If it is a path where nothing is.
+    """
     from transformers.utils.hub import cached_file
 
+    _check_exists(name)
     if Path(name).expanduser().is_dir():
         return (Path(name).expanduser() / PIPELINE).exists()
     found = cached_file(

@@ -1,3 +1,5 @@
+import warnings
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -137,6 +139,16 @@ def test_inputs_without_targets_are_answered_whatever_their_name(model, tokenize
     with pytest.warns(UserWarning, match="queries are read under other names: `source` as `inputs_pretokenized`"):
         read, _ = read_inputs(ForwardInf(model, tokenizer).adapter, asked, candidates)
     assert read.to_dict() == {"inputs_pretokenized": asked["source"]}
+
+
+def test_plain_prompts_over_conversations_are_continued_with_a_warning(chat, plain):
+    talks = [[{"role": "user", "content": "Peru?"}, {"role": "assistant", "content": "Lima."}]]
+    with pytest.warns(UserWarning, match="The queries' `prompt` is continued as it is, and the candidates are conver"):
+        read_inputs(CausalLMAdapter(*chat), {"prompt": ["Peru?"]}, {"messages": talks})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_inputs(CausalLMAdapter(*chat), {"prompt": ["Peru?"]}, {"text": ["It is Lima."]})
+        read_inputs(CausalLMAdapter(*plain), {"prompt": ["Peru?"]}, questions())
 
 
 def test_a_pair_of_other_names_is_a_chat_where_there_is_a_template(chat, plain):
