@@ -133,6 +133,9 @@ class PreconditionedGradients:
     The factors are fitted once for all queries, and all products of a block serve all of its queries
     ([`solvers.KrylovSpace`]), so that a query's direction depends a little on those that are traced with it. lambda is
     the same for the whole block: `damping` x the median of the queries' Rayleigh quotients, by the factors.
+
+    It pays for classifiers ([`TensorAdapter.default_ascent`]). On facts and a tiny mT5 its LDS is .49 to .58, where
+    that of K-FAC, without products, is .57 and .58 (40 queries; dampings of .01 to .3, samples of 128 and 400).
     """
 
     def __init__(self, config: AscentConfig, cache: "FitCache"):
