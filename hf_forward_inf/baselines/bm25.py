@@ -17,8 +17,8 @@ from hf_forward_inf.utils.memory import Memory
 from hf_forward_inf.utils.rows import LAYOUTS, fill_in, holds_texts, text_and_target, text_columns
 from hf_forward_inf.utils.validation import check_rows
 
-INDICES = Memory[Any]()
-"""Indices of the last candidates."""
+INDICES = Memory[Any](1)
+"""The index of the last candidates."""
 
 
 class BM25(Baseline):

@@ -1,5 +1,8 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from datasets import Dataset
 
 from hf_forward_inf import AscentConfig, Attribution, ForwardInf
 from hf_forward_inf.adapters import Seq2SeqAdapter
@@ -8,6 +11,7 @@ from hf_forward_inf.curvature.perturber import Perturber
 from hf_forward_inf.passes.kept_pass import KeptPass
 from hf_forward_inf.tracing import strategy
 from hf_forward_inf.tracing.screened import floored
+from tests.helpers.causal import FACTS, questions, train_tokens, untrained
 from tests.helpers.line import points
 
 PLAIN = AscentConfig(direction="gradient", radius=0.5)
@@ -63,6 +67,26 @@ def test_what_a_screen_keeps_has_the_scores_of_the_full_pass_and_the_rest_the_lo
         np.testing.assert_allclose(scores[kept], true[kept], atol=2e-4 * np.abs(true).max())
         assert kept.sum() >= 11  # all but the one that is the floor
     assert (full.trace(queries, rows).stage, full.trace(queries, rows).plan.strategy) == (None, "full")
+
+
+@pytest.mark.parametrize("layout", ["llama", "gpt2"])
+def test_a_causal_model_goes_on_from_stored_states(layout, tmp_path):
+    tokenizer = train_tokens()
+    model = untrained(layout, len(tokenizer))
+    asked = [f"What is the capital of {place}?{' Say it.' * i}" for i in range(8) for place, _ in FACTS]
+    rows = Dataset.from_dict({"prompt": asked, "completion": [f" It is {city}." for _, city in FACTS] * 8})
+    tracer = ForwardInf(model, tokenizer, ascent=PLAIN, keep=8, audit=4, cache_dir=tmp_path)
+    full = (
+        tracer.with_options(keep=None, cache_dir=tmp_path / "other").trace(questions(), rows, strategy="full").scores
+    )
+    for _ in range(2):  # the second time with stored states alone
+        found = tracer.trace(questions(), rows, strategy="screen")
+        kept = found.stage & (found.scores > found.scores.min(axis=1, keepdims=True))
+        assert (kept.sum(axis=1) >= 7).all()
+        np.testing.assert_allclose(found.scores[kept], full[kept], atol=1e-4)
+        tracer = tracer.with_options(ascent=replace(PLAIN, radius=0.6))
+        full = tracer.with_options(keep=None).trace(questions(), rows, strategy="full").scores
+    assert list(tmp_path.rglob("*.bin"))
 
 
 @pytest.mark.parametrize("mode", ["descent", "symmetric"])
