@@ -61,7 +61,7 @@ class LanguageAdapter(Adapter):
 
     def default_ascent(self, direction: str | None = None) -> dict[str, Any]:
         """Corrected by curvature ([`preferred_ascent`])."""
-        return preferred_ascent(self.model, direction)
+        return preferred_ascent(direction)
 
     def rows_for(self, inputs: Any, candidates: Dataset | None = None) -> Rows:
         """Return what a user asks as rows.
@@ -278,7 +278,7 @@ def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> str:
     return fingerprint(vocabulary, special, tokenizer.chat_template)
 
 
-def preferred_ascent(model: nn.Module, direction: str | None = None) -> dict[str, Any]:
+def preferred_ascent(direction: str | None = None) -> dict[str, Any]:
     """Return K-FAC, fitted once on a small sample: queries cost no more than along the gradient and find more.
 
     One step of length 1 at damping .01, chosen on two models trained again without halves of their data (LDS of 80

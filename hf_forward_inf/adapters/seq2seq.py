@@ -280,6 +280,15 @@ class Seq2SeqAdapter(LanguageAdapter):
         valid = (batch["labels"] != IGNORED)[..., None]
         return losses, (read[-1].float() * valid).sum(1) / valid.sum(1)
 
+    def default_ascent(self, direction: str | None = None) -> dict[str, Any]:
+        """That of language models, with a step of 1.5: recall of many proponents asks for a longer one.
+
+        Of three sets of facts, lengths 1 / 1.5 / 2 find .54 / .56 / .57, .67 / .67 / .68 and .42 / .43 / - of the
+        proponents among the first 10; the LDS of the tiny mT5 is .649 / .645 / .633.
+        """
+        chosen = super().default_ascent(direction)
+        return chosen | ({"radius": 1.5} if "radius" in chosen else {})
+
     def default_modules(self) -> list[str]:
         """Return the decoder, and an output layer with weights of its own; of a PEFT model what it has trained."""
         if trained := peft_parameters(self.model):

@@ -62,4 +62,4 @@ class TokenLabelsAdapter(AnswersTexts):
 
     def default_ascent(self, direction: str | None = None) -> dict[str, Any]:
         """K-FAC ([`language.preferred_ascent`])."""
-        return preferred_ascent(self.model, direction)
+        return preferred_ascent(direction)
