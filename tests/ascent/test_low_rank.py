@@ -313,14 +313,20 @@ def test_after_an_exception_no_hook_is_left(adapter):
     assert_same_state(before, state(adapter.model))
 
 
-def test_weights_of_eight_bits_are_perturbed_without_being_asked(tokens, rows):
+def eight_bits(network):
     torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed: pip install torchao")
-    network = untrained("llama", len(tokens))
     coarse = copy.deepcopy(network)
     torchao.quantize_(coarse, torchao.Int8WeightOnlyConfig())
+    return coarse
+
+
+@pytest.mark.parametrize("direction", ["gradient", "kfac"])
+def test_weights_of_eight_bits_are_perturbed_without_being_asked(direction, tokens, rows):
+    network = untrained("llama", len(tokens))
+    coarse = eight_bits(network)
     layers = linear_layers(coarse)
     bits = {name: layer.weight.dequantize().clone() for name, layer in layers.items()}
-    ascent = AscentConfig(direction="gradient")
+    ascent = AscentConfig(direction=direction, modules=["all"])
     found, whole = (
         ForwardInf(one, tokens, ascent=ascent).trace(rows.select(range(2)), rows) for one in (coarse, network)
     )
@@ -328,3 +334,15 @@ def test_weights_of_eight_bits_are_perturbed_without_being_asked(tokens, rows):
     assert all(torch.equal(bits[name], layers[name].weight.dequantize()) for name in bits)
     with pytest.raises(ValueError, match="weights are quantised, so that they have no gradients"):
         ForwardInf(coarse, tokens, ascent=AscentConfig(direction="cg")).trace(rows, rows)
+
+
+def test_a_lora_on_a_base_of_eight_bits_moves_along_the_corrected_gradient(tokens, rows):
+    network = untrained("llama", len(tokens))
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    found = []
+    for base in (eight_bits(network), network):
+        torch.manual_seed(0)
+        tracer = ForwardInf(get_peft_model(base, config).eval(), tokens)
+        assert tracer.ascent.direction == "kfac" and tracer.ascent.step == "low_rank"
+        found.append(tracer.trace(rows.select(range(2)), rows).scores.ravel())
+    assert np.corrcoef(*found)[0, 1] > 0.98
