@@ -20,7 +20,7 @@ from hf_forward_inf.curvature.kronecker_layers import bytes_of_factors, factored
 from hf_forward_inf.curvature.outer_products import CHUNK_BYTES
 from hf_forward_inf.curvature.sample import Sample
 from hf_forward_inf.curvature.sides import Side, Sketch, Squares, Sum, Whole
-from hf_forward_inf.utils.models import batch_size, device_of, without_autocast
+from hf_forward_inf.utils.models import batch_size, bytes_of_model, device_of, room_beside, without_autocast
 from hf_forward_inf.utils.progress import shown
 from hf_forward_inf.utils.storage import Tensors
 
@@ -87,13 +87,9 @@ class KroneckerFit:
     def _outputs(self, batch: Batch, theta: Tensors) -> Tensor:
         return self.adapter.outputs_and_loss(partial(call, self.adapter.model, theta), batch)[0]
 
-    @property
-    def _model_bytes(self) -> int:
-        return sum(p.numel() * p.element_size() for p in self.adapter.model.parameters())
-
     def _rank(self, memory: float | None) -> int:
         """Return how many eigenpairs of each factor the memory allows."""
-        size = self._model_bytes
+        size = bytes_of_model(self.adapter.model)
         room = max(size / 4, LEAST_MEMORY) if memory is None else memory * size
         allowed = [rank for rank in range(1, LARGEST_RANK + 1) if bytes_of_factors(self.layers, rank) <= room]
         if not allowed:
@@ -120,7 +116,7 @@ class KroneckerFit:
         read = sum(2 * one.probe.numel() * one.probe.element_size() + one.given.nbytes for one in calls)
         rows = batch_size(batch)
         each = (sum(taken.values()) + read + 16 * outputs.numel()) / rows / self.sample.lengths[:rows].sum(1).max()
-        return max(1, int(max(self._model_bytes / 20, LEAST_MEMORY) / each))
+        return max(1, int(room_beside(self.adapter.model) / each))
 
     def factors(self) -> Tensors:
         """Fit both factors of every layer, and the diagonals of all other parameters.

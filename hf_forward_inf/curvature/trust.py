@@ -12,6 +12,7 @@ from hf_forward_inf.ascent.low_rank import LowRank
 from hf_forward_inf.ascent.parameters import Parameters, call
 from hf_forward_inf.curvature.sample import Sample
 from hf_forward_inf.utils.fingerprints import fingerprint
+from hf_forward_inf.utils.models import batch_size, room_beside
 
 ROWS = 32
 """Training examples on which the divergence is measured."""
@@ -44,10 +45,17 @@ class TrustRegion:
     def __init__(self, sample: Sample, names: list[str], trust: float):
         self.adapter, self.trust = sample.adapter, trust
         self.fingerprint = fingerprint(sample.fingerprint, trust)
-        self.batches = list(sample.batches(set(names)))
+        self.batches = list(sample.batches(set(names), self._batch_length(sample, names)))
         self.before: dict[int, Tensor] = {}
         """The model's own outputs, by batch."""
         self.warned = False
+
+    @torch.no_grad()
+    def _batch_length(self, sample: Sample, names: list[str]) -> int:
+        """Return how long batches may be: outputs before and after, and their logarithms, take [`room_beside`]."""
+        first = next(sample.batches(set(names), 1))
+        length = sample.lengths[: batch_size(first)].sum(1).max()
+        return max(1, int(room_beside(self.adapter.model) * length / (24 * self._outputs({}, first).numel())))
 
     @torch.no_grad()
     def divergence(self, theta: Parameters) -> float:

@@ -83,6 +83,16 @@ def _out_of_inference_mode() -> Iterator[None]:
         yield
 
 
+def bytes_of_model(model: nn.Module) -> int:
+    """Return the bytes of a model's weights."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def room_beside(model: nn.Module) -> float:
+    """Return the bytes that activations of a batch may take: a twentieth of the model's, or 64 MiB."""
+    return max(bytes_of_model(model) / 20, 64 * 2**20)
+
+
 @contextmanager
 def without_autocast() -> Iterator[None]:
     """Switch off a surrounding autocast: sums and solutions are to have the precision of their terms."""
