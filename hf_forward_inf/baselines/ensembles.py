@@ -49,9 +49,10 @@ class Ensemble(Baseline):
     """The mean score of several attributors: one method on several models, or several methods on one.
 
     What the scores of several models of one training share, by checkpoint or seed, comes from the data; the rest is an
-    accident of the seed. On image classifiers the rise of the loss tells best what retraining does, and that of the
-    margin finds shortcuts and subclasses: losses with a quarter of margins have an LDS of .326 of .332, and .361 and
-    .668 at shortcuts and subclasses, where losses have .127 and .644.
+    accident of the seed. On image classifiers the rise of the loss predicts best what retraining does, and that of the
+    margin finds shortcuts and subclasses: losses with a quarter of margins, after the same steps, have an LDS of .771
+    on the digits, where losses have .778 and margins .461, and quanda's metrics of shortcuts and subclasses are .361
+    and .668, where losses have .127 and .644.
 
     Args:
         attributors (`list[Attributor]`): Attributors to average.
@@ -65,7 +66,8 @@ class Ensemble(Baseline):
     Example:
         >>> Ensemble([ForwardInf(model, tokenizer) for model in models]).trace(queries, candidates)
         >>> losses, margins = ImageClassificationAdapter(model), ImageClassificationAdapter(model, objective="margin")
-        >>> both = [ForwardInf(adapter=losses), ForwardInf(adapter=margins)]
+        >>> step = ForwardInf(adapter=losses).ascent  # the same for both
+        >>> both = [ForwardInf(adapter=losses), ForwardInf(adapter=margins, ascent=step)]
         >>> Ensemble(both, standardise=True, weights=[1, 0.25]).trace(queries, candidates)
     """
 
