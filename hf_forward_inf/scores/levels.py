@@ -1,9 +1,9 @@
 """Levels: which candidates stand out among all scores of their query.
 
 The null is the query's own scores: few candidates cause an output, so the others show what a score is that means
-nothing. The limits were chosen on built-in facts, traced with the defaults by a tiny mT5 and a tiny Llama (60 queries
-each): a row is marked for 0% and 2% of the queries whose causes are taken out, for none of an untrained model's, for
-0% and 2% of answers that no row has; one that states the fact is marked for 95% and 82% (`benchmarks/levels.py`).
+nothing. The limits were chosen on built-in facts, traced with the defaults by a tiny mT5 (48 queries): a row is marked
+for none of those whose causes are taken out, none of an untrained model's, and 4% of answers that no row has; one
+that states the fact is marked for 96% (`benchmarks/levels.py`). They hold for steps of the default length.
 """
 
 from collections.abc import Mapping
@@ -13,9 +13,9 @@ from typing import Any, Literal
 import numpy as np
 
 Level = Literal["strong", "some", "none"]
-SOME, STRONG = 12.0, 16.0
-"""Nats above the median from which a row has some effect, and a strong one: e^12 is a factor of some 160,000."""
-APART = 30.0
+SOME, STRONG = 3.0, 6.0
+"""Nats above the median from which a row has some effect, and a strong one: e^3 is a factor of 20, e^6 one of 400."""
+APART = 100.0
 """Spreads above the median without which it has none, however many nats it rises: all others may rise as well."""
 EXTREME = 0.02
 """Share of scores, the farthest from the median, that don't count for the spread: causes may be among them."""

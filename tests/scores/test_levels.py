@@ -30,7 +30,7 @@ def test_the_spread_is_that_of_the_inner_98_percent(noise):
 
 
 def test_a_candidate_far_above_all_others_is_strong_and_a_nearer_one_has_some_effect(noise):
-    noise[3], noise[5], noise[9] = 17.0, 13.0, 11.0
+    noise[3], noise[5], noise[9] = 6.5, 3.5, 2.5
     found = traced(noise)
     assert found.levels(0, 4) == ["strong", "some", "none", "none"]
     assert found.verdict(0) == "2 of 400 training rows stand out, 1 of them strongly."
@@ -46,9 +46,9 @@ def test_noise_has_no_level_however_wide_it_is(noise):
 
 
 def test_a_row_that_rises_much_does_not_stand_out_where_all_others_rise(noise):
-    noise[3] = 0.25  # 25 nats, and 27 spreads
+    noise[3] = 0.8  # 80 nats, and 87 spreads
     assert traced(noise * 100).levels(0, 1) == ["none"]
-    noise[3] = 0.33
+    noise[3] = 1.2
     assert traced(noise * 100).levels(0, 1) == ["strong"]
 
 
@@ -67,7 +67,7 @@ def test_of_other_scores_it_is_only_said_how_far_the_best_is(noise):
 
 
 def test_levels_are_the_same_where_only_the_best_are_kept(noise):
-    noise[3], noise[5] = 17.0, 13.0
+    noise[3], noise[5] = 7.0, 4.0
     found = traced(noise)
     assert found.keep(3).levels(0) == found.levels(0, 3) and found.keep(1).verdict(0) == found.verdict(0)
 
