@@ -100,7 +100,7 @@ def plain_pass(tracer: ForwardInf, candidates: Dataset) -> float:
     """Return the seconds of a plain forward pass, the median of three."""
     with uncached(), evaluating(tracer.adapter.model):
         loss = LossPass(tracer.adapter, candidates)
-        return statistics.median(seconds(loss.base)[0] for _ in range(3))
+        return statistics.median(seconds(loss.plain)[0] for _ in range(3))
 
 
 def quality(found: Attribution, full: Attribution | None, truth: list[list[int]]) -> dict[str, float]:

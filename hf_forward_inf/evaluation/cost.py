@@ -52,7 +52,7 @@ def measure(tracer: Scorer, queries: Dataset, candidates: Dataset) -> dict[str, 
         rows = encode(adapter, queries.select(range(few)), "queries", tracer.cache_dir)[:]
         plain, perturbed = [], []
         for _ in range(REPEATS):
-            plain.append(timed(loss.base))
+            plain.append(timed(loss.plain))
             # A new perturbation each time, since it caches the models that it computes.
             again = perturber.perturbation(rows)
             perturbed.append(timed(partial(_passes, loss, again, tracer.ascent.mode)))
@@ -94,7 +94,7 @@ def plain_pass(tracer: Scorer, candidates: Dataset) -> tuple[float, float]:
         loss = LossPass(
             tracer.adapter, candidates, cache_dir=tracer.cache_dir, max_batch_length=tracer.max_batch_length
         )
-        runs = [timed(loss.base) for _ in range(REPEATS)]
+        runs = [timed(loss.plain) for _ in range(REPEATS)]
     return statistics.median(run[0] for run in runs), max(run[1] for run in runs)
 
 

@@ -23,8 +23,12 @@ class LossPass(CandidatePass):
     def base(self) -> np.ndarray:
         """Compute the base loss of every candidate, L(theta, D_i), summed over its terms; float32 `[candidates]`."""
         if self._base is None:
-            self._base = self.run(lambda batch: self._losses(batch, [{}]), 1, "base", "base losses")[0]
+            self._base = self.plain()
         return self._base
+
+    def plain(self) -> np.ndarray:
+        """Run a plain forward pass over the candidates: their base losses, which are not kept in memory."""
+        return self.run(lambda batch: self._losses(batch, [{}]), 1, "base", "base losses")[0]
 
     def __call__(self, perturbed: PerturbedModels, title: str = "losses") -> np.ndarray:
         """Compute every candidate's loss under each perturbed model, L(theta_K, D_i).

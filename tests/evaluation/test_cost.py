@@ -64,6 +64,11 @@ def test_a_further_query_of_a_screened_trace_costs_itself_and_what_is_kept(netwo
     assert cost.measure_screened(screened, QUERIES.select([0]), CANDIDATES) == {}
 
 
+def test_each_of_several_plain_passes_runs_the_model(network, monkeypatch):
+    monkeypatch.setattr(cost, "REPEATS", 3)
+    assert plain_pass(tracer_of(network), CANDIDATES)[0] == 100
+
+
 def test_nothing_is_read_from_the_cache(network):
     tracer = tracer_of(network)
     tracer.trace(QUERIES, CANDIDATES)
