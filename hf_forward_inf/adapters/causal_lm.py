@@ -150,6 +150,9 @@ class CausalLMAdapter(LanguageAdapter):
 
     def doubt(self, queries: Dataset, candidates: Dataset) -> str | None:
         """Return a sentence where plain prompts are to be continued by a model that was trained on conversations."""
+        known = self.rows.knows(queries.column_names, answered=False)
+        if not known or not self.rows.knows(candidates.column_names, answered=True):
+            return None
         read = self.rows.columns_in(queries.column_names, answered=False)
         plain = read[0] == self.columns[0] and isinstance(queries.features[read[0]], Value)
         if not plain or self.columns[1] in read or self.tokenizer.chat_template is None:

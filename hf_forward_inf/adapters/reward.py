@@ -55,6 +55,10 @@ class RewardAdapter(SequenceClassificationAdapter):
             return (*(name for name in FURTHER if name in names), *PAIR)
         return super().columns_in(names)
 
+    def meant(self, features: Mapping[str, Any]) -> dict[str, str]:
+        """Return nothing: texts of other names may be one of a pair."""
+        return {}
+
     def prepare(self, rows: Dataset) -> Dataset:
         """Check labels where there are any."""
         return rows if set(PAIR) <= set(rows.column_names) else super().prepare(rows)

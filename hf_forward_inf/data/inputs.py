@@ -85,12 +85,16 @@ def read_inputs(adapter: Adapter | None, queries: Given, candidates: Given) -> t
 
     Raises:
         TypeError: As [`as_dataset`].
-        ValueError: As [`as_dataset`].
+        ValueError: As [`as_dataset`], or if it is unclear which columns of the candidates are meant.
     """
     queries, candidates = as_dataset(queries, "queries"), as_dataset(candidates, "candidates")
     if adapter is None:
         return queries, candidates
     candidates = _renamed(candidates, adapter.meant(candidates.features), "candidates")
+    try:
+        adapter.columns_in(candidates.column_names)
+    except ValueError as error:
+        raise ValueError(f"The candidates can't be read. {error}") from error
     of_queries = adapter.for_queries(queries.column_names)
     queries = _renamed(queries, of_queries.meant(queries.features), "queries")
     if (asked := of_queries.only_asked(queries.column_names)) is not None:

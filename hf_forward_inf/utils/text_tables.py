@@ -1,4 +1,4 @@
-"""Tables of plain text for a terminal."""
+"""Tables of plain text, for logs too: rich, which prints results, would wrap them to a terminal's width."""
 
 from collections.abc import Sequence
 
