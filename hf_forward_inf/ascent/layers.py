@@ -177,7 +177,8 @@ def probed(layers: Collection[nn.Module]) -> Iterator[list[Call]]:
 
     with ExitStack() as stack:
         for layer in dict.fromkeys(layers):
-            stack.callback(layer.register_forward_hook(probe, with_kwargs=True).remove)
+            # Before the user's own hooks: what they make of an output is part of what follows the layer.
+            stack.callback(layer.register_forward_hook(probe, with_kwargs=True, prepend=True).remove)
         yield calls
 
 

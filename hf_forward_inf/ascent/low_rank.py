@@ -173,7 +173,7 @@ def added(model: nn.Module, changes: Mapping[str, LowRank]) -> Iterator[None]:
     with ExitStack() as stack:
         for place in places:
             stack.callback(place.layer.register_forward_pre_hook(place.enter, with_kwargs=True).remove)
-            stack.callback(place.layer.register_forward_hook(place.leave, with_kwargs=True).remove)
+            stack.callback(place.layer.register_forward_hook(place.leave, with_kwargs=True, prepend=True).remove)
             stack.callback(place.restore)
         yield
 

@@ -247,6 +247,20 @@ def test_under_autocast_changes_are_computed_in_float32(direction, tokens, rows)
             assert torch.cosine_similarity(value.dense().flatten(), own[name].flatten(), dim=0) > 0.97
 
 
+def test_hooks_of_the_users_own_come_after_a_change(hooked):
+    network = digits.perceptron()
+    network[0].register_forward_pre_hook(lambda layer, args: (args[0] / 3,))
+    network[0].register_forward_hook(lambda layer, args, output: 2 * output)
+    adapter, data = TensorAdapter(network), digits.rows(0, 20)
+    low, full = (config.completed() for config in steps(steps=2))
+    names = names_for(adapter, low)
+    found, expected = (ascend(adapter, adapter.encode(data[:1]), names, config) for config in (low, full))
+    assert_same_thetas(network, found, expected)
+    x = torch.tensor(data["x"][:])
+    with torch.no_grad():
+        torch.testing.assert_close(_run(network, found, x), functional_call(network, expected, (x,)))
+
+
 def test_an_input_that_is_overwritten_is_refused():
     class Overwriting(nn.Module):
         def __init__(self):
