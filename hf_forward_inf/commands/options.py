@@ -42,7 +42,7 @@ class TraceOptions(RunOptions):
         time_budget (`float`, *optional*): Seconds for scoring: with a screen the best first, otherwise in random
             order; candidates not reached by then have the lowest score, or none.
         tokens (`bool`, *optional*): Colour in the report the tokens (or places of a picture) of the best candidates
-            by their part of the score. Defaults to doing so for language models.
+            by their part of the score. Defaults to doing so for language models, of up to 50 queries.
         baselines (`bool`, defaults to `True`): Also run BM25, and fixed learning rates if proponents are known.
         compare (`bool`, defaults to `False`): Also run every attributor: gradients, curvature, hidden states, fusion.
         cost (`bool`, defaults to `False`): Also measure what a query costs, in forward passes over the candidates: it

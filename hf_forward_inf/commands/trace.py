@@ -24,6 +24,9 @@ from hf_forward_inf.utils.rows import sample_rows
 COMPARED = 4
 """Other attributors whose rows the page can show instead."""
 
+EXPLAINED = 50
+"""Queries whose rows are explained by tokens with defaults: each is perturbed once more."""
+
 
 def trace_run(options: TraceOptions, ascent: AscentConfig) -> dict[str, Any]:
     """Trace, compare with other attributors, and write `metrics.json`, `attribution/` and `report.html`.
@@ -70,7 +73,8 @@ def trace_run(options: TraceOptions, ascent: AscentConfig) -> dict[str, Any]:
             say(f"With the screen, a further query costs {screened:.2f}.")
 
     shown = found["forward_inf"].keep(min(options.top_k, len(task.candidates)))
-    if isinstance(tracer.adapter, LanguageAdapter) if options.tokens is None else options.tokens:
+    affordable = isinstance(tracer.adapter, LanguageAdapter) and len(task.queries) <= EXPLAINED
+    if affordable if options.tokens is None else options.tokens:
         shown = tracer.explain(shown)
     if isinstance(tracer.adapter, ClassifierAdapter) and isinstance(tracer.adapter.labels, OneClass):
         shown = tracer.predict(shown)
