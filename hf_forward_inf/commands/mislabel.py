@@ -20,6 +20,7 @@ from hf_forward_inf.scores.metrics import best_first, detection, found_by
 from hf_forward_inf.utils.models import evaluating
 from hf_forward_inf.utils.processes import say
 from hf_forward_inf.utils.rows import sample_rows
+from hf_forward_inf.utils.text_tables import text_table
 
 SHOWN = 20
 """Images that the report shows, those of highest self-influence."""
@@ -103,8 +104,9 @@ def rank_labels(options: MislabelOptions) -> dict[str, Any]:
     table = Dataset.from_dict(columns | {name: values[order] for name, values in scores.items()})
     differ = np.array(given) != np.array(predicted)
     say(f"{differ.sum()} of {len(rows):,} labels are not the model's. The most suspicious, by {options.rank_by}:")
-    for one in table.select(range(min(SHOWN, len(table)))):
-        say(f"row {one['row']:6}  {one['label']:>16}  model: {one['model_label']:>16}  loss {one['loss']:.3g}")
+    first = table.select(range(min(SHOWN, len(table))))
+    cells = [[str(one["row"]), one["label"], one["model_label"], f"{one['loss']:.3g}"] for one in first]
+    say(text_table([["row", "label", "the model says", "loss"], *cells]))
     shown = order[:SHOWN]
     found = tracer.trace(rows.select(shown), rows, top_k=min(options.top_k, len(rows)))
     notes = {i: f"the model says {own[row]}" for i, row in enumerate(shown.tolist()) if differ[row]}
