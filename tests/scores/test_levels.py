@@ -30,7 +30,7 @@ def test_the_spread_is_that_of_the_inner_98_percent(noise):
 
 
 def test_a_candidate_far_above_all_others_is_strong_and_a_nearer_one_has_some_effect(noise):
-    noise[3], noise[5], noise[9] = 6.5, 3.5, 2.5
+    noise[3], noise[5], noise[9] = 12.5, 8.5, 7.5
     found = traced(noise)
     assert found.levels(0, 4) == ["strong", "some", "none", "none"]
     assert found.verdict(0) == "2 of 400 training rows stand out, 1 of them strongly."
@@ -67,7 +67,7 @@ def test_of_other_scores_it_is_only_said_how_far_the_best_is(noise):
 
 
 def test_levels_are_the_same_where_only_the_best_are_kept(noise):
-    noise[3], noise[5] = 7.0, 4.0
+    noise[3], noise[5] = 13.0, 9.0
     found = traced(noise)
     assert found.keep(3).levels(0) == found.levels(0, 3) and found.keep(1).verdict(0) == found.verdict(0)
 
