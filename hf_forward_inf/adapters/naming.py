@@ -7,7 +7,7 @@ from datasets import ClassLabel, Image, Value
 
 OTHER_NAMES = {
     "image": ("img", "picture", "photo", "jpg", "jpeg", "png", "webp"),
-    "label": ("labels", "class", "category", "target", "fine_label"),
+    "label": ("labels", "class", "category", "target"),
     "caption": ("text", "captions", "prompt", "description", "txt"),
     "text": ("sentence", "content", "document", "review", "body"),
     "tokens": ("words",),

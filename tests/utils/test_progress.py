@@ -1,8 +1,10 @@
 import pytest
 
+from hf_forward_inf import ForwardInf
 from hf_forward_inf.utils import progress as bars
 from hf_forward_inf.utils.processes import progress_bars
 from hf_forward_inf.utils.progress import counting, progress, shown
+from tests.helpers.line import points
 
 
 @pytest.fixture(autouse=True)
@@ -69,3 +71,14 @@ def test_nothing_is_shown_where_bars_are_disabled(capsys, monkeypatch):
     with progress_bars(False), progress("tracing", 4, "queries") as advance, counting(4):
         advance(4)
     assert capsys.readouterr().err == ""
+
+
+def test_a_trace_has_one_bar_that_counts_queries_to_the_end(line, capsys, monkeypatch):
+    parts = []
+    monkeypatch.setattr(bars._Bar, "name", lambda self, part: parts.append(part))
+    rows = points(((3, 1), 0), ((1, -3), 7.5), ((2, 2), 1))
+    ForwardInf(adapter=line, strategy="full").trace(rows, rows)
+    lines = last_lines(capsys)
+    assert all(line.startswith("tracing") for line in lines)
+    assert "losses, 3/3 rows" in parts and "base losses, 3/3 rows" in parts
+    assert "3/3 queries" in lines[-1] and "100%" in lines[-1]
