@@ -1,6 +1,7 @@
 """README and documentation: their code runs and prints what they say, and the site is built without a warning."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -114,6 +115,16 @@ def test_few_blocks_are_not_run_and_each_says_why():
 
 def test_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= LONGEST_README
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_links_lead_to_files_and_headings(page):
+    links = re.findall(r"\]\((?!https?:)([^)]+)\)", (ROOT / page).read_text(encoding="utf-8"))
+    assert links
+    for path, _, heading in (link.partition("#") for link in links):
+        assert (ROOT / path).exists(), path
+        named = re.findall(r"^#+ (.*)", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE) if heading else []
+        assert not heading or heading in [name.lower().replace(" ", "-").rstrip("?") for name in named], heading
 
 
 def test_the_site_is_built_without_a_warning(tmp_path):
