@@ -13,7 +13,7 @@ from typing_extensions import Self
 
 from hf_forward_inf.adapters.agreement import parts_agree, rows_agree
 from hf_forward_inf.adapters.naming import meant
-from hf_forward_inf.utils.models import batch_size, evaluating, to_device, uncompiled
+from hf_forward_inf.utils.models import batch_size, evaluating, is_sharded, to_device, uncompiled
 
 Rows: TypeAlias = dict[str, list[Any]]
 """A slice of a `datasets.Dataset`: column name to values."""
@@ -272,7 +272,7 @@ class Adapter(ABC):
             `dict`: What [`run_shared`] returns, or the batch itself.
         """
         shared = self.shared_parameters()
-        if not shared or shared & names:
+        if not shared or shared & names or is_sharded(self.model):
             return batch
         if self.shares is None:
             first = self.first_row(batch)

@@ -14,7 +14,7 @@ from hf_forward_inf.adapters.base import Adapter
 from hf_forward_inf.ascent.config import AscentConfig
 from hf_forward_inf.ascent.layers import holders, sides_of, sites
 from hf_forward_inf.ascent.low_rank import LowRank, added
-from hf_forward_inf.utils.models import check_in_memory, is_quantised, linear_layers, peft_parameters
+from hf_forward_inf.utils.models import check_in_memory, is_quantised, is_sharded, linear_layers, peft_parameters
 
 Parameters: TypeAlias = dict[str, Tensor | LowRank]
 """theta_K: the perturbed parameters by name, or low-rank changes of them; all others are theta's."""
@@ -30,8 +30,13 @@ def is_low_rank(adapter: Adapter, config: AscentConfig) -> bool:
     """Return whether weight matrices change by outer products ([`low_rank.LowRank`]), and no copy of them is made.
 
     Raises:
-        ValueError: If weights are quantised and the direction needs their gradients.
+        ValueError: If weights are quantised, or sharded, and the direction needs their gradients.
     """
+    if is_sharded(adapter.model) and (config.step != "low_rank" or config.direction != "gradient"):
+        raise ValueError(
+            "The model is sharded (FSDP), so that its weights are changed layer by layer: take "
+            "AscentConfig(direction='gradient', step='low_rank')."
+        )
     if config.step == "low_rank" or not is_quantised(adapter.model) or peft_parameters(adapter.model):
         return config.step == "low_rank"
     raise ValueError(
@@ -109,6 +114,8 @@ def perturbed_names(adapter: Adapter, modules: list[str] | None) -> list[str]:
             if not _matching(trainable, [pattern]):
                 raise ValueError(_nothing_matches(adapter.model, pattern, trainable))
         names = _matching(trainable, modules)
+    if is_sharded(adapter.model):  # a layer's weight is whole only while the layer runs, which a hook makes use of
+        names = [name for name in names if name in layers]
     check_in_memory(adapter.model, names)
     return names
 

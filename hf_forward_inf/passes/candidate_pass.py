@@ -19,7 +19,7 @@ from hf_forward_inf.passes.freshness import agree, drawn_rows, is_first_use, tol
 from hf_forward_inf.passes.row_store import RowStore
 from hf_forward_inf.utils.fingerprints import fingerprint, fingerprint_of_model, foreign_hooks
 from hf_forward_inf.utils.memory import Memory
-from hf_forward_inf.utils.models import to_device
+from hf_forward_inf.utils.models import is_sharded, to_device
 from hf_forward_inf.utils.processes import process_state
 from hf_forward_inf.utils.progress import progress
 from hf_forward_inf.utils.storage import default_cache_dir
@@ -107,6 +107,8 @@ class CandidatePass:
         # Processes share whole batches: shapes, and so every bit of a loss, are those of a single process.
         missing = [cut for cut in self.cuts if not stored[self.order[cut]].all()]
         share = missing[self.state.process_index :: self.state.num_processes]
+        together = is_sharded(self.adapter.model)
+        idle = -(-len(missing) // self.state.num_processes) - len(share) if together else 0
         left = sum(int((~stored[self.order[cut]]).sum()) for cut in share)
         with store.writing() as add, progress(title, left, "rows") as advance:
             for cut in share:
@@ -115,6 +117,8 @@ class CandidatePass:
                 values[rows] = self._values(work, self.features(places), collate)
                 add(rows, values[rows])
                 advance(len(rows))
+            for _ in range(idle):  # all processes run a sharded model as often
+                self._values(work, self.features(np.arange(1)), collate)
         return self._gathered(values).T
 
     @cached_property
@@ -150,7 +154,7 @@ class CandidatePass:
     def _is_current(self, compute: Callable[[np.ndarray], np.ndarray], values: np.ndarray, stored: np.ndarray) -> bool:
         """Compute a few random rows of the adapter's first pass over these candidates again, and compare."""
         places = np.flatnonzero(stored[self.order])
-        if not is_first_use(self.adapter, self.fingerprint) or not len(places):
+        if not is_first_use(self.adapter, self.fingerprint) or not len(places) or is_sharded(self.adapter.model):
             return True
         places = drawn_rows(places)
         return agree(values[self.order[places]], compute(places), tolerance_of(self.adapter.model))

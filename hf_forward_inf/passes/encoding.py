@@ -68,9 +68,10 @@ def encode(
     state = process_state()
     read = rows.select_columns(list(columns))
     name = fingerprint(rows._fingerprint, adapter.cache_key, _files(read))
+    prepared = adapter.prepare(read)  # may run the model, which all processes of a sharded one do together
     with state.main_process_first():
         encoded = _mapped(
-            adapter.prepare(read),
+            prepared,
             (cache_dir or default_cache_dir()) / "encoded" / f"{name}.arrow",
             adapter,
             role,

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from datasets import disable_caching, enable_caching, is_caching_enabled
 from datasets.fingerprint import Hasher
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from hf_forward_inf.utils.callables import fingerprint_of_callable
 from hf_forward_inf.utils.hashes import bytes_of, fingerprint, view_of
 from hf_forward_inf.utils.memory import once
+from hf_forward_inf.utils.models import is_sharded, reshard
 
 __all__ = ["bytes_of", "fingerprint", "fingerprint_of_model", "foreign_hooks", "uncached"]
 
@@ -29,6 +31,8 @@ IRRELEVANT = (set(vars(nn.Module())) - {"_parameters", "_buffers", "_modules"}) 
     "hf_device_map", "hf_quantizer", "name_or_path", "warnings_issued",
 }  # fmt: skip
 """Attributes that change no loss: where a model comes from, where it is, how it is trained or generates."""
+SHARDING = ("__composable_api_state_key", "_fsdp_", "_is_fsdp_")
+"""Begin the names of attributes in which FSDP2 has what it needs."""
 PLAIN = str | bytes | int | float | complex | np.generic | torch.dtype | None
 """Values that their `repr` says all of."""
 
@@ -40,7 +44,15 @@ def fingerprint_of_model(model: nn.Module) -> str:
     `forward`, which PEFT adapters are active and how strongly), the code of its class (of installed packages, version
     and source file), autocast, the precision of products, and the packages' versions.
     """
-    return once("fingerprint", model, lambda: Hasher.hash_bytes(_all_parts(model)))
+    sharded = is_sharded(model)
+    if sharded:
+        reshard(model)
+    own = once("fingerprint", model, lambda: Hasher.hash_bytes(_all_parts(model)))
+    if not sharded:
+        return own
+    every = [""] * dist.get_world_size()  # each process has hashed its shard
+    dist.all_gather_object(every, own)
+    return fingerprint(every)
 
 
 def _all_parts(model: nn.Module) -> Iterator[bytes | memoryview]:
@@ -109,8 +121,12 @@ def _inside(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _sorted(values: Mapping[Any, Any]) -> list[tuple[str, Any]]:
-    relevant = [(str(key), inner) for key, inner in values.items() if key not in IRRELEVANT]
+    relevant = [(str(key), inner) for key, inner in values.items() if not _is_irrelevant(key)]
     return sorted(relevant, key=lambda item: item[0])
+
+
+def _is_irrelevant(key: Any) -> bool:
+    return key in IRRELEVANT or str(key).startswith(SHARDING)
 
 
 def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
@@ -154,7 +170,8 @@ def _plain(tensor: Tensor) -> list[Tensor]:
     if not hasattr(tensor, "__tensor_flatten__"):
         return [tensor]
     names, _ = tensor.__tensor_flatten__()
-    return [part for name in names for part in _plain(getattr(tensor, name))]
+    parts = [getattr(tensor, name) for name in names]
+    return [plain for part in parts if isinstance(part, Tensor) for plain in _plain(part)]
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 SMALL = 2**20
@@ -105,9 +106,34 @@ def without_autocast() -> Iterator[None]:
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
-    """Return the module that `torch.compile(model)` wraps, or the model itself: they share their parameters."""
-    inner = getattr(model, "_orig_mod", None)
+    """Return the module that `torch.compile` or DistributedDataParallel wraps, or the model itself.
+
+    Raises:
+        TypeError: If the model is DeepSpeed's or the first FSDP's, which hold no parameters that can be told apart.
+    """
+    if type(model).__name__ == "DeepSpeedEngine" or any(hasattr(p, "ds_id") for p in model.parameters()):
+        raise TypeError(
+            "DeepSpeed's engine and its partitioned parameters can't be traced: load the checkpoint as an ordinary "
+            "model, or shard it by FSDP2 (fully_shard, or accelerate with fsdp_version=2)."
+        )
+    if type(model).__name__ == "FullyShardedDataParallel":
+        raise TypeError("FSDP1 flattens parameters: shard the model by FSDP2 (accelerate with fsdp_version=2).")
+    wrapped = type(model).__name__ == "DistributedDataParallel"
+    inner = model.module if wrapped else getattr(model, "_orig_mod", None)
     return uncompiled(inner) if isinstance(inner, nn.Module) else model
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether parameters are sharded over processes (FSDP2): then all of them must run the model together."""
+    return any(isinstance(p, DTensor) for p in model.parameters())
+
+
+def reshard(model: nn.Module) -> None:
+    """Free the whole weights that a sharded model holds between its forward and its backward pass."""
+    for module in model.modules():
+        if hasattr(module, "set_reshard_after_backward"):  # FSDP2's
+            free: Any = module.reshard
+            free()
 
 
 def check_in_memory(model: nn.Module, names: Iterable[str]) -> None:
