@@ -19,6 +19,7 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_forward_inf import AscentConfig, ForwardInf
+from hf_forward_inf.curvature import kronecker
 from hf_forward_inf.data import builtin_facts
 from hf_forward_inf.evaluation.cost import plain_pass, timed
 from hf_forward_inf.toys.tiny_models import train_tokenizer
@@ -46,7 +47,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--trust", type=float, help="A length in nats; by default a radius.")
     parser.add_argument("--memory", type=float, help="As in AscentConfig.")
+    parser.add_argument("--targets", type=int, help="Targets drawn for the fit: memory does not depend on them.")
     options = parser.parse_args()
+    kronecker.TARGETS = options.targets or kronecker.TARGETS
     warnings.simplefilter("ignore")  # of a tokenizer that is not the model's
     torch.manual_seed(0)
     texts = [a.replace("<extra_id_0>", b) for a, b in sentences()]
