@@ -130,6 +130,6 @@ def sentence(found: Background | None, best: float | None, nats: bool) -> str:
         return f"Nothing in this data stands out: none of {found.count:,} training rows."
     distance = float(found.distance(np.array(best)))
     return (
-        f"The best of {found.count:,} training rows is {distance:,.0f} spreads above the median of the scores: from "
-        "where on a row stands out is known for losses of language models only."
+        f"The best of {found.count:,} training rows is {distance:,.0f} spreads above the median of the scores; how "
+        "many it takes to stand out was measured for language models only."
     )
