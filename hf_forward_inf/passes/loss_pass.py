@@ -7,10 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_forward_inf.adapters.base import Batch
+from hf_forward_inf.adapters.base import Batch, Rows
 from hf_forward_inf.ascent.parameters import Parameters, call
 from hf_forward_inf.ascent.steps import PerturbedModels
 from hf_forward_inf.passes.candidate_pass import CandidatePass
+from hf_forward_inf.passes.shared_states import SharedStates
 
 
 class LossPass(CandidatePass):
@@ -18,6 +19,8 @@ class LossPass(CandidatePass):
 
     kind = ""
     """Part of the cache key: separates what subclasses compute from plain losses."""
+    states: SharedStates | None = None
+    """Where batches begin from stored states, once it is set."""
     _base: np.ndarray | None = None
 
     def base(self) -> np.ndarray:
@@ -28,7 +31,11 @@ class LossPass(CandidatePass):
 
     def plain(self) -> np.ndarray:
         """Run a plain forward pass over the candidates: their base losses, which are not kept in memory."""
-        return self.run(lambda batch: self._losses(batch, [{}]), 1, "base", "base losses")[0]
+        return self.run(lambda batch: self._losses(batch, [{}]), 1, "base", "base losses", self._collate)[0]
+
+    @property
+    def _collate(self) -> Callable[[Rows], Batch] | None:
+        return None if self.states is None else self.states.batch
 
     def __call__(self, perturbed: PerturbedModels, title: str = "losses") -> np.ndarray:
         """Compute every candidate's loss under each perturbed model, L(theta_K, D_i).
@@ -44,7 +51,7 @@ class LossPass(CandidatePass):
         def work(batch: Batch) -> np.ndarray:
             return self._losses(batch, perturbed.thetas)
 
-        return self.run(work, len(perturbed), self.kind + perturbed.fingerprint, title)
+        return self.run(work, len(perturbed), self.kind + perturbed.fingerprint, title, self._collate)
 
     @torch.no_grad()
     def _losses(self, batch: Batch, thetas: Sequence[Parameters | None]) -> np.ndarray:
@@ -52,8 +59,8 @@ class LossPass(CandidatePass):
         adapter = self.adapter
         rows = len(next(tensor for tensor in batch.values() if isinstance(tensor, Tensor)))
         losses = np.full((rows, len(thetas)), np.nan, dtype=np.float32)
-        names = set().union(*(theta for theta in thetas if theta is not None))
-        batch = adapter.with_shared(batch, names)  # no query changes the shared part: computed once for all models
+        if self.states is None:  # no query changes the shared part: computed once for all models
+            batch = adapter.with_shared(batch, set().union(*(theta for theta in thetas if theta is not None)))
         measure = self._measure(batch)
         for i, theta in enumerate(thetas):
             if theta is not None:

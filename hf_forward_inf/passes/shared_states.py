@@ -9,6 +9,9 @@ from hf_forward_inf.adapters.base import Batch, Rows
 from hf_forward_inf.passes.candidate_pass import PLACE, CandidatePass
 from hf_forward_inf.passes.state_store import StateStore, padded
 
+IN_MEMORY = 64 * 2**20
+"""Bytes of states that are held in memory where nothing is cached, or a tenth of the model if that is more."""
+
 
 class SharedStates:
     """Collates candidates, and runs the part of the model that no query changes, once for each candidate.
@@ -68,8 +71,9 @@ class SharedStates:
             return None
         like, limit = adapter.shared_states(halves), storage / run.state.num_processes
         folder = run._folder("states")
-        if folder is None:
-            return StateStore(None, lengths, like, limit)
+        if folder is None:  # memory is to stay that of inference
+            model = sum(p.numel() * p.element_size() for p in adapter.model.parameters())
+            return StateStore(None, lengths, like, min(limit, max(IN_MEMORY, model / 10)))
         files = [folder / f"{process}.bin" for process in range(run.state.num_processes)]
         own = files[run.state.process_index]
         self.others = [StateStore(file, lengths, like, 0) for file in {*files, *folder.glob("*.bin")} - {own}]

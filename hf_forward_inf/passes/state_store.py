@@ -33,10 +33,8 @@ class StateStore:
         self.starts = np.concatenate([[0], np.cumsum(sizes)])
         self.memory: dict[int, Tensor] = {}
         self.written = 0
-        self.file: int | None = None
-        if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            self.file = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        self.path, self.file = file, None if file is None else _opened(file)
+        if self.file is not None:
             self.written = os.fstat(self.file).st_blocks * 512  # of a sparse file, what it takes on the disk
 
     def __del__(self) -> None:
@@ -44,8 +42,15 @@ class StateStore:
         if file is not None:
             os.close(file)
 
+    def _reopen(self) -> None:
+        """Begin a new file where this one was deleted: what it holds was found to be out of date."""
+        if self.file is not None and self.path is not None and not os.fstat(self.file).st_nlink:
+            os.close(self.file)
+            self.file, self.written = _opened(self.path), 0
+
     def read(self, row: int) -> Tensor | None:
         """Return a row's states, `None` where they are not stored."""
+        self._reopen()
         if self.file is None:
             return self.memory.get(row)
         start, stop = int(self.starts[row]), int(self.starts[row + 1])
@@ -56,6 +61,7 @@ class StateStore:
 
     def write(self, row: int, states: Tensor) -> None:
         """Store a row's states, `[positions or more, features]`, as far as the limit and the disk allow it."""
+        self._reopen()
         size = int(self.starts[row + 1] - self.starts[row])
         if self.written + size > self.limit:
             return
@@ -70,6 +76,11 @@ class StateStore:
                 self.limit = 0
                 warnings.warn(f"States are no longer stored, and so computed for every query: {error}.", stacklevel=2)
         self.written += size
+
+
+def _opened(file: Path) -> int:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
 
 
 def padded(states: list[Tensor]) -> Tensor:

@@ -137,6 +137,7 @@ def _full(tracer: Scorer, plan: Plan, loss: LossPass) -> Plan:
             plan.queries * perturbed_share(tracer),
             stored=4 * plan.queries * plan.candidates,
         ),
+        Part("states before the perturbed part", stored=int(min(_state_bytes(tracer, loss), tracer.storage * GIB))),
     ]
     return replace(plan, parts=tuple(parts), memory=_memory(tracer, plan.queries))
 
@@ -145,9 +146,7 @@ def _screened(tracer: Scorer, plan: Plan, loss: LossPass) -> Plan:
     assert plan.keep is not None
     share, width = perturbed_share(tracer), _width(tracer.adapter.model)
     scored = min(plan.keep + plan.audit, plan.candidates) * plan.queries / plan.candidates
-    lengths = tracer.adapter.shared_lengths(loss.lengths) if share < 1 else None
-    itemsize = next(tracer.adapter.model.parameters()).element_size()
-    states = 0.0 if lengths is None else float(lengths.sum()) * width * itemsize
+    states = _state_bytes(tracer, loss)
     room = min(1.0, tracer.storage * GIB / states) if states else 0.0
     key = KEY if tracer.measure == "rise" and is_joint(tracer.adapter) else "base"
     parts = [
@@ -176,6 +175,14 @@ def perturbed_share(tracer: Scorer) -> float:
     tables = {f"{name}.weight" for name, module in adapter.model.named_modules() if isinstance(module, nn.Embedding)}
     sizes = {name: p.numel() for name, p in adapter.model.named_parameters() if name not in tables}
     return 1 - sum(size for name, size in sizes.items() if name in shared) / max(1, sum(sizes.values()))
+
+
+def _state_bytes(tracer: Scorer, loss: LossPass) -> float:
+    """Return the bytes of the states of all candidates before the perturbed part; 0 where they can't be stored."""
+    adapter = tracer.adapter
+    lengths = adapter.shared_lengths(loss.lengths) if perturbed_share(tracer) < 1 else None
+    itemsize = next(adapter.model.parameters()).element_size()
+    return 0.0 if lengths is None else float(lengths.sum()) * _width(adapter.model) * itemsize
 
 
 def _width(model: nn.Module) -> int:

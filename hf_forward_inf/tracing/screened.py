@@ -47,8 +47,7 @@ class ScreenedStep:
         self.tracer, self.queries, self.candidates, self.loss = tracer, queries, candidates, loss
         self.d_tst = encode(tracer.adapter, queries, "queries", tracer.cache_dir)
         with evaluating(tracer.adapter.model):
-            names = set(names_for(tracer.adapter, tracer.ascent))
-            states = SharedStates(loss, names, tracer.storage * GIB)
+            states = states_of(tracer, loss)
             self.base_pass, self.kept = BasePass(loss, states), KeptPass(loss, states)
             joint = tracer.measure == "rise" and self.base_pass.joint
             self.base = self.base_pass.losses if joint else loss.base()  # L(theta, D_i)
@@ -165,6 +164,11 @@ class ScreenedStep:
             perturbed, i = models[key]
             losses[missing] = self.kept.run(perturbed.thetas[i], key, missing)
         return losses[rows]
+
+
+def states_of(tracer: Scorer, loss: LossPass) -> SharedStates:
+    """Return what makes batches of the candidates, from stored states as far as there are any."""
+    return SharedStates(loss, set(names_for(tracer.adapter, tracer.ascent)), tracer.storage * GIB)
 
 
 def mirrored(key: str) -> str:

@@ -6,7 +6,7 @@ import warnings
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, is_caching_enabled
 from datasets.utils import are_progress_bars_disabled, tqdm
 
 from hf_forward_inf.algorithm import Scorer
@@ -16,8 +16,9 @@ from hf_forward_inf.passes.loss_pass import LossPass
 from hf_forward_inf.plan import Audit, Plan
 from hf_forward_inf.tracing.audit import Scored, audit_of, failed
 from hf_forward_inf.tracing.planning import floor_of, plan_for
-from hf_forward_inf.tracing.screened import ScreenedStep, assembled, background_scores, floored
+from hf_forward_inf.tracing.screened import ScreenedStep, assembled, background_scores, floored, states_of
 from hf_forward_inf.tracing.time_budget import within
+from hf_forward_inf.utils.models import evaluating
 from hf_forward_inf.utils.processes import process_state
 
 PILOT = 8
@@ -101,6 +102,10 @@ def _full(job: Job) -> Traced:
             lambda rows: _of_all(alone, job.queries, job.candidates.select(rows)),
         )  # fmt: skip
         return Traced(scores, job.plan, reached)
+    if job.loss.cached and is_caching_enabled() and job.loss.states is None:  # later queries begin there
+        with evaluating(tracer.adapter.model):
+            states = states_of(tracer, job.loss)
+        job.loss.states = states if states.store is not None else None
     scores = _of_all(tracer, job.queries, job.candidates, job.loss)
     if job.plan.keep is None:
         return Traced(scores, job.plan, everything)

@@ -1,4 +1,5 @@
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -37,6 +38,15 @@ def test_a_row_that_was_written_in_part_is_not_there(tmp_path):
         file.write(b"!")
     os.truncate(tmp_path / "states.bin", store.starts[3] - 1)
     assert store.read(0) is None and store.read(2) is None
+
+
+def test_a_file_that_was_deleted_because_it_is_out_of_date_is_not_read_on(tmp_path):
+    store = StateStore(tmp_path / "folder" / "states.bin", LENGTHS, states(0), 1e6)
+    store.write(0, states(0))
+    shutil.rmtree(tmp_path / "folder")
+    assert store.read(0) is None
+    store.write(1, states(1))
+    assert torch.equal(store.read(1), states(1)) and (tmp_path / "folder" / "states.bin").exists()
 
 
 def test_no_more_is_stored_than_the_limit_allows_and_a_full_disk_is_no_error(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 
 from hf_forward_inf import AscentConfig, Attribution, ForwardInf
@@ -178,6 +179,25 @@ def test_a_screen_of_the_users_reads_its_own_model_and_other_candidates_next(mod
     kept = RepresentationSimilarity(model, tokenizer).trace(queries, rows, top_k=10).indices
     for stage, best in zip(found.stage, kept, strict=True):
         assert set(np.flatnonzero(stage)) == set(best)
+
+
+def test_a_full_pass_goes_on_from_stored_states_too(model, tokenizer, queries, rows, tmp_path, monkeypatch):
+    tracer = ForwardInf(model, tokenizer, ascent=PLAIN, strategy="full")
+    tracer.trace(queries.select([0]), rows)
+    encoded, run = [], Seq2SeqAdapter.run_shared
+    monkeypatch.setattr(
+        Seq2SeqAdapter, "run_shared", lambda self, batch: encoded.append(len(batch["labels"])) or run(self, batch)
+    )
+    found = tracer.trace(queries, rows)
+    assert sum(encoded) <= len(queries) + 3  # ascents, and first rows that were tried
+    apart = tracer.with_options(storage=0, cache_dir=tmp_path / "other").trace(queries, rows)
+    np.testing.assert_allclose(found.scores, apart.scores, atol=1e-5 * np.abs(apart.scores).max())
+    weights = dict(model.named_parameters())
+    with torch.no_grad():
+        weights["shared.weight"] += 0.1  # other states
+    changed = tracer.trace(queries, rows)
+    apart = tracer.with_options(storage=0, cache_dir=tmp_path / "third").trace(queries, rows)
+    np.testing.assert_allclose(changed.scores, apart.scores, atol=1e-5 * np.abs(apart.scores).max())
 
 
 def test_auto_screens_language_models_where_that_saves_something(model, tokenizer, queries, corpus, line):
