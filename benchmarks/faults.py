@@ -74,6 +74,10 @@ def shards(model: str, folder: Path) -> None:
     store(run.merge().scores, folder)
 
 
+TASKS = {"trace": (trace, 1), "trace, 2 processes": (trace, 2), "stream": (stream, 1), "shards": (shards, 1)}
+"""What is killed, and in how many processes."""
+
+
 def store(scores: np.ndarray, folder: Path) -> None:
     """Write the scores of a finished task at once."""
     if int(os.environ.get("RANK", 0)) == 0:
@@ -236,6 +240,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=40, help="of each kind")
     parser.add_argument("--bad", type=int, default=150, help="damaged files")
+    parser.add_argument("--only", nargs="+", default=[*TASKS, "bad inputs"], help="what to try")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     random.seed(options.seed)
@@ -257,10 +262,12 @@ def main() -> None:
         Dataset.from_list(TEXTS).shard(3, i, contiguous=True).to_parquet(root / f"part-{i}.parquet")
 
     rows, started = [["", "tried", "finished", "lost", "bits that differ", "left behind"]], time.monotonic()
-    rows.append(["bad inputs", *bad_inputs(model, root, options.bad)])
-    print(rows[-1], f"{time.monotonic() - started:.0f} s", flush=True)
-    tasks = {"trace": (trace, 1), "trace, 2 processes": (trace, 2), "stream": (stream, 1), "shards": (shards, 1)}
-    for name, (function, count) in tasks.items():
+    if "bad inputs" in options.only:
+        rows.append(["bad inputs", *bad_inputs(model, root, options.bad)])
+        print(rows[-1], f"{time.monotonic() - started:.0f} s", flush=True)
+    for name, (function, count) in TASKS.items():
+        if name not in options.only:
+            continue
         task = partial(function, model)
         (root / f"{name} alone").mkdir()
         end(wait(processes(task, root / f"{name} alone", 1), 120), signal.SIGKILL)

@@ -160,7 +160,7 @@ def write_report(
         preview=None if preview is None else Path(preview).name, style=_asset("page.css"), script=_asset("page.js"),
         script_hash=_hash(_asset("page.js")),
     )  # fmt: skip
-    Path(path).write_text(page, encoding="utf-8")
+    Path(path).write_bytes(page.encode("utf-8", "replace"))  # half a character, as in cut texts, is a question mark
     if preview is not None:
         write_preview(preview, queries[0], question(names), attribution.total)
 

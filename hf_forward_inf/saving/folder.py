@@ -1,7 +1,7 @@
 """A result in a folder: Arrow and JSON."""
 
 import json
-import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from datasets import Dataset, Features, List, Value, load_from_disk
 from hf_forward_inf.plan import Plan
 from hf_forward_inf.scores.levels import Background
 from hf_forward_inf.utils.processes import progress_bars
+from hf_forward_inf.utils.storage import finish, write_all
 
 FORMAT = 2
 """Version of the folder's format."""
@@ -24,23 +25,22 @@ ROW = "__row__"
 
 
 def save(found: Any, folder: Path) -> None:
-    """Save a result, in place of one that was saved there before.
+    """Save a result, in place of one that was saved there before: an interruption leaves either of them whole.
 
     Args:
         found (`Attribution`): The result.
         folder (`Path`): The folder, made if need be.
 
     Raises:
-        OSError: If the folder can't be written.
+        FileExistsError: If a part of it is a symbolic link.
+        OSError: If the folder can't be written, or there is no room.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    parts = {**tables(found), "scores": scores(found)}
+    writers: dict[str, Callable[[Path], object] | None] = {
+        name: None if rows is None else rows.save_to_disk for name, rows in parts.items()
+    }
     with progress_bars(False):
-        for name, rows in {**tables(found), "scores": scores(found)}.items():
-            if rows is not None:
-                rows.save_to_disk(folder / name)
-            elif (folder / name).is_dir():  # of an attribution that was saved here before
-                shutil.rmtree(folder / name)
-    (folder / ABOUT).write_text(about(found))
+        write_all(folder, {**writers, ABOUT: lambda path: path.write_text(about(found))})
 
 
 def scores(found: Any) -> Dataset:
@@ -82,6 +82,7 @@ def load(folder: Path) -> dict[str, Any]:
         FileNotFoundError: If the folder contains no attribution.
         ValueError: If a newer version of the library saved it.
     """
+    finish(folder)
     text = (folder / ABOUT).read_text()
     saved = {name: load_from_disk(folder / name) for name in (*PARTS, "scores") if (folder / name).exists()}
     return arguments(text, saved, str(folder))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset, Features, Image, Value
 
-from hf_forward_inf import AscentConfig, ForwardInf
+from hf_forward_inf import AscentConfig, Attribution, ForwardInf
 from hf_forward_inf.adapters import TensorAdapter
 from hf_forward_inf.baselines import BM25
 from hf_forward_inf.cli import main
@@ -140,3 +140,30 @@ def test_a_folder_that_is_no_model(folder, tmp_path, capfd):
     (tmp_path / "model" / "config.json").write_text('{"hidden_size": 3}')
     (tmp_path / "c.jsonl").write_bytes(lines(TEXTS))
     assert_refused(tmp_path, capfd, tmp_path / "model", "c.jsonl", lines(TEXTS[:1]), "Unrecognized model")
+
+
+def test_half_a_character_leaves_no_empty_page(tmp_path):
+    rows = Dataset.from_list(TEXTS)
+    found = Attribution(np.ones((1, 6), dtype=np.float32), rows.select([0]), rows)
+    found.to_html(tmp_path / "page.html", title="half a \ud800 character")
+    assert "half a ? character" in (tmp_path / "page.html").read_text()
+
+
+def test_a_result_is_not_saved_through_a_link(tmp_path):
+    (tmp_path / "precious.json").write_text("mine")
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "attribution.json").symlink_to(tmp_path / "precious.json")
+    rows = Dataset.from_list(TEXTS)
+    found = Attribution(np.ones((1, 6), dtype=np.float32), rows.select([0]), rows)
+    with pytest.raises(FileExistsError, match=r"attribution\.json is a symbolic link"):
+        found.save_to_disk(tmp_path / "saved")
+    assert (tmp_path / "precious.json").read_text() == "mine"
+
+
+def test_a_page_downloads_no_pictures_and_leaves_out_corrupt_ones(tmp_path):
+    values = [{"bytes": None, "path": "http://localhost:9/cat.png"}, {"bytes": b"no picture", "path": None}]
+    features = Features({"text": Value("string"), "image": Image()})
+    rows = Dataset.from_dict({"text": ["a cat", "a dog"], "image": values}, features=features)
+    found = Attribution(np.ones((1, 2), dtype=np.float32), rows.select([0]), rows)
+    found.to_html(tmp_path / "page.html")
+    assert "a dog" in (tmp_path / "page.html").read_text()
