@@ -80,6 +80,7 @@ def test_the_callback_writes_and_prints_what_is_behind_the_failures(tuned, tmp_p
     assert json.loads((tmp_path / "out" / "attribution" / "attribution.json").read_text())["method"] == "forward_inf"
     assert "It is" in (tmp_path / "out" / "report.html").read_text()
     printed = capsys.readouterr().out
+    assert "-100," not in printed and "-100," not in (tmp_path / "out" / "report.html").read_text()
     assert "What is the capital of Peru?" in printed and str(tmp_path / "out" / "report.html") in printed
 
 

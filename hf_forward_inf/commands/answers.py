@@ -80,7 +80,7 @@ def _with_file_names(rows: Dataset) -> list[dict[str, Any]]:
 def _input_and_output(row: Mapping[str, Any], rows: Dataset, classes: ClassLabel | None) -> tuple[str, str]:
     """Return a row's input and output as texts: a picture by its file, a class by its name."""
     columns = text_columns(row)
-    label = next((name for name in ("label", "labels") if name in row), None)
+    label = next((name for name in ("label", "labels") if not isinstance(row.get(name, []), list)), None)
     if columns is not None and (label is None or len(columns) > 1):
         text, target = text_and_target(row, columns)
         text = f"{row[FILE]} {text}".strip()
