@@ -59,6 +59,22 @@ def held_out(abstracts: Dataset, train: Dataset) -> dict[str, list[dict]]:
     return {facts[i]: found[facts[i]] for i in np.random.default_rng(0).permutation(len(facts))[:FACTS]}
 
 
+def answered_queries(abstracts: Dataset, train: Dataset, epochs: int) -> tuple[ForwardInf, Dataset]:
+    """Train the model, and return its attributor and the queries that it answers, one for each fact."""
+    model, tokenizer = tiny_mt5(train, epochs=epochs)
+    by_fact = held_out(abstracts, train)
+    rows = [row for wordings in by_fact.values() for row in wordings]
+    columns = {name: [row[name] for row in rows] for name in ("inputs_pretokenized", "targets_pretokenized")}
+    tracer = ForwardInf(model, tokenizer)
+    answers = tracer.adapter.answer(columns)
+    picked: dict[str, dict] = {}
+    for row, answer in zip(rows, answers, strict=True):
+        if answer == row["targets_pretokenized"].strip():
+            picked.setdefault(row["uuid"], row)
+    say(f"{len(picked)} of {len(by_fact)} facts are answered in one of up to {WORDINGS} wordings.")
+    return tracer, with_answered(tracer.adapter, Dataset.from_list(list(picked.values())))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
@@ -72,18 +88,7 @@ def main() -> None:
     run = Run(RunOptions(output=str(options.output), overwrite=True))
     abstracts = load_rows(str(options.data / "abstracts.parquet"), "abstracts")
     train = training_rows(abstracts, options.num_training)
-    model, tokenizer = tiny_mt5(train, epochs=options.epochs)
-    by_fact = held_out(abstracts, train)
-    rows = [row for wordings in by_fact.values() for row in wordings]
-    columns = {name: [row[name] for row in rows] for name in ("inputs_pretokenized", "targets_pretokenized")}
-    answers = ForwardInf(model, tokenizer).adapter.answer(columns)  # type: ignore[attr-defined]
-    picked: dict[str, dict] = {}
-    for row, answer in zip(rows, answers, strict=True):
-        if answer == row["targets_pretokenized"].strip():
-            picked.setdefault(row["uuid"], row)
-    say(f"{len(picked)} of {len(by_fact)} facts are answered in one of up to {WORDINGS} wordings.")
-    tracer = ForwardInf(model, tokenizer)
-    queries = with_answered(tracer.adapter, Dataset.from_list(list(picked.values())))
+    tracer, queries = answered_queries(abstracts, train, options.epochs)
     tables, costs = [], {}
     for seed in range(options.repeats):
         task = draw_task(
