@@ -51,6 +51,8 @@ def _rows(source: str, role: str, split: str, streaming: bool) -> Any:
             return _streamed(template_facts(path)[role], streaming)
         return _one_split(_load_named(str(path), config, role, streaming), source, split)
     if any(path.parent.glob(path.name)):
+        for file in path.parent.glob(path.name):
+            _check_first_row(file)
         with _in_one_line(source):
             rows = load_dataset(_builder(path), data_files=str(path), split="train", streaming=streaming)
             if not streaming:
@@ -59,6 +61,14 @@ def _rows(source: str, role: str, split: str, streaming: bool) -> Any:
     if looks_like_path(name) or "*" in name:
         raise FileNotFoundError(f"There is no file or folder {source}, and a dataset on the hub can't have this name.")
     return _one_split(_load_named(name, config, role, streaming), source, split)
+
+
+def _check_first_row(file: Path) -> None:
+    """Refuse JSON whose first row is null: Arrow's reader crashes, and with it the process."""
+    if file.suffix in (".json", ".jsonl"):
+        with file.open("rb") as opened:
+            if opened.read(100).lstrip().startswith(b"null"):
+                raise ValueError(f"{file} can't be read: its first row is null.")
 
 
 def _streamed(rows: Dataset, streaming: bool) -> Any:

@@ -47,6 +47,7 @@ CASES = {
     "empty lines": ("c.jsonl", b"", "c.jsonl can't be read: it is empty"),
     "a lone surrogate": ("c.jsonl", b'{"text": "a \\ud800 b"}\n', "c.jsonl can't be read: .*surrogate pair"),
     "no parquet": ("c.parquet", b"garbage" * 9, "c.parquet can't be read: Parquet magic bytes not found"),
+    "a null row": ("c.jsonl", b"null\n" + lines(TEXTS), "c.jsonl can't be read: its first row is null"),
     "numbers": ("c.jsonl", lines([{"text": 1}]), "row 0: `text` holds int where a text"),
     "a null": ("c.jsonl", lines([*PAIRS, {"prompt": "a", "completion": None}]), "candidates row 6: `completion`"),
     "other columns": ("c.csv", b"a,b\nx,1\ny,2\n", "these have a, b"),
