@@ -1,10 +1,10 @@
 """Levels: which candidates stand out among all scores of their query.
 
 The null is the query's own scores: few candidates cause an output, so the others show what a score is that means
-nothing. The limits were chosen on built-in facts, traced with the defaults by a tiny mT5 (48 queries). A row is marked
-for 4% of queries whose facts are taken out, none if all rows that say the answer are, none of an untrained model's,
-and 2% of answers that no row has; a row that states the fact for 94% (`benchmarks/levels.py`). They hold for steps of
-the default length.
+nothing. The limits were chosen on built-in facts, traced with the defaults by a tiny mT5 (48 queries) and a tiny Llama
+(32). A row is marked for 4% and 3% of queries whose facts are taken out, none if all rows that say the answer are,
+none of untrained models', 2% and 0% of answers that no row has; a row that states the fact for 94% and 69%
+(`benchmarks/levels.py`). They hold for steps of the default length.
 """
 
 from collections.abc import Mapping
@@ -14,9 +14,9 @@ from typing import Any, Literal
 import numpy as np
 
 Level = Literal["strong", "some", "none"]
-SOME, STRONG = 8.0, 12.0
-"""Nats above the median from which a row has some effect, and a strong one: factors of 3,000 and 160,000."""
-APART = 100.0
+SOME, STRONG = 7.0, 11.0
+"""Nats above the median from which a row has some effect, and a strong one: factors of 1,100 and 60,000."""
+APART = 50.0
 """Spreads above the median without which it has none, however many nats it rises: all others may rise as well."""
 EXTREME = 0.02
 """Share of scores, the farthest from the median, that don't count for the spread: causes may be among them."""
