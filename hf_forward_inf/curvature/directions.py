@@ -6,7 +6,8 @@ forwarded.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -27,7 +28,7 @@ from hf_forward_inf.curvature.solvers import KrylovSpace, conjugate_gradients, w
 from hf_forward_inf.utils.fingerprints import fingerprint, fingerprint_of_model, foreign_hooks
 from hf_forward_inf.utils.models import device_of
 from hf_forward_inf.utils.processes import process_state
-from hf_forward_inf.utils.storage import Tensors, cached_tensors, default_cache_dir
+from hf_forward_inf.utils.storage import StoredTensors, Tensors, cached_tensors, default_cache_dir
 
 
 def direction_for(
@@ -108,9 +109,9 @@ class KroneckerFactors:
         self.fingerprint = fingerprint(cache.fingerprint, kind)
 
     @property
-    def fitted(self) -> Tensors:
-        """Everything fitted: read from the cache, so that its memory is free between the ascents."""
-        return {name: tensor for read in self.parts for name, tensor in read().items()}
+    def fitted(self) -> Mapping[str, Tensor]:
+        """Everything fitted; read from the cache layer by layer, as it is used."""
+        return ChainMap(*(read() for read in reversed(self.parts)))  # type: ignore[arg-type]
 
     def correction(self, gradients: Iterable[Sequence[Tensor]] = ()) -> Correction:
         """Return the product with the damped inverse, of vectors or [`slopes.Changes`]; each factor's for low rank."""
@@ -171,12 +172,8 @@ class FitCache:
         self.adapter, self.sample, self.names = adapter, sample, names
         self.fingerprint = fingerprint(sample.fingerprint, names, seed)
 
-    def get(self, kind: str, fit: Callable[[], Tensors]) -> Callable[[], Tensors]:
-        """Fit, unless it is cached, and return what reads the tensors from the cache.
-
-        A file is mapped into memory and read as far as it is used, so that factors take memory only while a query's
-        gradient is corrected.
-        """
+    def get(self, kind: str, fit: Callable[[], Tensors]) -> Callable[[], Mapping[str, Tensor]]:
+        """Fit, unless it is cached, and return what reads the tensors from the cache, each when it is used."""
         if not is_caching_enabled() or foreign_hooks(self.adapter.model):
             fitted = fit()
             return lambda: fitted
@@ -184,8 +181,10 @@ class FitCache:
         key = fingerprint(fingerprint_of_model(self.adapter.model), self.adapter.cache_key, self.fingerprint)
         file = self.folder / f"{key}-{kind}.safetensors"
 
-        def read() -> Tensors:
-            return {name: tensor.to(device) for name, tensor in cached_tensors(file, fit).items()}
+        def read() -> Mapping[str, Tensor]:
+            if not file.exists():  # removed meanwhile
+                cached_tensors(file, fit)
+            return StoredTensors(file, device)
 
         with process_state().main_process_first():
             cached_tensors(file, fit)

@@ -1,7 +1,7 @@
 """Products with the inverse of fitted Kronecker factors, damped."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,13 +15,15 @@ from hf_forward_inf.utils.models import without_autocast
 from hf_forward_inf.utils.storage import Tensors
 
 
-def sides_of(layer: Layer, fitted: Tensors) -> tuple[Side, Side]:
+def sides_of(layer: Layer, fitted: Mapping[str, Tensor]) -> tuple[Side, Side]:
     """Return the factors of a layer's outputs and of its inputs."""
     return Side.read(fitted, f"outputs/{layer.weight}"), Side.read(fitted, f"inputs/{layer.inputs}")
 
 
 @without_autocast()
-def factored_inverse(gradient: Changes, layers: Sequence[Layer], fitted: Tensors, damping: float) -> Changes:
+def factored_inverse(
+    gradient: Changes, layers: Sequence[Layer], fitted: Mapping[str, Tensor], damping: float
+) -> Changes:
     """Return the gradient's step along the inverse curvature, each factor damped by itself: it has the same rank.
 
     A matrix's gradient G becomes (B + s / pi I)^-1 G (A + pi s I)^-1, with A and B the factors of inputs and outputs,
@@ -60,7 +62,11 @@ def factored_inverse(gradient: Changes, layers: Sequence[Layer], fitted: Tensors
 
 @without_autocast()
 def factored_inverse_of(
-    vector: Sequence[Tensor], layers: Sequence[Layer], names: Sequence[str], fitted: Tensors, damping: float
+    vector: Sequence[Tensor],
+    layers: Sequence[Layer],
+    names: Sequence[str],
+    fitted: Mapping[str, Tensor],
+    damping: float,
 ) -> list[Tensor]:
     """Return [`factored_inverse`] of a dense vector, one tensor for each of the parameters `names`.
 
@@ -88,9 +94,8 @@ def factored_inverse_of(
 class Part:
     """The gradient of a factored layer, [weight, bias] = up @ down, and its factors."""
 
-    def __init__(self, layer: Layer, gradient: Changes, fitted: Tensors):
-        self.layer = layer
-        self.outer, self.inner = sides_of(layer, fitted)
+    def __init__(self, layer: Layer, gradient: Changes, fitted: Mapping[str, Tensor]):
+        self.layer, self.fitted = layer, fitted
         change = gradient[layer.weight]
         assert isinstance(change, LowRank)
         self.down, self.up = change.down, change.up
@@ -107,22 +112,25 @@ class Part:
 
     def curved(self) -> float:
         """Return the product with the curvature's product, g.Cg."""
-        inputs = self.inner.times(self.down) @ self.down.T
-        return _sum(inputs * (self.outer.times(self.up.T) @ self.up))
+        outer, inner = sides_of(self.layer, self.fitted)  # read again for the solution: one layer's are held at a time
+        return _sum((inner.times(self.down) @ self.down.T) * (outer.times(self.up.T) @ self.up))
 
     def solved(self, shift: float) -> Changes:
         """Return the step."""
-        means = self.inner.mean, self.outer.mean
+        outer, inner = sides_of(self.layer, self.fitted)
+        means = inner.mean, outer.mean
         ratio = math.sqrt(means[0] / means[1]) if min(means) > 0 else 1.0
         root = math.sqrt(shift)
-        down = self.inner.solve(self.down, ratio * root)
-        up = self.outer.solve(self.up.T, root / ratio).T
+        down = inner.solve(self.down, ratio * root)
+        up = outer.solve(self.up.T, root / ratio).T
         if self.layer.bias is None:
             return {self.layer.weight: LowRank(down, up)}
         return {self.layer.weight: LowRank(down[:, :-1], up), self.layer.bias: up @ down[:, -1]}
 
 
-def _entries(name: str, change: Tensor | LowRank, fitted: Tensors, is_joined: bool) -> Iterator[tuple[Tensor, Tensor]]:
+def _entries(
+    name: str, change: Tensor | LowRank, fitted: Mapping[str, Tensor], is_joined: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield what has a curvature value by value, and that curvature: vectors, and an embedding's rows."""
     if isinstance(change, LowRank):
         if len(change.ids):
@@ -131,7 +139,7 @@ def _entries(name: str, change: Tensor | LowRank, fitted: Tensors, is_joined: bo
         yield change, fitted.get(f"diagonal/{name}", torch.zeros_like(change)).to(change.device)
 
 
-def _of_rows(name: str, ids: Tensor, fitted: Tensors) -> Tensor:
+def _of_rows(name: str, ids: Tensor, fitted: Mapping[str, Tensor]) -> Tensor:
     """Return the mean squares of an embedding's rows, 0 for those that the sample doesn't read."""
     if f"ids/{name}" not in fitted or not len(fitted[f"ids/{name}"]):
         return torch.zeros((), device=ids.device)
@@ -149,7 +157,7 @@ def damped_inverse(
     vector: Sequence[Tensor],
     layers: Sequence[Layer],
     names: Sequence[str],
-    fitted: Tensors,
+    fitted: Mapping[str, Tensor],
     damping: float | None = None,
     shift: float | None = None,
 ) -> list[Tensor]:
@@ -177,14 +185,14 @@ def damped_inverse(
 
 @without_autocast()
 def rayleigh_quotient(
-    vector: Sequence[Tensor], layers: Sequence[Layer], names: Sequence[str], fitted: Tensors
+    vector: Sequence[Tensor], layers: Sequence[Layer], names: Sequence[str], fitted: Mapping[str, Tensor]
 ) -> float:
     """Return v.Cv / v.v, the curvature along a vector, 0 where there is none; arguments as in [`damped_inverse`]."""
     given = {name: value.float() for name, value in zip(names, vector, strict=True)}
     return _quotient(given, *_split(given, layers, fitted))
 
 
-def _split(given: Tensors, layers: Sequence[Layer], fitted: Tensors) -> tuple[list["_Block"], Tensors]:
+def _split(given: Tensors, layers: Sequence[Layer], fitted: Mapping[str, Tensor]) -> tuple[list["_Block"], Tensors]:
     """Return the factored layers' parts of a vector, and the curvatures of all other parameters."""
     blocks = [_Block(layer, given, fitted) for layer in layers if not layer.is_tied]
     joined = {name for block in blocks for name in (block.layer.weight, block.layer.bias)}
@@ -201,7 +209,7 @@ def _quotient(given: Tensors, blocks: Sequence["_Block"], diagonals: Tensors) ->
 class _Block:
     """A layer's part of a vector, split by the eigenvectors of both factors: each part has a curvature of its own."""
 
-    def __init__(self, layer: Layer, given: Tensors, fitted: Tensors):
+    def __init__(self, layer: Layer, given: Tensors, fitted: Mapping[str, Tensor]):
         self.layer = layer
         self.outer, self.inner = sides_of(layer, fitted)
         rows = self.outer.split(layer.matrix(given).T)  # by the outputs' eigenvectors, and the rest
@@ -231,7 +239,7 @@ class _Block:
         return self.outer.joined(rows[0], rows[1] if len(rows) > 1 else None).T
 
 
-def _diagonal(name: str, value: Tensor, layers: Sequence[Layer], fitted: Tensors) -> Tensor:
+def _diagonal(name: str, value: Tensor, layers: Sequence[Layer], fitted: Mapping[str, Tensor]) -> Tensor:
     """Return the curvature of a parameter value by value."""
     if f"diagonal/{name}" in fitted:
         return fitted[f"diagonal/{name}"].to(value.device)

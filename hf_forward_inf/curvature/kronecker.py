@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import TypeVar
 
@@ -187,7 +187,7 @@ class KroneckerFit:
         summed = LowRank.of_rows(gradient.shape[0], ids, squares)
         found |= {f"ids/{name}": summed.ids, f"rows/{name}": summed.rows}
 
-    def corrected(self, factors: Tensors) -> Tensors:
+    def corrected(self, factors: Mapping[str, Tensor]) -> Tensors:
         """Return EK-FAC's `curvature/<weight>` in the basis of K-FAC's eigenvectors, where it has all of them."""
         turned = [
             (layer, Side.read(factors, f"outputs/{layer.weight}"), Side.read(factors, f"inputs/{layer.inputs}"))

@@ -5,7 +5,7 @@ is summed, beyond it a sketch: its product with a thin random matrix, from which
 (Nystrom's approximation in the stable form of Tropp et al., 2017).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -31,7 +31,7 @@ class Side:
     rest: float = 0.0
 
     @classmethod
-    def read(cls, tensors: Tensors, name: str) -> "Side":
+    def read(cls, tensors: Mapping[str, Tensor], name: str) -> "Side":
         """Return the side that [`tensors`] has stored."""
         vectors = tensors.get(f"{name}/vectors")
         return cls(tensors[f"{name}/values"], vectors, float(tensors[f"{name}/rest"]))
@@ -125,7 +125,7 @@ class Whole:
         768, eigenvalues over three decades; 4e-7 with eigenvectors found in float64, in twice the time and memory).
         """
         values, vectors = torch.linalg.eigh(self.total / max(count, 1))
-        return Side(values.clamp(min=0), vectors)
+        return Side(values.clamp(min=0), vectors.contiguous())
 
 
 class Sketch:

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import TypeAlias
 
 import psutil
+import torch
 from huggingface_hub.constants import HF_HOME
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -53,6 +55,36 @@ def cached_tensors(file: Path, compute: Callable[[], Tensors]) -> Tensors:
             save_file(tensors, part)
     mark_used(file)
     return load_file(file)
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """The tensors of a safetensors file, each read when it is asked for: they take memory only while they are used.
+
+    Args:
+        file (`Path`): The file.
+        device (`torch.device`): Where they are read to.
+    """
+
+    def __init__(self, file: Path, device: torch.device):
+        self.file, self.device = file, device
+        with safe_open(file, "pt") as stored:
+            self.names = list(stored.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.names:
+            raise KeyError(name)
+        with safe_open(self.file, "pt") as stored:
+            tensor: Tensor = stored.get_tensor(name)
+        return tensor.to(self.device)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 def write_bytes(file: Path, data: bytes) -> None:
