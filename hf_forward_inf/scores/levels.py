@@ -126,6 +126,11 @@ def sentence(found: Background | None, best: float | None, nats: bool) -> str:
         row = f"training rows stand{'s' if marked == 1 else ''} out"
         how = ", strongly" if found.strong == marked else f", {found.strong} of them strongly" if found.strong else ""
         return f"{marked:,} of {found.count:,} {row}{how}."
+    if nats and best - found.median >= SOME / 2 and found.distance(np.array(best)) >= APART:
+        return (
+            f"No training row stands out beyond doubt: the best of {found.count:,} rises by {best - found.median:.1f} "
+            f"nats, and {SOME:.0f} would count."
+        )
     if nats:
         return f"Nothing in this data stands out: none of {found.count:,} training rows."
     distance = float(found.distance(np.array(best)))

@@ -45,6 +45,15 @@ def test_noise_has_no_level_however_wide_it_is(noise):
         assert found.verdict(0) == "Nothing in this data stands out: none of 400 training rows."
 
 
+def test_a_row_just_below_the_limit_is_not_called_nothing(noise):
+    noise[3] = 5.6
+    found = traced(noise)
+    assert found.levels(0, 1) == ["none"]
+    assert found.verdict(0) == (
+        "No training row stands out beyond doubt: the best of 400 rises by 5.6 nats, and 7 would count."
+    )
+
+
 def test_a_row_that_rises_much_does_not_stand_out_where_all_others_rise(noise):
     noise[3] = 0.4  # 40 nats, and 43 spreads
     assert traced(noise * 100).levels(0, 1) == ["none"]
