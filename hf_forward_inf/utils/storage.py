@@ -6,10 +6,10 @@ import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import psutil
 import torch
@@ -19,6 +19,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hf_forward_inf.utils.cache import mark_used
+
+fcntl: Any
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 TEMPORARY = ".writing-"
 """Begins the names of temporary folders; after it, the machine and the process that writes."""
@@ -120,7 +126,6 @@ def write_all(folder: Path, writers: Mapping[str, Callable[[Path], object] | Non
             f"{linked} is a symbolic link, which is not followed: remove it, or give another folder."
         )
     with temporary_folder(folder) as staging, _full_disk_named(folder, staging):
-        finish(folder)
         run = staging / "run"
         run.mkdir()
         for name, write in writers.items():
@@ -128,12 +133,34 @@ def write_all(folder: Path, writers: Mapping[str, Callable[[Path], object] | Non
                 (run / f"{REMOVED}{name}").touch()
             else:
                 write(run / name)
-        os.replace(run, folder / COMPLETE)
-    finish(folder)
+        with _alone_in(folder):
+            _put_in_place(folder)
+            os.replace(run, folder / COMPLETE)
+            _put_in_place(folder)
 
 
 def finish(folder: Path) -> None:
     """Put in place what an interrupted [`write_all`] has completed, if there is any."""
+    if (folder / COMPLETE).is_dir():
+        with _alone_in(folder):
+            _put_in_place(folder)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Wait until no other process puts anything in place in a folder: all of a run may save the same result."""
+    opened = os.open(folder, os.O_RDONLY) if fcntl else None
+    try:
+        if fcntl and opened is not None:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(opened, fcntl.LOCK_EX)
+        yield
+    finally:
+        if opened is not None:
+            os.close(opened)
+
+
+def _put_in_place(folder: Path) -> None:
     complete = folder / COMPLETE
     if not complete.is_dir():
         return

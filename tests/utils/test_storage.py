@@ -128,3 +128,17 @@ def test_a_symbolic_link_is_not_written_through(tmp_path):
         write_all(tmp_path / "out", run_of("new"))
     assert (tmp_path / "elsewhere").read_text() == "precious"
     assert names(tmp_path / "out") == ["b.json"]
+
+
+def test_several_processes_may_write_the_same(tmp_path):
+    code = """
+import sys
+from pathlib import Path
+from hf_forward_inf.utils.storage import write_all
+
+for _ in range(20):
+    write_all(Path(sys.argv[1]), {"a": lambda path: (path.mkdir(), (path / "b").write_text("same"))})
+"""
+    writers = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(3)]
+    assert [writer.wait() for writer in writers] == [0, 0, 0]
+    assert contents(tmp_path) == {"a/b": "same"} and names(tmp_path) == ["a"]
