@@ -16,6 +16,7 @@ from tests.helpers.causal import questions, train_tokens, untrained
 
 ROWS = 150
 STRONG = 7
+NATS = {"units": "loss", "reduction": "sum", "measure": "rise"}
 
 
 def result(method="forward_inf", best=STRONG):
@@ -24,7 +25,7 @@ def result(method="forward_inf", best=STRONG):
     scores[0, best] = 5000
     rows = Dataset.from_dict({"text": [f"Row {i} is {'odd' if i % 2 else 'even'}." for i in range(ROWS)]})
     queries = Dataset.from_dict({"prompt": ["Which row?", "None?"], "completion": [f" Row {best}.", " No."]})
-    return Attribution(scores, queries, rows, method=method)
+    return Attribution(scores, queries, rows, method=method, config=NATS)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import MoEModelOutput
 
 from hf_forward_inf.adapters.base import Batch, Forward, Rows
 from hf_forward_inf.adapters.columns import (
@@ -326,7 +326,7 @@ class Seq2SeqAdapter(LanguageAdapter):
     def with_states(self, batch: Batch, states: Tensor) -> Batch:
         """Return the batch with the encoder's output in place of its inputs."""
         rest = {key: value for key, value in batch.items() if key != "input_ids"}
-        return {**rest, "encoder_outputs": BaseModelOutput(last_hidden_state=states)}
+        return {**rest, "encoder_outputs": MoEModelOutput(last_hidden_state=states)}  # experts read its other fields
 
     def with_outputs(self, rows: Rows, outputs: list[Any]) -> Rows:
         """Return the rows with other targets."""

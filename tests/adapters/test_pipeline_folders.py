@@ -60,7 +60,8 @@ def assert_traced(pipe, candidates, told, **ascent):
     denoised = counted(denoiser_of(pipe))
     tracer.trace(candidates.select([3]), candidates)
     assert [sum(calls) for calls in encoders] == [1] * len(encoders)  # the new query, no candidate
-    assert sum(denoised) == 8 * (1 + len(candidates))
+    # A second run of the query finds which layers' inputs are overwritten, where some are.
+    assert sum(denoised) in (8 * (1 + len(candidates)), 8 * (2 + len(candidates)))
     for name, kept in before.items():
         assert_same_state(kept, state(modules[name]))
 

@@ -16,7 +16,7 @@ def test_a_tokenizers_state_is_the_same_after_its_use():
 
 
 def test_models_of_any_size_are_stepped_along_the_corrected_gradient(model, tokenizer, monkeypatch):
-    expected = AscentConfig(direction="kfac", radius=2.0, sample=128).completed()
+    expected = AscentConfig(direction="kfac", radius=1.5, damping=0.01, sample=128).completed()
     assert ForwardInf(model, tokenizer).ascent == expected
     monkeypatch.setattr(text, "LARGE", 1000)
     assert ForwardInf(model, tokenizer).ascent == expected

@@ -64,7 +64,7 @@ def test_a_run_writes_metrics_attribution_and_report(options, capsys):
     assert metrics["queries"] == 4
     assert metrics["candidates"] == 120
     assert metrics["forward_passes_per_query"] > 0
-    assert metrics["ascent/radius"] == 2.0
+    assert metrics["ascent/radius"] == 1.5
     assert metrics["version/torch"]
     found = Attribution.load_from_disk(folder / "attribution")
     assert found.scores.shape == (metrics["queries"], 100)
