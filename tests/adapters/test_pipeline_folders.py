@@ -60,7 +60,7 @@ def assert_traced(pipe, candidates, told, **ascent):
     denoised = counted(denoiser_of(pipe))
     tracer.trace(candidates.select([3]), candidates)
     assert [sum(calls) for calls in encoders] == [1] * len(encoders)  # the new query, no candidate
-    # A second run of the query finds which layers' inputs are overwritten, where some are.
+    # The query runs again where weights are found that the model reads outside of their layers.
     assert sum(denoised) in (8 * (1 + len(candidates)), 8 * (2 + len(candidates)))
     for name, kept in before.items():
         assert_same_state(kept, state(modules[name]))
