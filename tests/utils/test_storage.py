@@ -3,6 +3,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -46,19 +47,22 @@ def test_temporary_folders_of_dead_processes_alone_are_deleted(tmp_path):
     assert names(tmp_path) == sorted([alive.name, elsewhere.name])
 
 
-@pytest.fixture
+@contextmanager
 def little_room():
-    """Let no file grow beyond 4096 bytes, as if the disk were full."""
+    """Let no file grow beyond 4096 bytes, as if the disk were full: pytest's own output, too, so only for a moment."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_is_named_with_the_path_and_the_space_and_leaves_nothing(tmp_path, little_room):
-    with pytest.raises(OSError, match=r"no room for .*big\.safetensors: it needs 40,000 bytes, and [\d,]+ are free"):
+def test_a_full_disk_is_named_with_the_path_and_the_space_and_leaves_nothing(tmp_path):
+    named = r"no room for .*big\.safetensors: it needs 40,000 bytes, and [\d,]+ are free"
+    with pytest.raises(OSError, match=named), little_room():
         cached_tensors(tmp_path / "big.safetensors", lambda: {"w": torch.zeros(10_000)})
-    with pytest.raises(OSError, match=r"no room for .*folder: it needs more than [\d,]+ bytes"):
+    with pytest.raises(OSError, match=r"no room for .*folder: it needs more than [\d,]+ bytes"), little_room():
         write_folder(tmp_path / "folder", lambda part: (part / "file").write_bytes(bytes(5000)))
     assert names(tmp_path) == []
 
