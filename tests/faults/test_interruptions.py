@@ -39,10 +39,10 @@ def finished(folder, options, cache):
     return Attribution.load_from_disk(cache / "out" / "attribution")
 
 
-def begin(folder, options, cache, *launch):
-    """Start the slow command, and wait for the first batch."""
+def begin(folder, options, cache, *launch, pause=0.1):
+    """Start the command, slowed down, and wait for the first batch."""
     (cache / "begun").unlink(missing_ok=True)
-    process = start(*launch, folder / "slow.py", 0.1, "trace", *options, "--output", cache / "out", cache=cache)
+    process = start(*launch, folder / "slow.py", pause, "trace", *options, "--output", cache / "out", cache=cache)
     assert wait_for(lambda: (cache / "begun").exists() or process.poll() is not None)
     assert process.poll() is None
     return process
@@ -65,7 +65,7 @@ def test_a_run_that_is_stopped_again_and_again_loses_no_row_and_no_bit(folder, o
         assert len(stored_files(cache)) > len(before)
         before = {path: path.stat().st_ino for path in stored_files(cache)}
 
-    process = begin(folder, options, cache, *LAUNCH)
+    process = begin(folder, options, cache, *LAUNCH, pause=1)  # it must not end before its workers notice
     assert len(alive(cache)) == 4  # accelerate, torchrun and two more
     process.kill()  # the launcher alone
     process.communicate()

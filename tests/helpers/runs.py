@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tests.helpers.causal import train_tokens, untrained
 
+ROOT = Path(__file__).parents[2]
 TEXTS = [{"text": f"The capital of land {i} is town {i * 7 % 100}."} for i in range(400)]
 SLOW = """
 import os, sys, time
@@ -51,9 +52,10 @@ def small_model(folder):
 
 
 def environment(cache, **more):
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return {
-        **os.environ, "OMP_NUM_THREADS": "1", "HF_FORWARD_INF_CACHE": str(cache), "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", **more,
+        **os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_FORWARD_INF_CACHE": str(cache),
+        "HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", **more,
     }  # fmt: skip
 
 
