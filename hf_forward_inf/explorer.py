@@ -144,7 +144,7 @@ def explorer(folder: str | Path, tracer: ForwardInf | None = None, candidates: A
             levels = gr.CheckboxGroup(list(LEVELS), value=list(LEVELS), label="Levels")
             count = gr.Slider(1, MOST, value=SHOWN, step=1, label="Rows")
         page = gr.HTML(card(first, 0))
-        inputs = [query, method, words, levels, count]
+        inputs: list[Any] = [query, method, words, levels, count]
         gr.on([one.change for one in inputs], show, inputs, page, api_name="show")
         if tracer is not None:
             gr.Markdown("## Ask the model")
