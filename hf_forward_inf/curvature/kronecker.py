@@ -4,7 +4,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from functools import partial
+from functools import cached_property, partial
 from typing import TypeVar
 
 import torch
@@ -67,13 +67,12 @@ class KroneckerFit:
         self.sample, self.names, self.seed = sample, names, seed
         self.adapter: Adapter = sample.adapter
         pair = 2 * int(sample.lengths[:2].sum(1).max())  # of two rows, if they can be run together
-        first = next(sample.batches(set(names), pair))
-        self.sites = sites(self.adapter.model, names)
-        with watched(self.adapter.model, self.sites) as elsewhere, torch.no_grad():
+        self.first = first = next(sample.batches(set(names), pair))
+        found = sites(self.adapter.model, names)
+        probes = probed([layer for held in found.values() for layer in held])
+        with watched(self.adapter.model, found) as elsewhere, probes as calls, torch.no_grad():
             self._outputs(first, {})
-        self.sites = {name: held for name, held in self.sites.items() if name not in elsewhere}
-        with probed([layer for held in self.sites.values() for layer in held]) as calls, torch.no_grad():
-            self._outputs(first, {})
+        self.sites = {name: held for name, held in found.items() if name not in elsewhere}
         self.layers = factored_layers(self.adapter.model, names, self.sites, calls, batch_size(first))
         self.embeddings = [name for name, held in self.sites.items() if any(is_embedding(layer) for layer in held)]
         factored = {*self.sites, *(layer.bias for layer in self.layers)}
@@ -82,7 +81,6 @@ class KroneckerFit:
         self.draws = min(draws, self.adapter.max_draws or draws)
         self.rows = len(sample) * self.draws
         self.rank = self._rank(memory)
-        self.batch_length = self._batch_length(first)
 
     def _outputs(self, batch: Batch, theta: Tensors) -> Tensor:
         return self.adapter.outputs_and_loss(partial(call, self.adapter.model, theta), batch)[0]
@@ -100,8 +98,9 @@ class KroneckerFit:
             )
         return max(allowed)
 
-    def _batch_length(self, batch: Batch) -> int:
-        """Return how long batches may be: their activations take a twentieth of the model, or 64 MiB."""
+    @cached_property
+    def batch_length(self) -> int:
+        """How long batches may be: their activations take a twentieth of the model, or 64 MiB."""
         parameters = {p.data_ptr() for p in self.adapter.model.parameters()}
         taken: dict[int, int] = {}
 
@@ -112,9 +111,9 @@ class KroneckerFit:
         held = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
         layers = [layer for held in self.sites.values() for layer in held]
         with probed(layers) as calls, torch.enable_grad(), held:
-            outputs = self._outputs(batch, {})
+            outputs = self._outputs(self.first, {})
         read = sum(2 * one.probe.numel() * one.probe.element_size() + one.given.nbytes for one in calls)
-        rows = batch_size(batch)
+        rows = batch_size(self.first)
         each = (sum(taken.values()) + read + 16 * outputs.numel()) / rows / self.sample.lengths[:rows].sum(1).max()
         return max(1, int(room_beside(self.adapter.model) / each))
 
