@@ -195,21 +195,13 @@ class Scorer:
             max_batch_length=self.max_batch_length, first_row=first_row,
         )  # fmt: skip
 
-    def in_units(
-        self, scores: np.ndarray, candidates: Dataset, scratch: Path | None = None, first_row: int = 0
-    ) -> np.ndarray:
-        """Convert the scores that [`score`] returns to the attributor's units.
+    def in_units(self, scores: np.ndarray, loss: LossPass, first_row: int = 0) -> np.ndarray:
+        """Convert the scores that [`score`] returns to the attributor's units, given the pass over the candidates.
 
         Raises:
             ValueError: If the units are base losses, and one is negative.
         """
-        if self.units == "loss":
-            return scores
-        with warnings.catch_warnings(), evaluating(self.adapter.model):  # score has warned about unreadable rows
-            warnings.simplefilter("ignore", UserWarning)
-            loss = self.candidate_pass(candidates, scratch, first_row)
-            unit = self.unit(loss.base(), loss.terms, first_row)
-        return self.divided(scores, unit)
+        return scores if self.units == "loss" else self.divided(scores, self.unit(loss.base(), loss.terms, first_row))
 
     def unit(self, base: np.ndarray, terms: np.ndarray, first_row: int = 0) -> np.ndarray:
         """Return what scores are divided by, `[candidates]`: 1, or the candidates' base losses.

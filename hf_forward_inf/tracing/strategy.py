@@ -114,7 +114,8 @@ def _full(job: Job) -> Traced:
 
 
 def _of_all(tracer: Scorer, queries: Dataset, candidates: Dataset, loss: LossPass | None = None) -> np.ndarray:
-    return tracer.in_units(tracer.score(queries, candidates, loss=loss), candidates)
+    loss = loss or tracer.candidate_pass(candidates)
+    return tracer.in_units(tracer.score(queries, candidates, loss=loss), loss)
 
 
 def _screened(job: Job, screen: Attributor) -> Traced:

@@ -217,9 +217,7 @@ def _scored(tracer: Scorer, queries: Dataset, models: Blocks, rows: Dataset, sta
     with progress_bars(False), uncached() if state.num_processes == 1 else nullcontext():
         try:
             loss = tracer.candidate_pass(rows, scratch, start)
-            scores = tracer.score(queries, rows, scratch, start, loss, models)
-            if tracer.units != "loss":
-                scores = tracer.divided(scores, tracer.unit(loss.base(), loss.terms, start))
+            scores = tracer.in_units(tracer.score(queries, rows, scratch, start, loss, models), loss, start)
         except ValueError as error:
             raise ValueError(f"Rows {start} to {start + len(rows) - 1} of the stream: {error}") from error
     if state.num_processes > 1:
