@@ -12,7 +12,6 @@ from transformers import TrainerCallback
 from hf_forward_inf.adapters import Adapter
 from hf_forward_inf.adapters.classification import ClassifierAdapter
 from hf_forward_inf.adapters.columns import IGNORED, INPUT_IDS, LABELS
-from hf_forward_inf.adapters.generation import generate
 from hf_forward_inf.adapters.language import LanguageAdapter
 from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.commands.answers import answers, show
@@ -137,10 +136,7 @@ def _wrong_answers(adapter: LanguageAdapter, rows: Dataset, max_new_tokens: int)
     if any(len(ids) < 2 for ids in asked):
         return rows
     limits = [adapter.limit_of_answer(ids) for ids in asked]
-    said = generate(
-        adapter.model, asked, room=[min(max_new_tokens, max(1, limit or max_new_tokens)) for limit in limits],
-        padding=adapter.padding, batch_size=32, decoder=adapter.decodes, **adapter.generation_options,
-    )  # fmt: skip
+    said = adapter.generated(asked, [min(max_new_tokens, max(1, limit or max_new_tokens)) for limit in limits])
     queries = []
     for question, answer, right in zip(asked, said, expected, strict=True):
         own, other = _text(adapter, answer), _text(adapter, right)

@@ -4,7 +4,7 @@ import copy
 import json
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, pairwise
 from typing import Any, ClassVar
@@ -138,10 +138,7 @@ class LanguageAdapter(Adapter):
                 f"No room for an answer in queries {listed(np.array(full))}: they fill all that the model reads."
             )
         room = [max_new_tokens if limit is None else min(max_new_tokens, limit) for limit in limits]
-        answers = generate(
-            self.model, questions, room=room, padding=self.padding, batch_size=batch_size, decoder=self.decodes,
-            **{**self.generation_options, **options},
-        )  # fmt: skip
+        answers = self.generated(questions, room, batch_size, **options)
         found = dict(zip(open_rows, answers, strict=True))
         made = [self.completed(row, asked[i], found.get(i)) for i, row in enumerate(rows)]
         for name in made[0]:  # the tokens first: a dataset without columns has no rows
@@ -149,6 +146,15 @@ class LanguageAdapter(Adapter):
                 queries = queries.remove_columns(name)
             queries = queries.add_column(name, [columns[name] for columns in made])
         return queries
+
+    def generated(
+        self, questions: Sequence[list[int]], room: Sequence[int], batch_size: int = 32, **options: Any
+    ) -> list[list[int]]:
+        """Return the model's answers to questions, both as tokens, of at most `room` tokens each; see [`generate`]."""
+        return generate(
+            self.model, questions, room=room, padding=self.padding, batch_size=batch_size, decoder=self.decodes,
+            **{**self.generation_options, **options},
+        )  # fmt: skip
 
     def _each_asked(self, rows: list[dict[str, Any]]) -> list[list[int] | None]:
         asked = []
