@@ -237,8 +237,6 @@ class Attribution:
         """
         if k < 1:
             raise ValueError(f"k={k} must be at least 1.")
-        if not 0 <= query < len(self):
-            raise IndexError(f"There is no query {query}: rows are numbered from 0 to {len(self) - 1}.")
         rows = self.ranking(self._checked(query))[:k]
         scores = self._of(self.scores, query, rows)
         known = ~np.isnan(scores)

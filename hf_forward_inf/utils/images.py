@@ -156,23 +156,6 @@ def images_of(value: Any) -> list[Any]:
     return value if isinstance(value, list) and not isinstance(inner, int | float) else [value]
 
 
-def data_uri(value: Any, longest: int = 192) -> str:
-    """Return an image as a `data:` URI of a PNG, to embed it in a page.
-
-    Args:
-        value (`Any`): An image in any form that [`read_image`] accepts.
-        longest (`int`, defaults to 192): Largest height and width; larger images are scaled down.
-
-    Raises:
-        UnreadableImage: If it can't be read.
-    """
-    image = read_image(value)
-    image = image if image.mode in ("L", "RGB", "RGBA") else image.convert("RGBA")
-    image = image.copy()
-    image.thumbnail((longest, longest))
-    return png_uri(image)
-
-
 def png_uri(image: Any) -> str:
     """Return a `PIL.Image.Image`, unchanged, as a `data:` URI of a PNG."""
     file = io.BytesIO()

@@ -34,11 +34,6 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def is_silent() -> bool:
-    """Whether [`say`] prints nothing."""
-    return _silent
-
-
 @contextmanager
 def silence(quiet: bool) -> Iterator[None]:
     """Have [`say`] print nothing, if `quiet`."""

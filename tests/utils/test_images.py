@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from hf_forward_inf.utils import images as pictures
-from hf_forward_inf.utils.images import UnreadableImage, data_uri, images_of, pixels, read_image
+from hf_forward_inf.utils.images import UnreadableImage, images_of, pixels, png_uri, read_image
 
 
 def encoded(image, format="PNG"):
@@ -71,4 +71,4 @@ def test_lists_of_numbers_are_one_image_and_lists_of_images_are_many():
 
 
 def test_a_data_uri_holds_a_small_png():
-    assert data_uri(np.zeros((400, 200), dtype=np.uint8)).startswith("data:image/png;base64,iVBOR")
+    assert png_uri(read_image(np.zeros((400, 200), dtype=np.uint8))).startswith("data:image/png;base64,iVBOR")
