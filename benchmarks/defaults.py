@@ -30,7 +30,7 @@ from hf_forward_inf.evaluation.fact_tracing import draw_candidates, draw_task, w
 from hf_forward_inf.scores.metrics import lds_by_query, recalls_at_k, reciprocal_ranks
 from hf_forward_inf.scores.retraining import random_halves
 from hf_forward_inf.toys.tiny_models import tiny_mt5
-from hf_forward_inf.tracing.planning import KEEP, SHARE
+from hf_forward_inf.tracing.planning import kept
 from hf_forward_inf.tracing.screened import floored
 from hf_forward_inf.utils.processes import progress_bars
 
@@ -131,12 +131,11 @@ def main() -> None:
     rows = []
     for one in sets(options):
         print(f"\n{one.name}: {len(one.queries)} queries, {len(one.candidates)} candidates", flush=True)
-        keep = max(KEEP, int(SHARE * len(one.candidates)))
         for name in options.settings:
             with progress_bars(False):
                 tracer = ForwardInf(adapter=one.adapter, ascent=SETTINGS[name], strategy="full")
                 scores = tracer.trace(one.queries, one.candidates).dense()
-            for floor, values in (("", scores), ("floor", floored(scores, keep)[0])):
+            for floor, values in (("", scores), ("floor", floored(scores, kept(tracer, len(one.candidates)))[0])):
                 figures = {key: float(value) for key, value in one.figures(values).items()}
                 rows.append({"set": one.name, "setting": name, "floor": bool(floor), **figures})
                 cells = "  ".join(f"{key} {value:.3f}" for key, value in figures.items())

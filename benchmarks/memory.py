@@ -23,7 +23,7 @@ from hf_forward_inf.curvature import kronecker
 from hf_forward_inf.data import builtin_facts
 from hf_forward_inf.evaluation.cost import plain_pass, timed
 from hf_forward_inf.toys.tiny_models import train_tokenizer
-from hf_forward_inf.utils.models import evaluating
+from hf_forward_inf.utils.models import bytes_of_model, evaluating
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "gpt2": {"model_type": "gpt2"},
@@ -94,7 +94,7 @@ def measured(tracer: ForwardInf, queries: Dataset, candidates: Dataset) -> dict[
     with evaluating(tracer.adapter.model):
         fit, fitted = timed(lambda: tracer.perturber(candidates))
     trace, traced = timed(lambda: tracer.score(queries, candidates))
-    size = sum(p.numel() * p.element_size() for p in tracer.adapter.model.parameters())
+    size = bytes_of_model(tracer.adapter.model)
     return {
         "model_gib": round(size / 2**30, 3), "plain_gib": round(peak / 2**30, 3),
         "fit_ratio": round(fitted / peak, 3), "trace_ratio": round(traced / peak, 3),

@@ -6,7 +6,7 @@ from dataclasses import replace
 from html import escape
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from datasets import Dataset
@@ -14,9 +14,10 @@ from datasets import Dataset
 from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.forward_inf import ForwardInf
 from hf_forward_inf.report import as_card
+from hf_forward_inf.scores.levels import Level
 from hf_forward_inf.utils.rows import fill_in, text_and_target, text_columns
 
-LEVELS = ("strong", "some", "none")
+LEVELS = get_args(Level)
 SHOWN, MOST = 10, 100
 """Rows shown at first, and at most."""
 LABEL = 90

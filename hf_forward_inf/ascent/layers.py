@@ -172,7 +172,7 @@ def probed(layers: Collection[nn.Module]) -> Iterator[list[Call]]:
 
     def probe(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         zero = output.detach().new_zeros(()).expand(output.shape).requires_grad_()
-        calls.append(Call(layer, (args[0] if args else next(iter(kwargs.values()))).detach(), zero))
+        calls.append(Call(layer, given_to(args, kwargs).detach(), zero))
         return output + zero
 
     with ExitStack() as stack:
@@ -180,6 +180,11 @@ def probed(layers: Collection[nn.Module]) -> Iterator[list[Call]]:
             # Before the user's own hooks: what they make of an output is part of what follows the layer.
             stack.callback(layer.register_forward_hook(probe, with_kwargs=True, prepend=True).remove)
         yield calls
+
+
+def given_to(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Return the input of a layer's call, which may be named."""
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def precise(tensor: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from hf_forward_inf.ascent.layers import has_plain_weight, holders
+from hf_forward_inf.ascent.layers import given_to, has_plain_weight, holders
 from hf_forward_inf.utils.models import without_autocast
 
 EXACT = 1e-12
@@ -189,7 +189,7 @@ class _Place:
 
     def enter(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Put a changed copy in the weight's place, if that is less work."""
-        if self._is_copied(_given(args, kwargs)):
+        if self._is_copied(given_to(args, kwargs)):
             weight = layer._parameters["weight"]
             assert weight is not None
             layer._parameters["weight"] = self.change.added_to(weight, layer)  # type: ignore[assignment]
@@ -200,7 +200,7 @@ class _Place:
         if self.weight is not None:
             self.restore()
             return output
-        moved = self.change.through(layer, _given(args, kwargs))
+        moved = self.change.through(layer, given_to(args, kwargs))
         return (output.to(moved.dtype) + moved).to(output.dtype)
 
     def restore(self) -> None:
@@ -218,7 +218,3 @@ class _Place:
         width = given.shape[1] if isinstance(self.layer, nn.Conv2d) else given.shape[-1]
         outputs, inputs = self.change.shape
         return given.numel() // width * (outputs + inputs) > outputs * inputs
-
-
-def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return args[0] if args else next(iter(kwargs.values()))

@@ -14,7 +14,14 @@ from hf_forward_inf.adapters.base import Adapter
 from hf_forward_inf.ascent.config import AscentConfig
 from hf_forward_inf.ascent.layers import holders, sides_of, sites
 from hf_forward_inf.ascent.low_rank import LowRank, added
-from hf_forward_inf.utils.models import check_in_memory, is_quantised, is_sharded, linear_layers, peft_parameters
+from hf_forward_inf.utils.models import (
+    bytes_of_model,
+    check_in_memory,
+    is_quantised,
+    is_sharded,
+    linear_layers,
+    peft_parameters,
+)
 
 Parameters: TypeAlias = dict[str, Tensor | LowRank]
 """theta_K: the perturbed parameters by name, or low-rank changes of them; all others are theta's."""
@@ -148,7 +155,7 @@ def _nothing_matches(model: nn.Module, pattern: str, names: Iterable[str]) -> st
 
 def copies_in_memory(model: nn.Module, size: int) -> int:
     """Number of perturbed models of some bytes that are held in memory: a tenth of the model, or 64 MiB."""
-    room = max(64 * 2**20, sum(p.numel() * p.element_size() for p in model.parameters()) // 10)
+    room = max(64 * 2**20, bytes_of_model(model) // 10)
     return max(1, min(32, room // max(1, size)))
 
 
@@ -201,9 +208,9 @@ def in_full(model: nn.Module, theta: Parameters) -> dict[str, Tensor]:
 
 
 def has_length(adapter: Adapter, config: AscentConfig) -> bool:
-    """Whether random steps can be as long as the ascent's, in weight space.
+    """Whether a dense step has a length in weight space.
 
-    A fixed learning rate and a trust have no radius, and to quantised weights no random step can be added.
+    A fixed learning rate and a trust have none, and to quantised weights no dense step can be added.
     """
     quantised = is_quantised(adapter.model) and not peft_parameters(adapter.model)
     return config.radius is not None and config.trust is None and not quantised

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from hf_forward_inf.ascent.slopes import Changes, added_up, length_of, slopes
 from hf_forward_inf.utils.fingerprints import fingerprint
 from hf_forward_inf.utils.models import to_device
 
+Step = TypeVar("Step")
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
 
 Correction: TypeAlias = Callable[[Any], Any]
@@ -224,11 +225,7 @@ def _ascend_weights(
         theta.values(), lr=config.learning_rate or 0.0, maximize=config.mode != "descent"
     )
     for _ in range(config.steps):
-        step = gradient_of(model, loss, {**theta})
-        length = norm(step)
-        if correct is not None and 0 < length < math.inf:
-            step = correct(step)
-            length = norm(step)
+        step, length = _directed(gradient_of(model, loss, {**theta}), norm, correct)
         if not 0 < length < math.inf:
             return None
         if radius is not None:
@@ -239,6 +236,15 @@ def _ascend_weights(
     if all(torch.equal(value, own[name]) for name, value in theta.items()):
         _refuse_rounding(radius or config.learning_rate or 0.0, next(iter(theta.values())).dtype)
     return {name: value.detach() for name, value in theta.items()}
+
+
+def _directed(gradient: Step, measure: Callable[[Step], float], correct: Correction | None) -> tuple[Step, float]:
+    """Return a gradient, corrected unless it is zero or not finite, and its length."""
+    length = measure(gradient)
+    if correct is None or not 0 < length < math.inf:
+        return gradient, length
+    step: Step = correct(gradient)
+    return step, measure(step)
 
 
 def _ascend_low_rank(
@@ -255,11 +261,7 @@ def _ascend_low_rank(
     layers = sites(model, names)
     moved: Changes = {}
     for _ in range(config.steps):
-        step = slopes(model, names, layers, loss, _at(own, moved))
-        length = length_of(step)
-        if correct is not None and 0 < length < math.inf:
-            step = correct(step)
-            length = length_of(step)
+        step, length = _directed(slopes(model, names, layers, loss, _at(own, moved)), length_of, correct)
         if not 0 < length < math.inf:
             return None
         rate = sign * (config.learning_rate or 0.0) if radius is None else sign * radius / config.steps / length

@@ -8,6 +8,7 @@ from hf_forward_inf.adapters.agreement import parts_agree
 from hf_forward_inf.adapters.base import Batch, Rows
 from hf_forward_inf.passes.candidate_pass import PLACE, CandidatePass
 from hf_forward_inf.passes.state_store import StateStore, padded
+from hf_forward_inf.utils.models import bytes_of_model
 
 IN_MEMORY = 64 * 2**20
 """Bytes of states that are held in memory where nothing is cached, or a tenth of the model if that is more."""
@@ -72,8 +73,7 @@ class SharedStates:
         like, limit = adapter.shared_states(halves), storage / run.state.num_processes
         folder = run._folder("states")
         if folder is None:  # memory is to stay that of inference
-            model = sum(p.numel() * p.element_size() for p in adapter.model.parameters())
-            return StateStore(None, lengths, like, min(limit, max(IN_MEMORY, model / 10)))
+            return StateStore(None, lengths, like, min(limit, max(IN_MEMORY, bytes_of_model(adapter.model) / 10)))
         files = [folder / f"{process}.bin" for process in range(run.state.num_processes)]
         own = files[run.state.process_index]
         self.others = [StateStore(file, lengths, like, 0) for file in {*files, *folder.glob("*.bin")} - {own}]
