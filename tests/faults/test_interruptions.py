@@ -39,7 +39,7 @@ def finished(folder, options, cache):
     return Attribution.load_from_disk(cache / "out" / "attribution")
 
 
-def begin(folder, options, cache, *launch, pause=0.1):
+def begin(folder, options, cache, *launch, pause=0.4):
     """Start the command, slowed down, and wait for the first batch."""
     (cache / "begun").unlink(missing_ok=True)
     process = start(*launch, folder / "slow.py", pause, "trace", *options, "--output", cache / "out", cache=cache)
