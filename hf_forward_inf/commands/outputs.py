@@ -16,6 +16,7 @@ import torch
 
 from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.commands.answers import answers, show
+from hf_forward_inf.evaluation.figures import save_figures
 from hf_forward_inf.evaluation.tables import Table
 from hf_forward_inf.forward_inf import ForwardInf
 from hf_forward_inf.utils.options import RunOptions
@@ -57,7 +58,7 @@ class Run:
         more: Mapping[str, Callable[[Path], None]] | None = None,
         **report: Any,
     ) -> dict[str, Any]:
-        """Write `attribution/`, `report.html` and `metrics.json` into the output folder.
+        """Write `attribution/`, `report.html` and `metrics.json` into the output folder, and a table's `figures.json`.
 
         Args:
             found (`Attribution`): The best `top_k` candidates of each query are kept.
@@ -82,6 +83,7 @@ class Run:
         writers: dict[str, Callable[[Path], None]] = {
             "attribution": found.save_to_disk,
             "report.html": lambda path: found.to_html(path, metrics=shown, about=about(self.options), **report),
+            **({"figures.json": lambda path: _write_figures(path, table, columns)} if table else {}),
             **(more or {}),
             **self._compared(report.get("compare", ())),
             "metrics.json": lambda path: _write_json(path, complete),
@@ -171,6 +173,12 @@ def _write_all(folder: Path, writers: dict[str, Callable[[Path], None]]) -> None
     if process_state().is_main_process:
         write_all(folder, writers)
     process_state().wait_for_everyone()
+
+
+def _write_figures(path: Path, table: Table, columns: Sequence[str]) -> None:
+    """Write a table's figures, of which the report's columns are shown by default."""
+    known = {name for row in table.values() for name in row}
+    save_figures(path, table, columns={name: name for name in columns if name in known})
 
 
 def _write_json(path: Path, metrics: dict[str, Any]) -> None:
