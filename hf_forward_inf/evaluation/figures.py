@@ -92,7 +92,7 @@ def as_markdown(figures: Mapping[str, Any], columns: Sequence[str] = (), rows: S
     for name in rows or figures["rows"]:
         row = figures["rows"][name]
         lines.append([TITLES.get(name, name), *(_cell(row, column) for column in titles)])
-    table = "\n".join(f"| {' | '.join(cells)} |".replace("|  |", "| |") for cells in lines)
+    table = "\n".join("|" + "".join(f" {cell} |" if cell else " |" for cell in cells) for cells in lines)
     note = f" {figures['note']}" if figures["note"] else ""
     return f"{table}\n\n`{figures['command']}`, {figures['date']}, {figures['machine']}.{note}"
 
