@@ -19,7 +19,7 @@ from hf_forward_inf.evaluation.figures import as_markdown
 
 PAGES = Path(__file__).parent / "results"
 FIGURES = PAGES / "figures"
-BLOCK = re.compile(r"(<!-- figures: (\S+)((?: \S+)*?) -->\n).*?(\n<!-- end of figures -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- figures: (\S+)((?: \S+)*?) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 """The mark before a table, its name and columns, and the mark behind it."""
 
 
@@ -28,7 +28,7 @@ def made(text: str) -> str:
 
     def table(found: re.Match[str]) -> str:
         figures = json.loads((FIGURES / f"{found[2]}.json").read_text())
-        return f"{found[1]}\n{as_markdown(figures, found[3].split())}\n{found[4]}"
+        return f"{found[1]}\n{as_markdown(figures, found[3].split())}\n\n{found[4]}"
 
     return BLOCK.sub(table, text)
 
