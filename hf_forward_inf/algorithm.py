@@ -22,7 +22,7 @@ from hf_forward_inf.passes.candidate_pass import MAX_BATCH_LENGTH, encode
 from hf_forward_inf.passes.loss_pass import LossPass, ShiftPass
 from hf_forward_inf.utils.fingerprints import fingerprint
 from hf_forward_inf.utils.memory import Memory
-from hf_forward_inf.utils.models import evaluating
+from hf_forward_inf.utils.models import check_same_parameters, evaluating
 from hf_forward_inf.utils.progress import counting
 
 PASSES = {"rise": LossPass, "shift": ShiftPass}
@@ -61,6 +61,7 @@ class Scorer:
         storage: float = 4.0,
         cache_dir: str | Path | None = None,
         max_batch_length: int = MAX_BATCH_LENGTH,
+        baseline_model: nn.Module | None = None,
     ):
         adapter = choose_adapter(model, processor, adapter, "ForwardInf")
         chosen = {"reduction": reduction, "measure": measure, "units": units, "strategy": strategy}
@@ -82,10 +83,13 @@ class Scorer:
             raise TypeError(f"screen={screen!r} must be the name of an attributor, or an attributor.")
         if screen is not None and strategy == "full":
             raise ValueError("strategy='full' scores all candidates: leave out screen, or strategy.")
+        if baseline_model is not None:
+            check_same_parameters(adapter.model, baseline_model)
         self._options = {
             "adapter": adapter, "ascent": ascent, "reduction": reduction, "measure": measure, "units": units,
             "training": training, "strategy": strategy, "screen": screen, "keep": keep,
             "audit": audit, "storage": storage, "cache_dir": cache_dir, "max_batch_length": max_batch_length,
+            "baseline_model": baseline_model,
         }  # fmt: skip
         self.adapter = adapter
         self.ascent = (ascent or AscentConfig()).completed(adapter.default_ascent)
@@ -100,7 +104,7 @@ class Scorer:
         self.training = training
         self.strategy, self.screen, self.keep, self.audit, self.storage = strategy, screen, keep, audit, storage
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
-        self.max_batch_length = max_batch_length
+        self.max_batch_length, self.baseline_model = max_batch_length, baseline_model
         self._perturbers = Memory[Perturber](1)
 
     @property
@@ -189,7 +193,16 @@ class Scorer:
         return self._perturbers.get(fingerprint(loss.fingerprint, training._fingerprint), made)
 
     def candidate_pass(self, candidates: Dataset, scratch: Path | None = None, first_row: int = 0) -> LossPass:
-        """Return the pass that measures the candidates under one model after another; arguments as in [`score`]."""
+        """Return the pass that measures the candidates under one model after another; arguments as in [`score`].
+
+        Raises:
+            TypeError: If there is a baseline model, which only [`ForwardInf.trace`] subtracts.
+        """
+        if self.baseline_model is not None:
+            raise TypeError(
+                "baseline_model= is subtracted by trace(queries, candidates) alone: for streams, plans, tuning take "
+                "tracer.with_options(baseline_model=None)."
+            )
         return PASSES[self.measure](
             self.adapter, candidates, cache_dir=scratch or self.cache_dir,
             max_batch_length=self.max_batch_length, first_row=first_row,

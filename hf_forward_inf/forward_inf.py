@@ -12,6 +12,7 @@ from hf_forward_inf.adapters import DiffusionAdapter, is_diffusion
 from hf_forward_inf.algorithm import Scorer
 from hf_forward_inf.ascent.config import AscentConfig
 from hf_forward_inf.attribution import Attribution
+from hf_forward_inf.baselines import Difference
 from hf_forward_inf.data.inputs import Given, as_dataset, read_inputs
 from hf_forward_inf.plan import Plan
 from hf_forward_inf.scores.levels import background
@@ -80,6 +81,9 @@ class ForwardInf(Scorer):
             `HF_FORWARD_INF_CACHE`, or `hf_forward_inf` in the Hugging Face home.
         max_batch_length (`int`, defaults to 4096): Maximum of padded tokens in a batch of candidates; halved when
             memory runs out.
+        baseline_model (`torch.nn.Module`, *optional*): Another model of the same architecture, typically the one
+            before fine-tuning. Its scores, after a step of its own, are subtracted: what it knew already does not
+            count ([`baselines.Difference`]). For [`trace`] only.
 
     Example:
 
@@ -182,7 +186,8 @@ class ForwardInf(Scorer):
 
         Raises:
             TypeError: If candidates are a stream; use [`trace_stream`].
-            ValueError: If there are no rows, a column is missing, or a target is empty.
+            ValueError: If there are no rows, a column is missing, a target is empty, or there is a time budget and a
+                baseline model.
         """
         candidates = self.training if candidates is None else candidates
         if candidates is None:
@@ -192,6 +197,8 @@ class ForwardInf(Scorer):
         if self.adapter.answers_queries:
             queries = self.adapter.with_answers(queries)
         tracer = self if strategy is None else self._with_strategy(strategy)
+        if self.baseline_model is not None:
+            return tracer._less_baseline(time_budget).trace(queries, candidates, top_k)
         with unchanged(), progress("tracing", len(queries), "queries"):
             traced = trace_planned(tracer, queries, candidates, time_budget)
         warn_of_lost(traced.scores[:, traced.reached], traced.reached)
@@ -207,6 +214,15 @@ class ForwardInf(Scorer):
     def _with_strategy(self, strategy: Literal["auto", "full", "screen"]) -> "ForwardInf":
         screen = None if strategy == "full" else self.screen
         return self.with_options(strategy=strategy, screen=screen)
+
+    def _less_baseline(self, time_budget: float | None) -> Difference:
+        if time_budget is not None:
+            raise ValueError("time_budget= does not work with baseline_model=: leave out one of them.")
+        assert self.baseline_model is not None
+        other = self.adapter.with_model(self.baseline_model)
+        return Difference(
+            self.with_options(baseline_model=None), self.with_options(baseline_model=None, adapter=other)
+        )
 
     def plan(self, queries: Dataset, candidates: Dataset) -> Plan:
         """Return what [`trace`] would do, at which cost, without doing it. Only texts and images are encoded.

@@ -3,7 +3,7 @@
 from hf_forward_inf.baselines.base import Baseline, ModelBaseline
 from hf_forward_inf.baselines.bm25 import BM25
 from hf_forward_inf.baselines.denoiser_features import DenoiserFeatures
-from hf_forward_inf.baselines.ensembles import Ensemble, Fusion
+from hf_forward_inf.baselines.ensembles import Difference, Ensemble, Fusion
 from hf_forward_inf.baselines.first_order import FirstOrder
 from hf_forward_inf.baselines.influence_functions import InfluenceFunctions
 from hf_forward_inf.baselines.pixels import PixelDistance
@@ -18,6 +18,7 @@ __all__ = [
     "BM25",
     "Baseline",
     "DenoiserFeatures",
+    "Difference",
     "Ensemble",
     "Entry",
     "FirstOrder",

@@ -1,7 +1,8 @@
-"""Attributors made of attributors: fused rankings, mean scores."""
+"""Attributors made of attributors: fused rankings, mean scores, differences of scores."""
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,9 @@ from datasets import Dataset
 
 from hf_forward_inf.attribution import Attribution, Attributor
 from hf_forward_inf.baselines.base import Baseline
+from hf_forward_inf.data.inputs import Given
 from hf_forward_inf.scores.metrics import mean_ranks
+from hf_forward_inf.utils.fingerprints import fingerprint_of_model
 
 
 class Fusion(Baseline):
@@ -102,6 +105,95 @@ class Ensemble(Baseline):
                 found = found / np.where(spread > 0, spread, 1)
             scores += weight * found
         return scores
+
+
+class Difference:
+    """An attributor's scores minus those of a baseline: the same method on another model, typically the base model.
+
+    A pretrained model that knew an answer before it was fine-tuned has candidates whose loss rises, too. What is left
+    is what the fine-tuning changed. Each model takes its own step, and its scores are in its own units. Where the
+    attributor screens its candidates, or sets a floor, the baseline scores those candidates that have scores of their
+    own; all others get the lowest difference.
+
+    Args:
+        attributor (`Attributor`): Traces the model.
+        baseline (`Attributor`): Traces the other model. A [`ForwardInf`] scores only what it has to.
+
+    Raises:
+        ValueError: If both don't read rows in the same way: another tokenizer, other columns, another maximum length.
+
+    Example:
+        >>> both = Difference(ForwardInf(model, tokenizer), ForwardInf(base_model, tokenizer))
+        >>> found = both.trace(queries, candidates)
+    """
+
+    def __init__(self, attributor: Attributor, baseline: Attributor):
+        adapters = [one.adapter for one in (attributor, baseline) if hasattr(one, "adapter")]
+        if len({one.cache_key for one in adapters}) > 1:
+            raise ValueError(
+                "The model and its baseline don't read rows in the same way: give both the same tokenizer or "
+                "processor, columns and maximum length."
+            )
+        self.attributor, self.baseline = attributor, baseline
+        self.name = f"{attributor.name}_less_baseline"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Both attributors with their options, and a fingerprint of the baseline's model."""
+        adapter = getattr(self.baseline, "adapter", None)
+        model = {} if adapter is None else {"model": fingerprint_of_model(adapter.model)}
+        return {"attributor": described(self.attributor), "baseline": {**described(self.baseline), **model}}
+
+    def trace(self, queries: Given, candidates: Given, top_k: int | None = None) -> Attribution:
+        """Score candidates for every query by both, and subtract; arguments as in [`Baseline.trace`].
+
+        Raises:
+            ValueError: If the baseline leaves out candidates that the attributor has scored.
+        """
+        found = self.attributor.trace(queries, candidates)
+        if found.stage is None:
+            found = replace(found, stage=np.ones(found.scores.shape, dtype=bool))
+        other = _restricted(self.baseline, found).trace(found.queries, found.candidates)
+        computed = found.stage & np.isfinite(found.scores)
+        if other.stage is not None and not other.stage[computed].all():
+            raise ValueError(
+                f"The baseline {other.method} has no scores for some candidates: give it strategy='full', and no keep."
+            )
+        scores = np.where(computed, found.scores - other.scores, np.nan)
+        with np.errstate(invalid="ignore"):
+            floor = np.fmin.reduce(scores, axis=1, keepdims=True)
+        scores = np.where(found.stage, scores, floor).astype(np.float32)
+        scores[np.isnan(found.scores)] = np.nan
+        stage = None if found.stage.all() else found.stage
+        found = replace(found, scores=scores, stage=stage, method=self.name, config=self.config, backgrounds=None)
+        return found.keep(top_k)
+
+
+class _Ranked(Baseline):
+    """Ranks candidates as an attribution did that has scores for some of them."""
+
+    name = "ranked"
+
+    def __init__(self, found: Attribution):
+        self.found = found
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return {"method": self.found.method}
+
+    def score(self, queries: Dataset, candidates: Dataset) -> np.ndarray:
+        return np.where(self.found.stage, self.found.scores, -np.inf)
+
+
+def _restricted(baseline: Attributor, found: Attribution) -> Attributor:
+    """Return what scores the candidates that have scores of their own: all, or as a screen keeps them."""
+    if not hasattr(baseline, "with_options"):
+        return baseline
+    assert found.stage is not None
+    keep = int(found.stage.sum(axis=1).max())
+    if keep == found.stage.shape[1]:
+        return baseline.with_options(strategy="full", screen=None, keep=None)
+    return baseline.with_options(strategy="screen", screen=_Ranked(found), keep=keep, audit=0)
 
 
 def described(attributor: Attributor) -> dict[str, Any]:

@@ -39,6 +39,8 @@ class TraceOptions(RunOptions):
         screen (`str`, *optional*): Attributor that ranks all candidates first, or several joined by +.
         keep (`int`, *optional*): Candidates of each query that a screen keeps. Defaults to 5% of them, at least 50.
         audit (`int`, defaults to 30): Random others of each query that are scored too, to see what the screen misses.
+        baseline_model (`str`, *optional*): Another model, typically the one before fine-tuning, whose scores are
+            subtracted: hub name or local folder.
         time_budget (`float`, *optional*): Seconds for scoring: with a screen the best first, otherwise in random
             order; candidates not reached by then have the lowest score, or none.
         tokens (`bool`, *optional*): Colour in the report the tokens (or places of a picture) of the best candidates
@@ -61,11 +63,18 @@ class TraceOptions(RunOptions):
     screen: str | None = None
     keep: int | None = field(default=None, metadata={"min": 1})
     audit: int = field(default=30, metadata={"min": 0})
+    baseline_model: str | None = None
     time_budget: float | None = field(default=None, metadata={"above": 0})
     tokens: bool | None = None
     baselines: bool = True
     compare: bool = False
     cost: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("time_budget", "tokens", "compare", "cost"):
+            if self.baseline_model is not None and getattr(self, name):
+                raise ValueError(f"--{name} is of one model: leave it out with --baseline_model.")
 
 
 @dataclass(kw_only=True)

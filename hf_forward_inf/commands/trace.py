@@ -8,6 +8,7 @@ from hf_forward_inf.adapters.classification import ClassifierAdapter
 from hf_forward_inf.adapters.labels import OneClass
 from hf_forward_inf.adapters.language import LanguageAdapter
 from hf_forward_inf.ascent.config import AscentConfig
+from hf_forward_inf.baselines import Difference
 from hf_forward_inf.commands.options import TraceOptions
 from hf_forward_inf.commands.outputs import Run, plotted
 from hf_forward_inf.data import proponents
@@ -39,10 +40,14 @@ def trace_run(options: TraceOptions, ascent: AscentConfig) -> dict[str, Any]:
     run = Run(options)
     chosen = {name: getattr(options, name) for name in ("reduction", "strategy", "screen", "keep", "audit")}
     tracer = ForwardInf.from_pretrained(options.model, ascent=ascent, **chosen)
+    attributor: Any = tracer
+    if options.baseline_model is not None:
+        attributor = Difference(tracer, ForwardInf.from_pretrained(options.baseline_model, ascent=ascent, **chosen))
     task = load_task(tracer, options)
 
     say(f"Tracing {len(task.queries)} queries over {len(task.candidates):,} candidates with {options.model} ...")
-    found = {"forward_inf": tracer.trace(task.queries, task.candidates, time_budget=options.time_budget)}
+    limits = {} if options.time_budget is None else {"time_budget": options.time_budget}
+    found = {"forward_inf": attributor.trace(task.queries, task.candidates, **limits)}
     plan = found["forward_inf"].plan
     costs: dict[str, float] = {}
     for audit in () if plan is None else plan.audits:
@@ -74,6 +79,7 @@ def trace_run(options: TraceOptions, ascent: AscentConfig) -> dict[str, Any]:
 
     shown = found["forward_inf"].keep(min(options.top_k, len(task.candidates)))
     affordable = isinstance(tracer.adapter, LanguageAdapter) and len(task.queries) <= EXPLAINED
+    affordable = affordable and attributor is tracer  # tokens explain the scores of one model
     if affordable if options.tokens is None else options.tokens:
         shown = tracer.explain(shown)
     if isinstance(tracer.adapter, ClassifierAdapter) and isinstance(tracer.adapter.labels, OneClass):

@@ -38,6 +38,21 @@ def to_device(batch: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     return {key: v.to(device) if isinstance(v, Tensor) else v for key, v in batch.items()}
 
 
+def check_same_parameters(model: nn.Module, other: nn.Module) -> None:
+    """Check that two models have the same parameters, by name and shape.
+
+    Raises:
+        ValueError: If not. It names the first that differs.
+    """
+    own, others = ({name: tuple(p.shape) for name, p in uncompiled(one).named_parameters()} for one in (model, other))
+    for name in [*own, *others]:
+        if own.get(name) != others.get(name):
+            raise ValueError(
+                f"The models are not of the same architecture: {name} has shape {own.get(name)} in one, "
+                f"{others.get(name)} in the other. Give a model with the same parameters."
+            )
+
+
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
     """Switch off dropout, compilation and inference mode: losses are repeatable, hooks run, gradients can be had.

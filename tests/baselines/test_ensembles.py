@@ -1,10 +1,14 @@
+import copy
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import torch
 
-from hf_forward_inf import Attribution, ForwardInf
-from hf_forward_inf.baselines import BM25, Ensemble, Fusion
+from hf_forward_inf import AscentConfig, Attribution, ForwardInf
+from hf_forward_inf.adapters import Seq2SeqAdapter
+from hf_forward_inf.baselines import BM25, Difference, Ensemble, Fusion
 from tests.helpers.line import points
 
 
@@ -77,3 +81,72 @@ def test_bm25_and_forward_inf_join_in_a_line(model, tokenizer, queries, candidat
 def test_what_makes_no_sense_is_refused():
     with pytest.raises(ValueError, match="at least one attributor"):
         Fusion([])
+
+
+@pytest.fixture
+def pair(model, tokenizer):
+    """Tracers of two models of the same architecture, along the gradient."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.lm_head.weight += 0.1 * torch.randn(
+            other.lm_head.weight.shape, generator=torch.Generator().manual_seed(0)
+        )
+    ascent = AscentConfig(direction="gradient")
+    return [ForwardInf(one, tokenizer, ascent=ascent, strategy="full") for one in (model, other)]
+
+
+def test_a_difference_is_that_of_two_traces(pair, queries, candidates):
+    one, other = (tracer.trace(queries, candidates).scores for tracer in pair)
+    found = Difference(*pair).trace(queries, candidates)
+    np.testing.assert_allclose(found.scores, one - other, atol=1e-5)
+    assert np.abs(one - other).max() > 0.1
+    assert found.stage is None
+    assert found.method == "forward_inf_less_baseline"
+    option = pair[0].with_options(baseline_model=pair[1].adapter.model)
+    np.testing.assert_array_equal(option.trace(queries, candidates).scores, found.scores)
+    best = option.trace(queries, candidates, top_k=3)
+    assert best.indices[0].tolist() == np.argsort(-found.scores[0])[:3].tolist()
+    assert option.trace(queries, candidates).config == found.config
+
+
+@pytest.mark.parametrize("how", [{"strategy": "screen", "screen": "bm25", "audit": 4}, {"strategy": "full"}])
+def test_a_baseline_scores_what_was_screened(pair, queries, candidates, how):
+    one, other = (tracer.trace(queries, candidates).scores for tracer in pair)
+    screened = pair[0].with_options(keep=10, **how)
+    computed = screened.trace(queries, candidates).stage
+    assert 10 <= computed.sum(axis=1).min() <= computed.sum(axis=1).max() < 16
+    for method in (Difference(screened, pair[1]), screened.with_options(baseline_model=pair[1].adapter.model)):
+        found = method.trace(queries, candidates)
+        np.testing.assert_array_equal(found.stage, computed)
+        expected = np.where(computed, one - other, np.inf)
+        expected = np.where(computed, expected, expected.min(axis=1, keepdims=True))
+        np.testing.assert_allclose(found.scores, expected, atol=1e-4)
+
+
+def test_a_difference_says_which_model_it_subtracted(pair, queries, candidates, tmp_path):
+    found = Difference(*pair).trace(queries, candidates, top_k=2)
+    found.save_to_disk(tmp_path / "found")
+    config = Attribution.load_from_disk(tmp_path / "found").config
+    assert config["baseline"]["direction"] == config["attributor"]["direction"] == "gradient"
+    reversed_config = Difference(*reversed(pair)).config
+    assert config["baseline"]["model"] != reversed_config["baseline"]["model"]
+
+
+def test_what_a_baseline_cannot_do_is_refused(pair, tokenizer, queries, candidates, model):
+    with pytest.raises(ValueError, match="don't read rows in the same way"):
+        Difference(pair[0], ForwardInf(adapter=Seq2SeqAdapter(model, tokenizer, max_length=12)))
+    small = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="not of the same architecture: shared"):
+        pair[0].with_options(baseline_model=small)
+    tracer = pair[0].with_options(baseline_model=pair[1].adapter.model)
+    with pytest.raises(ValueError, match="time_budget= does not work with baseline_model="):
+        tracer.trace(queries, candidates, time_budget=1)
+    with pytest.raises(TypeError, match="baseline_model= is subtracted by trace"):
+        tracer.trace_stream(queries, candidates.to_iterable_dataset())
+    with pytest.raises(TypeError, match="baseline_model= is subtracted by trace"):
+        tracer.plan(queries, candidates)
+    missing = Fixed([4, 3, 2, 1])
+    partly = missing.trace(QUERY, ROWS)
+    missing.trace = lambda *args: dataclasses.replace(partly, stage=np.array([[True, False, True, True]]))
+    with pytest.raises(ValueError, match="has no scores for some candidates"):
+        Difference(Fixed([1, 2, 3, 4]), missing).trace(QUERY, ROWS)

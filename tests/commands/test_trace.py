@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 
 from hf_forward_inf import AscentConfig, Attribution, ForwardInf
@@ -102,6 +104,25 @@ def test_the_command_gives_the_same_scores_as_python(options, tmp_path):
     trace_run(TraceOptions(**{**options, "output": str(tmp_path / "two"), "baselines": False}), AscentConfig())
     first, second = (Attribution.load_from_disk(tmp_path / name / "attribution") for name in ("out", "two"))
     np.testing.assert_array_equal(first.scores, second.scores)
+
+
+def test_the_scores_of_a_baseline_model_are_subtracted(options, model, tokenizer, tmp_path):
+    base = copy.deepcopy(model)
+    with torch.no_grad():
+        base.lm_head.weight.add_(0.1 * base.lm_head.weight.sign())
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    options |= {"baseline_model": str(tmp_path / "base"), "baselines": False, "strategy": "full", "top_k": 120}
+    trace_run(TraceOptions(**options), GRADIENT)
+    found = Attribution.load_from_disk(Path(options["output"]) / "attribution")
+    queries, candidates = (Dataset.from_parquet(options[name]) for name in ("queries", "candidates"))
+    one, other = (
+        ForwardInf(each, tokenizer, ascent=GRADIENT, strategy="full").trace(queries, candidates).scores
+        for each in (model, base)
+    )
+    expected = np.take_along_axis(one - other, found.indices, axis=1)
+    np.testing.assert_allclose(found.scores, expected, atol=1e-4)
+    assert found.method == "forward_inf_less_baseline" and found.details is None
 
 
 RUNS = """
@@ -222,6 +243,10 @@ def test_rows_without_known_facts_are_traced_without_figures(options, corpus, tm
         ({"model": "m"}, "the following arguments are required: --candidates, --queries"),
         ({"model": "m", "candidates": "c", "queries": "q", "num_queries": 0}, "--num_queries must be at least 1"),
         ({"model": "m", "candidates": "c", "queries": "q", "radius": 0}, "radius must be above 0, not 0.0"),
+        (
+            {"model": "m", "candidates": "c", "queries": "q", "baseline_model": "b", "time_budget": 1},
+            "--time_budget is of one model: leave it out with --baseline_model",
+        ),
     ],
 )
 def test_impossible_options_are_told_in_a_line(given, message, capsys):
