@@ -1,11 +1,11 @@
 """Kills, interrupts, full disks and bad inputs, tried at random on real processes: what is lost, which bits differ.
 
     python benchmarks/faults.py
-    python benchmarks/faults.py --kills 60 --bad 150
+    python benchmarks/faults.py --kills 10 --bad 40 --seed 1 --figures faults.json
 
 Every run is a process of its own, forked after the imports, on a tiny Llama. What is killed is started again on what
 it has left, until it finishes: its scores must be those of an undisturbed run, bit for bit, and nothing may stay
-behind.
+behind. With `--figures`, counts are added to those of earlier runs in that file.
 """
 
 import argparse
@@ -45,6 +45,9 @@ QUERIES = Dataset.from_list(TEXTS[:4])
 ASCENT = AscentConfig(direction="kfac", radius=1.0, sample=8)
 SLOW = 0.01
 """Seconds before each batch, so that most kills hit a pass."""
+COLUMNS = ("tried", "finished", "lost", "bits that differ", "left behind")
+"""Counts of each kind: tried; of those, runs that finished undisturbed; without a result, or without a message that says
+why; bits of the scores that differ from an undisturbed run's; temporary files."""
 Task = Callable[[Path], None]
 """Computes `scores.npy` in a folder, going on with what is there."""
 
@@ -135,7 +138,7 @@ def end(children: list[int], number: int) -> None:
         os.waitpid(child, 0)
 
 
-def tried(task: Task, folder: Path, expected: np.ndarray, count: int, numbers: list[int], kills: int) -> list[str]:
+def tried(task: Task, folder: Path, expected: np.ndarray, count: int, numbers: list[int], kills: int) -> list[int]:
     """Kill a task again and again at random times, until so many kills hit it; return a row of the table."""
     lost = bits = runs = hits = 0
     longest = 0.0
@@ -161,10 +164,10 @@ def tried(task: Task, folder: Path, expected: np.ndarray, count: int, numbers: l
     end(wait(processes(task, folder, count), 120), signal.SIGKILL)
     lost += not (folder / "scores.npy").exists()
     left_behind = len([*folder.rglob(".writing-*"), *folder.rglob(".complete")])
-    return [str(hits), str(runs - hits), str(lost), str(bits), str(left_behind)]
+    return [hits, runs - hits, lost, bits, left_behind]
 
 
-def full_disk(task: Task, root: Path, expected: np.ndarray, sizes: list[int]) -> list[str]:
+def full_disk(task: Task, root: Path, expected: np.ndarray, sizes: list[int]) -> list[int]:
     """Let no file grow beyond a size, for several sizes; then run without a limit on what is left."""
     bits = unnamed = left_behind = failed = 0
     for size in sizes:
@@ -183,7 +186,7 @@ def full_disk(task: Task, root: Path, expected: np.ndarray, sizes: list[int]) ->
         left_behind += len(list(folder.rglob(".writing-*")))
         end(wait([fork(lambda folder=folder: task(folder))], 120), signal.SIGKILL)  # type: ignore[misc]
         bits += int((np.load(folder / "scores.npy").view(np.uint32) != expected.view(np.uint32)).sum())
-    return [str(len(sizes)), str(len(sizes) - failed), str(unnamed), str(bits), str(left_behind)]
+    return [len(sizes), len(sizes) - failed, unnamed, bits, left_behind]
 
 
 def mutated(data: bytes, draw: random.Random) -> bytes:
@@ -201,9 +204,9 @@ def mutated(data: bytes, draw: random.Random) -> bytes:
     return draw.choice([b"", b"\n", b"{}", b"[]", b"null\n", b"\xff\xfe", b'{"text": 3}\n', b'{"text": ["a"]}\n'])
 
 
-def bad_inputs(model: str, root: Path, count: int) -> list[str]:
+def bad_inputs(model: str, root: Path, count: int, seed: int) -> list[int]:
     """Run the command on damaged files: it succeeds, or says in one line what is wrong."""
-    draw, said = random.Random(0), {"finished": 0, "refused": 0, "other": 0}
+    draw, said = random.Random(seed), {"finished": 0, "refused": 0, "other": 0}
     good = "".join(json.dumps(row) + "\n" for row in TEXTS[:30]).encode()
     Dataset.from_list(TEXTS[:30]).to_parquet(root / "good.parquet")
     sources = {"rows.jsonl": good, "rows.parquet": (root / "good.parquet").read_bytes()}
@@ -232,7 +235,7 @@ def bad_inputs(model: str, root: Path, count: int) -> list[str]:
         said[kind] += 1
         if kind == "other":
             print(f"bad input {case} ({name}): status {status}: {' | '.join(lines[-3:])[-300:]}", flush=True)
-    return [str(count), str(said["finished"]), str(said["other"]), "-", "-"]
+    return [count, said["finished"], said["other"], 0, len(list(root.glob("bad-*/**/.writing-*")))]
 
 
 def main() -> None:
@@ -241,7 +244,9 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=40, help="of each kind")
     parser.add_argument("--bad", type=int, default=150, help="damaged files")
     parser.add_argument("--only", nargs="+", default=[*TASKS, "bad inputs"], help="what to try")
+    parser.add_argument("--sizes", type=int, default=20, help="sizes of a full disk")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--figures", type=Path, help="JSON to which counts are added")
     options = parser.parse_args()
     random.seed(options.seed)
     warnings.simplefilter("ignore")
@@ -261,10 +266,18 @@ def main() -> None:
     for i in range(3):
         Dataset.from_list(TEXTS).shard(3, i, contiguous=True).to_parquet(root / f"part-{i}.parquet")
 
-    rows, started = [["", "tried", "finished", "lost", "bits that differ", "left behind"]], time.monotonic()
+    started = time.monotonic()
+    rows: dict[str, dict[str, int]] = {}
+
+    def add(name: str, counts: list[int]) -> None:
+        """Add counts to those of the table, and to the file's."""
+        rows[name] = dict(zip(COLUMNS, counts, strict=True))
+        print(name, counts, f"{time.monotonic() - started:.0f} s", flush=True)
+        if options.figures is not None:
+            add_to(options.figures, name, rows[name])
+
     if "bad inputs" in options.only:
-        rows.append(["bad inputs", *bad_inputs(model, root, options.bad)])
-        print(rows[-1], f"{time.monotonic() - started:.0f} s", flush=True)
+        add("bad inputs", bad_inputs(model, root, options.bad, options.seed))
     for name, (function, count) in TASKS.items():
         if name not in options.only:
             continue
@@ -276,14 +289,20 @@ def main() -> None:
             if count == 2 and how != "SIGKILL":
                 continue
             kills = options.kills if how == "SIGKILL" else options.kills // 2
-            rows.append([f"{name}: {how}", *tried(task, root / f"{name} {how}", expected, count, numbers, kills)])
-            print(rows[-1], f"{time.monotonic() - started:.0f} s", flush=True)
-        if name == "trace":
-            sizes = [2**k + odd for k in range(11, 21) for odd in (0, 2 ** (k - 1))]
-            rows.append([f"{name}: full disk", *full_disk(task, root, expected, sizes)])
-            print(rows[-1], f"{time.monotonic() - started:.0f} s", flush=True)
-    print(text_table(rows))
+            add(f"{name}: {how}", tried(task, root / f"{name} {how}", expected, count, numbers, kills))
+        if name == "trace" and options.sizes:
+            sizes = [2**k + odd for k in range(11, 21) for odd in (0, 2 ** (k - 1))][: options.sizes]
+            add(f"{name}: full disk", full_disk(task, root, expected, sizes))
+    print(text_table([["", *COLUMNS], *([name, *map(str, counts.values())] for name, counts in rows.items())]))
     shutil.rmtree(root)
+
+
+def add_to(file: Path, name: str, counts: dict[str, int]) -> None:
+    """Add counts to those of earlier runs in a file of figures."""
+    figures = json.loads(file.read_text()) if file.exists() else {"rows": {}}
+    before = figures["rows"].get(name, dict.fromkeys(counts, 0))
+    figures["rows"][name] = {column: before[column] + number for column, number in counts.items()}
+    file.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":
