@@ -46,8 +46,8 @@ ASCENT = AscentConfig(direction="kfac", radius=1.0, sample=8)
 SLOW = 0.01
 """Seconds before each batch, so that most kills hit a pass."""
 COLUMNS = ("tried", "finished", "lost", "bits that differ", "left behind")
-"""Counts of each kind: tried; of those, runs that finished undisturbed; without a result, or without a message that says
-why; bits of the scores that differ from an undisturbed run's; temporary files."""
+"""Counts: tried; runs that finished undisturbed; without a result, or a message that says why; bits of the
+scores that differ from an undisturbed run's; temporary files."""
 Task = Callable[[Path], None]
 """Computes `scores.npy` in a folder, going on with what is there."""
 

@@ -6,13 +6,16 @@ forwarded.
 """
 
 import math
+import warnings
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
 
+import torch
 from datasets import Dataset, is_caching_enabled
+from safetensors import SafetensorError
 from torch import Tensor
 
 from hf_forward_inf.adapters.base import Adapter
@@ -25,10 +28,14 @@ from hf_forward_inf.curvature.inverse import damped_inverse, factored_inverse, f
 from hf_forward_inf.curvature.kronecker import KroneckerFit
 from hf_forward_inf.curvature.sample import Sample
 from hf_forward_inf.curvature.solvers import KrylovSpace, conjugate_gradients, warn_of_residual
+from hf_forward_inf.passes.freshness import agree, is_first_use, tolerance_of
 from hf_forward_inf.utils.fingerprints import fingerprint, fingerprint_of_model, foreign_hooks
 from hf_forward_inf.utils.models import device_of
 from hf_forward_inf.utils.processes import process_state
 from hf_forward_inf.utils.storage import StoredTensors, Tensors, cached_tensors, default_cache_dir
+
+WITNESS = "witness"
+"""Name of the numbers by which a cached fit is checked."""
 
 
 def direction_for(
@@ -103,9 +110,9 @@ class KroneckerFactors:
         fit = KroneckerFit(cache.sample, cache.names, config.seed, config.memory)
         self.layers = fit.layers
         kind = f"{fit.draws}-{fit.rank}"
-        self.parts = [cache.get(f"kfac-{kind}", fit.factors)]
+        self.parts = [cache.get(f"kfac-{kind}", fit.factors, fit.witness)]
         if config.direction == "ekfac":
-            self.parts.append(cache.get(f"ekfac-{kind}", lambda: fit.corrected(self.fitted)))
+            self.parts.append(cache.get(f"ekfac-{kind}", lambda: fit.corrected(self.fitted), fit.witness))
         self.fingerprint = fingerprint(cache.fingerprint, kind)
 
     @property
@@ -172,8 +179,17 @@ class FitCache:
         self.adapter, self.sample, self.names = adapter, sample, names
         self.fingerprint = fingerprint(sample.fingerprint, names, seed)
 
-    def get(self, kind: str, fit: Callable[[], Tensors]) -> Callable[[], Mapping[str, Tensor]]:
-        """Fit, unless it is cached, and return what reads the tensors from the cache, each when it is used."""
+    def get(
+        self, kind: str, fit: Callable[[], Tensors], witness: Callable[[], Tensor]
+    ) -> Callable[[], Mapping[str, Tensor]]:
+        """Fit, unless it is cached, and return what reads the tensors from the cache, each when it is used.
+
+        Args:
+            kind (`str`): What is fitted, as a part of the file's name.
+            fit (`Callable`): Fits it.
+            witness (`Callable`): Computes a few numbers that are stored with it: what is cached is fitted again, with
+                a warning, where the model gives others now.
+        """
         if not is_caching_enabled() or foreign_hooks(self.adapter.model):
             fitted = fit()
             return lambda: fitted
@@ -181,11 +197,35 @@ class FitCache:
         key = fingerprint(fingerprint_of_model(self.adapter.model), self.adapter.cache_key, self.fingerprint)
         file = self.folder / f"{key}-{kind}.safetensors"
 
+        def made() -> Tensors:
+            return {**fit(), WITNESS: witness()}
+
         def read() -> Mapping[str, Tensor]:
             if not file.exists():  # removed meanwhile
-                cached_tensors(file, fit)
+                cached_tensors(file, made)
             return StoredTensors(file, device)
 
-        with process_state().main_process_first():
-            cached_tensors(file, fit)
+        state = process_state()
+        with state.main_process_first():
+            if state.is_main_process and file.exists() and not self._is_current(file, witness):
+                warnings.warn(
+                    f"{file.name} is not what is fitted now (the model's code, or a file that it reads, has changed, "
+                    "or the file is damaged), so curvature is fitted again.",
+                    stacklevel=2,
+                )
+                file.unlink()
+            cached_tensors(file, made)
         return read
+
+    def _is_current(self, file: Path, witness: Callable[[], Tensor]) -> bool:
+        """Compute the numbers of the adapter's first use of a file again, and compare."""
+        if not is_first_use(self.adapter, file.stem):
+            return True
+        try:
+            before = StoredTensors(file, torch.device("cpu"))[WITNESS]
+        except (SafetensorError, OSError, KeyError):
+            return False
+        now = witness()
+        return before.shape == now.shape and agree(
+            before[None].numpy(), now[None].numpy(), tolerance_of(self.adapter.model)
+        )

@@ -117,6 +117,19 @@ class KroneckerFit:
         each = (sum(taken.values()) + read + 16 * outputs.numel()) / rows / self.sample.lengths[:rows].sum(1).max()
         return max(1, int(room_beside(self.adapter.model) / each))
 
+    def witness(self) -> Tensor:
+        """Return norms by which cached factors are checked, of two rows: outputs, and what each layer reads and gets.
+
+        What flows back is the outputs' own, which is not drawn, nor nearly 0 where the model knows its rows by heart.
+        """
+        layers = [layer for held in self.sites.values() for layer in held]
+        with probed(layers) as calls, torch.enable_grad():
+            outputs = self._outputs(self.first, {})
+        asked = [one.probe for one in calls]
+        slopes = torch.autograd.grad(outputs, asked, outputs.detach(), allow_unused=True, materialize_grads=True)
+        values = [outputs.detach(), *(one.given for one in calls), *slopes]
+        return torch.stack([value.float().norm().cpu() for value in values])
+
     def factors(self) -> Tensors:
         """Fit both factors of every layer, and the diagonals of all other parameters.
 

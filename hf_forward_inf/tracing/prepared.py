@@ -68,7 +68,8 @@ def prepare(tracer: Scorer, queries: Dataset, folder: Path, in_memory: bool = Fa
         in_memory (`bool`, defaults to `False`): Whether the models of a single block stay in memory instead.
     """
     encoded = encode(tracer.adapter, queries, "queries", tracer.cache_dir)
-    blocks = list(tracer.perturber(queries if tracer.training is None else tracer.training).blocks(encoded))
+    with evaluating(tracer.adapter.model):
+        blocks = list(tracer.perturber(queries if tracer.training is None else tracer.training).blocks(encoded))
     if len(blocks) == 1 and in_memory:
         return lambda: iter(blocks)
     with process_state().main_process_first(), evaluating(tracer.adapter.model):

@@ -1,3 +1,4 @@
+import shutil
 import warnings
 
 import numpy as np
@@ -222,6 +223,39 @@ def test_factors_are_fitted_once_for_all_queries_and_damping(monkeypatch, cache)
     assert len(set((cache / "curvature").iterdir()) - files) == 1  # the corrected eigenvalues
     with pytest.raises(TypeError):
         perturbation(network, direction="kfac", seed=1)
+
+
+@pytest.mark.parametrize("direction", ["kfac", "ekfac"])
+def test_factors_that_are_fitted_otherwise_now_are_fitted_again(monkeypatch, tmp_path, direction):
+    network = digits.perceptron()
+
+    def scores(cache):
+        ascent = AscentConfig(direction=direction, radius=0.3, sample=100)
+        tracer = ForwardInf(adapter=TensorAdapter(network), ascent=ascent, cache_dir=tmp_path / cache)
+        return tracer.trace(QUERIES, CANDIDATES).scores
+
+    before = scores("one")
+    monkeypatch.setattr(nn.Tanh, "forward", lambda self, x: x.sin())  # no key knows what replaces a method
+    with pytest.warns(UserWarning, match="curvature is fitted again"):
+        after = scores("one")
+    assert not np.allclose(after, before, rtol=1e-3)
+    np.testing.assert_array_equal(after, scores("two"))
+
+
+def test_damaged_factors_are_fitted_again(tmp_path):
+    def scores():
+        ascent = AscentConfig(direction="kfac", radius=0.3, sample=100)
+        tracer = ForwardInf(adapter=TensorAdapter(digits.perceptron()), ascent=ascent, cache_dir=tmp_path)
+        return tracer.trace(QUERIES, CANDIDATES).scores
+
+    before = scores()
+    shutil.rmtree(tmp_path / "passes")
+    (file,) = (tmp_path / "curvature").iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.warns(UserWarning, match="curvature is fitted again"):
+        np.testing.assert_array_equal(scores(), before)
+    assert file.read_bytes() == whole
 
 
 def test_a_killed_fit_leaves_no_half_file(monkeypatch, cache):

@@ -41,6 +41,20 @@ def test_stored_models_are_the_computed_ones(tokens, tmp_path, monkeypatch, asce
     np.testing.assert_array_equal(scores, expected)
 
 
+def test_models_are_prepared_as_in_evaluation_whatever_mode_the_model_is_in(tokens, tmp_path):
+    def steps(mode, folder):
+        model = untrained("gpt2", len(tokens)).train(mode)  # with dropout
+        ascent = AscentConfig(direction="kfac", sample=4, radius=0.5, step="full")
+        tracer = ForwardInf(model, tokens, ascent=ascent, training=questions(), cache_dir=tmp_path / folder)
+        ((_, models),) = prepare(tracer, questions().select(range(2)), tmp_path / folder)()
+        return [value for theta in models.thetas for value in theta.values()]
+
+    moved = steps(True, "training")
+    assert moved
+    for one, other in zip(moved, steps(False, "evaluation"), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
 def test_a_query_without_a_gradient_has_no_model(line, tmp_path):
     queries = Dataset.from_dict({"x": [[0.0, 0.0], [1.0, 0.0]], "y": [1.0, 0.0]})
     tracer = ForwardInf(adapter=line)
