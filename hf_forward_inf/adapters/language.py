@@ -101,9 +101,10 @@ class LanguageAdapter(Adapter):
 
     @property
     def padding(self) -> int:
-        """The token that pads; it is masked, so any will do where the tokenizer has none for it."""
+        """The token that pads; it is masked, so any will do where tokenizer or model have none for it."""
         padding = self.tokenizer.pad_token_id
-        return (self.tokenizer.eos_token_id or 0) if padding is None else padding
+        known = padding is not None and padding < embeddings(self.model)
+        return padding if known else self.tokenizer.eos_token_id or 0
 
     def with_answers(
         self, queries: Dataset, max_new_tokens: int = 64, batch_size: int = 32, **options: Any
@@ -225,22 +226,35 @@ def check_language_model(model: nn.Module, tokenizer: Any, fits: bool, does: str
 
 
 def check_tokenizer(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Warn of a tokenizer that is hardly the model's own: another family's tokens have losses that mean nothing.
+    """Refuse a tokenizer that can't be the model's own, and warn of one that is hardly: its losses would mean nothing.
+
+    It can't be where the model has no embeddings for tokens of its vocabulary, or for those that begin and end every
+    text. Tokens that were added to a vocabulary, such as one that pads, may be without: they are looked for row by row.
 
     Args:
         model (`torch.nn.Module`): A language model.
         tokenizer (`transformers.PreTrainedTokenizerBase`): Its tokenizer.
+
+    Raises:
+        ValueError: If it is another model's tokenizer.
     """
     known, size = len(tokenizer), embeddings(model)
+    counts = f"It has {known:,} tokens and the model {size:,} embeddings"
+    ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    if tokenizer.vocab_size > size or any(token is not None and token >= size for token in ends):
+        raise ValueError(
+            f"This is not {type(model).__name__}'s own tokenizer. {counts}: give the one that the model was trained "
+            "with, or call model.resize_token_embeddings and train it."
+        )
     config = model.config.get_text_config(decoder=True)
     named = {name: getattr(config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     pairs = [(ids if isinstance(ids, list) else [ids], getattr(tokenizer, name)) for name, ids in named.items()]
     special = [own in ids for ids, own in pairs if own is not None and ids[0] is not None]
-    if not FEW * size <= known <= size or (len(special) > 1 and not any(special)):
+    if known < FEW * size or (len(special) > 1 and not any(special)):
         other = ", and its special tokens have other ids" if special and not any(special) else ""
         warnings.warn(
-            f"Is this {type(model).__name__}'s own tokenizer? It has {known:,} tokens and the model {size:,} "
-            f"embeddings{other}. Losses of another tokenizer's tokens mean nothing.",
+            f"Is this {type(model).__name__}'s own tokenizer? {counts}{other}. Losses of another tokenizer's tokens "
+            "mean nothing.",
             stacklevel=4,
         )
 

@@ -1,11 +1,13 @@
+import numpy as np
 import pytest
+from datasets import Dataset
 
 from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf.adapters import CausalLMAdapter
 from hf_forward_inf.adapters import language as text
 from hf_forward_inf.adapters.language import tokenizer_state
 from hf_forward_inf.toys.tiny_models import train_tokenizer
-from tests.helpers.causal import untrained
+from tests.helpers.causal import questions, train_tokens, untrained
 
 
 def test_a_tokenizers_state_is_the_same_after_its_use():
@@ -33,3 +35,28 @@ def test_a_tokenizer_of_another_family_is_doubted(tokenizer, recwarn):
     own.config.eos_token_id, own.config.pad_token_id = 17, 18
     with pytest.warns(UserWarning, match="its special tokens have other ids"):
         CausalLMAdapter(own, tokenizer)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_has_embeddings_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="not LlamaForCausalLM's own tokenizer. It has 600 tokens and the model 599"):
+        CausalLMAdapter(untrained("llama", len(tokenizer) - 1), tokenizer)
+
+
+def test_a_token_that_was_added_for_padding_needs_no_embedding():
+    plain, padded = train_tokens(), train_tokens()
+    plain.pad_token = None
+    padded.add_special_tokens({"pad_token": "[PADS]"})
+    model = untrained("llama", len(plain))
+    assert padded.pad_token_id == len(plain)
+    rows = questions()
+    found, expected = (ForwardInf(model, one).trace(rows, rows).scores for one in (padded, plain))
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_a_row_with_an_added_token_that_has_no_embedding_is_refused():
+    tokenizer = train_tokens()
+    model = untrained("llama", len(tokenizer))
+    tokenizer.add_tokens(["Atlantis"])
+    rows = Dataset.from_dict({"text": ["It is Rome.", "It is Atlantis."]})
+    with pytest.raises(ValueError, match="row 1: token 'Atlantis' has the id .* embeddings"):
+        ForwardInf(model, tokenizer).trace(rows.select([0]), rows)
