@@ -229,7 +229,7 @@ def check_tokenizer(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a tokenizer that can't be the model's own, and warn of one that is hardly: its losses would mean nothing.
 
     It can't be where the model has no embeddings for tokens of its vocabulary, or for those that begin and end every
-    text. Tokens that were added to a vocabulary, such as one that pads, may be without: they are looked for row by row.
+    text. Tokens that were added to a vocabulary, such as one that pads, may be without: they are looked for by row.
 
     Args:
         model (`torch.nn.Module`): A language model.

@@ -15,6 +15,8 @@ SILENCE = float(os.environ.get("HF_FORWARD_INF_TIMEOUT", 60))
 """Seconds without a sign of life after which a process counts as dead."""
 GRACE = 10.0
 """Seconds in which a process that is to end may store what it has computed."""
+LEAVE = 2.0
+"""Seconds in which the thread finishes what it has begun when its process ends."""
 _threads: list["Watch"] = []
 
 
@@ -42,12 +44,22 @@ class Watch(threading.Thread):
         self.launcher = os.getppid()
         self.launched = world == 1 or "TORCHELASTIC_RUN_ID" in os.environ  # not by hand, from a shell that may close
         self.next, self.seen, self.heard = (rank + 1) % world, b"", time.monotonic()
+        self.over = threading.Event()
+        atexit.register(self.stop)
+
+    def stop(self) -> None:
+        """End the thread before Python does: torch aborts a process whose threads end within its code."""
+        self.over.set()
+        if threading.current_thread() is not self:
+            self.join(LEAVE)
+        if self.store is not None:
+            with suppress(Exception):  # its host may have left before
+                self.store.set(f"{self.rank}", "done")
 
     def run(self) -> None:
         """Look after the others every second, for as long as the process lives."""
         self.store, count = self._store(), 0
-        while True:
-            time.sleep(min(1.0, SILENCE / 5))
+        while not self.over.wait(min(1.0, SILENCE / 5)):
             if self.launched and os.getppid() != self.launcher:
                 self.end("the launcher has ended")
             count += 1
@@ -69,13 +81,8 @@ class Watch(threading.Thread):
             # A connection of its own: that of the main thread is taken while it waits.
             own = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=SILENCE))
             store = dist.PrefixStore("hf_forward_inf/alive", own)
-            atexit.register(self._leave, store)
             return store
         return None
-
-    def _leave(self, store: Any) -> None:
-        with suppress(Exception):  # its host may have left before
-            store.set(f"{self.rank}", "done")
 
     def listen(self, store: Any) -> None:
         """Look whether the next process is alive, or another one has found one dead."""

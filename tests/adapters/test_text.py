@@ -38,7 +38,7 @@ def test_a_tokenizer_of_another_family_is_doubted(tokenizer, recwarn):
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_has_embeddings_is_refused(tokenizer):
-    with pytest.raises(ValueError, match="not LlamaForCausalLM's own tokenizer. It has 600 tokens and the model 599"):
+    with pytest.raises(ValueError, match=r"not LlamaForCausalLM's own tokenizer\. It has 600 tokens and"):
         CausalLMAdapter(untrained("llama", len(tokenizer) - 1), tokenizer)
 
 
@@ -58,5 +58,5 @@ def test_a_row_with_an_added_token_that_has_no_embedding_is_refused():
     model = untrained("llama", len(tokenizer))
     tokenizer.add_tokens(["Atlantis"])
     rows = Dataset.from_dict({"text": ["It is Rome.", "It is Atlantis."]})
-    with pytest.raises(ValueError, match="row 1: token 'Atlantis' has the id .* embeddings"):
+    with pytest.raises(ValueError, match=r"row 1: token 'Atlantis' has the id .* embeddings"):
         ForwardInf(model, tokenizer).trace(rows.select([0]), rows)

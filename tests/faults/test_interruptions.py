@@ -78,10 +78,24 @@ def test_a_run_that_is_stopped_again_and_again_loses_no_row_and_no_bit(folder, o
 
 def test_a_users_error_in_several_processes_is_said_once(folder, options, tmp_path):
     wrong = [*options, "--candidates", "/nowhere/rows.jsonl", "--output", tmp_path / "out"]
-    process = start(*LAUNCH, folder / "slow.py", 0, "trace", *wrong, cache=tmp_path)
+    quiet = ("--quiet", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
+    process = start(*LAUNCH, *quiet, folder / "slow.py", 0, "trace", *wrong, cache=tmp_path)
     _, said = process.communicate()
     assert process.returncode == 1
-    assert said.count("There is no file or folder /nowhere/rows.jsonl") == 1
+    (line,) = said.splitlines()  # nor is there anything else, such as a traceback of a launcher
+    assert line.startswith("error: There is no file or folder /nowhere/rows.jsonl")
+
+
+def test_a_users_error_under_our_own_launcher_has_its_status(tmp_path):
+    words = ("--standalone", "--nproc_per_node", "2", "-m", "hf_forward_inf", "trace", "--model", "/nowhere")
+    files = ("--queries", "/nowhere/q.jsonl", "--candidates", "/nowhere/c.jsonl", "--output", tmp_path / "out")
+    process = start(
+        "-m", "hf_forward_inf.utils.launch", *words, *files, cache=tmp_path, env={"ACCELERATE_USE_CPU": "true"}
+    )
+    _, said = process.communicate()
+    assert process.returncode == 1
+    (line,) = said.splitlines()
+    assert line.startswith("error: There is no file or folder /nowhere,")
 
 
 WAITING = """
