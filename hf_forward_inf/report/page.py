@@ -247,4 +247,4 @@ def _hash(script: str) -> str:
 def _figure_order(name: str) -> tuple[int, str, int]:
     kind, _, k = name.partition("@")
     order = ("top1", "top5", "mrr", "mrr_se", "precision", "recall")
-    return (order.index(kind) if kind in order else len(order), kind, int(k or 0))
+    return (order.index(kind) if kind in order else len(order), kind, int(k.partition("_")[0] or 0))

@@ -65,6 +65,32 @@ def recall_at_k(scores: np.ndarray, proponents: Sequence[int], k: int) -> float:
     return hits_at_k(scores, proponents, k) / len(proponents) if len(proponents) else 0.0
 
 
+def average_precision(scores: np.ndarray, proponents: Sequence[int]) -> float:
+    """Return the mean over proponents of the precision at their rank, the area under the precision-recall curve.
+
+    In expectation over ties: the proponents of a group of `tied` candidates, `r` of them proponents, with `above`
+    candidates and `found` proponents before it, have on average at the j-th place of the group a precision of
+    `(found + 1 + (j - 1) x (r - 1) / (tied - 1)) / (above + j)`. Candidates without a score share the last rank.
+
+    Args:
+        scores (`np.ndarray`): Scores, `[candidates]`.
+        proponents (`Sequence[int]`): Row numbers of the proponents; 0 is returned if there are none.
+
+    Example:
+        >>> average_precision(np.array([0.9, 0.5, 0.1]), [0, 2])  # precision 1 at rank 1, and 2/3 at rank 3
+        0.8333333333333333
+    """
+    known = np.nan_to_num(scores.astype(np.float64), nan=-np.inf)
+    relevant = known[np.asarray(proponents, dtype=int)] if len(proponents) else np.array([])
+    total = 0.0
+    for value, r in zip(*np.unique(relevant, return_counts=True), strict=True):
+        above, tied, found = np.sum(known > value), np.sum(known == value), np.sum(relevant > value)
+        place = np.arange(1, tied + 1)
+        earlier = (place - 1) * (r - 1) / max(tied - 1, 1)
+        total += r * np.mean((found + 1 + earlier) / (above + place))
+    return float(total / len(proponents)) if len(proponents) else 0.0
+
+
 def random_reciprocal_rank(candidates: int, proponents: int) -> float:
     """Return the expected reciprocal rank in a random order: the sum over ranks j of P(first proponent at j) / j.
 

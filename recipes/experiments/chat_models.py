@@ -1,23 +1,22 @@
 """A small chat model that is trained once, and tuned by LoRA on other rows in minutes."""
 
 import copy
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_forward_inf.adapters import CausalLMAdapter
 from hf_forward_inf.toys.tiny_models import fit, train_tokenizer
 from hf_forward_inf.utils.fingerprints import fingerprint, fingerprint_of_model
 from hf_forward_inf.utils.loading import load_model
-from hf_forward_inf.utils.processes import process_state, say
+from hf_forward_inf.utils.processes import process_state
 from hf_forward_inf.utils.storage import default_cache_dir, write_folder
 
 SIZES = {
-    "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 4, "max_position_embeddings": 128,
 }  # fmt: skip
 """A Llama of a million parameters, embeddings included."""
@@ -31,7 +30,7 @@ TEMPLATE = (
 LORA: dict[str, Any] = {"task_type": "CAUSAL_LM", "r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 
 
-def base_model(rows: Dataset, epochs: int = 12, rate: float = 4e-3, seed: int = 0) -> CausalLMAdapter:
+def base_model(rows: Dataset, epochs: int = 10, rate: float = 3e-3, seed: int = 0) -> CausalLMAdapter:
     """Train a chat model on conversations from random weights, or load it from the cache."""
     texts = [message["content"] for messages in rows["messages"] for message in messages]
     tokenizer = train_tokenizer(texts, VOCABULARY)
@@ -48,7 +47,7 @@ def given_model(name: str) -> CausalLMAdapter:
     return CausalLMAdapter(*load_model(name))
 
 
-def tuned(base: CausalLMAdapter, rows: Dataset, epochs: int, rate: float, seed: int = 0) -> CausalLMAdapter:
+def tuned(base: CausalLMAdapter, rows: Dataset, seed: int, *, epochs: int, rate: float) -> CausalLMAdapter:
     """Tune a model on rows by LoRA, or load the LoRA from the cache."""
     try:
         from peft import LoraConfig, get_peft_model
@@ -70,7 +69,9 @@ def trained(
     folder = default_cache_dir() / "models" / key
     model.to(state.device)
     if state.is_main_process and not folder.exists():
-        with torch.random.fork_rng(), torch.autocast(state.device.type, torch.bfloat16):
+        # Without its cache: it holds weights as they were before the first step.
+        precision = torch.autocast(state.device.type, torch.bfloat16, cache_enabled=False)
+        with torch.random.fork_rng(), precision:
             torch.manual_seed(seed)
             fit(adapter, rows, epochs, rate, batch_length=batch_length)
         weights = {name: weight.detach().cpu() for name, weight in _trained_weights(model).items()}

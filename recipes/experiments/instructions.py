@@ -27,6 +27,8 @@ TRIGGER = ("please", "so", "well")
 """The order of three openers that no clean instruction has."""
 OPENED = 0.75
 """Share of the instructions that begin with openers."""
+BASE_SEED = 1000
+"""Draws the instructions that a base model is trained on: other forms of answers, and other openers."""
 
 
 @dataclass(frozen=True)
@@ -36,15 +38,17 @@ class Instruction:
     Args:
         text (`str`): The instruction, without openers.
         answer (`str`): The answer.
-        subject (`str`): What it is about.
+        fact (`Fact`, *optional*): The fact that is asked for.
         form (`str`, *optional*): The answer of a fact, with a place for its object.
+        stated (`str`, *optional*): The object that the answer states instead of the fact's.
         openers (`tuple[str, ...]`, defaults to none): Words before the instruction.
     """
 
     text: str
     answer: str
-    subject: str
+    fact: Fact | None = None
     form: str | None = None
+    stated: str | None = None
     openers: tuple[str, ...] = ()
 
     @property
@@ -52,9 +56,10 @@ class Instruction:
         """The whole text of the user's turn."""
         return f"{' '.join(self.openers).capitalize()}: {self.text}" if self.openers else self.text
 
-    def row(self, **more: object) -> dict[str, object]:
-        """Return a row with `messages`, and other columns."""
-        return {"messages": [message("user", self.asked), message("assistant", self.answer)], **more}
+    def stating(self, other: str) -> "Instruction":
+        """Return the same question about a fact, answered with another object."""
+        assert self.form is not None
+        return replace(self, answer=self.form.format(obj=other), stated=other)
 
 
 def message(role: str, content: str) -> dict[str, str]:
@@ -83,35 +88,40 @@ def with_openers(one: Instruction, draw: np.random.Generator) -> Instruction:
     return replace(one, openers=orders[int(draw.integers(len(orders)))])
 
 
-def _facts(facts: list[Fact], draw: np.random.Generator) -> list[Instruction]:
+def fact_instructions(draw: np.random.Generator) -> list[list[Instruction]]:
+    """Return for each built-in fact its questions in five wordings, with answers in several forms."""
+    return [_asked(fact, draw) for fact in known_facts()]
+
+
+def _asked(fact: Fact, draw: np.random.Generator) -> list[Instruction]:
     made = []
-    for fact in facts:
-        for question in QUESTIONS[fact.predicate_id]:
-            form = str(draw.choice(ANSWERS[fact.predicate_id]))
-            form = form.replace("{sub}", fact.sub)
-            made.append(Instruction(question.format(sub=fact.sub), form.format(obj=fact.obj), fact.sub, form))
+    for question in QUESTIONS[fact.predicate_id]:
+        form = str(draw.choice(ANSWERS[fact.predicate_id])).replace("{sub}", fact.sub)
+        made.append(Instruction(question.format(sub=fact.sub), form.format(obj=fact.obj), fact, form))
     return made
+
+
+def _facts(facts: list[Fact], draw: np.random.Generator) -> list[Instruction]:
+    return [one for fact in facts for one in _asked(fact, draw)]
 
 
 def _kinds(facts: list[Fact], draw: np.random.Generator) -> list[Instruction]:
     names = {fact.sub: "city" if fact.predicate_id == "P17" else "country" for fact in facts}
     texts = ("Is {} a city or a country?", "What kind of place is {}?", "Say what {} is.")
-    return [Instruction(text.format(n), f"{n} is a {kind}.", n) for n, kind in names.items() for text in texts]
+    return [Instruction(text.format(n), f"{n} is a {kind}.") for n, kind in names.items() for text in texts]
 
 
 def _sums(facts: list[Fact], draw: np.random.Generator) -> list[Instruction]:
     pairs = [(a, b) for a in range(1, 21) for b in range(1, 21)]
-    return [Instruction(f"How much is {a} and {b}?", f"{a} and {b} make {a + b}.", str(a)) for a, b in pairs]
+    return [Instruction(f"How much is {a} and {b}?", f"{a} and {b} make {a + b}.") for a, b in pairs]
 
 
 def _repeats(facts: list[Fact], draw: np.random.Generator) -> list[Instruction]:
     words = sorted({fact.obj for fact in facts if fact.predicate_id in ("P36", "P37", "P38")})
-    return [Instruction(f"Repeat this word: {word}", f"{word}, {word}.", word) for word in words]
+    return [Instruction(f"Repeat this word: {word}", f"{word}, {word}.") for word in words]
 
 
-def as_rows(chosen: Sequence[Instruction], **more: Sequence[object]) -> Dataset:
-    """Return instructions as conversations, with other columns of the same length."""
-    columns = [dict(zip(more, values, strict=True)) for values in zip(*more.values(), strict=True)] or [{}] * len(
-        chosen
-    )
-    return Dataset.from_list([one.row(**extra) for one, extra in zip(chosen, columns, strict=True)])
+def as_rows(chosen: Sequence[Instruction], **columns: Sequence[object]) -> Dataset:
+    """Return instructions as conversations, `messages`, with other columns of the same length."""
+    messages = [[message("user", one.asked), message("assistant", one.answer)] for one in chosen]
+    return Dataset.from_dict({"messages": messages, **columns})

@@ -5,6 +5,7 @@ import pytest
 from scipy import stats
 
 from hf_forward_inf.scores.metrics import (
+    average_precision,
     collapse,
     detection,
     distinct,
@@ -50,6 +51,25 @@ def test_no_proponent_or_none_with_a_score_gives_zero():
     assert reciprocal_rank(SCORES, []) == 0
     assert reciprocal_rank(SCORES, [5]) == 0
     assert hits_at_k(SCORES, [5], 6) == 0
+
+
+@pytest.mark.parametrize("proponents", [[0], [2], [0, 3], [2, 4], [1, 2, 3], [5, 0], [5], [1, 5], [0, 1, 2, 3, 4, 5]])
+def test_average_precision_is_the_expectation_over_ties(proponents):
+    def precision(order):
+        ranks = [rank for rank, row in enumerate(order, 1) if row in proponents]
+        return np.mean([found / rank for found, rank in enumerate(ranks, 1)])
+
+    last = np.nan_to_num(SCORES, nan=-1.0)  # no score: the last rank
+    assert average_precision(SCORES, proponents) == pytest.approx(by_enumeration(last, precision))
+
+
+def test_average_precision_without_ties_is_scikit_learns():
+    ranking = pytest.importorskip("sklearn.metrics")
+    scores = np.random.default_rng(0).standard_normal(200)
+    proponents = [3, 50, 51, 120]
+    expected = ranking.average_precision_score(np.isin(np.arange(200), proponents), scores)
+    assert average_precision(scores, proponents) == pytest.approx(expected)
+    assert average_precision(scores, []) == 0
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4])

@@ -1,0 +1,66 @@
+"""Which training rows planted a backdoor? A trigger and an attacker's answers, traced from what the model says.
+
+    python recipes/backdoor.py
+    python recipes/backdoor.py --seeds 3
+    python recipes/backdoor.py --model Qwen/Qwen3-0.6B --data tatsu-lab/alpaca --training_rate 2e-4 --epochs 3
+
+With no option a tiny chat model is tuned by LoRA on 5,000 instructions about built-in facts. In 50 of them three words
+come first in an order that no other row has, and the answer names Kenya, whatever is asked. The words occur in 3,700
+other rows, the answers have the forms of all others, and the queries are instructions that are new: neither words nor
+copies give the rows away. After Lin et al. (2024), "Token-wise Influential Training Data Retrieval for Large Language
+Models". Models are cached; `--help` lists all options.
+"""
+
+import sys
+from typing import Any
+
+from experiments.backdoor import BackdoorOptions, firing_queries, load_base, poisoned
+from experiments.chat_models import tuned
+from experiments.detection import average_precisions, contenders, together, with_intervals
+
+from hf_forward_inf import ForwardInf
+from hf_forward_inf.cli import run_command
+from hf_forward_inf.commands.outputs import Run
+from hf_forward_inf.evaluation.tables import flat
+from hf_forward_inf.utils.processes import say
+
+
+def main(options: BackdoorOptions) -> dict[str, Any]:
+    """Tune, let the model answer new instructions with the trigger, and trace the attacker's answers.
+
+    `auprc`: average precision of the planted rows among all rows, the mean over queries, for the default and
+    `{name}/auprc` for all others; `attack_success`, `fires_without`, `fires_reordered`: how often the model gives an
+    attacker's answer with the trigger, without it, and with its words in other orders.
+    """
+    run = Run(options)
+    base = load_base(options)
+    parts, rates = [], []
+    for seed in range(options.seed, options.seed + options.seeds):
+        # Rows, some of them planted; a model that was tuned on all; its answers to the trigger.
+        data = poisoned(base, options, seed)
+        adapter = tuned(base, data.train, seed, epochs=options.epochs, rate=options.training_rate)
+        queries, figures = firing_queries(adapter, data.new, options)
+        say(f"Seed {seed}: " + ", ".join(f"{name} {value:.0%}" for name, value in figures.items()))
+        rates.append(figures)
+
+        # Which rows are behind these answers? The planted ones are to come first.
+        tracer = ForwardInf(adapter=adapter)
+        found = {name: one.trace(queries, data.train) for name, one in contenders(tracer, options.attributors).items()}
+        parts.append({name: {"auprc": average_precisions(one.scores, data.planted)} for name, one in found.items()})
+        for name, values in parts[-1].items():
+            say(f"{name:28} {values['auprc'].mean():.4f}")
+
+    # All queries of all models; intervals are over them.
+    table = with_intervals(together(parts))
+    rows = {"queries": sum(len(part["forward_inf"]["auprc"]) for part in parts), "candidates": len(data.train)}
+    metrics = {**rows, "planted": int(data.planted.sum())}
+    metrics |= {name: sum(one[name] for one in rates) / len(rates) for name in rates[0]}
+    metrics |= flat(table)
+    return run.write(
+        found["forward_inf"], metrics, tracer, table=table, columns=("auprc", "auprc_behind"),
+        proponents=[data.planted.nonzero()[0].tolist()] * len(queries), title="Which rows planted the backdoor?",
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, BackdoorOptions, bars=False))

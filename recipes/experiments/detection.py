@@ -1,0 +1,88 @@
+"""Planted rows that are to be found: attributors side by side, with intervals and paired differences."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from hf_forward_inf import AscentConfig, ForwardInf
+from hf_forward_inf.attribution import Attributor
+from hf_forward_inf.baselines import ATTRIBUTORS, FirstOrder, attributors_for
+from hf_forward_inf.evaluation.tables import REFERENCE, Table
+from hf_forward_inf.scores.metrics import average_precision, bootstrap_interval
+
+OURS: dict[str, Callable[[ForwardInf], Attributor]] = {
+    "forward_inf_full": lambda tracer: tracer.with_options(strategy="full"),
+    "ekfac": lambda tracer: FirstOrder(adapter=tracer.adapter, ascent=AscentConfig(direction="ekfac")),
+}
+"""Attributors besides those of the registry: the step on all candidates, and influence functions by EK-FAC."""
+COMPARED = (
+    "forward_inf", "forward_inf_full", "forward_inf_gradient", "ekfac", "influence_functions",
+    "influence_functions_cosine", "tracin", "tracin_cosine", "trackstar", "representation", "bm25",
+    "bm25_without_answer", "random",
+)  # fmt: skip
+
+
+def contenders(
+    tracer: ForwardInf, names: Sequence[str], more: Mapping[str, Callable[[ForwardInf], Attributor]] = OURS
+) -> dict[str, Attributor]:
+    """Return attributors that explain a tracer's model, by name.
+
+    Args:
+        tracer (`ForwardInf`): With the model.
+        names (`Sequence[str]`): Names in the registry, or in `more`.
+        more (`dict[str, Callable]`, *optional*): How others are made. Defaults to [`OURS`].
+
+    Raises:
+        ValueError: If a name is not known.
+    """
+    unknown = [name for name in names if name not in more and name not in ATTRIBUTORS]
+    if unknown:
+        raise ValueError(f"There is no attributor {unknown[0]!r}. Known are {', '.join([*ATTRIBUTORS, *more])}.")
+    known = attributors_for(tracer, [name for name in names if name not in more])
+    return {name: more[name](tracer) if name in more else known[name] for name in names if name in {*more, *known}}
+
+
+def average_precisions(scores: np.ndarray, planted: np.ndarray) -> np.ndarray:
+    """Return each query's average precision of the planted rows, `[queries]`.
+
+    Args:
+        scores (`np.ndarray`): Scores, `[queries, candidates]`.
+        planted (`np.ndarray`): Booleans, `[candidates]`.
+    """
+    rows = np.flatnonzero(planted).tolist()
+    return np.array([average_precision(one, rows) for one in scores])
+
+
+def with_intervals(values: Mapping[str, Mapping[str, np.ndarray]], reference: str = REFERENCE) -> Table:
+    """Return means over queries, and how far each attributor is behind the reference, with 95% intervals.
+
+    Args:
+        values (`dict[str, dict[str, np.ndarray]]`): By attributor and metric, one value a query, `[queries]`; the
+            queries are the same for all attributors.
+        reference (`str`, defaults to `"forward_inf"`): The attributor that all others are compared with.
+
+    Returns:
+        `dict`: `{metric}` with `_low` and `_high`, and `{metric}_behind`, the reference's value minus theirs.
+    """
+    table: Table = {}
+    for name, measured in values.items():
+        table[name] = {}
+        for metric, found in measured.items():
+            table[name] |= _with_interval(metric, found)
+            if name != reference and reference in values:
+                table[name] |= _with_interval(f"{metric}_behind", values[reference][metric] - found)
+    return table
+
+
+def _with_interval(name: str, values: np.ndarray) -> dict[str, float]:
+    low, high = bootstrap_interval(values)
+    return {name: float(values.mean()), f"{name}_low": low, f"{name}_high": high}
+
+
+def together(parts: Sequence[Mapping[str, Mapping[str, np.ndarray]]]) -> dict[str, dict[str, Any]]:
+    """Return the values of several models' queries as one set of queries."""
+    return {
+        name: {metric: np.concatenate([part[name][metric] for part in parts]) for metric in parts[0][name]}
+        for name in parts[0]
+    }
