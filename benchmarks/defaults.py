@@ -28,7 +28,7 @@ from hf_forward_inf.adapters import Adapter, Seq2SeqAdapter
 from hf_forward_inf.data import builtin_facts, load_rows, proponents
 from hf_forward_inf.evaluation.fact_tracing import draw_candidates, draw_task, with_answered, with_proponents
 from hf_forward_inf.scores.metrics import lds_by_query, recalls_at_k, reciprocal_ranks
-from hf_forward_inf.scores.retraining import random_halves
+from hf_forward_inf.scores.retraining import random_subsets
 from hf_forward_inf.toys.tiny_models import tiny_mt5
 from hf_forward_inf.tracing.planning import kept
 from hf_forward_inf.tracing.screened import floored
@@ -95,7 +95,7 @@ def sets(options: argparse.Namespace) -> Iterator[Truth | Facts]:
     """Load, train or read from the cache one set after another."""
     for name, task in (("facts, mT5", facts()), ("sentences, Llama", sentences())):
         asked = concatenate_datasets([task.queries, task.others])
-        subsets = random_halves(len(task.candidates), HALVES, 0)
+        subsets = random_subsets(len(task.candidates), HALVES)
         losses = task.retrained(asked, subsets, SEEDS)[..., 0].mean(axis=0)
         yield Truth(name, task.adapter(0), asked, task.candidates, subsets, losses)
     corpus = builtin_facts()

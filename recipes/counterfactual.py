@@ -29,9 +29,8 @@ from experiments.counterfactual import (
     line,
     remark,
     rise_figures,
-    without_best,
 )
-from experiments.lds import choose_directions, load_task, retrain_halves
+from experiments.lds import choose_directions, load_task, retrain_subsets
 
 from hf_forward_inf import ForwardInf
 from hf_forward_inf.baselines import Random
@@ -40,6 +39,7 @@ from hf_forward_inf.commands.image_task import captioned
 from hf_forward_inf.commands.outputs import Run, plotted
 from hf_forward_inf.evaluation.tables import REFERENCE, flat
 from hf_forward_inf.report.plots import interval_plot
+from hf_forward_inf.scores.retraining import without_best
 from hf_forward_inf.utils.processes import say
 from hf_forward_inf.utils.rows import sample_rows
 
@@ -56,7 +56,7 @@ def main(options: CounterfactualOptions) -> dict[str, Any]:
 
     # The task and the models, one for each seed; settings of Forward-INF are chosen by queries that are not evaluated.
     task = load_task(options)
-    _, others = retrain_halves(task, options)
+    _, others = retrain_subsets(task, options)
     adapters = [task.adapter(seed) for seed in range(options.seeds or 1)]
     directions, best = choose_directions(adapters[0], task, others, options)
 
@@ -66,7 +66,7 @@ def main(options: CounterfactualOptions) -> dict[str, Any]:
     count = round(options.share * len(task.candidates))
     retraining = Counterfactual(task, queries, len(adapters))
     say(f"\n{count} of {len(task.candidates)} candidates are removed; {wrong.sum()} answers are wrong.")
-    chance = retraining.without(without_best(Random().trace(queries, task.candidates), count))
+    chance = retraining.without(without_best(Random().trace(queries, task.candidates).dense(), count))
 
     # Trace, remove the best candidates, train again.
     say(HEAD)
@@ -76,7 +76,7 @@ def main(options: CounterfactualOptions) -> dict[str, Any]:
         if name in (options.without or ()):
             continue
         found = attributor.trace(queries, task.candidates)
-        removals[name] = retraining.without(without_best(found, count))
+        removals[name] = retraining.without(without_best(found.dense(), count))
         table[name] = rise_figures(removals[name], chance, wrong)
         if name == REFERENCE:
             shown = found

@@ -128,9 +128,13 @@ class BM25(Baseline):
 
 
 def _read(adapter: Adapter, rows: Dataset) -> tuple[str, ...]:
-    """Return the columns of texts that an adapter reads: not those that say how others are read, nor image paths."""
+    """Return the columns of texts that an adapter reads: not those that say how others are read, nor image paths.
+
+    Rows of tokens may have their texts in the columns of a known layout.
+    """
     names = rows.column_names
     columns = adapter.columns_in(names)
     columns = columns[:-1] if isinstance(adapter, DiffusionAdapter) else columns
     others = (SPAN, *TEMPLATE, *PICTURES)
-    return tuple(name for name in columns if name not in others and (name not in names or holds_texts(rows, name)))
+    found = tuple(name for name in columns if name not in others and (name not in names or holds_texts(rows, name)))
+    return found or text_columns(names) or ()

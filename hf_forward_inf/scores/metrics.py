@@ -310,6 +310,35 @@ def lds_by_query(scores: np.ndarray, subsets: np.ndarray, losses: np.ndarray) ->
     return np.array([spearman(g, -loss) for g, loss in zip(predicted, losses.T, strict=True)])
 
 
+def agreement(losses: np.ndarray) -> float:
+    """Return how far trainings with different seeds agree: what no score can be expected to exceed by much.
+
+    Args:
+        losses (`np.ndarray`): Losses, `[seeds, subsets, queries]`, with at least 2 seeds.
+
+    Returns:
+        `float`: The Spearman correlation over subsets of two seeds' losses, mean over queries and pairs of seeds.
+    """
+    pairs = [(a, b) for i, a in enumerate(losses) for b in losses[:i]]
+    return float(np.mean([spearman(one, other) for a, b in pairs for one, other in zip(a.T, b.T, strict=True)]))
+
+
+def lead(reference: np.ndarray, other: np.ndarray, *, name: str = "lead") -> dict[str, float]:
+    """Return by how much one method is ahead of another, query by query.
+
+    Args:
+        reference (`np.ndarray`): A figure of the one for each query, `[queries]`.
+        other (`np.ndarray`): The same figure of the other.
+        name (`str`, defaults to `"lead"`): What the result is called.
+
+    Returns:
+        `dict[str, float]`: The mean difference, and its 95% bootstrap interval `{name}_low`, `{name}_high`.
+    """
+    ahead = reference - other
+    low, high = bootstrap_interval(ahead)
+    return {name: float(ahead.mean()), f"{name}_low": low, f"{name}_high": high}
+
+
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
     """Return the rank correlation, equal values sharing their mean rank; 0 if one argument is constant.
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from tqdm.auto import tqdm
 
+from hf_forward_inf.scores.metrics import best_first
 from hf_forward_inf.utils.fingerprints import fingerprint
 from hf_forward_inf.utils.processes import process_state
 from hf_forward_inf.utils.storage import cached_tensors, default_cache_dir
@@ -50,10 +51,70 @@ class Retrained:
             )
 
 
-def random_halves(candidates: int, subsets: int, seed: int = 0) -> np.ndarray:
-    """Draw subsets of half the candidates, booleans `[subsets, candidates]`."""
+def random_subsets(candidates: int, subsets: int, drop: float = 0.5, seed: int = 0) -> np.ndarray:
+    """Draw subsets of the candidates, all of the same size, booleans `[subsets, candidates]`.
+
+    Args:
+        candidates (`int`): Number of candidates.
+        subsets (`int`): Number of subsets.
+        drop (`float`, defaults to 0.5): Share of the candidates that a subset lacks, above 0 and below 1.
+        seed (`int`, defaults to 0): Seed of the draw.
+
+    Raises:
+        ValueError: If nothing would be dropped, or everything.
+    """
+    kept = candidates - round(drop * candidates)
+    if not 0 < kept < candidates:
+        raise ValueError(f"drop={drop} leaves {kept} of {candidates} candidates: give a share that leaves some out.")
     draw = np.random.default_rng(seed)
-    return np.stack([draw.permutation(candidates) < candidates // 2 for _ in range(subsets)])
+    return np.stack([draw.permutation(candidates) < kept for _ in range(subsets)])
+
+
+def all_but_one(candidates: int, rows: Iterable[int]) -> np.ndarray:
+    """Return subsets that lack one candidate each, booleans `[rows, candidates]`.
+
+    The [`metrics.lds`] on them is the leave-one-out correlation: the Spearman correlation of the rows' scores and of
+    how much a query's loss rises without them.
+
+    Args:
+        candidates (`int`): Number of candidates.
+        rows (`Iterable[int]`): The candidates that are left out.
+    """
+    rows = list(rows)
+    subsets = np.ones((len(rows), candidates), dtype=bool)
+    subsets[np.arange(len(rows)), rows] = False
+    return subsets
+
+
+def without_best(scores: np.ndarray, count: int) -> np.ndarray:
+    """Return for each query all candidates but those that score highest, booleans `[queries, candidates]`.
+
+    Args:
+        scores (`np.ndarray`): Scores, `[queries, candidates]`; equal scores rank in row order, NaN last.
+        count (`int`): Number of candidates that are left out.
+    """
+    kept = np.ones(scores.shape, dtype=bool)
+    np.put_along_axis(kept, best_first(scores)[:, :count], False, axis=1)
+    return kept
+
+
+def rises_without_best(trained: Callable[[np.ndarray], np.ndarray], scores: np.ndarray, count: int) -> np.ndarray:
+    """Return how much each query's loss rises if its best candidates are removed and a model is trained again (QLD).
+
+    Every query needs a training of its own, and all of them one with all candidates.
+
+    Args:
+        trained (`Callable`): Trains on subsets, booleans `[subsets, candidates]`, and returns the queries' losses,
+            `[subsets, queries]`.
+        scores (`np.ndarray`): Scores, `[queries, candidates]`.
+        count (`int`): Number of candidates that are removed for a query.
+
+    Returns:
+        `np.ndarray`: Rises of the loss, `[queries]`.
+    """
+    own = np.arange(len(scores))
+    whole = trained(np.ones((1, scores.shape[1]), dtype=bool))[0]
+    return trained(without_best(scores, count))[own, own] - whole
 
 
 def retrained_outcomes(

@@ -10,7 +10,7 @@ from torch import nn
 
 from hf_forward_inf.algorithm import Scorer
 from hf_forward_inf.passes.loss_pass import LossPass
-from hf_forward_inf.scores.retraining import Retrained, random_halves, retrained_outcomes
+from hf_forward_inf.scores.retraining import Retrained, random_subsets, retrained_outcomes
 from hf_forward_inf.utils.callables import fingerprint_of_callable
 from hf_forward_inf.utils.fingerprints import fingerprint, fingerprint_of_model, uncached
 from hf_forward_inf.utils.models import evaluating
@@ -48,7 +48,7 @@ def retrained_on_halves(
         f"{epochs} epochs, about {TRAINING_PASSES * halves * epochs / 2:g} forward passes over all candidates, less "
         f"what is cached; then each setting traces {len(queries)} queries."
     )
-    subsets = random_halves(len(candidates), halves, seed)
+    subsets = random_subsets(len(candidates), halves, seed=seed)
 
     def losses(subsets: np.ndarray, seeds: np.ndarray) -> np.ndarray:
         model = copy.deepcopy(adapter.model)

@@ -9,11 +9,14 @@ from datasets import Dataset
 from hf_forward_inf.adapters import Adapter
 from hf_forward_inf.ascent.config import AscentConfig
 from hf_forward_inf.attribution import Attributor
-from hf_forward_inf.baselines import Ensemble, FirstOrder, attributors_for
+from hf_forward_inf.baselines import ATTRIBUTORS, Ensemble, FirstOrder, attributors_for
+from hf_forward_inf.evaluation.tables import REFERENCE
 from hf_forward_inf.forward_inf import ForwardInf
 from hf_forward_inf.scores.retraining import Retrained
 from hf_forward_inf.utils.processes import say
 
+SOLVERS = {"ekfac": "influence_functions_ekfac", "pcg": "influence_functions_kfac_cg"}
+"""Influence functions whose inverse is EK-FAC's, or a few products that K-FAC preconditions."""
 DIRECTIONS: dict[str, dict[str, Any]] = {
     "gradient": {"direction": "gradient"},
     "kfac": {"direction": "kfac"},
@@ -28,7 +31,7 @@ BASELINES = (
     "tracin", "tracin_cosine", "trackstar", "influence_functions", "influence_functions_lissa", "representation",
     "random", "bm25", "bm25_without_answer",
 )  # fmt: skip
-"""Attributors that Forward-INF is compared with, each with its own defaults."""
+"""Attributors whose best candidates are removed, each with its own defaults."""
 
 
 def chosen_directions(
@@ -92,14 +95,34 @@ def contenders(adapters: Sequence[Adapter], directions: dict[str, AscentConfig])
 
     Returns:
         `dict[str, Attributor]`: `forward_inf`, with defaults; each direction alone, `_symmetric`, `_first_order`, and
-        averaged over `_seeds`; baselines.
+        averaged over `_seeds`; all others that are registered.
     """
     first = adapters[0]
-    found: dict[str, Attributor] = {"forward_inf": ForwardInf(adapter=first)}
+    found = registered(first)
     for name, ascent in directions.items():
         found[name] = ForwardInf(adapter=first, ascent=ascent)
         found[f"{name}_symmetric"] = ForwardInf(adapter=first, ascent=replace(ascent, mode="symmetric"))
         found[f"{name}_first_order"] = FirstOrder(adapter=first, ascent=ascent)
         if len(adapters) > 1:
             found[f"{name}_seeds"] = Ensemble([ForwardInf(adapter=one, ascent=ascent) for one in adapters])
-    return {**found, **attributors_for(ForwardInf(adapter=first), BASELINES)}
+    return found
+
+
+def registered(adapter: Adapter, **options: Any) -> dict[str, Attributor]:
+    """Return every registered attributor that fits a model, and influence functions with other inverses.
+
+    All have their defaults. `forward_inf` scores every candidate by the finite step; `forward_inf_auto`, of language
+    models, those that its screen finds.
+
+    Args:
+        adapter (`Adapter`): Adapter of the explained model.
+        **options: Options of [`ForwardInf`], such as `training`.
+    """
+    tracer = ForwardInf(adapter=adapter, strategy="full", **options)
+    found: dict[str, Attributor] = {REFERENCE: tracer}
+    if adapter.default_strategy == "screen":
+        found["forward_inf_auto"] = tracer.with_options(strategy="auto")
+    found |= attributors_for(tracer, [name for name in ATTRIBUTORS if name != REFERENCE])
+    for direction, name in SOLVERS.items():
+        found[name] = FirstOrder(adapter=adapter, ascent=AscentConfig(direction=direction), **options)
+    return found

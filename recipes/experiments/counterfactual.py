@@ -12,7 +12,7 @@ from experiments.lds import LdsOptions
 from experiments.retrainable import Retrainable
 from hf_forward_inf.adapters import Adapter
 from hf_forward_inf.ascent.config import AscentConfig
-from hf_forward_inf.attribution import Attribution, Attributor
+from hf_forward_inf.attribution import Attributor
 from hf_forward_inf.baselines import Ensemble, attributors_for
 from hf_forward_inf.evaluation.tables import REFERENCE
 from hf_forward_inf.forward_inf import ForwardInf
@@ -111,14 +111,6 @@ def remark(removal: Removal, chance: Removal, query: int, count: int) -> str:
         f"Trained again without its best {count} rows, the model's loss on this answer rises by {rise:.3g} "
         f"(without {count} random rows: {other:.3g}).{lost}"
     )
-
-
-def without_best(found: Attribution, count: int) -> np.ndarray:
-    """Return which candidates are left without each query's best ones: booleans `[queries, candidates]`."""
-    kept = np.ones((len(found), len(found.candidates)), dtype=bool)
-    for i in range(len(found)):
-        kept[i, found.ranking(i)[:count]] = False
-    return kept
 
 
 def answered_by(adapter: Adapter, queries: Dataset) -> tuple[Dataset, np.ndarray]:

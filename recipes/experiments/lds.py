@@ -1,21 +1,26 @@
-"""The linear datamodeling score: what is trained on random halves, and how settings are chosen."""
+"""The linear datamodeling score: what is trained on random subsets, and how settings are chosen."""
 
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 from datasets import Dataset, concatenate_datasets
 
 from experiments.attributor_sets import DIRECTIONS, chosen_directions, grid
 from experiments.retrainable import NETWORKS, Retrainable, digits
 from experiments.retrainable_facts import facts
 from experiments.retrainable_sentences import sentences
+from experiments.retrainable_texts import texts
 from hf_forward_inf.adapters import Adapter
 from hf_forward_inf.ascent.config import AscentConfig
-from hf_forward_inf.attribution import Attributor
+from hf_forward_inf.attribution import Attribution, Attributor
 from hf_forward_inf.baselines import Ensemble
-from hf_forward_inf.evaluation.tables import REFERENCE
+from hf_forward_inf.evaluation.tables import REFERENCE, Table
 from hf_forward_inf.forward_inf import ForwardInf
-from hf_forward_inf.scores.retraining import Retrained, random_halves
+from hf_forward_inf.scores.metrics import agreement, bootstrap_interval, lds, lds_by_query, lead
+from hf_forward_inf.scores.retraining import Retrained, random_subsets, rises_without_best
 from hf_forward_inf.utils.options import RunOptions
 from hf_forward_inf.utils.processes import say
 from hf_forward_inf.utils.text_tables import aligned, number
@@ -36,17 +41,32 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "without": ["influence_functions_lissa", "self_retrieval"],
         "directions": ["gradient", "kfac", "ekfac", "cg_5"], "dampings": [0.1, 0.01], "radii": [0.3, 1.0],
     },
+    "texts": {
+        "num_candidates": 5000, "subsets": 100, "seeds": 1, "sample": 128,
+        "without": ["influence_functions_lissa", "self_retrieval"], "directions": [],
+        "dampings": [0.1, 0.01], "radii": [0.3, 1.0],
+    },
 }  # fmt: skip
-"""Values of options that are unset, by task: about twenty minutes on two CPU cores."""
+"""Values of options that are unset, by task: about twenty minutes on two CPU cores; texts: an hour with one thread."""
+FEW = 1000
+"""Candidates among the built-in facts."""
+LARGE_DROP = 0.1
+"""Subsets that lack more than this share differ by far more than the noise of bfloat16."""
 SELF_RETRIEVAL_RADII = (0.1, 0.3, 1.0)
 """Radii tried where settings are chosen by self-retrieval."""
-WIDTHS = (27, 6, 14, 7, 6, 7)
+WIDTHS = (28, 6, 14, 6, 14, 7, 6, 7)
 """Widths of the columns that are printed."""
-HEAD = aligned(("", "LDS", "95% interval", "damping", "radius", "seconds"), WIDTHS)
+HEAD = aligned(("", "LDS", "95% interval", "lead", "95% interval", "damping", "radius", "seconds"), WIDTHS)
+QLD_METHODS = ("forward_inf", "influence_functions_kfac_cg", "trackstar", "bm25", "random")
+"""Attributors whose best candidates are removed."""
+REMOVED = 0.01
+"""Share of the candidates that is removed for a query."""
+COLUMNS = ("lds", "lds_low", "lds_high", "lead", "lead_low", "lead_high", "qld", "qld_low", "qld_high")
+"""Columns of the report's table."""
 CAPTION = (
-    "LDS: the rank correlation between the losses that scores predict and those after training on random halves of "
-    "the candidates; mean over queries, with its 95% interval. Settings of the directions were chosen by other "
-    "queries."
+    "LDS: the rank correlation between the losses that scores predict and those after training on random subsets of "
+    "the candidates; mean over queries, with its 95% interval. Lead: by how much Forward-INF with defaults is ahead, "
+    "query by query. Settings of the directions were chosen by other queries."
 )
 
 
@@ -56,14 +76,25 @@ class LdsOptions(RunOptions):
 
     Args:
         task (`str`, defaults to `"digits"`): Images and a small classifier (digits), masked sentences and a small mT5
-            (facts), or whole sentences and a small Llama (sentences).
+            (facts), whole sentences and a small Llama (sentences), or a larger one that was pretrained on other
+            sentences and is fine-tuned (texts).
         network (`str`, defaults to `"perceptron"`): For digits: perceptron or conv.
-        num_candidates (`int`, *optional*): Training examples. Defaults to 800; facts: 400; sentences: 600.
+        data (`str`, *optional*): For texts: a file, folder or hub name of sentences with FTRACE's columns, or of rows
+            with a `text`. Defaults to the built-in facts.
+        model (`str`, *optional*): For texts: a causal language model to fine-tune, a folder or hub name. Defaults to a
+            small Llama.
+        blocks (`bool`, defaults to `False`): For texts: cut them into blocks of 128 tokens.
+        drop (`float`, defaults to 0.5): Share of the candidates that each subset lacks.
+        qld (`int`, defaults to 0): Queries whose best 1% of the candidates by some attributors are removed.
+        qld_methods (`list[str]`, *optional*): Those attributors.
+        num_candidates (`int`, *optional*): Training examples. Defaults to 800; facts: 400; sentences: 600; texts:
+            5000, or 1000 without `data`.
         num_queries (`int`, defaults to 40): Queries; as many others serve to choose settings.
-        subsets (`int`, *optional*): Random halves that are trained on. Defaults to 120; of language models 60.
-        seeds (`int`, *optional*): Trainings of each half, averaged. Defaults to 3; of language
-            models 2.
-        directions (`list[str]`, *optional*): Directions of the ascent to compare.
+        subsets (`int`, *optional*): Random subsets that are trained on. Defaults to 120; facts and sentences: 60;
+            texts: 100.
+        seeds (`int`, *optional*): Trainings of each subset, averaged. Defaults to 3; facts and sentences: 2; texts:
+            1, from the same weights.
+        directions (`list[str]`, *optional*): Directions of the ascent to compare. Defaults to several; texts: none.
         dampings (`list[float]`, *optional*): Dampings tried on the other queries.
         radii (`list[float]`, *optional*): Radii tried on the other queries.
         sample (`int`, *optional*): Training examples whose curvature counts.
@@ -72,8 +103,14 @@ class LdsOptions(RunOptions):
     """
 
     output: str = "outputs/lds"
-    task: Literal["digits", "facts", "sentences"] = "digits"
+    task: Literal["digits", "facts", "sentences", "texts"] = "digits"
     network: str = field(default="perceptron", metadata={"choices": tuple(NETWORKS)})
+    data: str | None = None
+    model: str | None = None
+    blocks: bool = False
+    drop: float = field(default=0.5, metadata={"above": 0, "below": 1})
+    qld: int = field(default=0, metadata={"min": 0})
+    qld_methods: list[str] = field(default_factory=lambda: list(QLD_METHODS))
     num_candidates: int | None = field(default=None, metadata={"min": 2})
     num_queries: int = field(default=40, metadata={"min": 1})
     subsets: int | None = field(default=None, metadata={"min": 2})
@@ -94,7 +131,8 @@ class LdsOptions(RunOptions):
 
     def defaults(self) -> dict[str, Any]:
         """Return the task's values of options that are unset."""
-        return DEFAULTS[self.task]
+        few = {"num_candidates": FEW} if self.task == "texts" and self.data is None else {}
+        return DEFAULTS[self.task] | few
 
 
 def load_task(options: LdsOptions) -> Retrainable:
@@ -102,29 +140,83 @@ def load_task(options: LdsOptions) -> Retrainable:
     assert options.num_candidates is not None
     if options.task == "digits":
         return digits(options.network, options.num_candidates, options.num_queries)
+    if options.task == "texts":
+        return texts(
+            options.num_candidates, options.num_queries, source=options.data, model=options.model,
+            blocks=options.blocks, autocast=options.drop > LARGE_DROP,
+        )  # fmt: skip
     make = {"facts": facts, "sentences": sentences}[options.task]
     return make(options.num_candidates, options.num_queries)
 
 
-def retrain_halves(task: Retrainable, options: LdsOptions) -> tuple[Retrained, Retrained]:
-    """Train on random halves, or read the cached losses: those of the queries, and those of the others."""
+def retrain_subsets(task: Retrainable, options: LdsOptions) -> tuple[Retrained, Retrained]:
+    """Train on random subsets, or read the cached losses: those of the queries, and those of the others."""
     assert options.subsets is not None and options.seeds is not None
     say(
-        f"{len(task.candidates)} candidates, {len(task.queries)} queries; "
-        f"{options.subsets} random halves x {options.seeds} seeds are trained on, or read from the cache."
+        f"{len(task.candidates)} candidates, {len(task.queries)} queries; {options.subsets} random subsets without "
+        f"{options.drop:.0%} x {options.seeds} seeds are trained on, or read from the cache."
     )
-    subsets = random_halves(len(task.candidates), options.subsets, options.seed)
+    subsets = random_subsets(len(task.candidates), options.subsets, options.drop, options.seed)
+    return retrained(task, subsets, options.seeds)
+
+
+def retrained(task: Retrainable, subsets: np.ndarray, seeds: int) -> tuple[Retrained, Retrained]:
+    """Train on subsets with every seed, or read the cached losses: those of the queries, and those of the others."""
     everyone = concatenate_datasets([task.queries, task.others])
-    losses = task.retrained(everyone, subsets, options.seeds)[..., 0].mean(axis=0)
-    count = len(task.queries)
+    found = task.retrained(everyone, subsets, seeds)[..., 0]
+    if seeds > 1:
+        say(f"Correlation of two seeds' losses over the subsets: {agreement(found):.3f}.")
+    losses, count = found.mean(axis=0), len(task.queries)
     return Retrained(task.queries, subsets, losses[:, :count]), Retrained(task.others, subsets, losses[:, count:])
+
+
+def judge(
+    attributors: Mapping[str, Attributor], candidates: Dataset, measured: Retrained
+) -> tuple[Table, dict[str, Attribution]]:
+    """Trace with every attributor, Forward-INF first, and correlate with what training did: figures by attributor."""
+    say(f"\n{HEAD}")
+    table: Table = {}
+    found: dict[str, Attribution] = {}
+    by_query: dict[str, np.ndarray] = {}
+    for name, attributor in attributors.items():
+        started = time.perf_counter()
+        found[name] = attributor.trace(measured.queries, candidates)
+        seconds = time.perf_counter() - started
+        truth = found[name].dense(), measured.subsets, measured.losses
+        by_query[name] = lds_by_query(*truth)
+        table[name] = {**lds(*truth), "trace_seconds": seconds, **step_of(attributor)}
+        if name != REFERENCE:
+            table[name] |= lead(by_query[REFERENCE], by_query[name])
+        say(line(name, table[name]))
+    return table, found
+
+
+def remove_best(
+    task: Retrainable, found: Mapping[str, Attribution], options: LdsOptions
+) -> dict[str, dict[str, float]]:
+    """Train without the best 1% of the candidates of some queries: how much their losses rise, by attributor."""
+    queries = task.queries.select(range(min(options.qld, len(task.queries))))
+    count = max(1, round(REMOVED * len(task.candidates)))
+
+    def trained(subsets: np.ndarray) -> np.ndarray:
+        return task.retrained(queries, subsets, options.seeds or 1)[..., 0].mean(axis=0)
+
+    figures: dict[str, dict[str, float]] = {}
+    for name in (name for name in options.qld_methods if name in found):
+        rises = rises_without_best(trained, found[name].dense()[: len(queries)], count)
+        low, high = bootstrap_interval(rises)
+        figures[name] = {"qld": float(rises.mean()), "qld_low": low, "qld_high": high}
+        say(f"{name}: the loss rises by {rises.mean():.3f} ({low:.3f} - {high:.3f}) without the best {count}")
+    return figures
 
 
 def choose_directions(
     adapter: Adapter, task: Retrainable, others: Retrained, options: LdsOptions
 ) -> tuple[dict[str, AscentConfig], str]:
-    """Choose settings of every direction, and the best direction, by the LDS of queries that are not evaluated."""
-    assert options.directions and options.dampings and options.radii
+    """Choose settings of every direction, and the best direction if there are any, by the LDS of other queries."""
+    if not options.directions:
+        return {}, ""
+    assert options.dampings and options.radii
     directions, best = chosen_directions(
         adapter, task.candidates, others, names=options.directions, dampings=options.dampings, radii=options.radii,
         sample=options.sample, seed=options.seed,
@@ -157,7 +249,9 @@ def step_of(attributor: Attributor) -> dict[str, float]:
 
 def line(name: str, figures: dict[str, float]) -> str:
     """Return figures as a line of a table."""
-    interval = f"{figures['lds_low']:.3f} - {figures['lds_high']:.3f}"
+    cells = []
+    for key in ("lds", "lead"):
+        low, high = (figures.get(f"{key}_{end}") for end in ("low", "high"))
+        cells += [number(figures.get(key)), "" if low is None else f"{low:.3f} - {high:.3f}"]
     settings = [number(figures.get(key), "g") for key in ("damping", "radius")]
-    cells = (name, number(figures["lds"]), interval, *settings, number(figures["trace_seconds"], ".1f"))
-    return aligned(cells, WIDTHS)
+    return aligned((name, *cells, *settings, number(figures["trace_seconds"], ".1f")), WIDTHS)

@@ -4,14 +4,15 @@ import re
 import numpy as np
 import pytest
 import torch
-from experiments.counterfactual import Counterfactual, CounterfactualOptions, answered_by, without_best
-from experiments.lds import LdsOptions, retrain_halves
+from experiments.counterfactual import Counterfactual, CounterfactualOptions, answered_by
+from experiments.lds import LdsOptions, retrain_subsets
 from experiments.retrainable import digits
 from experiments.retrainable_facts import facts, losses_and_answers
 from experiments.retrainable_sentences import sentences
 
 from hf_forward_inf import Attribution, ForwardInf
 from hf_forward_inf.cli import run_command
+from hf_forward_inf.scores.retraining import without_best
 from tests.helpers.recipes import recipe
 
 SMALL = ["--num_candidates", "60", "--num_queries", "4", "--subsets", "4", "--seeds", "2", "--dampings", "0.1"]
@@ -115,7 +116,7 @@ def test_what_is_taken_away_is_compared_with_the_same_seeds_trained_on_everythin
     np.testing.assert_array_equal(nothing.gone[~np.isnan(nothing.gone)], 0)
     agree = np.array(queries["label"]) == np.array(task.queries["label"])
     np.testing.assert_array_equal(wrong, ~agree)
-    kept = without_best(ForwardInf(adapter=task.adapter(0)).trace(queries, task.candidates), 6)
+    kept = without_best(ForwardInf(adapter=task.adapter(0)).trace(queries, task.candidates).dense(), 6)
     assert (kept.sum(axis=1) == 54).all()
     expected = []
     for i, row in enumerate(kept):
@@ -133,7 +134,7 @@ def test_a_language_model_is_trained_again_without_half_of_its_sentences(name, m
     training = {"epochs": 1, "learning_rate": 1e-3}
     monkeypatch.setattr(f"experiments.retrainable_{name}.TRAINING", training)
     task = make(candidates=40, queries=3)
-    measured, others = retrain_halves(task, LdsOptions(task=name, subsets=3, seeds=1))
+    measured, others = retrain_subsets(task, LdsOptions(task=name, subsets=3, seeds=1))
     assert measured.losses.shape == others.losses.shape == (3, 3)
     kept = task.candidates.select(np.flatnonzero(measured.subsets[1]))
     again = task.adapter(0, kept)

@@ -5,6 +5,7 @@ import pytest
 from scipy import stats
 
 from hf_forward_inf.scores.metrics import (
+    agreement,
     average_precision,
     collapse,
     detection,
@@ -13,6 +14,7 @@ from hf_forward_inf.scores.metrics import (
     hits_at_k,
     lds,
     lds_by_query,
+    lead,
     precision_at_k,
     random_figures,
     random_reciprocal_rank,
@@ -204,3 +206,22 @@ def test_queries_without_proponents_are_left_out():
     assert evaluate(scores, [[1], []]) == evaluate(scores[:1], [[1]])
     with pytest.raises(ValueError, match="No query has a proponent"):
         evaluate(scores, [[], []])
+
+
+def test_seeds_agree_as_far_as_their_losses_rank_the_subsets_alike():
+    losses = np.random.default_rng(0).normal(size=(3, 9, 2))
+    expected = [
+        stats.spearmanr(losses[a, :, query], losses[b, :, query]).statistic
+        for a, b in [(0, 1), (0, 2), (1, 2)]
+        for query in range(2)
+    ]
+    assert agreement(losses) == pytest.approx(np.mean(expected))
+    assert agreement(np.stack([losses[0], 3 * losses[0] + 1])) == pytest.approx(1)
+
+
+def test_a_lead_is_paired_query_by_query():
+    other = np.array([0.1, 0.9, 0.4])
+    found = lead(other + 0.2, other)
+    assert found == pytest.approx({"lead": 0.2, "lead_low": 0.2, "lead_high": 0.2})
+    mixed = lead(np.array([1.0, 0.0, 1.0]), np.array([0.0, 1.0, 0.0]))
+    assert mixed["lead"] == pytest.approx(1 / 3) and mixed["lead_low"] < 0 < mixed["lead_high"]

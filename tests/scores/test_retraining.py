@@ -2,13 +2,23 @@ import numpy as np
 import pytest
 import torch
 from experiments.retrainable import digits, hard_and_random, small_digits
+from scipy.stats import spearmanr
 from sklearn.datasets import load_digits
 from torch import nn
 
-from hf_forward_inf.scores.retraining import BatchedTraining, Retrained, random_halves, retrained_outcomes
+from hf_forward_inf.scores.metrics import lds
+from hf_forward_inf.scores.retraining import (
+    BatchedTraining,
+    Retrained,
+    all_but_one,
+    random_subsets,
+    retrained_outcomes,
+    rises_without_best,
+    without_best,
+)
 from tests.helpers import digits as small
 
-SUBSETS = random_halves(30, 4)
+SUBSETS = random_subsets(30, 4)
 
 
 def training(steps=20):
@@ -46,7 +56,38 @@ def test_an_interrupted_run_goes_on_with_the_next_models(cache):
 
 def test_halves_are_halves_and_repeatable():
     assert (SUBSETS.sum(axis=1) == 15).all()
-    np.testing.assert_array_equal(SUBSETS, random_halves(30, 4))
+    np.testing.assert_array_equal(SUBSETS, random_subsets(30, 4))
+
+
+def test_subsets_lack_the_share_that_is_dropped():
+    assert (random_subsets(200, 5, drop=0.01).sum(axis=1) == 198).all()
+    for drop in (0.001, 0.999):
+        with pytest.raises(ValueError, match="give a share that leaves some out"):
+            random_subsets(200, 5, drop=drop)
+
+
+def test_the_lds_without_single_candidates_is_the_correlation_of_scores_and_rises():
+    draw = np.random.default_rng(0)
+    scores, rises, rows = draw.normal(size=(3, 12)), draw.normal(size=(5, 3)), [1, 4, 6, 7, 11]
+    subsets = all_but_one(12, rows)
+    assert [np.flatnonzero(~subset).tolist() for subset in subsets] == [[row] for row in rows]
+    expected = [spearmanr(scores[i, rows], rises[:, i]).statistic for i in range(3)]
+    assert lds(scores, subsets, 7 + rises)["lds"] == pytest.approx(np.mean(expected))
+
+
+def test_the_best_candidates_of_each_query_are_left_out():
+    scores = np.array([[0.1, 0.9, np.nan, 0.5], [3.0, 1.0, 2.0, np.nan]])
+    np.testing.assert_array_equal(without_best(scores, 2), [[1, 0, 1, 0], [0, 1, 0, 1]])
+
+
+def test_the_rise_without_the_best_is_that_of_the_querys_own_training():
+    effects = np.array([[5.0, 1, 0, 2], [0, 3, 7, 1]])  # how much each candidate lowers each query's loss
+
+    def trained(subsets):
+        return 10 - subsets @ effects.T
+
+    np.testing.assert_allclose(rises_without_best(trained, effects, 2), [7, 10])
+    np.testing.assert_allclose(rises_without_best(trained, -effects, 1), [0, 0])
 
 
 def test_losses_that_fit_no_subsets_are_refused():

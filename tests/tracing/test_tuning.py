@@ -6,7 +6,7 @@ from torch import nn
 
 from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf.adapters import TensorAdapter
-from hf_forward_inf.scores.retraining import Retrained, random_halves
+from hf_forward_inf.scores.retraining import Retrained, random_subsets
 from hf_forward_inf.tracing.tuning import _best
 from tests.helpers import digits
 from tests.helpers.line import assert_same_state, points, state
@@ -75,7 +75,7 @@ def test_candidates_without_gradients_retrieve_nothing():
 
 
 def test_retraining_that_the_gradient_predicts_chooses_the_gradient():
-    queries, subsets = digits.rows(100, 104), random_halves(100, 30)
+    queries, subsets = digits.rows(100, 104), random_subsets(100, 30)
     tracer = ForwardInf(adapter=TensorAdapter(digits.perceptron()))
     settings = [AscentConfig(direction=one, radius=r) for one in ("kfac", "gradient") for r in (0.3, 3.0)]
     scores = tracer.with_options(ascent=settings[2]).score(queries, CANDIDATES)
@@ -108,7 +108,7 @@ def test_halves_are_trained_on_and_settings_judged_by_their_losses(capsys):
     assert_same_state(before, state(network))
     assert "4 halves of 50 candidates x 3 epochs, about 18 forward passes" in capsys.readouterr().out
 
-    subsets, data = random_halves(100, 4), QUERIES.with_format("torch")[:]
+    subsets, data = random_subsets(100, 4), QUERIES.with_format("torch")[:]
     losses = []
     for subset in subsets:
         own = digits.perceptron()
