@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -151,15 +151,17 @@ def train_llama(
     seed: int,
     *,
     sizes: dict[str, int] = LLAMA_SIZES,
-    batch_length: int = 256,
-    quiet: bool = False,
+    **options: Any,
 ) -> LlamaForCausalLM:
-    """Train a Llama from random weights, on the CPU; arguments as in [`train_mt5`], sizes of `LlamaConfig`."""
+    """Train a Llama from random weights, on the CPU.
+
+    Arguments are those of [`train_mt5`], with sizes of `LlamaConfig`; options are those of [`fit`].
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         special: dict[str, Any] = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
         model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **special, **cast(Any, sizes)))
-        fit(CausalLMAdapter(model, tokenizer), rows, epochs, learning_rate, batch_length=batch_length, quiet=quiet)
+        fit(CausalLMAdapter(model, tokenizer), rows, epochs, learning_rate, **options)
     return model
 
 
@@ -170,9 +172,11 @@ def fit(
     learning_rate: float,
     *,
     batch_length: int = 256,
+    optimizer: Literal["adamw", "sgd"] = "adamw",
+    until: int | None = None,
     quiet: bool = False,
 ) -> None:
-    """Train an adapter's model in place, by AdamW with a one-cycle schedule.
+    """Train an adapter's model in place, with a one-cycle schedule.
 
     Args:
         adapter (`Adapter`): Encodes the rows; its model computes the loss.
@@ -180,6 +184,9 @@ def fit(
         epochs (`int`): Passes over the rows.
         learning_rate (`float`): Peak of the schedule.
         batch_length (`int`, defaults to 256): Padded tokens in a batch.
+        optimizer (`str`, defaults to `"adamw"`): `"adamw"`, or `"sgd"` with momentum.
+        until (`int`, *optional*): Stop after this epoch, in the middle of the schedule: a checkpoint. Defaults to the
+            last.
         quiet (`bool`, defaults to `False`): Show no progress.
 
     Raises:
@@ -191,21 +198,25 @@ def fit(
         adapter.collate({name: values[rows] for name, values in features.items()})
         for rows in batches(adapter.lengths(features), batch_length)
     ]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, learning_rate, total_steps=epochs * len(cuts), pct_start=0.1
-    )
+    steps: torch.optim.Optimizer
+    if optimizer == "sgd":
+        steps = torch.optim.SGD(model.parameters(), lr=learning_rate, momentum=0.9)
+    else:
+        steps = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(steps, learning_rate, total_steps=epochs * len(cuts), pct_start=0.1)
     model.train()
     title = f"training a tiny {type(model).__name__} on {len(rows)} sentences"
+    epochs = epochs if until is None else until
+    total = 0.0
     bar = tqdm(total=epochs, desc=title, unit="epoch", disable=quiet)
     for _ in range(epochs):
         total = 0.0
         for i in torch.randperm(len(cuts)).tolist():
             loss = model(**{name: tensor.to(device) for name, tensor in cuts[i].items()}).loss
-            optimizer.zero_grad()
+            steps.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+            steps.step()
             schedule.step()
             total += loss.item()
         bar.set_postfix(loss=f"{total / len(cuts):.3f}")

@@ -35,7 +35,7 @@ def sentences(candidates: int = 600, queries: int = 40) -> Retrainable:
     corpus = builtin_facts()
     asked = sample_rows(corpus["queries"], 2 * queries, seed=0)
     pool, _ = candidate_pool(asked, corpus["abstracts"], candidates, 0)
-    data, asked = _as_text(pool), _as_text(asked)
+    data, asked = as_text(pool), as_text(asked)
     tokenizer = train_tokenizer(data["text"][:], VOCABULARY)
 
     def adapter(seed: int, rows: Dataset = data) -> Adapter:
@@ -46,6 +46,7 @@ def sentences(candidates: int = 600, queries: int = 40) -> Retrainable:
     return retrainable(key, data, asked, adapter, ("text", "text"))
 
 
-def _as_text(rows: Dataset) -> Dataset:
+def as_text(rows: Dataset) -> Dataset:
+    """Return rows of the built-in facts as whole sentences, in the column `text`."""
     texts = [fill_in(*row) for row in zip(rows["inputs_pretokenized"], rows["targets_pretokenized"], strict=True)]
     return rows.remove_columns(["inputs_pretokenized", "targets_pretokenized"]).add_column("text", texts)

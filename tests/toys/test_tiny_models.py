@@ -1,7 +1,9 @@
 import pytest
 import torch
+from datasets import Dataset
 
-from hf_forward_inf.toys.tiny_models import tiny_mt5
+from hf_forward_inf.adapters import CausalLMAdapter
+from hf_forward_inf.toys.tiny_models import LLAMA_SIZES, tiny_mt5, train_llama
 
 
 def test_it_learns_and_is_trained_once(candidates, cache, monkeypatch):
@@ -31,3 +33,24 @@ def test_training_leaves_the_callers_random_numbers_alone(candidates):
     torch.manual_seed(5)
     tiny_mt5(candidates, epochs=1)
     assert torch.equal(torch.rand(1), expected)
+
+
+@pytest.fixture
+def few(corpus):
+    """Eight sentences as whole texts, which make one batch."""
+    return Dataset.from_dict({"text": corpus["abstracts"]["targets_pretokenized"][:8]})
+
+
+def test_sgd_takes_a_clipped_step_of_the_schedules_length(few, tokenizer):
+    sizes = {**LLAMA_SIZES, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    options = {"sizes": sizes, "seed": 0, "epochs": 40, "learning_rate": 0.5, "batch_length": 4096, "quiet": True}
+    before = train_llama(few, tokenizer, until=0, **options)
+    after = train_llama(few, tokenizer, until=1, optimizer="sgd", **options)
+    adapter = CausalLMAdapter(before.eval(), tokenizer)
+    features = adapter.encode(few[:])
+    loss = adapter.loss(before, adapter.collate(features)).sum() / sum(features["terms"])
+    gradient = torch.autograd.grad(loss, list(before.parameters()))
+    norm = torch.cat([g.flatten() for g in gradient]).norm()
+    rate = 0.5 / 25  # where a one-cycle schedule begins
+    for old, g, new in zip(before.parameters(), gradient, after.parameters(), strict=True):
+        torch.testing.assert_close(new, old - rate * g / max(1, norm), rtol=1e-4, atol=1e-6)

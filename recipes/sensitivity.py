@@ -1,0 +1,129 @@
+"""How much do scores depend on what users do: seeds, checkpoints, precision, LoRA, optimizers, rows, a base model?
+
+    python recipes/sensitivity.py
+    python recipes/sensitivity.py --repeats 3
+
+A tiny Llama learns 600 sentences of the built-in facts, as in `recipes/lds.py --task sentences`, whose models, trained
+again on random halves, are the truth. Each row of the table changes one thing, and compares the scores with the truth
+and with those of the reference. What is trained again is cached: an interrupted run resumes.
+"""
+
+import sys
+from collections import defaultdict
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+from experiments.lds import LdsOptions, load_task, retrain_halves
+from experiments.sensitivity import REFERENCE, Sensitivity, Variant
+
+from hf_forward_inf.attribution import Attribution
+from hf_forward_inf.cli import run_command
+from hf_forward_inf.commands.outputs import Run
+from hf_forward_inf.data import proponents
+from hf_forward_inf.evaluation.figures import as_markdown, save_figures
+from hf_forward_inf.evaluation.tables import flat
+from hf_forward_inf.scores.metrics import best_first, bootstrap_interval, lds_by_query, reciprocal_ranks, spearman
+from hf_forward_inf.scores.retraining import Retrained
+from hf_forward_inf.tracing.planning import KEEP
+from hf_forward_inf.tracing.screened import floored
+from hf_forward_inf.utils.options import RunOptions
+from hf_forward_inf.utils.processes import say
+
+TITLES = {
+    "lds": "LDS", "lds_gain": "LDS, less the reference's", "rank_correlation": "rank correlation with it",
+    "same_best": "same among the 10 best", "mrr": "MRR", "unwanted": "unseen or repeated among the 10 best",
+}  # fmt: skip
+"""Titles of the columns."""
+BEST = 10
+
+
+@dataclass
+class Options(RunOptions):
+    """How many rows, models and repeats, and where the results go.
+
+    Args:
+        repeats (`int`, defaults to 1): References of several seeds, whose figures are averaged for each query.
+        num_candidates (`int`, defaults to 600): Training sentences.
+        num_queries (`int`, defaults to 40): Queries.
+        subsets (`int`, defaults to 60): Random halves that are trained on for the truth.
+        seeds (`int`, defaults to 2): Trainings of each half, averaged.
+    """
+
+    output: str = "outputs/sensitivity"
+    repeats: int = field(default=1, metadata={"min": 1})
+    num_candidates: int = field(default=600, metadata={"min": 60})
+    num_queries: int = field(default=40, metadata={"min": 2})
+    subsets: int = field(default=60, metadata={"min": 2})
+    seeds: int = field(default=2, metadata={"min": 1})
+
+
+def main(options: Options) -> dict[str, Any]:
+    """Trace every variant, and compare its scores with the truth and with the reference's."""
+    run = Run(options)
+    sizes = {name: getattr(options, name) for name in ("num_candidates", "num_queries", "subsets", "seeds")}
+    truth_of = LdsOptions(task="sentences", **sizes)
+    task = load_task(truth_of)
+    truth, _ = retrain_halves(task, truth_of)
+
+    found: dict[str, list[dict[str, np.ndarray]]] = defaultdict(list)
+    for repeat in range(options.repeats):
+        for name, variant in Sensitivity(task, options.seed + repeat).variants():
+            traced = variant.attributor.trace(task.queries, variant.candidates)
+            if name == REFERENCE:
+                reference = traced
+            found[name].append(by_query(variant, traced, reference, truth))
+            say(f"{name}: {', '.join(f'{key} {values.mean():.3f}' for key, values in found[name][-1].items())}")
+
+    # Figures are means over queries of the means over repeats, with bootstrap intervals over queries.
+    table = {name: averaged(repeats) for name, repeats in found.items()}
+    note = (
+        f"{options.num_candidates} sentences, {options.num_queries} queries, {options.repeats} repeats; truth: "
+        f"{options.subsets} halves x {options.seeds} seeds. 95% intervals over queries."
+    )
+    say(as_markdown(save_figures(run.folder / "figures.json", table, columns=TITLES, note=note)))
+    return run.write(
+        reference,
+        {"queries": len(task.queries), "candidates": len(task.candidates), **flat(table)},
+        table=table,
+        columns=tuple(TITLES),
+        more={"figures.json": partial(save_figures, rows=table, columns=TITLES, note=note)},
+        title="What scores depend on",
+    )
+
+
+def by_query(variant: Variant, traced: Attribution, reference: Attribution, truth: Retrained) -> dict[str, np.ndarray]:
+    """Return a variant's figures for each query, `[queries]`."""
+    scores, theirs = traced.dense(), reference.dense()
+    own = scores[:, : theirs.shape[1]]  # of the candidates that both have
+    lds, known = (lds_by_query(floored(each, KEEP)[0], truth.subsets, truth.losses) for each in (own, theirs))
+    best, best_of_all = best_first(own)[:, :BEST], best_first(scores)[:, :BEST]
+    pairs = zip(best, best_first(theirs)[:, :BEST], strict=True)
+    facts = proponents(truth.queries, variant.candidates)
+    figures = {
+        "lds": lds,
+        "lds_gain": lds - known,
+        "rank_correlation": np.array([spearman(*rows) for rows in zip(own, theirs, strict=True)]),
+        "same_best": np.array([len(np.intersect1d(*rows)) / BEST for rows in pairs]),
+        "mrr": reciprocal_ranks(scores, facts),
+    }
+    if traced is reference:
+        for name in ("lds_gain", "rank_correlation", "same_best"):
+            del figures[name]
+    unwanted = {} if variant.unwanted is None else {"unwanted": variant.unwanted[best_of_all].mean(axis=1)}
+    return {**figures, **unwanted}
+
+
+def averaged(repeats: list[dict[str, np.ndarray]]) -> dict[str, float]:
+    """Return each figure's mean, and its 95% interval over queries."""
+    row: dict[str, float] = {}
+    for name in repeats[0]:
+        values = np.mean([one[name] for one in repeats], axis=0)
+        low, high = bootstrap_interval(values)
+        row |= {name: float(values.mean()), f"{name}_low": low, f"{name}_high": high}
+    return row
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, Options, bars=False))
