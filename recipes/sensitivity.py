@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from experiments.lds import LdsOptions, load_task, retrain_halves
+from experiments.lds import LdsOptions, load_task, retrain_subsets
 from experiments.sensitivity import REFERENCE, Sensitivity, Variant
 
 from hf_forward_inf.attribution import Attribution
@@ -65,7 +65,7 @@ def main(options: Options) -> dict[str, Any]:
     sizes = {name: getattr(options, name) for name in ("num_candidates", "num_queries", "subsets", "seeds")}
     truth_of = LdsOptions(task="sentences", **sizes)
     task = load_task(truth_of)
-    truth, _ = retrain_halves(task, truth_of)
+    truth, _ = retrain_subsets(task, truth_of)
 
     found: dict[str, list[dict[str, np.ndarray]]] = defaultdict(list)
     for repeat in range(options.repeats):

@@ -22,7 +22,7 @@ from torch.utils.data import TensorDataset
 
 from experiments.retrainable import NETWORKS, small_digits
 from hf_forward_inf.adapters import Adapter
-from hf_forward_inf.scores.retraining import BatchedTraining, Outcomes, random_halves, retrained_outcomes
+from hf_forward_inf.scores.retraining import BatchedTraining, Outcomes, random_subsets, retrained_outcomes
 from hf_forward_inf.toys.classifiers import load_classifier
 from hf_forward_inf.utils.fingerprints import fingerprint
 
@@ -100,7 +100,7 @@ class Digits:
         """Digits as they are: are the best of the predicted class, and others for each query? And retraining."""
         train, (queries, _) = self._data()
         training = self._training(train, queries)
-        subsets = random_halves(self.candidates, self.halves, self.seed)
+        subsets = random_subsets(self.candidates, self.halves, seed=self.seed)
         key = fingerprint("quanda, logits", repr(self), repr(training.settings))
         logits = torch.from_numpy(retrained_outcomes(training, subsets, key=key)[0])
         model, data = training.model(self.seed), TensorDataset(*train)
