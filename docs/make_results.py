@@ -5,7 +5,8 @@
     python docs/make_results.py --add outputs/lds/figures.json lds   # takes over a run's figures first
 
 A page has `<!-- figures: NAME -->` where the table of `figures/NAME.json` belongs, or `<!-- figures: NAME lds mrr -->`
-for some of its columns; the table goes behind it, up to `<!-- end of figures -->`.
+for some of its columns, or `<!-- figures: NAME lds mrr | forward_inf | bm25 -->` for some of its rows, too; the table
+goes behind it, up to `<!-- end of figures -->`.
 """
 
 import argparse
@@ -19,8 +20,8 @@ from hf_forward_inf.evaluation.figures import as_markdown
 
 PAGES = Path(__file__).parent / "results"
 FIGURES = PAGES / "figures"
-BLOCK = re.compile(r"(<!-- figures: (\S+)((?: \S+)*?) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
-"""The mark before a table, its name and columns, and the mark behind it."""
+BLOCK = re.compile(r"(<!-- figures: (\S+)(.*?) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
+"""The mark before a table, its name, its columns and rows, and the mark behind it."""
 
 
 def made(text: str) -> str:
@@ -28,7 +29,8 @@ def made(text: str) -> str:
 
     def table(found: re.Match[str]) -> str:
         figures = json.loads((FIGURES / f"{found[2]}.json").read_text())
-        return f"{found[1]}\n{as_markdown(figures, found[3].split())}\n\n{found[4]}"
+        columns, *rows = found[3].split(" | ")
+        return f"{found[1]}\n{as_markdown(figures, columns.split(), rows)}\n\n{found[4]}"
 
     return BLOCK.sub(table, text)
 
