@@ -24,6 +24,7 @@ from hf_forward_inf.data import builtin_facts
 from hf_forward_inf.evaluation.cost import plain_pass, timed
 from hf_forward_inf.toys.tiny_models import train_tokenizer
 from hf_forward_inf.utils.models import bytes_of_model, evaluating
+from hf_forward_inf.utils.sizes import GB
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "gpt2": {"model_type": "gpt2"},
@@ -89,14 +90,14 @@ def with_lora(model: Any) -> Any:
 
 
 def measured(tracer: ForwardInf, queries: Dataset, candidates: Dataset) -> dict[str, Any]:
-    """Return seconds, and peaks in GiB and as multiples of a plain pass's."""
+    """Return seconds, and peaks in GB and as multiples of a plain pass's."""
     plain, peak = plain_pass(tracer, candidates)
     with evaluating(tracer.adapter.model):
         fit, fitted = timed(lambda: tracer.perturber(candidates))
     trace, traced = timed(lambda: tracer.score(queries, candidates))
     size = bytes_of_model(tracer.adapter.model)
     return {
-        "model_gib": round(size / 2**30, 3), "plain_gib": round(peak / 2**30, 3),
+        "model_gb": round(size / GB, 3), "plain_gb": round(peak / GB, 3),
         "fit_ratio": round(fitted / peak, 3), "trace_ratio": round(traced / peak, 3),
         "plain_seconds": round(plain, 1), "fit_in_passes": round(fit / plain, 2),
         "trace_in_passes": round(trace / plain, 2),

@@ -78,7 +78,7 @@ class Scorer:
             if isinstance(count, bool) or not isinstance(count, int) or count < least:
                 raise ValueError(f"{option}={count!r} must be a whole number of at least {least}.")
         if not (isinstance(storage, int | float) and storage >= 0):
-            raise ValueError(f"storage={storage!r} must be at least 0 GiB.")
+            raise ValueError(f"storage={storage!r} must be at least 0 GB.")
         if screen is not None and not isinstance(screen, str) and not hasattr(screen, "trace"):
             raise TypeError(f"screen={screen!r} must be the name of an attributor, or an attributor.")
         if screen is not None and strategy == "full":

@@ -75,7 +75,7 @@ class ForwardInf(Scorer):
             full pass. Defaults to 5% of them, at least 50; to all with `strategy="full"`, which has no floor then.
         audit (`int`, defaults to 30): Random others of each query that are scored, too: they tell how many of the best
             candidates the screen finds ([`Plan.audits`]).
-        storage (`float`, defaults to 4.0): GiB that the states before the perturbed part may take in the cache, from
+        storage (`float`, defaults to 4.0): GB that the states before the perturbed part may take in the cache, from
             which later queries of a screened trace go on.
         cache_dir (`Path`, *optional*): Where losses are cached. Defaults to the environment variable
             `HF_FORWARD_INF_CACHE`, or `hf_forward_inf` in the Hugging Face home.

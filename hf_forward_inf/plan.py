@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from hf_forward_inf.utils.sizes import size_text
+
 DEPTH = 10
 """An audit asks how many of so many best candidates a screen has found."""
 
@@ -99,9 +101,9 @@ class Plan:
         lines = [f"{self.queries:,} {'query' if self.queries == 1 else 'queries'}: {how} ({self.reason})."]
         for part in self.parts:
             cost = "cached" if part.cached else f"{part.passes:.2g} passes" if part.passes else "no pass"
-            lines.append(f"  {part.name}: {cost}{f', {_size(part.stored)} on disk' if part.stored else ''}")
+            lines.append(f"  {part.name}: {cost}{f', {size_text(part.stored)} on disk' if part.stored else ''}")
         total = f"  together: about {self.passes:.2g} plain forward passes over the candidates"
-        lines.append(f"{total}, {_size(self.memory)} of memory besides the model.")
+        lines.append(f"{total}, {size_text(self.memory)} of memory besides the model.")
         return "\n".join([*lines, *(f"  audit: {audit}." for audit in self.audits)])
 
     def to_dict(self) -> dict[str, Any]:
@@ -113,11 +115,3 @@ class Plan:
         """Return the plan that [`to_dict`] has returned."""
         parts = tuple(Part(**part) for part in saved["parts"])
         return cls(**{**saved, "parts": parts, "audits": tuple(Audit(**audit) for audit in saved["audits"])})
-
-
-def _size(count: float) -> str:
-    for unit in ("bytes", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.3g} {unit}"
-        count /= 1024
-    return f"{count:.3g} GiB"

@@ -72,7 +72,7 @@ class AscentConfig:
             adapter's, else to 128 for `"cg"` and 1024 for the others.
         memory (`float`, *optional*): Memory for the factors of `"kfac"`, `"ekfac"` and `"pcg"`, as a share of the
             model's weights. It decides how many eigenpairs of each are stored ([`kronecker.KroneckerFit`]). Defaults
-            to 0.25, and 64 MiB at least.
+            to 0.25, and 64 MB at least.
         step (`str`, *optional*): `"low_rank"`: weight matrices change by sums of outer products, at most as many as
             the query has tokens, times steps, and the rows of embeddings that it reads; no gradient and no copy of a
             matrix is made, so that weights may be quantised. `"full"`: all weights change. Along the gradient both are

@@ -22,6 +22,7 @@ from hf_forward_inf.utils.models import (
     linear_layers,
     peft_parameters,
 )
+from hf_forward_inf.utils.sizes import MB, size_text
 
 Parameters: TypeAlias = dict[str, Tensor | LowRank]
 """theta_K: the perturbed parameters by name, or low-rank changes of them; all others are theta's."""
@@ -154,8 +155,8 @@ def _nothing_matches(model: nn.Module, pattern: str, names: Iterable[str]) -> st
 
 
 def copies_in_memory(model: nn.Module, size: int) -> int:
-    """Number of perturbed models of some bytes that are held in memory: a tenth of the model, or 64 MiB."""
-    room = max(64 * 2**20, bytes_of_model(model) // 10)
+    """Number of perturbed models of some bytes that are held in memory: a tenth of the model, or 64 MB."""
+    room = max(64 * MB, bytes_of_model(model) // 10)
     return max(1, min(32, room // max(1, size)))
 
 
@@ -179,7 +180,7 @@ def warn_of_full_steps(model: nn.Module, names: list[str]) -> None:
         warnings.warn(
             f"{len(rest)} of the perturbed parameters ({', '.join(list(rest)[:3])}, ...) belong to layers of unknown "
             f"kind: they change in full, for which a gradient and a copy of each are made, "
-            f"{sum(rest.values()) / 2**30:.1f} GiB for a query. Choose others with modules=[...] if memory is short.",
+            f"{size_text(sum(rest.values()))} for a query. Choose others with modules=[...] if memory is short.",
             stacklevel=3,
         )
 

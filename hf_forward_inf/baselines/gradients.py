@@ -26,6 +26,7 @@ from hf_forward_inf.passes.candidate_pass import MAX_BATCH_LENGTH, CandidatePass
 from hf_forward_inf.utils.fingerprints import fingerprint
 from hf_forward_inf.utils.models import batch_size, device_of, evaluating, to_device
 from hf_forward_inf.utils.processes import process_state
+from hf_forward_inf.utils.sizes import size_text
 
 Directions: TypeAlias = dict[str, Tensor]
 """One direction in parameter space per query, by parameter: `[queries, numel]`."""
@@ -151,7 +152,7 @@ class GradientBaseline(ModelBaseline):
         free = psutil.virtual_memory().available
         if on_cpu and size > free:
             raise MemoryError(
-                f"One query's gradient takes {size / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free. "
+                f"One query's gradient takes {size_text(size)}, and {size_text(free)} are free. "
                 "Choose fewer parameters with modules=[...]."
             )
         step = max(1, QUERY_BYTES // size)

@@ -4,7 +4,8 @@ import time
 from typing import Any
 
 from hf_forward_inf.commands.options import CacheOptions
-from hf_forward_inf.utils.cache import KINDS, Entry, cache_limit, entries, parse_size, prune, size_text
+from hf_forward_inf.utils.cache import KINDS, Entry, cache_limit, entries, prune
+from hf_forward_inf.utils.sizes import parse_size, size_text
 from hf_forward_inf.utils.storage import default_cache_dir
 from hf_forward_inf.utils.text_tables import text_table
 

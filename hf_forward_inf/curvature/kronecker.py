@@ -22,12 +22,13 @@ from hf_forward_inf.curvature.sample import Sample
 from hf_forward_inf.curvature.sides import Side, Sketch, Squares, Sum, Whole
 from hf_forward_inf.utils.models import batch_size, bytes_of_model, device_of, room_beside, without_autocast
 from hf_forward_inf.utils.progress import shown
+from hf_forward_inf.utils.sizes import MB, size_text
 from hf_forward_inf.utils.storage import Tensors
 
 T = TypeVar("T")
 LARGEST_RANK = 2048
 """Eigenpairs of a factor at most, whatever the memory: eigenvectors take cubic time."""
-LEAST_MEMORY = 64 * 2**20
+LEAST_MEMORY = 64 * MB
 """Bytes that the factors of a small model may take, if no memory is set."""
 TARGETS = 8192
 """Targets drawn in all, several for each prediction if the sample is small: K-FAC's LDS on digits was .69 with 800 and
@@ -57,7 +58,7 @@ class KroneckerFit:
         names (`list[str]`): Parameters to perturb.
         seed (`int`): Seed of the drawn targets.
         memory (`float`, *optional*): Bytes for the factors, as a share of those of the model. Defaults to a quarter,
-            and 64 MiB at least.
+            and 64 MB at least.
 
     Raises:
         ValueError: If the memory is not enough for one eigenpair of each factor.
@@ -93,14 +94,14 @@ class KroneckerFit:
         if not allowed:
             least = bytes_of_factors(self.layers, 1)
             raise ValueError(
-                f"memory={(memory or 0):g} is {room / 2**20:.1f} MiB, and a single eigenpair of every factor takes "
-                f"{least / 2**20:.1f} MiB: give at least memory={math.ceil(1000 * least / size) / 1000:g}."
+                f"memory={(memory or 0):g} is {size_text(room)}, and a single eigenpair of every factor takes "
+                f"{size_text(least)}: give at least memory={math.ceil(1000 * least / size) / 1000:g}."
             )
         return max(allowed)
 
     @cached_property
     def batch_length(self) -> int:
-        """How long batches may be: their activations take a twentieth of the model, or 64 MiB."""
+        """How long batches may be: their activations take a twentieth of the model, or 64 MB."""
         parameters = {p.data_ptr() for p in self.adapter.model.parameters()}
         taken: dict[int, int] = {}
 

@@ -63,7 +63,7 @@ class Perturber:
         return self._block_size(TOKENS)
 
     def _block_size(self, tokens: int) -> int:
-        """Return how many models fit into a tenth of the model, or 64 MiB; for `"pcg"` with all shared products."""
+        """Return how many models fit into a tenth of the model, or 64 MB; for `"pcg"` with all shared products."""
         rank = tokens * self.ascent.steps if is_low_rank(self.adapter, self.ascent) else None
         copies = 1 + 2 * (self.ascent.iterations or 0) if self.shares else 1
         return copies_in_memory(self.adapter.model, copies * bytes_of_change(self.adapter.model, self.names, rank))

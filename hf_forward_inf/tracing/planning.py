@@ -14,7 +14,8 @@ from hf_forward_inf.baselines import ATTRIBUTORS, BM25, Fusion, RepresentationSi
 from hf_forward_inf.passes.base_pass import KEY, is_joint
 from hf_forward_inf.passes.loss_pass import LossPass
 from hf_forward_inf.plan import Part, Plan
-from hf_forward_inf.tracing.screened import GIB, has_representation
+from hf_forward_inf.tracing.screened import has_representation
+from hf_forward_inf.utils.sizes import GB
 
 KEEP, SHARE = 50, 0.05
 """Default number of candidates that a screen keeps: the larger of a number and a share of all."""
@@ -137,7 +138,7 @@ def _full(tracer: Scorer, plan: Plan, loss: LossPass) -> Plan:
             plan.queries * perturbed_share(tracer),
             stored=4 * plan.queries * plan.candidates,
         ),
-        Part("states before the perturbed part", stored=int(min(_state_bytes(tracer, loss), tracer.storage * GIB))),
+        Part("states before the perturbed part", stored=int(min(_state_bytes(tracer, loss), tracer.storage * GB))),
     ]
     return replace(plan, parts=tuple(parts), memory=_memory(tracer, plan.queries))
 
@@ -147,7 +148,7 @@ def _screened(tracer: Scorer, plan: Plan, loss: LossPass) -> Plan:
     share, width = perturbed_share(tracer), _width(tracer.adapter.model)
     scored = min(plan.keep + plan.audit, plan.candidates) * plan.queries / plan.candidates
     states = _state_bytes(tracer, loss)
-    room = min(1.0, tracer.storage * GIB / states) if states else 0.0
+    room = min(1.0, tracer.storage * GB / states) if states else 0.0
     key = KEY if tracer.measure == "rise" and is_joint(tracer.adapter) else "base"
     parts = [
         Part(KEY, 1.0, loss.is_cached(key), stored=4 * (1 + width) * plan.candidates),

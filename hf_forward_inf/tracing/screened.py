@@ -25,9 +25,7 @@ from hf_forward_inf.utils.fingerprints import fingerprint
 from hf_forward_inf.utils.models import evaluating
 from hf_forward_inf.utils.processes import process_state
 from hf_forward_inf.utils.progress import counting, progress
-
-GIB = 2**30
-
+from hf_forward_inf.utils.sizes import GB
 
 Model: TypeAlias = tuple[PerturbedModels, int]
 """Perturbed models, and which of them is meant."""
@@ -168,7 +166,7 @@ class ScreenedStep:
 
 def states_of(tracer: Scorer, loss: LossPass) -> SharedStates:
     """Return what makes batches of the candidates, from stored states as far as there are any."""
-    return SharedStates(loss, set(names_for(tracer.adapter, tracer.ascent)), tracer.storage * GIB)
+    return SharedStates(loss, set(names_for(tracer.adapter, tracer.ascent)), tracer.storage * GB)
 
 
 def mirrored(key: str) -> str:

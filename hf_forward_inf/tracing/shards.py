@@ -28,6 +28,7 @@ from hf_forward_inf.tracing.streaming import (
 )
 from hf_forward_inf.utils.fingerprints import fingerprint, fingerprint_of_model
 from hf_forward_inf.utils.loading import load_model
+from hf_forward_inf.utils.sizes import size_text
 from hf_forward_inf.utils.storage import write_bytes, write_folder
 
 TRIED = 256
@@ -63,7 +64,7 @@ class Plan:
         return (
             f"{self.shards} shards with {self.rows:,} rows, {self.passes} forward passes over each: "
             f"{self.hours:.2g} hours of a device like this one. "
-            f"On disk: {self.models / 1e6:,.1f} MB of perturbed models, {self.results / 1e6:,.1f} MB of best rows."
+            f"On disk: {size_text(self.models)} of perturbed models, {size_text(self.results)} of best rows."
         )
 
 

@@ -1,7 +1,6 @@
 """The size of the cache: what is in it, what was used last, and the limit that it is kept under."""
 
 import os
-import re
 import shutil
 import sys
 import time
@@ -10,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
+
+from hf_forward_inf.utils.sizes import parse_size, size_text
 
 KINDS = {
     "passes": "passes/*/*",  # of one model on some candidates, one for each query
@@ -22,7 +23,6 @@ KINDS = {
 VARIABLE = "HF_FORWARD_INF_CACHE_LIMIT"
 LIMIT = "20GB"
 """Default of the environment variable that holds the limit."""
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 RECENT = 3600
 """Seconds for which nothing is removed to meet the limit: a run may be using it."""
 _checked: set[Path] = set()
@@ -120,25 +120,3 @@ def cache_limit() -> int | None:
         return parse_size(said)
     except ValueError as error:
         raise ValueError(f"{VARIABLE}: {error}") from error
-
-
-def parse_size(text: str) -> int:
-    """Return a size such as `10GB` in bytes.
-
-    Raises:
-        ValueError: If it is no size.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?B?)\s*", text.upper())
-    if match is None:
-        raise ValueError(f"{text!r} is no size: give one such as 500MB or 10GB.")
-    unit = match[2] if match[2].endswith("B") or not match[2] else f"{match[2]}B"
-    return int(float(match[1]) * UNITS[unit])
-
-
-def size_text(size: float) -> str:
-    """Return a number of bytes for people: `1.5 GB`."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
+from hf_forward_inf.utils.sizes import MB
+
 SMALL = 2**20
 """Elements of a buffer that is restored after a forward has written to it; larger ones hold quantised weights."""
 
@@ -105,8 +107,8 @@ def bytes_of_model(model: nn.Module) -> int:
 
 
 def room_beside(model: nn.Module) -> float:
-    """Return the bytes that activations of a batch may take: a twentieth of the model's, or 64 MiB."""
-    return max(bytes_of_model(model) / 20, 64 * 2**20)
+    """Return the bytes that activations of a batch may take: a twentieth of the model's, or 64 MB."""
+    return max(bytes_of_model(model) / 20, 64 * MB)
 
 
 @contextmanager

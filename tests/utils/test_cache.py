@@ -8,9 +8,7 @@ from hf_forward_inf.utils.cache import (
     enforce_limit,
     entries,
     mark_used,
-    parse_size,
     prune,
-    size_text,
 )
 
 DAY = 86400
@@ -63,25 +61,9 @@ def test_the_limit_is_enforced_once_but_not_on_what_is_in_use(filled, monkeypatc
     assert len(entries(filled)) == 3
 
 
-@pytest.mark.parametrize(
-    ("text", "size"), [("10GB", 10**10), ("1.5 mb", 1_500_000), ("2k", 2000), ("7", 7), ("0B", 0)]
-)
-def test_sizes_are_read(text, size):
-    assert parse_size(text) == size
-
-
-def test_what_is_no_size_is_refused(monkeypatch):
-    with pytest.raises(ValueError, match="'ten' is no size: give one such as 500MB or 10GB"):
-        parse_size("ten")
+def test_a_limit_that_is_no_size_is_refused(monkeypatch):
     monkeypatch.setenv("HF_FORWARD_INF_CACHE_LIMIT", "ten")
     with pytest.raises(ValueError, match="HF_FORWARD_INF_CACHE_LIMIT: 'ten' is no size"):
         cache_limit()
     monkeypatch.setenv("HF_FORWARD_INF_CACHE_LIMIT", "none")
     assert cache_limit() is None
-
-
-@pytest.mark.parametrize(
-    ("size", "text"), [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (123_456_789, "123 MB"), (2.5e12, "2.5 TB")]
-)
-def test_sizes_are_written_for_people(size, text):
-    assert size_text(size) == text
