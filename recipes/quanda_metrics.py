@@ -76,7 +76,7 @@ class Options(RunOptions):
 
 def main(options: Options) -> dict[str, Any]:
     """Train, explain by every explainer, and judge by every metric; figures are means over repeats."""
-    from experiments.quanda_contenders import CONTENDERS, WITHOUT_SELF_INFLUENCE
+    from experiments.quanda_contenders import CONTENDERS, TITLES, WITHOUT_SELF_INFLUENCE
 
     folder = check_output(options.output, options.overwrite)
     chosen = {name: make for name, make in CONTENDERS.items() if name not in (options.without or ())}
@@ -91,14 +91,14 @@ def main(options: Options) -> dict[str, Any]:
             for metric, value in figures.items():
                 found[name][metric].append(value)
 
-    rows = {name: averaged(values) for name, values in found.items()}
+    rows = {TITLES.get(name, name): averaged(values) for name, values in found.items()}
     known = {metric: title for metric, title in COLUMNS.items() if any(metric in row for row in rows.values())}
     repeats = 1 if options.model else options.repeats
     note = (
         f"{options.num_candidates:,} images, {options.num_queries} queries, {repeats} repeats, with standard errors."
     )
     say(as_markdown(save_figures(folder / "figures.json", rows, columns=known, note=note)))
-    metrics = {**flat(rows), **environment(options)}
+    metrics = {**flat({name: averaged(values) for name, values in found.items()}), **environment(options)}
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     return metrics
 

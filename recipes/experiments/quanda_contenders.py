@@ -80,5 +80,13 @@ CONTENDERS: dict[str, Callable[[Problem, Path], Explainer]] = {
     "random": lambda problem, folder: RandomExplainer(problem.model, problem.train),
 }
 """Explainers by name, made for a problem; a folder holds what captum writes."""
+TITLES = {
+    "forward_inf_and_margins": "Forward-INF, losses and margins",
+    "captum_similarity": "captum, similarity of hidden states",
+    "captum_tracin": "captum, TracInCP",
+    "captum_tracin_last_layer": "captum, TracInCP of the last layer",
+    "captum_arnoldi": "captum, Arnoldi influence functions",
+}
+"""Titles in tables."""
 WITHOUT_SELF_INFLUENCE = ("captum_similarity", "forward_inf_and_margins")
 """An example's similarity to itself is always the highest; a mean of attributors has no self-influence."""

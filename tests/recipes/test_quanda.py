@@ -83,5 +83,5 @@ def test_the_recipe_judges_every_explainer_by_every_metric(tmp_path, monkeypatch
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert {*figures["columns"]} == {*module.COLUMNS}
     assert {*figures["rows"]["forward_inf"]} >= {*module.COLUMNS, "lds_se"}
-    assert "mislabelling" not in figures["rows"]["captum_similarity"]
+    assert "mislabelling" not in figures["rows"]["captum, similarity of hidden states"]
     assert all(np.isfinite(value) for row in figures["rows"].values() for value in row.values())
