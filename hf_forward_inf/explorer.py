@@ -1,7 +1,7 @@
 """An explorer of results in the browser, by gradio: pick a query or type one, compare attributors, filter rows."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from html import escape
 from importlib.metadata import version
@@ -14,8 +14,9 @@ from datasets import Dataset
 from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.forward_inf import ForwardInf
 from hf_forward_inf.report import as_card
+from hf_forward_inf.report.summary import readable
+from hf_forward_inf.report.texts import plain, shortened
 from hf_forward_inf.scores.levels import Level
-from hf_forward_inf.utils.rows import fill_in, text_and_target, text_columns
 
 LEVELS = get_args(Level)
 SHOWN, MOST = 10, 100
@@ -67,7 +68,7 @@ def narrowed(found: Attribution, query: int, words: str = "", levels: Sequence[s
     one = found.select([query]).keep(min(MOST, found.scores.shape[1]))
     assert one.indices is not None
     top = one.top(0, MOST)
-    texts = [_text(row).lower() for row in _without_pictures(top)]
+    texts = [plain(readable(top, place)).lower() for place in range(len(top))]
     ranked = top["level"][:] if "level" in top.column_names else [None] * len(top)
     fits = [
         all(word in text for word in words.lower().split()) and (level is None or level in levels)
@@ -85,21 +86,9 @@ def card(found: Attribution, query: int, words: str = "", levels: Sequence[str] 
     return as_card(one, 1, k) if one.indices.shape[1] else f"<p>{escape(found.verdict(query))}</p>{NO_ROW}"
 
 
-def _text(row: Mapping[str, Any]) -> str:
-    columns = text_columns(row)
-    return fill_in(*text_and_target(row, columns)) if columns else ""
-
-
-def _without_pictures(rows: Dataset) -> Dataset:
-    """Return rows without pictures, which are expensive to decode, unless they have nothing else."""
-    pictures = [name for name in ("image", "images") if name in rows.column_names and len(rows.column_names) > 1]
-    return rows.remove_columns(pictures)
-
-
 def labels_of(queries: Dataset) -> list[str]:
     """Return a line for each query: its number and its text."""
-    texts = (" ".join(_text(row).split()) for row in _without_pictures(queries))
-    return [f"{i + 1}. {text[:LABEL]}{'…' if len(text) > LABEL else ''}" for i, text in enumerate(texts)]
+    return [f"{i + 1}. {shortened(plain(readable(queries, i)), LABEL)}" for i in range(len(queries))]
 
 
 def explorer(folder: str | Path, tracer: ForwardInf | None = None, candidates: Any = None) -> Any:

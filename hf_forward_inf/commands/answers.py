@@ -8,8 +8,10 @@ from typing import Any
 from datasets import ClassLabel, Dataset, Image
 
 from hf_forward_inf.attribution import Attribution
+from hf_forward_inf.report.rows import named
+from hf_forward_inf.report.summary import readable
+from hf_forward_inf.report.texts import BLANK, answer, is_language, plain, question, shortened
 from hf_forward_inf.utils.processes import process_state
-from hf_forward_inf.utils.rows import SENTINEL, fill_in, text_and_target, text_columns, without_sentinels
 
 BEST = 3
 """Candidates shown of each query."""
@@ -49,21 +51,16 @@ def _answer(
     found: Attribution, i: int, query: Mapping[str, Any], details: Mapping[tuple[int, int], Any], k: int
 ) -> dict[str, Any]:
     classes = next((one for one in found.candidates.features.values() if isinstance(one, ClassLabel)), None)
-    asked, said = _input_and_output(query, found.queries, classes)
+    asked, said = _asked_and_said(query, found.queries, classes)
     best = []
     top = found.top(i, k)
     for row in _with_file_names(top):
-        text = _joined(*_input_and_output(row, top, classes))
+        text = _joined(*_asked_and_said(row, top, classes), row)
         detail: Mapping[str, Any] = details.get((i, row["candidate"])) or {}
         matters = _hottest(detail, text) if "term_scores" in detail else _shared(text, f"{asked} {said}")
         own = {name: row[name] for name in KNOWN if name in row}
         best.append(own | {"text": text, "matters": matters})
     return {"query": i, "asked": asked, "said": said, "verdict": found.verdict(i), "best": best}
-
-
-def _joined(text: str, target: str) -> str:
-    """Return input and output as one text: in its place, or after an arrow."""
-    return fill_in(text, target) if SENTINEL.search(text) or not (text and target) else f"{text} → {target.strip()}"
 
 
 def _with_file_names(rows: Dataset) -> list[dict[str, Any]]:
@@ -72,26 +69,26 @@ def _with_file_names(rows: Dataset) -> list[dict[str, Any]]:
     if isinstance(rows.features.get(IMAGE), Image):
         files = rows.select_columns([IMAGE]).cast_column(IMAGE, Image(decode=False))
         names = [Path((row[IMAGE] or {}).get("path") or "").name for row in files]
-    plain = rows.remove_columns([name for name in (IMAGE, "images") if name in rows.column_names])
-    texts: list[dict[str, Any]] = plain.to_list() if plain.column_names else [{} for _ in names]
-    return [{**row, FILE: file} for row, file in zip(texts, names, strict=True)]
+    return [{**readable(rows, i), FILE: file} for i, file in enumerate(names)]
 
 
-def _input_and_output(row: Mapping[str, Any], rows: Dataset, classes: ClassLabel | None) -> tuple[str, str]:
-    """Return a row's input and output as texts: a picture by its file, a class by its name."""
-    columns = text_columns(row)
-    label = next((name for name in ("label", "labels") if not isinstance(row.get(name, []), list)), None)
-    if columns is not None and (label is None or len(columns) > 1):
-        text, target = text_and_target(row, columns)
-        text = f"{row[FILE]} {text}".strip()
-        return (text, without_sentinels(target)) if SENTINEL.search(text) is None else (text, target)
-    text = f"{row[FILE]} {text_and_target(row, columns)[0] if columns else ''}".strip()
-    if label is None:
-        return text, ""
-    own = rows.features[label]
-    feature = own if isinstance(own, ClassLabel) else classes
-    named = feature is not None and isinstance(row[label], int) and 0 <= row[label] < feature.num_classes
-    return text, feature.int2str(row[label]) if named and feature else str(row[label])
+def _asked_and_said(row: Mapping[str, Any], rows: Dataset, classes: ClassLabel | None) -> tuple[str, str]:
+    """Return what a row asks and what the model says to it: of a picture its file, of a class its name."""
+    file, own = row[FILE], {name: value for name, value in row.items() if name != FILE}
+    label = next((name for name in ("label", "labels") if name in own), None)
+    if label is None or is_language(own):
+        asked, said = question(own), answer(own)
+    else:
+        kind = rows.features[label] if isinstance(rows.features[label], ClassLabel) else classes
+        asked, said = plain(own), named(own, {label: kind}, label)
+    return f"{file} {asked}".strip(), said
+
+
+def _joined(asked: str, said: str, row: Mapping[str, Any]) -> str:
+    """Return both as one text: what is said in its place, or after an arrow."""
+    if BLANK in asked:
+        return plain(row)
+    return f"{asked} → {said.strip()}" if asked and said else asked or said
 
 
 def _hottest(detail: Mapping[str, Any], text: str) -> list[str]:
@@ -131,37 +128,35 @@ def show(shown: Sequence[Mapping[str, Any]], page: str) -> None:
     if not console.is_terminal:
         console = Console(highlight=False, width=WIDTH)
     with console.capture() as printed:
-        for answer in shown[:QUERIES]:
-            _print(console, answer)
+        for one in shown[:QUERIES]:
+            _print(console, one)
         if len(shown) > QUERIES:
             console.print(f"\n... and {len(shown) - QUERIES} more queries.")
         console.print(f"\nThe page: {page}", soft_wrap=True)
     print("\n".join(line.rstrip() for line in printed.get().splitlines()), flush=True)
 
 
-def _print(console: Any, answer: Mapping[str, Any]) -> None:
+def _print(console: Any, shown: Mapping[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    title = Text(f"\n{answer['query'] + 1}. ", style="bold")
-    title.append(_cut(fill_blanks(answer["asked"]), LONGEST), style="not bold")
+    title = Text(f"\n{shown['query'] + 1}. ", style="bold")
+    title.append(shortened(shown["asked"], LONGEST), style="not bold")
     console.print(title)
-    if answer["said"]:
-        console.print(
-            Text("   → ").append(_cut(_line(without_sentinels(answer["said"])), LONGEST), style="bold green")
-        )
-    console.print(Text(f"   {answer['verdict']}", style="italic"))
+    if shown["said"]:
+        console.print(Text("   → ").append(shortened(shown["said"], LONGEST), style="bold green"))
+    console.print(Text(f"   {shown['verdict']}", style="italic"))
     table = Table(box=None, padding=(0, 1, 0, 1), header_style="dim")
-    leveled = any(row.get("level") for row in answer["best"])
+    leveled = any(row.get("level") for row in shown["best"])
     for name, width in (("rank", 4), ("score", 6), ("row", 6), *([("level", 6)] if leveled else [])):
         table.add_column(name, justify="right", min_width=width, no_wrap=True)
     table.add_column("training example", no_wrap=True, overflow="ellipsis")
     room = console.width - 36
-    for row in answer["best"]:
+    for row in shown["best"]:
         text = _marked(row["text"], row["matters"], room)
         level = [row.get("level") or ""] if leveled else []
         table.add_row(str(row["rank"]), f"{row['score']:.3g}", str(row["candidate"]), *level, text)
-    console.print(table if answer["best"] else "   No candidate has a score.")
+    console.print(table if shown["best"] else "   No candidate has a score.")
 
 
 def _marked(text: str, matters: Sequence[str], room: int) -> Any:
@@ -178,14 +173,5 @@ def _marked(text: str, matters: Sequence[str], room: int) -> Any:
     return marked
 
 
-def fill_blanks(text: str) -> str:
-    """Return an input with a blank in the place of each sentinel, in one line."""
-    return _line(SENTINEL.sub("____", text))
-
-
 def _line(text: str) -> str:
     return " ".join(text.split())
-
-
-def _cut(text: str, length: int) -> str:
-    return text if len(text) <= length else f"{text[: length - 1]}…"

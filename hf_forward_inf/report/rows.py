@@ -149,12 +149,12 @@ def rows_of(rows: Dataset) -> list[dict[str, Any]]:
     return [rows[i] for i in range(len(rows))]
 
 
-def named(row: Mapping[str, Any], features: Features, column: str) -> str:
+def named(row: Mapping[str, Any], features: Mapping[str, Any], column: str) -> str:
     """Return a row's class by its name, or what else its column holds; an empty text for nothing."""
     value, kind = row.get(column), features.get(column)
     if value is None:
         return ""
-    if isinstance(kind, ClassLabel) and isinstance(value, int) and value >= 0:
+    if isinstance(kind, ClassLabel) and isinstance(value, int) and 0 <= value < (kind.num_classes or 0):
         return str(kind.int2str(value))
     return shortened(str(value), 60)
 

@@ -20,8 +20,8 @@ TEMPLATE = re.compile(
     r"<\|[a-zA-Z_]+\|>|</?s>|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>|\[/?INST\]|\[(?:CLS|SEP|PAD|BOS|EOS)\]"
 )
 """Tokens of templates."""
-
-
+BLANK = "____"
+"""What is shown in the place of what the model says."""
 FIELDS = (
     "sentence", "sentence1", "sentence2", "premise", "hypothesis", "question", "question1", "question2", "passage",
     "text", "text_pair", "text1", "text2", "document", "content", "title", "prompt", "input", "output",
@@ -162,6 +162,17 @@ def plain(row: Mapping[str, Any], columns: tuple[str, ...] | None = None) -> str
     if said:
         return "\n".join(turn.text for turn in said if turn.role != "system")
     return TEMPLATE.sub("", "".join(piece.text for piece in pieces(row, columns))).strip()
+
+
+def question(row: Mapping[str, Any], columns: tuple[str, ...] | None = None) -> str:
+    """Return a row's text without what the model says, or with a blank in its place; all of a row that is one text."""
+    said = None if columns else turns(row)
+    if said:
+        last = max((i for i, turn in enumerate(said) if turn.answer), default=len(said))
+        return "\n".join(turn.text for i, turn in enumerate(said) if turn.role != "system" and i != last)
+    known = columns or text_columns(row)
+    text = text_and_target(row, known)[0] if known else plain(row)
+    return TEMPLATE.sub("", SENTINEL.sub(BLANK, text)).strip()
 
 
 def answer(row: Mapping[str, Any], columns: tuple[str, ...] | None = None) -> str:

@@ -94,3 +94,14 @@ def test_a_picture_is_named_by_its_file_and_its_class(tmp_path, capsys):
     (answer,) = answers(Attribution(np.array([[2.0, 1.0]], dtype=np.float32), queries, rows))
     assert (answer["asked"], answer["said"]) == ("dogs.png", "cats")
     assert [row["text"] for row in answer["best"]] == ["cats.png → cats", "dogs.png → dogs"]
+
+
+def test_a_pair_of_texts_is_shown_with_its_class_and_a_class_without_a_name_by_its_number():
+    features = Features(
+        {"sentence1": Value("string"), "sentence2": Value("string"), "label": ClassLabel(names=["no"])}
+    )
+    rows = Dataset.from_dict({"sentence1": ["One."], "sentence2": ["Two."], "label": [0]}, features=features)
+    query = Dataset.from_dict({"sentence1": ["Three."], "sentence2": ["Four."], "label": [7]})
+    (answer,) = answers(Attribution(np.ones((1, 1), dtype=np.float32), query, rows))
+    assert (answer["asked"], answer["said"]) == ("Three.\nFour.", "7")
+    assert answer["best"][0]["text"] == "One.\nTwo. → no"

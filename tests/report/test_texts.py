@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from hf_forward_inf.report.texts import answer, is_language, pieces, plain, shortened, turns
+from hf_forward_inf.report.texts import answer, is_language, pieces, plain, question, shortened, turns
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
 
@@ -26,7 +26,17 @@ def test_conversations_are_read_in_every_form(row):
     assert [(turn.role, turn.text, turn.answer) for turn in turns(row)] == [
         ("user", "Hi", False), ("assistant", "Hello.", True),
     ]  # fmt: skip
-    assert answer(row) == "Hello." and plain(row) == "Hi\nHello."
+    assert (question(row), answer(row), plain(row)) == ("Hi", "Hello.", "Hi\nHello.")
+
+
+def test_a_question_has_a_blank_where_the_model_speaks():
+    fact = {"inputs_pretokenized": "<extra_id_0> is in <extra_id_1>.", "targets_pretokenized": "<extra_id_0> Lima"}
+    assert question(fact) == "____ is in ____."
+    assert question({"prompt": "<s>Capital of Peru?", "completion": " Lima"}) == "Capital of Peru?"
+    assert question({"text": "All of it"}) == "All of it"
+    assert question({"sentence1": "One.", "sentence2": "Two.", "label": 1}) == "One.\nTwo."
+    asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    assert question({"messages": asked}) == "Hi"
 
 
 def test_a_system_prompt_is_no_part_of_the_plain_text_and_tool_calls_are_shown():
