@@ -152,14 +152,13 @@ class Scorer:
         with evaluating(self.adapter.model), np.errstate(invalid="ignore"):
             loss = loss or self.candidate_pass(candidates, scratch, first_row)
             models = models or self.models_of(queries, candidates, loss)
-            base = loss.base()  # L(theta, D_i)
             # K steps of gradient ascent on the loss of each D_tst: theta -> theta_K.
             for rows, theta_k in models():
                 symmetric = self.ascent.mode == "symmetric"
                 with counting(rows.stop - rows.start, parts=1 + symmetric):
-                    scores[rows] = loss(theta_k) - base  # L(theta_K, D_i) - L(theta, D_i)
+                    scores[rows] = loss(theta_k) - loss.base()  # L(theta_K, D_i) - L(theta, D_i)
                     if symmetric:  # as far to the other side, which cancels even terms
-                        scores[rows] = (scores[rows] - (loss(Mirrored(theta_k)) - base)) / 2
+                        scores[rows] = (scores[rows] - (loss(Mirrored(theta_k)) - loss.base())) / 2
         return self.finished(scores, loss.terms)
 
     def finished(self, rises: np.ndarray, terms: np.ndarray) -> np.ndarray:

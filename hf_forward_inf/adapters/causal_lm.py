@@ -177,7 +177,9 @@ class CausalLMAdapter(LanguageAdapter):
         columns = self.columns_in(rows)
         if how := self.rows.how_read(columns):
             self.say_once(how)
-        return read_rows({name: rows[name] for name in columns}, self._features, self.blank)
+        read = {name: rows[name] for name in columns}
+        with self.rows.tokenized(each_row(read)):
+            return read_rows(read, self._features, self.blank)
 
     def _features(self, row: dict[str, Any]) -> dict[str, Any]:
         return self._cut(*self._tokens(row))

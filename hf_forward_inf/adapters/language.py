@@ -4,7 +4,7 @@ import copy
 import json
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, pairwise
 from typing import Any, ClassVar
@@ -166,9 +166,11 @@ class LanguageAdapter(Adapter):
                 raise ValueError(f"Queries row {number} can't be answered: {reason}.") from reason
         return asked
 
-    def check_vocabulary(self, ids: Iterable[int]) -> None:
+    def check_vocabulary(self, ids: Sequence[int]) -> None:
         """Refuse tokens that the model has no embedding for."""
         size = embeddings(self.model)
+        if not ids or (min(ids) >= 0 and max(ids) < size):
+            return
         beyond = next((token for token in ids if not 0 <= token < size), None)
         if beyond is not None:
             raise UnreadableRow(

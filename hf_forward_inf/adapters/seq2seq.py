@@ -1,6 +1,6 @@
 """Encoder-decoder language models: mT5, T5, BART, NLLB and their kin."""
 
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import suppress
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -41,6 +41,7 @@ from hf_forward_inf.adapters.language import (
     tokenizer_state,
 )
 from hf_forward_inf.adapters.naming import lone_question, pair_of
+from hf_forward_inf.adapters.tokens import Tokens
 from hf_forward_inf.utils.fingerprints import fingerprint
 from hf_forward_inf.utils.models import evaluating, peft_parameters, to_device, uncompiled
 
@@ -98,6 +99,7 @@ class Seq2SeqAdapter(LanguageAdapter):
                 "model. Write one (hf_forward_inf.adapters.Adapter)."
             )
         check_tokenizer(model, tokenizer)
+        self.inputs, self.targets = Tokens(tokenizer), Tokens(tokenizer, "text_target")
         self.columns = (input_column, target_column)
         self.max_length = max_length or longest_input(self.model.config, tokenizer, "encoder")
         self.max_target_length = max_length or longest_input(self.model.config, tokenizer, "decoder")
@@ -169,7 +171,13 @@ class Seq2SeqAdapter(LanguageAdapter):
         *_, source, target = columns = self.columns_in(rows)
         if source not in (self.columns[0], INPUT_IDS, "attention_mask"):
             self.say_once(f"`{source}` is read as the model's input, `{target}` as its target.")
-        return read_rows({name: rows[name] for name in columns}, self._features, self.blank)
+        read = {name: rows[name] for name in columns}
+        plain = source not in (INPUT_IDS, "attention_mask")
+        with (
+            self.inputs.together(_texts(read[source]) if plain else ()),
+            self.targets.together(_texts(read[target]) if plain else ()),
+        ):
+            return read_rows(read, self._features, self.blank)
 
     def _check_padding(self) -> None:
         if self.batches is None:
@@ -213,9 +221,7 @@ class Seq2SeqAdapter(LanguageAdapter):
     def _tokens(self, text: Any, column: str, is_target: bool = False) -> list[int]:
         if text is not None and not isinstance(text, str):
             raise UnreadableRow(f"`{column}` holds {type(text).__name__} where a text must be")
-        # verbose=False: transformers' own warning counts no rows; ours does, once.
-        made = self.tokenizer(**{"text_target" if is_target else "text": text or ""}, verbose=False)
-        return list(made["input_ids"])
+        return (self.targets if is_target else self.inputs)(text or "")
 
     def _shifted(self, labels: list[int]) -> list[int]:
         """Return what the decoder reads to predict labels: as the model itself does, or begun by its start token."""
@@ -397,6 +403,11 @@ def _beyond(tokens: list[int], limit: int | None) -> bool:
 
 def _cut(tokens: list[int], limit: int | None) -> list[int]:
     return tokens if limit is None or len(tokens) <= limit else [*tokens[: limit - 1], tokens[-1]]
+
+
+def _texts(values: Iterable[Any]) -> Iterator[str]:
+    """Yield the texts among a column's values."""
+    return (value or "" for value in values if value is None or isinstance(value, str))
 
 
 def _without_padding(labels: list[int]) -> list[int]:

@@ -1,6 +1,7 @@
 """Rows of a causal language model: their tokens, those that count, and where an answer belongs."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -21,6 +22,7 @@ from hf_forward_inf.adapters.columns import (
     refuse_pictures,
 )
 from hf_forward_inf.adapters.generation import answer_text
+from hf_forward_inf.adapters.tokens import Tokens
 
 ANSWERERS = ("user", "tool")
 """Whose turns the assistant answers."""
@@ -36,7 +38,7 @@ class TextRows:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, names: tuple[str, str, str, str], turns: Turns = "all"):
-        self.tokenizer = tokenizer
+        self.tokenizer, self.tokens = tokenizer, Tokens(tokenizer)
         self.names = names
         self.text, self.prompt, self.completion, self.messages = names
         self.turns: Turns = turns
@@ -102,15 +104,37 @@ class TextRows:
             after = [{"role": "assistant", "content": after}]
         return as_messages(row[self.prompt], self.prompt), as_messages(after, self.completion)
 
-    def _text_row(self, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
-        last = self.text if self.text in row and self.completion not in row else self.completion
-        prompt, text = (_text(row, name) for name in (self.prompt, last))
+    def tokenized(self, rows: Sequence[Mapping[str, Any]]) -> AbstractContextManager[None]:
+        """Tokenize what rows of plain texts hold at once, for the length of a `with` in which they are read."""
+        return self.tokens.together(self._texts(rows))
+
+    def _texts(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+        """Yield the texts of rows, each whole, and their prompts; nothing of conversations and generated answers."""
+        names = set(rows[0]) if rows else set()
+        if names & {INPUT_IDS, OUTPUT_IDS, self.messages} or not names & {self.text, self.completion}:
+            return
+        for row in rows:
+            prompt, text = (row.get(name) or "" for name in (self.prompt, self._last(row)))
+            if isinstance(prompt, str) and isinstance(text, str):
+                yield self._whole(prompt, text)
+                if prompt:
+                    yield prompt
+
+    def _last(self, row: Mapping[str, Any]) -> str:
+        return self.text if self.text in row and self.completion not in row else self.completion
+
+    def _whole(self, prompt: str, text: str) -> str:
         if not text.strip():
-            ids = self._tokens(prompt + text)
+            return prompt + text
+        return prompt + text + ("" if text.endswith(self.tokenizer.eos_token or "") else self.end)
+
+    def _text_row(self, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+        prompt, text = (_text(row, name) for name in (self.prompt, self._last(row)))
+        ids = self.tokens(self._whole(prompt, text))
+        if not text.strip():
             return ids, [IGNORED] * len(ids)
-        ids = self._tokens(prompt + text + ("" if text.endswith(self.tokenizer.eos_token or "") else self.end))
         # A token that grew over the end of the prompt belongs to the completion.
-        start = common(self._tokens(prompt), ids) if prompt else 0
+        start = common(self.tokens(prompt), ids) if prompt else 0
         return ids, [IGNORED] * start + ids[start:]
 
     def _generated(self, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
@@ -131,13 +155,9 @@ class TextRows:
             return self._chat(row).tokenize(messages if open_ else messages[:-1], asks=True)
         if isinstance(row[self.prompt], list):
             return self._chat(row).tokenize(as_messages(row[self.prompt], self.prompt), asks=True)
-        ids = self._tokens(_text(row, self.prompt))
+        ids = self.tokens(_text(row, self.prompt))
         # A tokenizer that ends every text: an answer begins before that.
         return ids[:-1] if not self.end and ids[-1:] == [self.tokenizer.eos_token_id] else ids
-
-    def _tokens(self, text: str) -> list[int]:
-        # verbose=False: our own warning counts the long rows, once.
-        return list(self.tokenizer(text, verbose=False)["input_ids"])
 
     def asked_tokens(self, row: Mapping[str, Any]) -> list[int] | None:
         """Return the tokens of what a row asks, `None` where it has its answer."""

@@ -21,6 +21,8 @@ class LossPass(CandidatePass):
     """Part of the cache key: separates what subclasses compute from plain losses."""
     states: SharedStates | None = None
     """Where batches begin from stored states, once it is set."""
+    has_base = True
+    """Whether what is measured under theta itself takes a pass."""
     _base: np.ndarray | None = None
 
     def base(self) -> np.ndarray:
@@ -40,6 +42,8 @@ class LossPass(CandidatePass):
     def __call__(self, perturbed: PerturbedModels, title: str = "losses") -> np.ndarray:
         """Compute every candidate's loss under each perturbed model, L(theta_K, D_i).
 
+        Where nothing is stored, the first call computes base losses as well: what no query changes runs once for all.
+
         Args:
             perturbed (`PerturbedModels`): The models of a block of queries.
             title (`str`, defaults to `"losses"`): Title of the progress bar.
@@ -47,11 +51,18 @@ class LossPass(CandidatePass):
         Returns:
             `np.ndarray`: float32 `[queries, candidates]`, NaN for a query that cannot move the model.
         """
+        with_base = self.has_base and self._base is None and self._folder() is None
+        if not with_base:
+            self.base()  # first: its rows are compared before what is stored is trusted
 
         def work(batch: Batch) -> np.ndarray:
-            return self._losses(batch, perturbed.thetas)
+            return self._losses(batch, [{}, *perturbed.thetas] if with_base else perturbed.thetas)
 
-        return self.run(work, len(perturbed), self.kind + perturbed.fingerprint, title, self._collate)
+        columns = len(perturbed) + with_base
+        found = self.run(work, columns, self.kind + perturbed.fingerprint, title, self._collate)
+        if with_base:
+            self._base, found = found[0], found[1:]
+        return found
 
     @torch.no_grad()
     def _losses(self, batch: Batch, thetas: Sequence[Parameters | None]) -> np.ndarray:
@@ -76,6 +87,7 @@ class ShiftPass(LossPass):
     """Computes the distance of each candidate's outputs from those under theta, in place of its loss."""
 
     kind = "shift"
+    has_base = False
 
     def base(self) -> np.ndarray:
         """Return zeros, `[candidates]`: the distance under theta itself."""

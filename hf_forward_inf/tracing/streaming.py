@@ -217,6 +217,7 @@ def _scored(tracer: Scorer, queries: Dataset, models: Blocks, rows: Dataset, sta
     with progress_bars(False), uncached() if state.num_processes == 1 else nullcontext():
         try:
             loss = tracer.candidate_pass(rows, scratch, start)
+            loss.cached = False  # several processes share the encoded rows alone
             scores = tracer.in_units(tracer.score(queries, rows, scratch, start, loss, models), loss, start)
         except ValueError as error:
             raise ValueError(f"Rows {start} to {start + len(rows) - 1} of the stream: {error}") from error

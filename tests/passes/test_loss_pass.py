@@ -1,9 +1,12 @@
+import numpy as np
 import pytest
 import torch
 
 from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf.adapters import Seq2SeqAdapter
 from hf_forward_inf.passes.loss_pass import LossPass
+from hf_forward_inf.utils.fingerprints import uncached
+from hf_forward_inf.utils.models import evaluating
 from tests.helpers.line import points
 
 
@@ -44,8 +47,19 @@ def test_the_encoder_runs_once_for_all_queries_of_a_block(model, tokenizer, quer
     tracer = ForwardInf(model, tokenizer, ascent=AscentConfig(direction="cg", sample=10))
     tried(tracer.adapter)
     tracer.trace(queries, candidates)
-    # Ascents, the sample, base losses, one block of queries.
-    assert sum(encoder_calls) == len(queries) + 10 + 2 * len(candidates)
+    # Ascents, the sample, one block of queries, whose batches give base losses too where nothing is cached.
+    assert sum(encoder_calls) == len(queries) + 10 + len(candidates)
+
+
+def test_base_losses_of_the_first_block_are_those_of_a_pass_of_their_own(model, tokenizer, queries, candidates):
+    alone, together = (LossPass(Seq2SeqAdapter(model, tokenizer), candidates) for _ in range(2))
+    tracer = ForwardInf(model, tokenizer, ascent=AscentConfig(direction="gradient"))
+    ((_, models),) = tracer.models_of(queries, candidates)()
+    with evaluating(model):
+        alone.base()
+        with uncached():
+            np.testing.assert_array_equal(together(models), alone(models))
+            np.testing.assert_array_equal(together._base, alone.base())
 
 
 def test_the_encoder_runs_for_every_query_that_perturbs_it(model, tokenizer, queries, candidates, encoder_calls):
