@@ -199,11 +199,11 @@ class DiffusionAdapter(Adapter):
 
     def term_losses(self, forward: Forward, batch: Batch) -> Tensor:
         """Compute every latent pixel's squared error, averaged over channels, times and images, `[rows, pixels]`."""
-        predicted, target = self._predicted(forward, batch)
+        predicted, target = self.predicted(forward, batch)
         errors = (predicted - target).square().mean(dim=3).flatten(3)
         return torch.einsum("ritp,ri->rp", errors, batch["weights"]) / errors.shape[2]
 
-    def _predicted(self, forward: Forward, batch: Batch) -> tuple[Tensor, Tensor]:
+    def predicted(self, forward: Forward, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the denoiser's predictions and their targets, `[rows, images, times, channels, ...]`."""
         noise, shape = batch["noise"], batch["noise"].shape
         latents = batch["latents"][:, :, None].expand(shape).flatten(0, 2)
@@ -234,7 +234,7 @@ class DiffusionAdapter(Adapter):
         at = chosen.view(*chosen.shape, *[1] * (len(self.shape) + 1)).expand(-1, -1, 1, *self.shape)
         batch["noise"] = batch["noise"].gather(2, at)
         predicted, target = (
-            value.movedim(3, -1).reshape(-1, self.shape[0]) for value in self._predicted(forward, batch)
+            value.movedim(3, -1).reshape(-1, self.shape[0]) for value in self.predicted(forward, batch)
         )
         shares = batch["weights"].flatten().repeat_interleave(self.shape[1] * self.shape[2]) / self.shape[0]
         return predicted, lambda outputs: ((outputs - target).square().sum(1) * shares).sum()

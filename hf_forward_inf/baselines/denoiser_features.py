@@ -80,7 +80,8 @@ class DenoiserFeatures(ModelBaseline):
         finally:
             hook.remove()
         weights = batch["weights"]
-        features = seen[0].float().mean(dim=(2, 3)).view(*weights.shape, self.adapter.timesteps, -1).mean(dim=2)
+        features = seen[0].float()[..., None].flatten(2).mean(2)  # over positions, if there are any
+        features = features.view(*weights.shape, self.adapter.timesteps, -1).mean(2)
         # Images that only pad a row to the batch's size have weight 0.
         return torch.einsum("ric,ri->rc", features, weights).cpu().numpy()
 

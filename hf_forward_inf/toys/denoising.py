@@ -63,7 +63,7 @@ def _train(
 ) -> Tensors:
     model, noising = adapter.model, adapter.noising
     device = device_of(model)
-    data, blank = _stacked(encoded["tensors"][:], device), _without_caption(adapter, device)
+    data, blank = stacked(encoded["tensors"][:], device), without_caption(adapter, device)
     draw = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.05)
@@ -92,14 +92,14 @@ def _train(
     return dict(model.state_dict())
 
 
-def _stacked(rows: list[bytes], device: torch.device) -> dict[str, Tensor]:
+def stacked(rows: list[bytes], device: torch.device) -> dict[str, Tensor]:
     """Return the tensors of encoded rows, stacked; the first image of each, without rows that can't be read."""
     tensors = [load(row) for row in rows]
     tensors = [row | {"latents": row["latents"][0]} for row in tensors if row["latents"].isfinite().all()]
     return {name: torch.stack([row[name] for row in tensors]).to(device) for name in tensors[0] if name != "keys"}
 
 
-def _without_caption(adapter: DiffusionAdapter, device: torch.device) -> dict[str, Tensor]:
+def without_caption(adapter: DiffusionAdapter, device: torch.device) -> dict[str, Tensor]:
     """Return the denoiser's inputs for an empty caption."""
     if len(adapter.columns) == 1:
         return {}

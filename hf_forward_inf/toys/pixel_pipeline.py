@@ -1,5 +1,6 @@
 """A diffusers pipeline that draws small pictures from captions in pixel space, and is trained in minutes."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -116,9 +117,7 @@ class PixelPipeline(DiffusionPipeline):
 
 
 def tiny_pipeline(captions: list[str], size: int, channels: int, width: int, seed: int) -> PixelPipeline:
-    """Return an untrained pipeline for pictures of `size` x `size` pixels.
-
-    The text encoder is never trained: random features suffice to distinguish a few hundred words.
+    """Return an untrained pipeline for pictures of `size` x `size` pixels, around a UNet; see [`pipeline_of`].
 
     Args:
         captions (`list[str]`): Captions that the tokenizer is trained on.
@@ -133,6 +132,23 @@ def tiny_pipeline(captions: list[str], size: int, channels: int, width: int, see
     fold = size // GRID
     if not fold or size % GRID:
         raise ValueError(f"size={size} must be a multiple of {GRID}.")
+
+    def unet() -> Any:
+        return FoldedUNet(size, channels, fold, width) if fold > 1 else _unet(size, channels, width)
+
+    return pipeline_of(unet, captions, seed)
+
+
+def pipeline_of(make: Callable[[], nn.Module], captions: list[str], seed: int) -> PixelPipeline:
+    """Return an untrained pipeline around a denoiser of pixels.
+
+    The text encoder is never trained: random features suffice to distinguish a few hundred words.
+
+    Args:
+        make (`Callable`): Returns the denoiser; its weights are drawn from torch's generator.
+        captions (`list[str]`): Captions that the tokenizer is trained on.
+        seed (`int`): Seed of the weights.
+    """
     tokenizer = train_tokenizer(captions, 4096)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -140,12 +156,12 @@ def tiny_pipeline(captions: list[str], size: int, channels: int, width: int, see
             vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=1,
             num_attention_heads=2, max_position_embeddings=TOKENS, pad_token_id=0, bos_token_id=0, eos_token_id=1,
         )  # fmt: skip
-        unet = FoldedUNet(size, channels, fold, width) if fold > 1 else _unet(size, channels, width)
-        # With fewer channels than folded pixels the UNet can't represent noise, but it can represent pictures.
+        denoiser = make()
+        # With fewer channels than folded pixels a denoiser can't represent noise, but it can represent pictures.
         scheduler = DDIMScheduler(
             beta_schedule="squaredcos_cap_v2", prediction_type="sample", timestep_spacing="trailing"
         )
-        return PixelPipeline(unet.eval(), scheduler, CLIPTextModel(text).eval(), tokenizer)
+        return PixelPipeline(denoiser.eval(), scheduler, CLIPTextModel(text).eval(), tokenizer)
 
 
 def _unet(size: int, channels: int, width: int) -> Any:

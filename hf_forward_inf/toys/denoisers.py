@@ -1,0 +1,192 @@
+"""Many small denoisers that are trained at once, each on some of the pictures: the truth about what a picture did."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.func import stack_module_state, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hf_forward_inf.adapters import DiffusionAdapter
+from hf_forward_inf.adapters.base import Batch
+from hf_forward_inf.adapters.diffusion_inputs import as_arguments
+from hf_forward_inf.ascent.parameters import call
+from hf_forward_inf.passes.candidate_pass import encode
+from hf_forward_inf.toys.denoising import stacked, without_caption
+from hf_forward_inf.utils.fingerprints import fingerprint
+from hf_forward_inf.utils.processes import process_state
+from hf_forward_inf.utils.storage import Tensors, cached_tensors, default_cache_dir
+
+IMAGES_AT_ONCE = 512
+"""Noisy pictures of the queries that each of the denoisers reads at once."""
+
+
+@dataclass(frozen=True)
+class StackedDenoisers:
+    """Trains denoisers with stacked parameters, and measures the losses of some queries.
+
+    Small networks take most of their time between operations; twenty together take two to three times less.
+
+    All denoisers of one seed begin with the same weights, and see the same timesteps, noise and, as far as their
+    subsets have them, pictures in the same order: their losses differ by the subset more than by chance.
+
+    Args:
+        adapter (`DiffusionAdapter`): Adapter of a pipeline with such a denoiser, which encodes the pictures.
+        untrained (`Callable`): Returns an untrained denoiser; its weights are drawn from torch's generator.
+        rows (`datasets.Dataset`): Pictures that are trained on.
+        queries (`datasets.Dataset`): Pictures whose losses are measured.
+        steps (`int`, defaults to 500): Steps of AdamW, with a one-cycle schedule.
+        rate (`float`, defaults to 2e-3): Peak learning rate.
+        batch_size (`int`, defaults to 32): Pictures in a training step.
+        unprompted (`float`, defaults to 0.1): Share of pictures trained on without caption.
+        timesteps (`int`, defaults to 64): Timesteps of a query's loss, each with its own noise, the same for all
+            denoisers.
+    """
+
+    adapter: DiffusionAdapter
+    untrained: Callable[[], nn.Module]
+    rows: Dataset
+    queries: Dataset
+    steps: int = 500
+    rate: float = 2e-3
+    batch_size: int = 32
+    unprompted: float = 0.1
+    timesteps: int = 64
+
+    @property
+    def key(self) -> str:
+        """Everything that outcomes depend on, besides subsets and seeds."""
+        queries = encode(self._finer, self.queries, "queries")["tensors"][:]
+        return fingerprint(self._training_key, self._finer.cache_key, queries)
+
+    @property
+    def _training_key(self) -> str:
+        rows = encode(self.adapter, self.rows, "candidates")["tensors"][:]
+        recipe = (self.steps, self.rate, self.batch_size, self.unprompted)
+        return fingerprint(save(self._untrained(0).state_dict()), self.adapter.noising.cache_key, rows, recipe)
+
+    @property
+    def _finer(self) -> DiffusionAdapter:
+        return DiffusionAdapter(self.adapter.pipe, timesteps=self.timesteps, seed=self.adapter.seed + 1)
+
+    def __call__(self, subsets: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+        """Train a denoiser on each subset, and return the queries' losses, float32 `[models, queries]`."""
+        return self.losses(self.trained(subsets, seeds)).numpy()
+
+    def explained(self, seed: int, cache_dir: Path | None = None) -> DiffusionAdapter:
+        """Return the adapter of a denoiser trained on all pictures; its weights are cached."""
+
+        def weights() -> Tensors:
+            everyone = np.ones((1, len(self.rows)), dtype=bool)
+            return {name: value[0] for name, value in self.trained(everyone, np.array([seed])).items()}
+
+        file = f"{fingerprint(self._training_key, seed)}.safetensors"
+        with process_state().main_process_first():
+            found = cached_tensors((cache_dir or default_cache_dir()) / "models" / file, weights)
+        model = self._untrained(seed)
+        model.load_state_dict(found)
+        return self.adapter.with_model(model.eval())
+
+    def trained(self, subsets: np.ndarray, seeds: np.ndarray) -> Tensors:
+        """Return the trained parameters of all denoisers, stacked."""
+        networks = [self._untrained(seed) for seed in seeds.tolist()]
+        parameters, _ = stack_module_state(networks)
+        optimizer = torch.optim.AdamW(parameters.values(), lr=self.rate, weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.rate, total_steps=self.steps, pct_start=0.05)
+
+        def loss(theta: Tensors, given: dict[str, Any], target: Tensor) -> Tensor:
+            return (call(networks[0], theta, **as_arguments(given)).sample - target).square().mean()
+
+        for given, target in self._batches(subsets, seeds):
+            optimizer.zero_grad()
+            with _without_fused_attention():
+                vmap(loss)(parameters, given, target).sum().backward()
+            _clip(parameters)
+            optimizer.step()
+            schedule.step()
+        return {name: value.detach() for name, value in parameters.items()}
+
+    @torch.no_grad()
+    def losses(self, parameters: Tensors) -> Tensor:
+        """Return the queries' losses under stacked parameters, `[models, queries]`."""
+        finer = self._finer
+        encoded = encode(finer, self.queries, "queries")
+        model, found = self._untrained(0), []
+        step = max(1, IMAGES_AT_ONCE // self.timesteps)
+        for start in range(0, len(encoded), step):
+            batch: Batch = finer.collate(encoded[start : start + step])
+
+            def loss(theta: Tensors, batch: Batch = batch) -> Tensor:
+                return finer.loss(partial(call, model, theta), batch)
+
+            with _without_fused_attention():
+                found.append(vmap(loss)(parameters))
+        return torch.cat(found, dim=1)
+
+    def _untrained(self, seed: int) -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return self.untrained()
+
+    def _batches(self, subsets: np.ndarray, seeds: np.ndarray) -> Iterator[tuple[dict[str, Any], Tensor]]:
+        """Yield each step's inputs of the denoisers and their targets, `[models, batch, ...]`."""
+        noising, model = self.adapter.noising, self.adapter.model
+        data = stacked(encode(self.adapter, self.rows, "candidates")["tensors"][:], next(model.parameters()).device)
+        blank = without_caption(self.adapter, data["latents"].device)
+        members = [torch.from_numpy(np.flatnonzero(subset)) for subset in subsets]
+        inside = torch.from_numpy(subsets)
+        draws = {seed: torch.Generator().manual_seed(seed) for seed in dict.fromkeys(seeds.tolist())}
+        size = self.batch_size
+        for _ in range(self.steps):
+            drawn = {seed: self._drawn(draw, data["latents"]) for seed, draw in draws.items()}
+            some, other, noise, parts, hidden = (
+                torch.stack([drawn[seed][i] for seed in seeds.tolist()]) for i in range(5)
+            )
+            # A picture that a subset lacks is replaced by one that it has.
+            other = torch.stack([own[(u * len(own)).long()] for own, u in zip(members, other, strict=True)])
+            picked = torch.where(inside.gather(1, some), some, other)
+            images, times = data["latents"][picked].flatten(0, 1), noising.times(parts.flatten())
+            given = {
+                self.adapter.argument: noising.noisy(images, noise.flatten(0, 1), times),
+                "timestep": times,
+                **{
+                    name: torch.where(hidden.view(*hidden.shape, *[1] * empty.dim()), empty, data[name][picked])
+                    for name, empty in blank.items()
+                },
+            }
+            target = noising.target(images, noise.flatten(0, 1), times)
+            for name in (self.adapter.argument, "timestep"):
+                given[name] = given[name].unflatten(0, (-1, size))
+            yield given, target.unflatten(0, (-1, size))
+
+    def _drawn(self, draw: torch.Generator, latents: Tensor) -> tuple[Tensor, ...]:
+        """Draw a batch: pictures, what replaces them, noise, parts of the schedule, and which captions are hidden."""
+        size = self.batch_size
+        return (
+            torch.randint(len(latents), (size,), generator=draw),
+            torch.rand(size, generator=draw),
+            torch.randn(size, *latents.shape[1:], generator=draw),
+            torch.rand(size, generator=draw),
+            torch.rand(size, generator=draw) < self.unprompted,
+        )
+
+
+def _clip(parameters: Tensors) -> None:
+    """Scale the gradients of each of the stacked models to a norm of at most 1."""
+    gradients = [value.grad for value in parameters.values() if value.grad is not None]
+    norms = torch.stack([one.flatten(1).square().sum(1) for one in gradients]).sum(0).sqrt()
+    scale = (1 / (norms + 1e-6)).clamp(max=1.0)
+    for one in gradients:
+        one.mul_(scale.view(-1, *[1] * (one.dim() - 1)))
+
+
+def _without_fused_attention() -> Any:
+    """Return a context in which attention is plain products, which can be stacked."""
+    return sdpa_kernel(SDPBackend.MATH)

@@ -1,0 +1,135 @@
+"""What a tiny denoiser's training pictures did: it is trained again on random halves, and without some of them."""
+
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import numpy as np
+from datasets import Dataset, concatenate_datasets
+
+from hf_forward_inf.adapters import DiffusionAdapter
+from hf_forward_inf.scores.retraining import Retrained, random_halves, retrained_outcomes
+from hf_forward_inf.toys.denoisers import StackedDenoisers
+from hf_forward_inf.toys.drawings import CAPTION, IMAGE, Drawing, as_queries, drawings
+from hf_forward_inf.toys.pixel_mlp import PixelMLP
+from hf_forward_inf.toys.pixel_pipeline import pipeline_of
+from hf_forward_inf.utils.images import read_image
+
+TOGETHER = 20
+"""Denoisers trained in a batch."""
+HALVES, REMOVALS = 1, 2
+"""Offsets of the seeds of trainings: those of the explained models are others."""
+
+
+@dataclass(frozen=True)
+class DenoiserTruth:
+    """A denoiser's pictures, queries to explain, and what retraining does to the queries' losses.
+
+    Half of the queries are pictures that the denoiser was not trained on, half are drawings by it, each of another
+    caption.
+
+    Args:
+        rows (`datasets.Dataset`): Pictures with captions, more than are trained on.
+        size (`int`): Height and width of pictures in pixels.
+        num_candidates (`int`): Pictures that are trained on.
+        num_queries (`int`): Queries that are evaluated; as many others serve to choose settings.
+        width (`int`, defaults to 128): Features of the denoiser's hidden layers.
+        steps (`int`, defaults to 500): Training steps.
+        timesteps (`int`, defaults to 64): Timesteps of a query's loss.
+        seed (`int`, defaults to 0): Seed of the choice of pictures, and of the subsets.
+    """
+
+    rows: Dataset
+    size: int
+    num_candidates: int
+    num_queries: int
+    width: int = 128
+    steps: int = 500
+    timesteps: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        need = self.num_candidates + 2 * self.num_queries
+        if len(self.rows) < need:
+            raise ValueError(f"Candidates and queries need {need} pictures; there are {len(self.rows)}.")
+
+    @cached_property
+    def candidates(self) -> Dataset:
+        """The pictures that are trained on."""
+        return self.rows.select(self._order[: self.num_candidates])
+
+    @cached_property
+    def _order(self) -> np.ndarray:
+        return np.random.default_rng(self.seed).permutation(len(self.rows))
+
+    @cached_property
+    def _all_queries(self) -> Dataset:
+        """Unseen pictures and drawings in turns."""
+        asked = self.rows.select(self._order[self.num_candidates :][: 2 * self.num_queries])
+        captions, pictures = asked[CAPTION][:], asked[IMAGE][:]
+        unseen = as_queries(captions[::2], [[picture] for picture in pictures[::2]])
+        drawn = drawings(self.explained(0), captions[1::2], Drawing(num_images=1))
+        both = concatenate_datasets([unseen, drawn])
+        return both.select(np.arange(len(both)).reshape(2, -1).T.flatten()).flatten_indices()
+
+    @property
+    def queries(self) -> Dataset:
+        """The queries that are evaluated, `2i` unseen pictures and `2i + 1` drawings."""
+        return self._all_queries.select(range(self.num_queries))
+
+    @property
+    def others(self) -> Dataset:
+        """As many other queries, to choose settings by."""
+        return self._all_queries.select(range(self.num_queries, 2 * self.num_queries))
+
+    def explained(self, seed: int) -> DiffusionAdapter:
+        """Return the adapter of the denoiser that is trained on all candidates."""
+        return self._training(self.candidates).explained(seed)
+
+    def halves(self, subsets: int, seeds: int) -> tuple[Retrained, Retrained, np.ndarray]:
+        """Train on random halves, or read the cached losses.
+
+        Returns:
+            `tuple`: Losses of the queries and of the others, means over seeds; and the losses of the queries with each
+            seed, `[seeds, subsets, queries]`.
+        """
+        halves = random_halves(len(self.candidates), subsets, self.seed)
+        losses = self._losses(self._all_queries, halves, seeds)
+        count, mean = self.num_queries, losses.mean(0)
+        return (
+            Retrained(self.queries, halves, mean[:, :count]),
+            Retrained(self.others, halves, mean[:, count:]),
+            losses[..., :count],
+        )
+
+    def rises(self, removed: np.ndarray, seeds: int) -> np.ndarray:
+        """Train without each query's removed pictures, and return how much its loss rises, relative, `[queries]`.
+
+        Args:
+            removed (`np.ndarray`): Row numbers, `[queries, removed]`: those of each query in turn.
+            seeds (`int`): Trainings without them and with all pictures, averaged.
+        """
+        kept = np.ones((len(removed) + 1, len(self.candidates)), dtype=bool)
+        np.put_along_axis(kept[1:], removed, False, axis=1)
+        some = self.queries.select(range(len(removed)))
+        whole = self._losses(some, kept[:1], seeds).mean(0)[0]
+        without = self._losses(some, kept[1:], seeds).mean(0)
+        return without.diagonal() / whole - 1
+
+    def _losses(self, queries: Dataset, subsets: np.ndarray, seeds: int) -> np.ndarray:
+        training = self._training(queries)
+        return retrained_outcomes(training, subsets, key=training.key, seeds=seeds, together=TOGETHER)
+
+    @cached_property
+    def _blank(self) -> DiffusionAdapter:
+        pipe = pipeline_of(self._untrained, self.rows[CAPTION][:], self.seed)
+        return DiffusionAdapter(pipe, seed=self.seed)
+
+    @cached_property
+    def _untrained(self) -> partial[PixelMLP]:
+        channels = 1 if read_image(self.rows[0][IMAGE]).mode in ("L", "1") else 3
+        return partial(PixelMLP, self.size, channels, self.width)
+
+    def _training(self, queries: Dataset) -> StackedDenoisers:
+        return StackedDenoisers(
+            self._blank, self._untrained, self.candidates, queries, steps=self.steps, timesteps=self.timesteps
+        )
