@@ -256,9 +256,9 @@ def main() -> None:
     os.environ["HF_FORWARD_INF_CACHE"] = str(root / "cache")
     os.environ["HF_FORWARD_INF_TIMEOUT"] = "5"
     row_store.SECONDS = 0.05
-    batches, values = candidate_pass.batches, candidate_pass.CandidatePass._values
+    batches, values = candidate_pass.batches, candidate_pass.CandidatePass.values
     candidate_pass.batches = lambda lengths, limit: batches(lengths, min(limit, 400))
-    candidate_pass.CandidatePass._values = lambda *own: time.sleep(SLOW) or values(*own)  # type: ignore[func-returns-value]
+    candidate_pass.CandidatePass.values = lambda *own: time.sleep(SLOW) or values(*own)  # type: ignore[func-returns-value]
 
     tokenizer, model = train_tokens(), str(root / "model")
     untrained("llama", len(tokenizer)).save_pretrained(model)

@@ -102,8 +102,8 @@ class CandidatePass:
         Returns:
             `np.ndarray`: float32 `[columns, candidates]`.
         """
-        store = RowStore(self._folder(key), len(self.order), columns)
-        values, stored = self._stored(store, lambda places: self._values(work, self.features(places), collate))
+        store = RowStore(self.folder(key), len(self.order), columns)
+        values, stored = self._stored(store, lambda places: self.values(work, self.features(places), collate))
         # Processes share whole batches: shapes, and so every bit of a loss, are those of a single process.
         missing = [cut for cut in self.cuts if not stored[self.order[cut]].all()]
         share = missing[self.state.process_index :: self.state.num_processes]
@@ -114,11 +114,11 @@ class CandidatePass:
             for cut in share:
                 places = np.arange(cut.start, cut.stop)[~stored[self.order[cut]]]
                 rows = self.order[places]
-                values[rows] = self._values(work, self.features(places), collate)
+                values[rows] = self.values(work, self.features(places), collate)
                 add(rows, values[rows])
                 advance(len(rows))
             for _ in range(idle):  # all processes run a sharded model as often
-                self._values(work, self.features(np.arange(1)), collate)
+                self.values(work, self.features(np.arange(1)), collate)
         return self._gathered(values).T
 
     @cached_property
@@ -128,9 +128,9 @@ class CandidatePass:
 
     def is_cached(self, key: str) -> bool:
         """Return whether all values of a pass are stored."""
-        return RowStore(self._folder(key), len(self.order), 1).is_complete()
+        return RowStore(self.folder(key), len(self.order), 1).is_complete()
 
-    def _folder(self, key: str = "") -> Path | None:
+    def folder(self, key: str = "") -> Path | None:
         """Return the folder of a pass, or of all passes over these candidates; `None` if nothing is cached."""
         if not self.cached or not is_caching_enabled():
             return None
@@ -145,7 +145,7 @@ class CandidatePass:
                 "so all are computed again.",
                 stacklevel=4,
             )
-            shutil.rmtree(self._folder() or "", ignore_errors=True)
+            shutil.rmtree(self.folder() or "", ignore_errors=True)
             found = store.nothing()
         if self.state.num_processes > 1:
             return found[0], broadcast_object_list([found[1]])[0]
@@ -159,7 +159,7 @@ class CandidatePass:
         places = drawn_rows(places)
         return agree(values[self.order[places]], compute(places), tolerance_of(self.adapter.model))
 
-    def _values(self, work: Work, features: Rows, collate: Callable[[Rows], Batch] | None = None) -> np.ndarray:
+    def values(self, work: Work, features: Rows, collate: Callable[[Rows], Batch] | None = None) -> np.ndarray:
         """Compute the values of some rows, `[rows, columns]`, in halved batches when memory runs out."""
         collate = collate or self.collated
 

@@ -50,14 +50,14 @@ class KeptPass:
             losses = np.full((len(places), 1), np.nan, dtype=np.float32)
         else:
             features = self.loss.features(places)
-            losses = self.loss._values(lambda batch: self._measured(batch, theta), features, self.states.batch)
+            losses = self.loss.values(lambda batch: self._measured(batch, theta), features, self.states.batch)
         with self._store(key).writing() as add:
             add(self.loss.order[places], losses)
         return losses[np.searchsorted(places, self.place[rows]), 0]
 
     def _store(self, key: str) -> RowStore:
-        return RowStore(self.loss._folder(self.loss.kind + key), len(self.place), 1)
+        return RowStore(self.loss.folder(self.loss.kind + key), len(self.place), 1)
 
     @torch.no_grad()
     def _measured(self, batch: Batch, theta: Parameters) -> np.ndarray:
-        return self.loss._measure(batch)(theta).float().cpu().numpy()[:, None]
+        return self.loss.measure(batch)(theta).float().cpu().numpy()[:, None]

@@ -72,13 +72,13 @@ class LossPass(CandidatePass):
         losses = np.full((rows, len(thetas)), np.nan, dtype=np.float32)
         if self.states is None:  # no query changes the shared part: computed once for all models
             batch = adapter.with_shared(batch, set().union(*(theta for theta in thetas if theta is not None)))
-        measure = self._measure(batch)
+        measure = self.measure(batch)
         for i, theta in enumerate(thetas):
             if theta is not None:
                 losses[:, i] = measure(theta).float().cpu().numpy()
         return losses
 
-    def _measure(self, batch: Batch) -> Callable[[Parameters], Tensor]:
+    def measure(self, batch: Batch) -> Callable[[Parameters], Tensor]:
         """Return a function from a model's parameters to the batch's losses under it, `[rows]`."""
         return lambda theta: self.adapter.loss(partial(call, self.adapter.model, theta), batch)
 
@@ -93,7 +93,9 @@ class ShiftPass(LossPass):
         """Return zeros, `[candidates]`: the distance under theta itself."""
         return np.zeros(len(self.order), dtype=np.float32)
 
-    def _measure(self, batch: Batch) -> Callable[[Parameters], Tensor]:
+    def measure(self, batch: Batch) -> Callable[[Parameters], Tensor]:
+        """Return a function from a model's parameters to the distances of the batch's outputs under it, `[rows]`."""
+
         def outputs(theta: Parameters) -> Tensor:
             return self.adapter.outputs(partial(call, self.adapter.model, theta), batch)
 

@@ -71,7 +71,7 @@ class SharedStates:
         if not adapter.shares or not self._can_be_put_back(first, halves, int(lengths[0])):
             return None
         like, limit = adapter.shared_states(halves), storage / run.state.num_processes
-        folder = run._folder("states")
+        folder = run.folder("states")
         if folder is None:  # memory is to stay that of inference
             return StateStore(None, lengths, like, min(limit, max(IN_MEMORY, bytes_of_model(adapter.model) / 10)))
         files = [folder / f"{process}.bin" for process in range(run.state.num_processes)]

@@ -20,14 +20,14 @@ from hf_forward_inf.cli import main
 from hf_forward_inf.passes import candidate_pass
 from hf_forward_inf.passes.candidate_pass import CandidatePass
 
-values, batches = CandidatePass._values, candidate_pass.batches
+values, batches = CandidatePass.values, candidate_pass.batches
 
 def slowly(*arguments):
     Path(os.environ["HF_FORWARD_INF_CACHE"], "begun").touch()
     time.sleep(float(sys.argv[1]))
     return values(*arguments)
 
-CandidatePass._values = slowly
+CandidatePass.values = slowly
 candidate_pass.batches = lambda lengths, limit: batches(lengths, min(limit, 200))
 sys.exit(main(sys.argv[2:]))
 """
