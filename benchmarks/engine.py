@@ -19,27 +19,24 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset, concatenate_datasets
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from hf_forward_inf import Attribution, ForwardInf
 from hf_forward_inf.baselines import attributors_for
 from hf_forward_inf.data import builtin_facts, load_rows, proponents
+from hf_forward_inf.evaluation.cost import clock, plain_pass
 from hf_forward_inf.evaluation.fact_tracing import draw_candidates, with_proponents
-from hf_forward_inf.passes.loss_pass import LossPass
 from hf_forward_inf.report.plots import as_svg, figure_class
 from hf_forward_inf.scores.metrics import recalls_at_k, reciprocal_ranks
 from hf_forward_inf.toys.tiny_models import tiny_mt5
 from hf_forward_inf.utils.fingerprints import uncached
-from hf_forward_inf.utils.models import evaluating
 from hf_forward_inf.utils.processes import progress_bars
 
 LATER = 4
@@ -87,20 +84,10 @@ def candidates_of(options: argparse.Namespace, queries: Dataset, sentences: Data
 
 
 def seconds(work: Callable[[], Any]) -> tuple[float, Any]:
-    """Return the processor's time (on a GPU, the time) that some work takes, and what it returns."""
-    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    """Return the seconds that some work takes ([`cost.clock`]), and what it returns."""
     start = clock()
     result = work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
     return clock() - start, result
-
-
-def plain_pass(tracer: ForwardInf, candidates: Dataset) -> float:
-    """Return the seconds of a plain forward pass, the median of three."""
-    with uncached(), evaluating(tracer.adapter.model):
-        loss = LossPass(tracer.adapter, candidates)
-        return statistics.median(seconds(loss.plain)[0] for _ in range(3))
 
 
 def quality(found: Attribution, full: Attribution | None, truth: list[list[int]]) -> dict[str, float]:
@@ -122,7 +109,7 @@ def quality(found: Attribution, full: Attribution | None, truth: list[list[int]]
 
 def compare(options: argparse.Namespace, tracer: ForwardInf, queries: Dataset, candidates: Dataset) -> list[dict]:
     """Trace by every strategy, and return a row for each strategy and number of queries."""
-    plain, truth = plain_pass(tracer, candidates), proponents(queries, candidates)
+    plain, truth = plain_pass(tracer, candidates)[0], proponents(queries, candidates)
     print(f"{len(candidates):,} candidates, f = {plain:.2f} s", flush=True)
     screened = {name: tracer.with_options(strategy="screen", screen=name, keep=options.keep)
                 for name in (None, *options.screens)}  # fmt: skip

@@ -1,4 +1,7 @@
-"""Cost of a query, in plain forward passes over the same candidates and in memory relative to plain inference."""
+"""Cost of a query, in plain forward passes over the same candidates and in memory relative to plain inference.
+
+Seconds are the processor's, which other processes on the machine do not change; on a GPU, the clock's.
+"""
 
 import gc
 import statistics
@@ -45,9 +48,9 @@ def measure(tracer: Scorer, queries: Dataset, candidates: Dataset) -> dict[str, 
     adapter = tracer.adapter
     with uncached(), evaluating(adapter.model), progress_bars(False):
         loss = LossPass(adapter, candidates, cache_dir=tracer.cache_dir, max_batch_length=tracer.max_batch_length)
-        start = time.perf_counter()
+        start = clock()
         perturber = tracer.perturber(candidates)
-        fit = time.perf_counter() - start
+        fit = clock() - start
         few = min(QUERIES, len(queries), perturber.block_size)
         rows = encode(adapter, queries.select(range(few)), "queries", tracer.cache_dir)[:]
         plain, perturbed = [], []
@@ -156,10 +159,17 @@ def timed(work: Callable[[], object]) -> tuple[float, float]:
     """Run a function, and return its seconds and peak memory in bytes (0 if unknown)."""
     gc.collect()
     _reset_peak()
-    start = time.perf_counter()
+    start = clock()
     work()
-    seconds = time.perf_counter() - start
-    return seconds, _peak()
+    return clock() - start, _peak()
+
+
+def clock() -> float:
+    """Return seconds of this process's processor time; with a GPU, of the clock, once the GPU has finished."""
+    if not torch.cuda.is_available():
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def _reset_peak() -> None:

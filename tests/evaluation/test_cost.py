@@ -1,7 +1,9 @@
+import time
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
+import torch
 from datasets import is_caching_enabled
 
 from hf_forward_inf import AscentConfig, ForwardInf
@@ -30,7 +32,7 @@ def network(monkeypatch):
         clock.rows += len(args[0])
 
     network[0].register_forward_pre_hook(count)
-    monkeypatch.setattr(cost, "time", SimpleNamespace(perf_counter=lambda: clock.rows))
+    monkeypatch.setattr(cost, "clock", lambda: clock.rows)
     return network
 
 
@@ -64,6 +66,11 @@ def test_a_further_query_of_a_screened_trace_costs_itself_and_what_is_kept(netwo
     assert cost.measure_screened(screened, QUERIES.select([0]), CANDIDATES) == {}
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's work is not in the processor's time")
+def test_seconds_are_the_processors_and_not_those_of_waiting():
+    assert cost.timed(lambda: time.sleep(0.2))[0] < 0.1
+
+
 def test_each_of_several_plain_passes_runs_the_model(network, monkeypatch):
     monkeypatch.setattr(cost, "REPEATS", 3)
     assert plain_pass(tracer_of(network), CANDIDATES)[0] == 100
@@ -90,7 +97,7 @@ def test_a_pace_gives_the_share_of_candidates_that_are_scored_by_a_time():
 
 def test_the_setup_is_where_the_line_through_two_sizes_begins(queries, candidates, monkeypatch):
     clock = iter([0.0, 10.0, 20.0, 23.0, 30.0, 40.0])  # all take 10 seconds, an eighth 3: 2 before the first candidate
-    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr(cost, "clock", lambda: next(clock))
     found, measured, _ = pace(BM25().trace, queries, candidates)
     assert found.scores.shape == (len(queries), len(candidates))
     assert (measured.setup, measured.seconds) == (pytest.approx(2.0), 10.0)
