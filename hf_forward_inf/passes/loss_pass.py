@@ -51,7 +51,7 @@ class LossPass(CandidatePass):
         Returns:
             `np.ndarray`: float32 `[queries, candidates]`, NaN for a query that cannot move the model.
         """
-        with_base = self.has_base and self._base is None and self._folder() is None
+        with_base = self.has_base and self._base is None and self.folder() is None
         if not with_base:
             self.base()  # first: its rows are compared before what is stored is trusted
 
