@@ -14,8 +14,8 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from experiments.diffusion_contenders import best_rows, compared, contenders, lds
-from experiments.diffusion_lds import CAPTION, DenoiserOptions, agreement, load_truth, steps_to_try
+from experiments.diffusion_contenders import compared, contenders, lds
+from experiments.diffusion_lds import CAPTION, DenoiserOptions, agreement, load_truth
 
 from hf_forward_inf import ForwardInf
 from hf_forward_inf.cli import run_command
@@ -43,7 +43,7 @@ def main(options: DenoiserOptions) -> dict[str, Any]:
 
     # The models to explain; settings are chosen on the first, by queries that are not evaluated.
     adapters = [truth.explained(seed) for seed in range(options.models)]
-    makers = contenders(adapters[0], truth.candidates, others, steps_to_try(options))
+    makers = contenders(adapters[0], truth.candidates, others)
 
     # The same lines for every attributor: trace, compare with the truth, report.
     scores: dict[str, np.ndarray] = {}
@@ -62,8 +62,7 @@ def main(options: DenoiserOptions) -> dict[str, Any]:
         some = slice(0, options.retrained)
         rises = {}
         for name in options.removed_by or scores:
-            best = best_rows(scores[name][some], options.removed)
-            rises[name] = truth.rises(best, options.removal_seeds)
+            rises[name] = truth.rises(scores[name][some], options.removed, options.removal_seeds)
             say(f"{name:20} without its best {options.removed}, losses rise by {rises[name].mean():.1%}")
         for name, figures in compared(rises, "rise").items():
             table[name] |= figures

@@ -1,6 +1,6 @@
 """Attributors of a denoiser's pictures, with settings chosen by the retraining of queries that are not evaluated."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -23,38 +23,35 @@ BASELINES = (
     "tracin", "tracin_cosine", "trackstar", "representation", "denoiser_features", "pixel_distance", "bm25", "random",
 )  # fmt: skip
 """Attributors without settings to choose."""
-KERNEL_DAMPINGS = (1.0, 0.1, 0.01, 0.001)
+DIRECTIONS = ("gradient", "cg")
+"""Other directions of Forward-INF's step, with their defaults."""
+KERNEL_DAMPINGS = (10.0, 3.0, 1.0, 0.3, 0.1, 0.01)
 """Dampings of TRAK and D-TRAK that are tried."""
-MUCS = ({"steps": 10, "rate": 1e-3}, {"steps": 10, "rate": 3e-3}, {"steps": 30, "rate": 1e-3})
+MUCS = ({"steps": 10, "rate": 1e-3},)
 """Lengths of MUCS's unlearning that are tried."""
-EKFAC_DAMPINGS = (1.0, 0.1, 0.01)
+EKFAC_DAMPINGS = (0.01, 0.001)
 """Dampings of unlearning by an EK-FAC step (AbU+) that are tried."""
 Make = Callable[[DiffusionAdapter], Attributor]
 """Makes an attributor for a model, by its adapter."""
 
 
-def contenders(
-    adapter: DiffusionAdapter, candidates: Dataset, others: Retrained, steps: Mapping[str, AscentConfig]
-) -> dict[str, Make]:
+def contenders(adapter: DiffusionAdapter, candidates: Dataset, others: Retrained) -> dict[str, Make]:
     """Return attributors by name; of those with settings, the ones whose LDS is the highest on other queries.
 
     Args:
         adapter (`DiffusionAdapter`): Adapter of the explained model.
         candidates (`datasets.Dataset`): What it was trained on.
         others (`Retrained`): Retrained losses of queries that are not evaluated.
-        steps (`dict[str, AscentConfig]`): Settings of Forward-INF to try, by name.
     """
-    found: dict[str, Make] = {REFERENCE: lambda one: ForwardInf(adapter=one)}
+    found = {REFERENCE: _along(None), **{direction: _along(direction) for direction in DIRECTIONS}}
     families: dict[str, dict[str, Make]] = {
-        "tuned": {name: _traced(ascent) for name, ascent in steps.items()},
         "unlearning": {f"damping={damping}": _unlearnt(damping) for damping in EKFAC_DAMPINGS},
-        "trak": {f"damping={damping}": _kernel(False, damping) for damping in KERNEL_DAMPINGS},
-        "d_trak": {f"damping={damping}": _kernel(True, damping) for damping in KERNEL_DAMPINGS},
         "mucs": {str(options): _mucs(options) for options in MUCS},
     }
     for name, family in families.items():
-        if family:
-            found[name] = chosen(name, family, adapter, candidates, others)
+        found[name] = chosen(name, family, adapter, candidates, others)
+    for name, output in {"trak": False, "d_trak": True}.items():
+        found[name] = _kernel(output, chosen_damping(output, adapter, candidates, others))
     return found | {name: _baseline(name) for name in BASELINES}
 
 
@@ -69,6 +66,17 @@ def chosen(
     best = max(measured, key=lambda one: measured[one])
     say(f"{name}, by the other queries: {best} of " + ", ".join(f"{k} {v:.3f}" for k, v in measured.items()))
     return family[best]
+
+
+def chosen_damping(output: bool, adapter: DiffusionAdapter, candidates: Dataset, others: Retrained) -> float:
+    """Return the damping of TRAK or D-TRAK whose LDS is the highest on some queries; gradients are computed once."""
+    products = GradientKernel(adapter, output=output).products(others.queries, candidates)
+    measured = {
+        damping: float(lds(GradientKernel(adapter, damping=damping).damped(*products), others).mean())
+        for damping in KERNEL_DAMPINGS
+    }
+    say(f"{'D-' * output}TRAK, by the other queries: " + ", ".join(f"{k} {v:.3f}" for k, v in measured.items()))
+    return max(measured, key=lambda one: measured[one])
 
 
 def lds(scores: np.ndarray, truth: Retrained) -> np.ndarray:
@@ -98,8 +106,8 @@ def _with_interval(name: str, values: np.ndarray) -> dict[str, float]:
     return {name: float(values.mean()), f"{name}_low": low, f"{name}_high": high}
 
 
-def _traced(ascent: AscentConfig) -> Make:
-    return lambda one: ForwardInf(adapter=one, ascent=ascent)
+def _along(direction: str | None) -> Make:
+    return lambda one: ForwardInf(adapter=one, ascent=AscentConfig(direction=direction))
 
 
 def _unlearnt(damping: float) -> Make:
@@ -120,8 +128,3 @@ def _mucs(options: Mapping[str, Any]) -> Make:
 
 def _baseline(name: str) -> Make:
     return lambda one: attributors_for(ForwardInf(adapter=one), (name,))[name]
-
-
-def best_rows(scores: Sequence[np.ndarray], count: int) -> np.ndarray:
-    """Return the row numbers of each query's best candidates, `[queries, count]`."""
-    return np.argsort(-np.nan_to_num(np.stack(scores), nan=-np.inf), axis=1, kind="stable")[:, :count]

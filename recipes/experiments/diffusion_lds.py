@@ -1,13 +1,12 @@
-"""Options of the truth about a denoiser's pictures, and which settings of Forward-INF are tried."""
+"""Options of the truth about a denoiser's pictures."""
 
 from dataclasses import dataclass, field
 from itertools import combinations
 
 import numpy as np
 
-from experiments.diffusion_contenders import BASELINES
+from experiments.diffusion_contenders import BASELINES, DIRECTIONS
 from experiments.diffusion_truth import DenoiserTruth
-from hf_forward_inf.ascent.config import OF_DIRECTION, AscentConfig
 from hf_forward_inf.data import load_captioned
 from hf_forward_inf.data.digits import captioned_digits
 from hf_forward_inf.evaluation.tables import REFERENCE
@@ -20,7 +19,7 @@ CAPTION = (
     "LDS: the rank correlation between the losses that scores predict and those after training on random halves of "
     "the pictures; mean over queries, with its 95% interval. Settings were chosen by other queries."
 )
-METHODS = (REFERENCE, "tuned", "unlearning", "trak", "d_trak", "mucs", *BASELINES)
+METHODS = (REFERENCE, *DIRECTIONS, "unlearning", "trak", "d_trak", "mucs", *BASELINES)
 """All that is compared."""
 
 
@@ -36,14 +35,13 @@ class DenoiserOptions(RunOptions):
         num_queries (`int`, defaults to 40): Queries; as many others serve to choose settings.
         width (`int`, defaults to 128): Features of the denoiser's hidden layers.
         training_steps (`int`, defaults to 500): Training steps of 32 pictures.
+        timesteps (`int`, defaults to 16): Timesteps of the losses that are traced, the same for all methods.
         subsets (`int`, defaults to 40): Random halves that are trained on.
         seeds (`int`, defaults to 2): Trainings of each half, averaged.
-        models (`int`, defaults to 2): Models that are explained, trained on all pictures with different seeds.
-        directions (`list[str]`, *optional*): Directions of the ascent among which one is chosen.
-        dampings (`list[float]`, *optional*): Dampings tried on the other queries.
+        models (`int`, defaults to 1): Models that are explained, trained on all pictures with different seeds.
         removed (`int`, defaults to 50): Best candidates of a query without which is trained again; 0 for no such test.
         retrained (`int`, defaults to 20): Queries for which it is.
-        removal_seeds (`int`, defaults to 2): Trainings for each, averaged.
+        removal_seeds (`int`, defaults to 1): Trainings for each, averaged.
         removed_by (`list[str]`, *optional*): Methods whose best candidates are removed. Defaults to all.
     """
 
@@ -54,14 +52,13 @@ class DenoiserOptions(RunOptions):
     num_queries: int = field(default=40, metadata={"min": 2})
     width: int = field(default=128, metadata={"min": 1})
     training_steps: int = field(default=500, metadata={"min": 2})
+    timesteps: int = field(default=16, metadata={"min": 1})
     subsets: int = field(default=40, metadata={"min": 2})
     seeds: int = field(default=2, metadata={"min": 1})
-    models: int = field(default=2, metadata={"min": 1})
-    directions: list[str] = field(default_factory=lambda: ["pcg"], metadata={"choices": tuple(OF_DIRECTION)})
-    dampings: list[float] = field(default_factory=lambda: [0.1, 0.01], metadata={"above": 0})
+    models: int = field(default=1, metadata={"min": 1})
     removed: int = field(default=50, metadata={"min": 0})
     retrained: int = field(default=20, metadata={"min": 1})
-    removal_seeds: int = field(default=2, metadata={"min": 1})
+    removal_seeds: int = field(default=1, metadata={"min": 1})
     removed_by: list[str] | None = field(default=None, metadata={"choices": METHODS})
 
     def __post_init__(self) -> None:
@@ -77,17 +74,8 @@ def load_truth(options: DenoiserOptions) -> DenoiserTruth:
     rows = captioned_digits() if options.candidates is None else load_captioned(options.candidates)
     return DenoiserTruth(
         rows.select_columns([TEXT, IMAGE]), options.size, options.num_candidates, options.num_queries,
-        width=options.width, steps=options.training_steps, seed=options.seed,
+        width=options.width, steps=options.training_steps, traced_at=options.timesteps, seed=options.seed,
     )  # fmt: skip
-
-
-def steps_to_try(options: DenoiserOptions) -> dict[str, AscentConfig]:
-    """Return settings of Forward-INF by name: every direction, with every damping where it has one."""
-    return {
-        f"{direction} {damping}": AscentConfig(direction=direction, damping=damping)
-        for direction in options.directions
-        for damping in ([None] if direction == "gradient" else options.dampings)
-    }
 
 
 def agreement(losses: np.ndarray) -> float:

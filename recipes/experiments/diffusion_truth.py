@@ -7,7 +7,7 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 
 from hf_forward_inf.adapters import DiffusionAdapter
-from hf_forward_inf.scores.retraining import Retrained, random_halves, retrained_outcomes
+from hf_forward_inf.scores.retraining import Retrained, random_subsets, retrained_outcomes, without_best
 from hf_forward_inf.toys.denoisers import StackedDenoisers
 from hf_forward_inf.toys.drawings import CAPTION, IMAGE, Drawing, as_queries, drawings
 from hf_forward_inf.toys.pixel_mlp import PixelMLP
@@ -34,7 +34,8 @@ class DenoiserTruth:
         num_queries (`int`): Queries that are evaluated; as many others serve to choose settings.
         width (`int`, defaults to 128): Features of the denoiser's hidden layers.
         steps (`int`, defaults to 500): Training steps.
-        timesteps (`int`, defaults to 64): Timesteps of a query's loss.
+        timesteps (`int`, defaults to 64): Timesteps of a query's loss after retraining.
+        traced_at (`int`, defaults to 8): Timesteps of the losses of the explained models.
         seed (`int`, defaults to 0): Seed of the choice of pictures, and of the subsets.
     """
 
@@ -45,6 +46,7 @@ class DenoiserTruth:
     width: int = 128
     steps: int = 500
     timesteps: int = 64
+    traced_at: int = 8
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -92,7 +94,7 @@ class DenoiserTruth:
             `tuple`: Losses of the queries and of the others, means over seeds; and the losses of the queries with each
             seed, `[seeds, subsets, queries]`.
         """
-        halves = random_halves(len(self.candidates), subsets, self.seed)
+        halves = random_subsets(len(self.candidates), subsets, seed=self.seed)
         losses = self._losses(self._all_queries, halves, seeds)
         count, mean = self.num_queries, losses.mean(0)
         return (
@@ -101,18 +103,17 @@ class DenoiserTruth:
             losses[..., :count],
         )
 
-    def rises(self, removed: np.ndarray, seeds: int) -> np.ndarray:
-        """Train without each query's removed pictures, and return how much its loss rises, relative, `[queries]`.
+    def rises(self, scores: np.ndarray, count: int, seeds: int) -> np.ndarray:
+        """Train without the best pictures of some queries, and return the relative rise of their losses, `[queries]`.
 
         Args:
-            removed (`np.ndarray`): Row numbers, `[queries, removed]`: those of each query in turn.
+            scores (`np.ndarray`): Scores of the first queries, `[queries, candidates]`.
+            count (`int`): Pictures that are removed for each.
             seeds (`int`): Trainings without them and with all pictures, averaged.
         """
-        kept = np.ones((len(removed) + 1, len(self.candidates)), dtype=bool)
-        np.put_along_axis(kept[1:], removed, False, axis=1)
-        some = self.queries.select(range(len(removed)))
-        whole = self._losses(some, kept[:1], seeds).mean(0)[0]
-        without = self._losses(some, kept[1:], seeds).mean(0)
+        some = self.queries.select(range(len(scores)))
+        whole = self._losses(some, np.ones((1, len(self.candidates)), dtype=bool), seeds).mean(0)[0]
+        without = self._losses(some, without_best(scores, count), seeds).mean(0)
         return without.diagonal() / whole - 1
 
     def _losses(self, queries: Dataset, subsets: np.ndarray, seeds: int) -> np.ndarray:
@@ -122,7 +123,7 @@ class DenoiserTruth:
     @cached_property
     def _blank(self) -> DiffusionAdapter:
         pipe = pipeline_of(self._untrained, self.rows[CAPTION][:], self.seed)
-        return DiffusionAdapter(pipe, seed=self.seed)
+        return DiffusionAdapter(pipe, timesteps=self.traced_at, seed=self.seed)
 
     @cached_property
     def _untrained(self) -> partial[PixelMLP]:
