@@ -25,7 +25,8 @@ class FineTuning:
 
     A seed draws the batches and their order. A row that is left out has weight 0 in its batches: a batch's loss is the
     sum over the tokens of its remaining rows, divided by the number of tokens of all its rows. Steps, order and
-    learning rates don't depend on the subset, so that the loss of a query differs by what was left out alone.
+    learning rates don't depend on the subset, and there is no dropout, so that the loss of a query differs by what was
+    left out alone.
 
     Args:
         adapter (`CausalLMAdapter`): Adapter of the model before fine-tuning, which is not changed.
@@ -62,19 +63,22 @@ class FineTuning:
         Raises:
             FloatingPointError: If training diverges.
         """
-        model = copy.deepcopy(self.adapter.model).train()
+        model = copy.deepcopy(self.adapter.model).eval()  # dropout would draw other numbers for other rows
+        for weight in model.parameters():
+            weight.grad = torch.zeros_like(weight)  # an empty batch's
         cuts = self._batches(np.random.default_rng(seed), subset)
         optimizer = torch.optim.AdamW(model.parameters(), lr=self.learning_rate, weight_decay=0.0, fused=True)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate(len(cuts)))
         for rows, tokens in cuts:
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=False)
             if len(rows):
                 self._loss(model, rows, tokens).backward()
             optimizer.step()
             schedule.step()
         if not all(torch.isfinite(weight).all() for weight in model.parameters()):
             raise FloatingPointError("Training diverged: a weight is not finite. Lower the learning rate.")
-        return model.eval()
+        model.zero_grad()
+        return model
 
     @cached_property
     def _features(self) -> dict[str, list[list[int]]]:

@@ -16,6 +16,7 @@ from hf_forward_inf.evaluation.candidate_sets import candidate_pool
 from hf_forward_inf.scores.retraining import Train
 from hf_forward_inf.toys.tiny_models import train_mt5, train_tokenizer
 from hf_forward_inf.utils.fingerprints import fingerprint
+from hf_forward_inf.utils.models import to_device
 from hf_forward_inf.utils.rows import sample_rows
 
 SIZES = {"d_model": 48, "d_kv": 12, "d_ff": 96, "num_heads": 4, "num_layers": 1, "num_decoder_layers": 1}
@@ -83,9 +84,9 @@ def losses_and_answers(adapter: Adapter, asked: Dataset) -> Tensor:
     Greedy decoding returns a target if and only if each of its tokens is the most likely one after its prefix.
     """
     features = adapter.encode(asked[:])
-    batch = adapter.collate(features)
+    batch = to_device(adapter.collate(features), adapter.model)
     losses = adapter.loss(adapter.model, batch)
     logits, _ = adapter.outputs_and_loss(adapter.model, batch)
     targets = torch.tensor([token for labels in features["labels"] for token in labels if token != IGNORED])
-    right = (logits.argmax(dim=1) == targets).split(features["terms"])
-    return torch.stack([losses, torch.tensor([float(tokens.all()) for tokens in right])], dim=1)
+    right = (logits.argmax(dim=1).cpu() == targets).split(features["terms"])
+    return torch.stack([losses.cpu(), torch.tensor([float(tokens.all()) for tokens in right])], dim=1)

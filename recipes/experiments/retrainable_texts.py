@@ -177,7 +177,7 @@ def _pretrained(found: Texts) -> tuple[CausalLMAdapter, str]:
 
 def _loaded(model: str) -> tuple[CausalLMAdapter, str]:
     """Return a model from a folder or the hub, and its key."""
-    network = AutoModelForCausalLM.from_pretrained(model).to(process_state().device).eval()
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to(process_state().device).eval()
     weights = [float(weight.detach().double().abs().sum()) for weight in network.parameters()]
     return CausalLMAdapter(network, AutoTokenizer.from_pretrained(model)), fingerprint(model, weights)
 

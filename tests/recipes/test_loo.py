@@ -45,7 +45,7 @@ def plain_training(adapter, texts, subset, order, rate):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=0.0)
     for step, batch in enumerate(order):
         optimizer.param_groups[0]["lr"] = rate(step)
-        loss, tokens = torch.tensor(0.0), 0
+        loss, tokens = 0.0 * sum(weight.sum() for weight in model.parameters()), 0
         for row in batch:
             ids = torch.tensor([adapter.tokenizer(texts[row])["input_ids"]])
             tokens += ids.shape[1] - 1
@@ -74,6 +74,19 @@ def test_a_row_that_is_left_out_has_weight_0_in_its_batch_and_nothing_else_chang
     np.testing.assert_array_equal(
         training(np.stack([subset, subset]), np.array([5, 5]))[0], training(subset[None], np.array([5]))[0]
     )
+
+
+def test_a_batch_that_is_empty_still_takes_its_step():
+    task = texts(6, 2)
+    adapter = task.adapter(0)
+    training = FineTuning(adapter, task.candidates, task.queries, epochs=3, learning_rate=1e-2, batch_length=1)
+    order = [batch.tolist() for batch, _ in training._batches(np.random.default_rng(1), None)]
+    assert all(len(batch) == 1 for batch in order)
+    subset = np.arange(6) != order[1][0]
+    rate = training._rate(len(order))
+    plain = plain_training(adapter, task.candidates["text"][:], subset, order, lambda step: 1e-2 * rate(step))
+    for mine, expected in zip(training.model(1, subset).parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine, expected, atol=5e-4, rtol=0)
 
 
 def test_topics_are_for_pretraining_or_for_fine_tuning():
