@@ -5,18 +5,23 @@
 
 A tiny Llama learns 600 sentences of the built-in facts, as in `recipes/lds.py --task sentences`, whose models, trained
 again on random halves, are the truth. Each row of the table changes one thing, and compares the scores with the truth
-and with those of the reference. What is trained again is cached: an interrupted run resumes.
+and with those of the reference. An interrupted run resumes.
 """
 
+import shutil
 import sys
 from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from experiments.lds import LdsOptions, load_task, retrain_subsets
+from experiments.retrainable import Retrainable
 from experiments.sensitivity import REFERENCE, Sensitivity, Variant
+from torch import Tensor
 
 from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.cli import run_command
@@ -28,8 +33,10 @@ from hf_forward_inf.scores.metrics import best_first, bootstrap_interval, lds_by
 from hf_forward_inf.scores.retraining import Retrained
 from hf_forward_inf.tracing.planning import KEEP
 from hf_forward_inf.tracing.screened import floored
+from hf_forward_inf.utils.fingerprints import fingerprint
 from hf_forward_inf.utils.options import RunOptions
 from hf_forward_inf.utils.processes import say
+from hf_forward_inf.utils.storage import cached_tensors
 
 TITLES = {
     "lds": "LDS", "lds_gain": "LDS, less the reference's", "rank_correlation": "rank correlation with it",
@@ -37,6 +44,8 @@ TITLES = {
 }  # fmt: skip
 """Titles of the columns."""
 BEST = 10
+SCORES = "scores"
+"""Folder, in that of the run, with the scores of the variants that are done."""
 
 
 @dataclass
@@ -61,20 +70,24 @@ class Options(RunOptions):
 
 def main(options: Options) -> dict[str, Any]:
     """Trace every variant, and compare its scores with the truth and with the reference's."""
+    finished = (Path(options.output) / "metrics.json").exists()
     run = Run(options)
+    if finished:  # and not interrupted: its scores are not to be read
+        shutil.rmtree(run.folder / SCORES, ignore_errors=True)
     sizes = {name: getattr(options, name) for name in ("num_candidates", "num_queries", "subsets", "seeds")}
     truth_of = LdsOptions(task="sentences", **sizes)
     task = load_task(truth_of)
     truth, _ = retrain_subsets(task, truth_of)
 
     found: dict[str, list[dict[str, np.ndarray]]] = defaultdict(list)
-    for repeat in range(options.repeats):
-        for name, variant in Sensitivity(task, options.seed + repeat).variants():
-            traced = variant.attributor.trace(task.queries, variant.candidates)
-            if name == REFERENCE:
-                reference = traced
-            found[name].append(by_query(variant, traced, reference, truth))
-            say(f"{name}: {', '.join(f'{key} {values.mean():.3f}' for key, values in found[name][-1].items())}")
+    for seed in range(options.seed, options.seed + options.repeats):
+        variants = Sensitivity(task, seed).variants()
+        found_by = partial(traced, task=task, folder=run.folder / SCORES)
+        reference = found_by(variants[REFERENCE], name=f"{REFERENCE} {seed}")
+        for name, variant in variants.items():
+            figures = by_query(variant, found_by(variant, name=f"{name} {seed}"), reference.scores, truth)
+            found[name].append(figures)
+            say(f"{name}: {', '.join(f'{key} {values.mean():.3f}' for key, values in figures.items())}")
 
     # Figures are means over queries of the means over repeats, with bootstrap intervals over queries.
     table = {name: averaged(repeats) for name, repeats in found.items()}
@@ -93,9 +106,20 @@ def main(options: Options) -> dict[str, Any]:
     )
 
 
-def by_query(variant: Variant, traced: Attribution, reference: Attribution, truth: Retrained) -> dict[str, np.ndarray]:
-    """Return a variant's figures for each query, `[queries]`."""
-    scores, theirs = traced.dense(), reference.dense()
+def traced(variant: Variant, task: Retrainable, folder: Path, name: str) -> Attribution:
+    """Train and trace a variant, or read the scores that an interrupted run has left in a folder."""
+    key = fingerprint(task.key, task.queries["text"][:], name)
+
+    def scores() -> dict[str, Tensor]:
+        return {"scores": torch.from_numpy(variant.make().trace(task.queries, variant.candidates).dense())}
+
+    known = cached_tensors(folder / f"{key}.safetensors", scores)
+    return Attribution(known["scores"].numpy(), task.queries, variant.candidates)
+
+
+def by_query(variant: Variant, found: Attribution, theirs: np.ndarray, truth: Retrained) -> dict[str, np.ndarray]:
+    """Return a variant's figures for each query, `[queries]`, given the reference's scores."""
+    scores = found.scores
     own = scores[:, : theirs.shape[1]]  # of the candidates that both have
     lds, known = (lds_by_query(floored(each, KEEP)[0], truth.subsets, truth.losses) for each in (own, theirs))
     best, best_of_all = best_first(own)[:, :BEST], best_first(scores)[:, :BEST]
@@ -108,7 +132,7 @@ def by_query(variant: Variant, traced: Attribution, reference: Attribution, trut
         "same_best": np.array([len(np.intersect1d(*rows)) / BEST for rows in pairs]),
         "mrr": reciprocal_ranks(scores, facts),
     }
-    if traced is reference:
+    if own.shape == scores.shape and np.array_equal(own, theirs):  # the reference itself
         for name in ("lds_gain", "rank_correlation", "same_best"):
             del figures[name]
     unwanted = {} if variant.unwanted is None else {"unwanted": variant.unwanted[best_of_all].mean(axis=1)}

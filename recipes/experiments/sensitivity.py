@@ -1,8 +1,9 @@
 """Models as users have them: other seeds, checkpoints, precisions, adapters, optimizers, rows; and their tracers."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -11,13 +12,13 @@ from datasets import Dataset, concatenate_datasets
 from torch import nn
 
 from experiments.retrainable import Retrainable
-from experiments.retrainable_sentences import SIZES, TRAINING, as_text
+from experiments.retrainable_sentences import SIZES, TRAINING, VOCABULARY, as_text
 from hf_forward_inf.adapters import CausalLMAdapter
 from hf_forward_inf.attribution import Attributor
 from hf_forward_inf.baselines import Difference, Ensemble
 from hf_forward_inf.data import builtin_facts
 from hf_forward_inf.forward_inf import ForwardInf
-from hf_forward_inf.toys.tiny_models import fit, train_llama
+from hf_forward_inf.toys.tiny_models import fit, train_llama, train_tokenizer
 from hf_forward_inf.utils.rows import sample_rows
 
 REFERENCE = "the last checkpoint of one seed"
@@ -34,13 +35,13 @@ class Variant:
     """What is traced in place of the reference.
 
     Args:
-        attributor (`Attributor`): Traces the model.
+        make (`Callable`): Trains the model, and returns what traces it.
         candidates (`datasets.Dataset`): The task's, and perhaps others after them.
         unwanted (`np.ndarray`, *optional*): bool `[candidates]`: rows that should not be among the best: the model has
             never seen them, or they repeat others.
     """
 
-    attributor: Attributor
+    make: Callable[[], Attributor]
     candidates: Dataset
     unwanted: np.ndarray | None = None
 
@@ -55,51 +56,71 @@ class Sensitivity:
 
     def __init__(self, task: Retrainable, seed: int):
         self.task, self.seed = task, seed
-        self.tokenizer: Any = getattr(task.adapter(seed), "tokenizer")  # noqa: B009
+        self.tokenizer = train_tokenizer(task.candidates["text"][:], VOCABULARY)
 
-    def variants(self) -> Iterator[tuple[str, Variant]]:
-        """Train one model after another; yield what is traced, by what is different, the reference first."""
-        model = self.trained()
-        tracer = self.tracer(model)
-        yield REFERENCE, self.variant(tracer)
-        other, third = (self.tracer(self.trained(seed=self.seed + 100 * i)) for i in (1, 2))
-        yield "another seed", self.variant(other)
-        yield "the mean of 3 seeds", self.variant(Ensemble([tracer, other, third]))
-        earlier = [self.tracer(self.trained(until=epoch)) for epoch in CHECKPOINTS]
-        yield f"the checkpoint after {CHECKPOINTS[-1]} of {TRAINING['epochs']} epochs", self.variant(earlier[-1])
-        yield "the mean of 3 checkpoints", self.variant(Ensemble([*earlier, tracer]))
-        yield "bfloat16", self.variant(self.tracer(copy.deepcopy(model).to(torch.bfloat16)))
-        yield "trained by SGD", self.variant(self.tracer(self.trained(**SGD)))
-        yield "a LoRA added, nothing else perturbed", self.variant(self.tracer(self.with_lora(model)))
-        yield from self.tuned()
-        yield "half of the rows never seen", self.half_seen()
-        yield "a fifth of the rows three times", self.repeated()
+    def variants(self) -> dict[str, Variant]:
+        """Return what is traced, by what is different; the reference first."""
+        own = partial(Variant, candidates=self.task.candidates)
+        epochs, last = TRAINING["epochs"], CHECKPOINTS[-1]
+        return {
+            REFERENCE: own(lambda: self.tracer(self.model)),
+            "another seed": own(lambda: self.other_seeds[0]),
+            "the mean of 3 seeds": own(lambda: Ensemble([self.tracer(self.model), *self.other_seeds])),
+            f"the checkpoint after {last} of {epochs} epochs": own(lambda: self.checkpoints[-1]),
+            "the mean of 3 checkpoints": own(lambda: Ensemble([*self.checkpoints, self.tracer(self.model)])),
+            "bfloat16": own(lambda: self.tracer(copy.deepcopy(self.model).to(torch.bfloat16))),
+            "trained by SGD": own(lambda: self.tracer(self.trained(**SGD))),
+            "a LoRA added, nothing else perturbed": own(lambda: self.tracer(self.with_lora(self.model))),
+            "a base that has seen none of the rows": own(lambda: self.tracer(self.base)),
+            "a base fine-tuned by LoRA": own(lambda: self.tracer(self.tuned(self.with_lora(self.base)))),
+            "a base fine-tuned": own(lambda: self.tracer(self.tuned(self.base))),
+            "a base fine-tuned, the base's scores subtracted": own(
+                lambda: Difference(self.tracer(self.tuned(self.base)), self.tracer(self.base))
+            ),
+            "half of the rows never seen": self.half_seen(),
+            "a fifth of the rows three times": self.repeated(),
+        }
 
-    def tuned(self) -> Iterator[tuple[str, Variant]]:
-        """Yield fine-tuned models: a base has learned other sentences first."""
-        base = self.trained(rows=self.other_sentences())
-        tuned, lora = copy.deepcopy(base), self.with_lora(base)
-        for model in (tuned, lora):
-            fit(CausalLMAdapter(model, self.tokenizer), self.task.candidates, **TRAINING, quiet=True)
-        yield "a base fine-tuned by LoRA", self.variant(self.tracer(lora))
-        yield "a base fine-tuned", self.variant(self.tracer(tuned))
-        less = Difference(self.tracer(tuned), self.tracer(base))
-        yield "a base fine-tuned, the base's scores subtracted", self.variant(less)
+    @cached_property
+    def model(self) -> nn.Module:
+        """The reference's model."""
+        return self.trained()
+
+    @cached_property
+    def base(self) -> nn.Module:
+        """A model that has learned other sentences."""
+        return self.trained(rows=self.other_sentences())
+
+    @cached_property
+    def other_seeds(self) -> list[ForwardInf]:
+        """Tracers of two more models, of other seeds."""
+        return [self.tracer(self.trained(seed=self.seed + 100 * i)) for i in (1, 2)]
+
+    @cached_property
+    def checkpoints(self) -> list[ForwardInf]:
+        """Tracers of earlier checkpoints."""
+        return [self.tracer(self.trained(until=epoch)) for epoch in CHECKPOINTS]
+
+    def tuned(self, model: nn.Module) -> nn.Module:
+        """Fine-tune a copy of a model on the candidates."""
+        model = copy.deepcopy(model)
+        fit(CausalLMAdapter(model, self.tokenizer), self.task.candidates, **TRAINING, quiet=True)
+        return model
 
     def half_seen(self) -> Variant:
         """Return the model of a random half of the rows, traced over all of them."""
         rows = len(self.task.candidates)
         seen = np.random.default_rng(self.seed).permutation(rows) < rows // 2
-        model = self.trained(rows=self.task.candidates.select(np.flatnonzero(seen)))
-        return self.variant(self.tracer(model), unwanted=~seen)
+        half = self.task.candidates.select(np.flatnonzero(seen))
+        return Variant(lambda: self.tracer(self.trained(rows=half)), self.task.candidates, ~seen)
 
     def repeated(self) -> Variant:
         """Return the model of data with repeated rows, traced over all of it."""
         rows = len(self.task.candidates)
         chosen = np.random.default_rng(self.seed).permutation(rows)[: round(REPEATED * rows)]
-        copies = self.task.candidates.select(np.tile(chosen, 2))
-        everything = concatenate_datasets([self.task.candidates, copies])
-        return Variant(self.tracer(self.trained(rows=everything)), everything, np.arange(len(everything)) >= rows)
+        everything = concatenate_datasets([self.task.candidates, self.task.candidates.select(np.tile(chosen, 2))])
+        copies = np.arange(len(everything)) >= rows
+        return Variant(lambda: self.tracer(self.trained(rows=everything)), everything, copies)
 
     def trained(self, rows: Dataset | None = None, seed: int | None = None, **changes: Any) -> nn.Module:
         """Train on the candidates, or other rows, with changes of the training."""
@@ -124,7 +145,3 @@ class Sensitivity:
     def tracer(self, model: nn.Module) -> ForwardInf:
         """Return Forward-INF with defaults that scores all candidates, without a floor."""
         return ForwardInf(model.eval(), self.tokenizer, strategy="full")
-
-    def variant(self, attributor: Attributor, unwanted: np.ndarray | None = None) -> Variant:
-        """Return an attributor on the task's candidates."""
-        return Variant(attributor, self.task.candidates, unwanted)

@@ -22,19 +22,19 @@ def test_a_variant_is_compared_with_the_truth_and_the_reference():
     scores[0, 0] = 9  # the only proponent of the first query
     truth = Retrained(queries, draw.random((8, 15)) < 0.5, np.empty((8, 2)))
     truth.losses[:] = -(truth.subsets.astype(float) @ scores.T)
-    reference, opposite = (Attribution(sign * scores, queries, candidates) for sign in (1, -1))
+    twice, same, opposite = (Attribution(factor * scores, queries, candidates) for factor in (2, 1, -1))
     variant = Variant(None, candidates, np.arange(15) >= 5)
-    same = RECIPE.by_query(variant, Attribution(scores, queries, candidates), reference, truth)
-    np.testing.assert_allclose(same["lds"], 1)
-    np.testing.assert_allclose(same["lds_gain"], 0)
-    np.testing.assert_allclose([same["rank_correlation"], same["same_best"], same["mrr"]], 1)
-    other = RECIPE.by_query(variant, opposite, reference, truth)
+    alike = RECIPE.by_query(variant, twice, scores, truth)
+    np.testing.assert_allclose(alike["lds"], 1)
+    np.testing.assert_allclose(alike["lds_gain"], 0)
+    np.testing.assert_allclose([alike["rank_correlation"], alike["same_best"], alike["mrr"]], 1)
+    other = RECIPE.by_query(variant, opposite, scores, truth)
     np.testing.assert_allclose([other["lds"], other["rank_correlation"]], -1)
     np.testing.assert_allclose(other["same_best"], 0.5)  # 10 of 15 from either end
     assert other["mrr"][0] == pytest.approx(1 / 15)
     expected = [(np.argsort(scores[i])[:10] >= 5).mean() for i in range(2)]
     np.testing.assert_allclose(other["unwanted"], expected)
-    assert "lds_gain" not in RECIPE.by_query(variant, reference, reference, truth)
+    assert "lds_gain" not in RECIPE.by_query(variant, same, scores, truth)
 
 
 def test_everything_that_users_do_is_in_one_table(tmp_path, monkeypatch):
@@ -56,10 +56,14 @@ def test_everything_that_users_do_is_in_one_table(tmp_path, monkeypatch):
     ]
     assert run_command(RECIPE.main, RECIPE.Options, arguments=words, bars=False) == 0
     rows = json.loads((tmp_path / "figures.json").read_text())["rows"]
-    assert len(rows) == 13 and next(iter(rows)) == REFERENCE
+    assert len(rows) == 14 and next(iter(rows)) == REFERENCE
     assert all(row["lds_low"] <= row["lds"] <= row["lds_high"] for row in rows.values())
     assert rows["bfloat16"]["rank_correlation"] > rows["another seed"]["rank_correlation"]
     assert [name for name, row in rows.items() if "unwanted" in row] == [
         "half of the rows never seen", "a fifth of the rows three times",
     ]  # fmt: skip
     assert (tmp_path / "report.html").exists()
+    monkeypatch.setattr("experiments.sensitivity.train_llama", None)  # not trained again
+    (tmp_path / "metrics.json").unlink()  # as if it had been interrupted
+    assert run_command(RECIPE.main, RECIPE.Options, arguments=[*words, "--overwrite"], bars=False) == 0
+    assert json.loads((tmp_path / "figures.json").read_text())["rows"] == rows
