@@ -36,7 +36,7 @@ class Attribution:
         config (`dict`, *optional*): The options that the scores depend on.
         details (`datasets.Dataset`, *optional*): Scores by token for some pairs ([`token_scores.explain`]).
         stage (`np.ndarray`, *optional*): bool, of the shape of the scores: which of them were computed; all others are
-            the floor, the lowest computed score of the query's best candidates. Defaults to all.
+            the floor, below which scores are noise. Defaults to all.
         plan (`Plan`, *optional*): What was computed, and what a screen has found.
         backgrounds (`list[Background]`, *optional*): What all scores of each query looked like, where only the best
             were kept.

@@ -66,8 +66,9 @@ class ForwardInf(Scorer):
             curvature. Defaults to the candidates of each trace.
         strategy (`str`, defaults to `"auto"`): `"full"`: the finite step is run on all candidates; or `"screen"`: a
             cheap attributor ranks all of them, and the step is run on the best of each query. All others then get the
-            lowest score of these, the floor. `"auto"` screens more than 1,000 candidates of language models, takes
-            the full pass where the audit finds that the screen fails, and sets the floor for them in any case.
+            floor, what one in ten of the audited others reaches ([`screened.floor_under`]). `"auto"` screens more than
+            1,000 candidates of language models, takes the full pass where the audit finds that the screen fails, and
+            sets a floor for them in any case.
         screen (`str` or `Attributor`, *optional*): Ranks the candidates: an attributor's name in
             [`baselines.ATTRIBUTORS`], several joined by `+`, whose reciprocal ranks are added, or an attributor.
             Defaults to `"bm25+representation"`, as far as the model and its rows have texts and hidden states.

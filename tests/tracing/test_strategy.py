@@ -11,7 +11,7 @@ from hf_forward_inf.baselines import BM25, Baseline, Random, RepresentationSimil
 from hf_forward_inf.curvature.perturber import Perturber
 from hf_forward_inf.passes.kept_pass import KeptPass
 from hf_forward_inf.tracing import strategy
-from hf_forward_inf.tracing.screened import floored
+from hf_forward_inf.tracing.screened import floor_under, floored
 from tests.helpers.causal import FACTS, questions, train_tokens, untrained
 from tests.helpers.line import points
 
@@ -114,6 +114,35 @@ def test_only_what_was_drawn_and_lies_above_the_floor_keeps_its_score(line):
     assert found.stage.sum() == 33
     assert found.scores[0][~found.stage[0]].tolist() == [full[0][lowest].min()] * 7
     np.testing.assert_allclose(found.scores[found.stage], full[found.stage], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kept", "audited", "floor"),
+    [
+        (np.arange(40.0), np.array([np.nan, *np.linspace(0, 10, 11)]), 9.0),  # the second of eleven
+        (np.arange(40.0), np.arange(100.0, 110.0), 15.0),  # the 25th best of the kept
+        (np.arange(40.0), np.arange(-20.0, -10.0), 0.0),  # the lowest of the kept
+        (np.arange(40.0), np.array([]), 0.0),
+        (np.arange(5.0), np.arange(100.0, 110.0), 0.0),
+    ],
+)
+def test_the_floor_is_what_one_in_ten_of_the_audited_reaches(kept, audited, floor):
+    assert floor_under(kept, audited) == floor
+
+
+def test_kept_candidates_below_the_floor_have_it(line):
+    query, candidates = points(((3, 1), 0)), points(*(((i, 1), 0.5 * i) for i in range(100)))
+    full = ForwardInf(adapter=line).trace(query, candidates).scores[0]
+    order = np.argsort(-full)
+    kept = np.concatenate([order[:30], order[-30:]])  # the best, and the worst
+    screen = Known(np.isin(np.arange(100), kept)[None].astype(float))
+    tracer = ForwardInf(adapter=line, screen=screen, keep=60, audit=40, strategy="screen")
+    found = tracer.trace(query, candidates)
+    floor = np.clip(np.quantile(np.delete(full, kept), 0.9), full[order[59 + 10]], full[order[24]])
+    assert found.scores.min() == pytest.approx(floor)
+    expected = np.where(full < floor, floor, full)
+    np.testing.assert_allclose(found.scores[0], expected, rtol=1e-6)
+    assert found.stage[0].tolist() == (~(full < floor)).tolist()
 
 
 def test_a_second_trace_computes_nothing_and_a_wider_one_only_what_is_new(line):
