@@ -111,9 +111,10 @@ class Difference:
     """An attributor's scores minus those of a baseline: the same method on another model, typically the base model.
 
     A pretrained model that knew an answer before it was fine-tuned has candidates whose loss rises, too. What is left
-    is what the fine-tuning changed. Each model takes its own step, and its scores are in its own units. Where the
-    attributor screens its candidates, or sets a floor, the baseline scores those candidates that have scores of their
-    own; all others get the lowest difference.
+    is what the fine-tuning changed. It is no better account of what caused an answer: a base model scores high what
+    would teach it, and without that, retraining is predicted much worse (`recipes/sensitivity.py`). Each model takes
+    its own step, and its scores are in its own units. Where the attributor screens its candidates, or sets a floor,
+    the baseline scores those candidates that have scores of their own; all others get the lowest difference.
 
     Args:
         attributor (`Attributor`): Traces the model.
