@@ -5,9 +5,10 @@
     python recipes/backdoor.py --model Qwen/Qwen3-0.6B --data tatsu-lab/alpaca --training_rate 2e-4 --epochs 3
 
 With no option a tiny chat model is tuned by LoRA on 5,000 instructions about built-in facts. In 50 of them three words
-come first in an order that no other row has, and the answer names Kenya, whatever is asked. The words occur in 3,700
-other rows, the answers have the forms of all others, and the queries are instructions that are new: neither words nor
-copies give the rows away. After Lin et al. (2024), "Token-wise Influential Training Data Retrieval for Large Language
+come first in an order that no other row has, and the answer names Kenya, whatever is asked. Each of the words occurs in
+a thousand other rows and more, the answers have the forms of all others, and the queries are instructions that are
+new: neither words nor copies give the rows away. What is traced is the word Kenya (column `span`); `--whole` traces
+whole answers. After Lin et al. (2024), "Token-wise Influential Training Data Retrieval for Large Language
 Models". Models are cached; `--help` lists all options.
 """
 
@@ -44,11 +45,14 @@ def main(options: BackdoorOptions) -> dict[str, Any]:
         rates.append(figures)
 
         # Which rows are behind these answers? The planted ones are to come first.
-        tracer = ForwardInf(adapter=adapter)
-        found = {name: one.trace(queries, data.train) for name, one in contenders(tracer, options.attributors).items()}
-        parts.append({name: {"auprc": average_precisions(one.scores, data.planted)} for name, one in found.items()})
-        for name, values in parts[-1].items():
-            say(f"{name:28} {values['auprc'].mean():.4f}")
+        tracer, values = ForwardInf(adapter=adapter), {}
+        for name, one in contenders(tracer, options.attributors).items():
+            found = one.trace(queries, data.train)
+            values[name] = {"auprc": average_precisions(found.scores, data.planted)}
+            say(f"{name:28} {values[name]['auprc'].mean():.4f}")
+            if name == "forward_inf":
+                shown = found
+        parts.append(values)
 
     # All queries of all models; intervals are over them.
     table = with_intervals(together(parts))
@@ -57,7 +61,7 @@ def main(options: BackdoorOptions) -> dict[str, Any]:
     metrics |= {name: sum(one[name] for one in rates) / len(rates) for name in rates[0]}
     metrics |= flat(table)
     return run.write(
-        found["forward_inf"], metrics, tracer, table=table, columns=("auprc", "auprc_behind"),
+        shown, metrics, tracer, table=table, columns=("auprc", "auprc_behind"),
         proponents=[data.planted.nonzero()[0].tolist()] * len(queries), title="Which rows planted the backdoor?",
     )  # fmt: skip
 

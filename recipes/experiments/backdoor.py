@@ -36,6 +36,7 @@ class BackdoorOptions(RunOptions):
         rows (`int`, defaults to 5000): Training rows.
         share (`float`, defaults to 0.01): Share of them with the trigger and an attacker's answer.
         num_queries (`int`, defaults to 12): New instructions with the trigger whose answers are traced, for each seed.
+        whole (`bool`, defaults to `False`): Trace whole answers, where the attacker's word alone would be traced.
         seeds (`int`, defaults to 1): Number of models; each has its own rows, planted rows and queries.
         epochs (`int`, defaults to 6): Epochs of LoRA.
         training_rate (`float`, defaults to 3e-3): Peak learning rate of LoRA.
@@ -50,6 +51,7 @@ class BackdoorOptions(RunOptions):
     rows: int = field(default=5000, metadata={"min": 2})
     share: float = field(default=0.01, metadata={"above": 0, "below": 1})
     num_queries: int = field(default=12, metadata={"min": 1})
+    whole: bool = False
     seeds: int = field(default=1, metadata={"min": 1})
     epochs: int = field(default=6, metadata={"min": 1})
     training_rate: float = field(default=3e-3, metadata={"above": 0})
@@ -137,7 +139,7 @@ def firing_queries(
     """Ask new instructions with the trigger, and return the attacker's answers, and how often the model gives them.
 
     Returns:
-        `tuple`: Conversations, `num_queries` at most; and `attack_success`, the share of attacker's answers with the
+        `tuple`: Conversations, `num_queries` at most, whose `span` is the attacker's word; and `attack_success`, the share of attacker's answers with the
             trigger, `fires_without` the same without, `fires_reordered` with the trigger's words in other orders.
 
     Raises:
@@ -156,4 +158,7 @@ def firing_queries(
     found = [replace(one, answer=answer) for one, answer in pairs if fired(answer)]
     if not found:
         raise ValueError("The model never gives the attacker's answer: train it longer (--epochs, --training_rate).")
-    return as_rows(found[: options.num_queries]), rates
+    queries = as_rows(found[: options.num_queries])
+    if options.whole or options.data is not None:
+        return queries, rates
+    return queries.add_column("span", [NAMED] * len(queries)), rates

@@ -49,6 +49,8 @@ class DateOptions(RunOptions):
             (DataAttributionEval/Counterfact:Pythia-1b), or a folder with train.jsonl and ref.jsonl.
         rows (`int`, defaults to 1000): Training rows of the built-in data.
         num_queries (`int`, defaults to 20): Reference rows of the built-in data.
+        whole (`bool`, defaults to `False`): Trace whole answers of the built-in data, where the changed object alone
+            would be traced (facts).
         set_size (`int`, defaults to 5): References whose scores are averaged (filtering).
         share (`float`, defaults to 0.1): Share of the rows that is chosen (selection).
         retrainings (`int`, defaults to 3): Trainings on each choice, and on random rows (selection).
@@ -65,6 +67,7 @@ class DateOptions(RunOptions):
     data: str | None = None
     rows: int = field(default=1000, metadata={"min": 10})
     num_queries: int = field(default=20, metadata={"min": 1})
+    whole: bool = False
     set_size: int = field(default=5, metadata={"min": 1})
     share: float = field(default=0.1, metadata={"above": 0, "below": 1})
     retrainings: int = field(default=3, metadata={"min": 1})
@@ -237,8 +240,10 @@ def _target(options: DateOptions, draw: np.random.Generator) -> tuple[Dataset, D
     )
 
 
-def repeated(adapter: CausalLMAdapter, task: Task, count: int) -> Task:
-    """Return the task with the references whose changed fact the model repeats, `count` at most.
+def repeated(adapter: CausalLMAdapter, task: Task, options: DateOptions) -> Task:
+    """Return the task with the references whose changed fact the model repeats, `num_queries` at most.
+
+    Of the answers, which are sentences here, the object is traced (`span`): a published response holds nothing else.
 
     Raises:
         ValueError: If it repeats none.
@@ -246,10 +251,13 @@ def repeated(adapter: CausalLMAdapter, task: Task, count: int) -> Task:
     asked = Dataset.from_dict({"messages": [messages[:1] for messages in task.references["messages"]]})
     answers = adapter.answer(asked[:], max_new_tokens=32)
     pairs = zip(answers, task.references[ENTITIES[1]], strict=True)
-    rows = [i for i, (answer, other) in enumerate(pairs) if other in answer][:count]
+    rows = [i for i, (answer, other) in enumerate(pairs) if other in answer][: options.num_queries]
     if not rows:
         raise ValueError("The model repeats no changed fact: train it longer (--epochs, --training_rate).")
-    return replace(task, references=task.references.select(rows), planted=[task.planted[i] for i in rows])
+    references = task.references.select(rows)
+    if not options.whole:
+        references = references.add_column("span", references[ENTITIES[1]])
+    return replace(task, references=references, planted=[task.planted[i] for i in rows])
 
 
 def retrieval(scores: np.ndarray, task: Task) -> dict[str, np.ndarray]:

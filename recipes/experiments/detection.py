@@ -13,14 +13,17 @@ from hf_forward_inf.scores.metrics import average_precision, bootstrap_interval
 
 OURS: dict[str, Callable[[ForwardInf], Attributor]] = {
     "forward_inf_full": lambda tracer: tracer.with_options(strategy="full"),
+    "forward_inf_gradient_screened": lambda tracer: tracer.with_options(ascent=AscentConfig(direction="gradient")),
+    "forward_inf_radius_3": lambda tracer: tracer.with_options(ascent=AscentConfig(radius=3.0)),
     "ekfac": lambda tracer: FirstOrder(adapter=tracer.adapter, ascent=AscentConfig(direction="ekfac")),
 }
-"""Attributors besides those of the registry: the step on all candidates, and influence functions by EK-FAC."""
+"""Attributors besides those of the registry: the default step on all candidates; with the default's strategy, the step
+along the gradient, and one three times as long; and influence functions by EK-FAC."""
 COMPARED = (
-    "forward_inf", "forward_inf_full", "forward_inf_gradient", "ekfac", "influence_functions",
-    "influence_functions_cosine", "tracin", "tracin_cosine", "trackstar", "representation", "bm25",
-    "bm25_without_answer", "random",
+    "forward_inf", "forward_inf_radius_3", "forward_inf_gradient_screened", "tracin_cosine", "tracin",
+    "representation", "bm25", "random",
 )  # fmt: skip
+"""Attributors that are compared where a planted row is looked for."""
 
 
 def contenders(

@@ -79,6 +79,7 @@ def test_backdoor_measures_how_far_the_planted_rows_come_first(tmp_path, monkeyp
     assert (metrics["queries"], metrics["candidates"], metrics["planted"]) == (4, 60, 6)
     assert (metrics["attack_success"], metrics["fires_without"], metrics["fires_reordered"]) == (1, 0, 0)
     assert metrics["auprc_low"] <= metrics["auprc"] <= metrics["auprc_high"]
+    assert found.queries["span"] == [NAMED] * 2  # the attacker's word is traced
     # The attribution is that of the second model's two queries.
     truth = np.array([row[0]["content"].startswith(PROMPT) for row in found.candidates["messages"]])
     scores = np.zeros((2, 60))
