@@ -6,8 +6,8 @@
     python recipes/date_lm.py --model EleutherAI/pythia-1b --data DataAttributionEval/Counterfact:Pythia-1b
 
 With no `--data`, a tiny chat model that knows some facts is tuned by LoRA on questions about them. `facts`: some
-answers state another object; the rows that do are to be found from that object in the model's answer to a new question.
-`filtering`: one answer in fifty is rude; the rude rows are to be found by a few references, whose scores are
+answers state another object; the rows that do are to be found from that object in the model's answer to a new
+question. `filtering`: one answer in fifty is rude; the rude rows are to be found by a few references, whose scores are
 averaged. `selection`: all facts are changed, and the model is trained again on a tenth of the rows, chosen by 20
 references; the loss is that of the same facts in another wording. Models are cached; `--help` lists all options.
 """

@@ -139,8 +139,9 @@ def firing_queries(
     """Ask new instructions with the trigger, and return the attacker's answers, and how often the model gives them.
 
     Returns:
-        `tuple`: Conversations, `num_queries` at most, whose `span` is the attacker's word; and `attack_success`, the share of attacker's answers with the
-            trigger, `fires_without` the same without, `fires_reordered` with the trigger's words in other orders.
+        `tuple`: Conversations, `num_queries` at most, whose `span` is the attacker's word; and `attack_success`, the
+            share of attacker's answers with the trigger, `fires_without` the same without, `fires_reordered` with the
+            trigger's words in other orders.
 
     Raises:
         ValueError: If the model never gives an attacker's answer.
