@@ -1,7 +1,8 @@
 """captum: TracIn at one checkpoint, in all parameters or in the last layer.
 
 The last layer's variant needs one vector and one label per row, so that its rows are tokens here. The score of two
-sentences is the sum over pairs of their tokens: the exact product of the layer's gradients.
+sentences is the sum over pairs of their tokens: the exact product of the layer's gradients. Nothing is stored between
+runs.
 """
 
 from collections.abc import Callable
@@ -36,12 +37,9 @@ class Logits(nn.Module):
 
 
 def all_parameters(task: Task) -> np.ndarray:
-    def tensors(rows: Rows) -> tuple[Tensor, ...]:
-        batch = task.collate(rows)
-        return tuple(batch[name] for name in (*INPUTS, "labels") if name in batch)
-
-    candidates = TensorDataset(*tensors(task.candidates))
-    return tracin(TracInCP, Logits(task.model), candidates, losses, ROWS).influence(tensors(task.queries)).numpy()
+    candidates = TensorDataset(*_tensors(task, task.candidates))
+    method = tracin(TracInCP, Logits(task.model), candidates, losses, ROWS)
+    return method.influence(_tensors(task, task.queries)).numpy()
 
 
 def last_layer(task: Task) -> np.ndarray:
@@ -66,6 +64,11 @@ def tracin(
         batch_size=batch,
         **options,
     )
+
+
+def _tensors(task: Task, rows: Rows) -> tuple[Tensor, ...]:
+    batch = task.collate(rows)
+    return tuple(batch[name] for name in (*INPUTS, "labels") if name in batch)
 
 
 def _token_loss(logits: Tensor, labels: Tensor) -> Tensor:

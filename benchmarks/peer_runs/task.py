@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,19 +20,27 @@ BATCH_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Task:
-    """A model, candidates and queries in a folder.
+    """A model, candidates and queries in a folder, which [`peer_tasks.write_task`] writes.
 
     Args:
         folder (`Path`): Has `model/`, `task.json`, `candidates.json` and `queries.json`; rows have `input_ids` and
-            `labels`, which for a causal model are as long as the inputs and -100 where there is no loss.
+            `labels`, which for a causal model are as long as the inputs and -100 where there is no loss, and `row`,
+            the columns that this library reads.
+        asked (`slice`, *optional*): The queries to score. Defaults to all.
     """
 
     folder: Path
+    asked: slice = field(default_factory=lambda: slice(None))
 
     @cached_property
+    def facts(self) -> dict[str, Any]:
+        """What `task.json` says: `kind`, and where there are some, `proponents`, `checkpoints` and other facts."""
+        return json.loads((self.folder / "task.json").read_text())
+
+    @property
     def kind(self) -> str:
         """`"seq2seq"` or `"causal"`."""
-        return json.loads((self.folder / "task.json").read_text())["kind"]
+        return self.facts["kind"]
 
     @cached_property
     def candidates(self) -> Rows:
@@ -41,8 +49,8 @@ class Task:
 
     @cached_property
     def queries(self) -> Rows:
-        """The queries."""
-        return json.loads((self.folder / "queries.json").read_text())
+        """The queries to score."""
+        return json.loads((self.folder / "queries.json").read_text())[self.asked]
 
     @cached_property
     def model(self) -> Any:

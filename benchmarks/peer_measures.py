@@ -1,0 +1,207 @@
+"""What is measured of a method: its scores, with default and with chosen settings, and its cost, cold and warm."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from peer_environments import environment
+from peer_methods import Method
+
+from hf_forward_inf.scores.metrics import lds_by_query
+
+NONE: Mapping[str, Any] = {}
+HERE = Path(__file__).resolve().parent
+COUNTS = (1, 10, 100)
+"""Numbers of queries whose cost is measured."""
+FEW = 5
+"""Queries by which the settings of a costly method are chosen."""
+
+ENDS = ("figures.json", "error.txt")
+"""A run's folder with one of these files is complete."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One call of a method.
+
+    Args:
+        method (`str`): Its name in the library's module.
+        name (`str`): The folder of its result.
+        queries (`tuple`): First and last query, as of a slice.
+        options (`dict`): The method's options.
+        store (`str`): The folder in which its library stores files, which runs may share.
+    """
+
+    method: str
+    name: str
+    queries: tuple[int, int | None]
+    options: Mapping[str, Any]
+    store: str
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A task, its measurements on disk, and how they are made.
+
+    Args:
+        task (`Path`): The task's folder.
+        folder (`Path`): Where measurements are stored, a folder for each method.
+        environments (`Path`): The peers' environments.
+        limit (`int`): Maximum seconds of processor time for one run.
+    """
+
+    task: Path
+    folder: Path
+    environments: Path
+    limit: int
+    facts: Mapping[str, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "facts", json.loads((self.task / "task.json").read_text()))
+
+    @property
+    def judged(self) -> int | None:
+        """The number of queries that are judged, the first ones; `None` for all."""
+        return self.facts.get("judged")
+
+    def task_rows(self, name: str) -> list[dict[str, Any]]:
+        """Return the task's `"queries"` or `"candidates"`."""
+        return json.loads((self.task / f"{name}.json").read_text())
+
+    def truth(self, choosing: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Return subsets, and the losses of the judged or of the choosing queries."""
+        kept = np.load(self.task / "truth.npz")
+        own = slice(self.judged, None) if choosing else slice(None, self.judged)
+        return kept["subsets"], kept["losses"][:, own]
+
+    def measure(self, library: str, methods: Sequence[Method], costs: bool) -> None:
+        """Measure what is missing of a library's methods, in one process; errors are stored in place of results."""
+        first, then = [], []
+        for method in methods:
+            trials = self._trials(method)
+            # Many steps for each query: only with the settings that are chosen.
+            first += [] if trials and method.costly else [self._run(method, "default", (0, self.judged))]
+            first += trials
+            if costs and method.priced and not method.costly:
+                first += self._costs(method)
+        self._make(library, first)
+        for method in methods:
+            if (best := self.choice(method)) is not None:
+                then.append(self._run(method, "chosen", (0, self.judged), best))
+            if costs and method.priced and method.costly:
+                then += self._costs(method)
+        self._make(library, then)
+
+    def _trials(self, method: Method) -> list[Run]:
+        """Return a run with each of a method's settings, for the choosing queries; they share what can be shared."""
+        if self.judged is None or not method.grid:
+            return []
+        stop = self.judged + (FEW if method.costly else self.truth(choosing=True)[1].shape[1])
+        return [
+            self._run(method, f"tried-{i}", (self.judged, stop), options, "tried")
+            for i, options in enumerate(method.choices())
+        ]
+
+    def _costs(self, method: Method) -> list[Run]:
+        """Return runs of 1, 10 and 100 queries in empty folders, and of as many others in the folder of the first."""
+        last, counts = len(self.task_rows("queries")), COUNTS[:1] if method.costly else COUNTS
+        best = (self.choice(method) or {}) if method.costly else {}
+        found = [self._run(method, f"cold-{count}", (0, count), best) for count in counts]
+        for count in counts:
+            found.append(self._run(method, f"warm-{count}", (last - count, last), best, f"cold-{counts[0]}"))
+            last -= count
+        return found
+
+    def choice(self, method: Method) -> dict[str, Any] | None:
+        """Return the settings of which the choosing queries have the best mean LDS, if any had a result."""
+        values = self.tried(method)
+        if not values:
+            return None
+        return method.choices()[max(values, key=lambda i: values[i])]
+
+    def tried(self, method: Method) -> dict[int, float]:
+        """Return the mean LDS of the choosing queries, by the number of the settings."""
+        if self.judged is None:
+            return {}
+        subsets, losses = self.truth(choosing=True)
+        found = {i: self.scores(method, f"tried-{i}") for i in range(len(method.choices()))}
+        return {
+            i: float(lds_by_query(scores, subsets, losses[:, : len(scores)]).mean())
+            for i, scores in found.items()
+            if scores is not None and np.isfinite(scores).all()
+        }
+
+    def scores(self, method: Method, run: str) -> np.ndarray | None:
+        """Return the scores of a run, `[queries, candidates]`, if it had a result."""
+        kept = self.folder / method.key / run / "scores.npy"
+        return np.load(kept) if kept.exists() else None
+
+    def figures(self, method: Method, run: str) -> dict[str, float] | None:
+        """Return the costs of a run, if it had a result."""
+        kept = self.folder / method.key / run / "figures.json"
+        return json.loads(kept.read_text()) if kept.exists() else None
+
+    def error(self, method: Method, run: str) -> str | None:
+        """Return why a run had no result."""
+        kept = self.folder / method.key / run / "error.txt"
+        return kept.read_text() if kept.exists() else None
+
+    def _run(
+        self, method: Method, name: str, queries: tuple[int, int | None], options: Mapping[str, Any] = NONE,
+        store: str | None = None,
+    ) -> Run:  # fmt: skip
+        options = {**method.options, **options}
+        return Run(method.name, f"{method.key}/{name}", queries, options, f"{method.key}/{store or name}")
+
+    def _make(self, library: str, runs: Sequence[Run]) -> None:
+        """Make the runs that are missing, in one process of the library's environment."""
+        own = self.folder.resolve()
+        missing = [run for run in runs if not any((own / run.name / end).exists() for end in ENDS)]
+        if not missing:
+            return
+        # What is stored between runs lasts as long as the process: the run that stores it is made again.
+        needed = {run.name for run in missing} | {run.store for run in missing}
+        why: str | None
+        with tempfile.TemporaryDirectory() as stores:
+            jobs = [
+                asdict(run) | {"store": str(Path(stores, run.store)), "result": str(own / run.name)}
+                for run in runs
+                if run.name in needed
+            ]
+            job = {"task": str(self.task.resolve()), "limit": self.limit, "runs": jobs}
+            try:
+                python = Path(sys.executable) if library == "ours" else environment(library, self.environments)
+                why = finished(python, library, job)
+            except (OSError, subprocess.CalledProcessError) as error:
+                why = str(error)
+        for run in missing:
+            if not any((own / run.name / end).exists() for end in ENDS):
+                (own / run.name).mkdir(parents=True, exist_ok=True)
+                (own / run.name / "error.txt").write_text(why or "no result")
+
+
+def finished(python: Path, library: str, job: dict[str, Any]) -> str | None:
+    """Make runs with a library, and return why it failed, if it did."""
+    command = [str(python), "-m", f"peer_runs.{library}", json.dumps(job)]
+    # This library may be on the path without being installed; others must not find what is not theirs.
+    path = [str(HERE), *([os.environ.get("PYTHONPATH", "")] if library == "ours" else [])]
+    with tempfile.TemporaryDirectory() as scratch:
+        private = {
+            "PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+            "OMP_NUM_THREADS": "1", "HF_HOME": scratch,
+        }  # fmt: skip
+        ended = subprocess.run(command, cwd=scratch, env={**os.environ, **private}, text=True, capture_output=True)
+    if not ended.returncode:
+        return None
+    # The first line of a message names the error.
+    lines = ended.stderr.strip().splitlines() or [f"exit status {ended.returncode}"]
+    named = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)]
+    return (named or lines)[-1]
