@@ -70,7 +70,8 @@ def _along_the_gradient(tracer: Tracer) -> Attributor:
 
 
 def _first_order(tracer: Tracer) -> Attributor:
-    return FirstOrder(adapter=tracer.adapter, cache_dir=tracer.cache_dir, ascent=tracer.ascent)
+    names = perturbed_names(tracer.adapter, tracer.ascent.modules)
+    return FirstOrder(adapter=tracer.adapter, cache_dir=tracer.cache_dir, ascent=tracer.ascent, modules=names)
 
 
 def _influence_cosine(tracer: Tracer) -> Attributor:

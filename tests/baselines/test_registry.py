@@ -10,6 +10,7 @@ import pytest
 from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf import baselines as package
 from hf_forward_inf.adapters import DiffusionAdapter, Seq2SeqAdapter, TensorAdapter
+from hf_forward_inf.ascent.parameters import perturbed_names
 from hf_forward_inf.baselines import ATTRIBUTORS, BM25, PixelDistance, RepresentationSimilarity, attributors_for
 from hf_forward_inf.baselines.registry import DEFAULT_SET
 from tests.helpers import digits
@@ -44,6 +45,7 @@ def test_what_the_registry_makes_explains_the_tracers_model_with_its_seed(tracer
     for name in ("trackstar", "influence_functions", "influence_functions_lissa", "first_order", "random"):
         assert made[name].config["seed"] == 3
     assert made["forward_inf_gradient"].config["radius"] != 0.5  # a length of its own
+    assert made["first_order"].config["modules"] == perturbed_names(tracer.adapter, tracer.ascent.modules)
 
 
 @pytest.mark.parametrize("name", ["tracin_cosine", "representation", "bm25", "bm25_without_answer", "random"])
