@@ -21,6 +21,11 @@ ERROR = "_se"
 TITLES = {
     "forward_inf": "**Forward-INF**",
     "forward_inf_gradient": "Forward-INF, gradient",
+    "forward_inf_pcg": "Forward-INF, preconditioned",
+    "unlearning": "unlearning by an EK-FAC step (AbU+)",
+    "trak": "TRAK, whole gradients",
+    "d_trak": "D-TRAK, whole gradients",
+    "mucs": "MUCS",
     "first_order": "first order along its step",
     "tracin": "TracIn, dot product",
     "tracin_cosine": "TracIn, cosine",

@@ -23,7 +23,7 @@ BASELINES = (
     "tracin", "tracin_cosine", "trackstar", "representation", "denoiser_features", "pixel_distance", "bm25", "random",
 )  # fmt: skip
 """Attributors without settings to choose."""
-DIRECTIONS = ("gradient", "cg")
+DIRECTIONS = {"forward_inf_gradient": "gradient", "forward_inf_pcg": "pcg"}
 """Other directions of Forward-INF's step, with their defaults."""
 KERNEL_DAMPINGS = (10.0, 3.0, 1.0, 0.3, 0.1, 0.01)
 """Dampings of TRAK and D-TRAK that are tried."""
@@ -43,7 +43,7 @@ def contenders(adapter: DiffusionAdapter, candidates: Dataset, others: Retrained
         candidates (`datasets.Dataset`): What it was trained on.
         others (`Retrained`): Retrained losses of queries that are not evaluated.
     """
-    found = {REFERENCE: _along(None), **{direction: _along(direction) for direction in DIRECTIONS}}
+    found = {REFERENCE: _along(None), **{name: _along(direction) for name, direction in DIRECTIONS.items()}}
     families: dict[str, dict[str, Make]] = {
         "unlearning": {f"damping={damping}": _unlearnt(damping) for damping in EKFAC_DAMPINGS},
         "mucs": {str(options): _mucs(options) for options in MUCS},

@@ -36,6 +36,8 @@ class DenoiserOptions(RunOptions):
         width (`int`, defaults to 128): Features of the denoiser's hidden layers.
         training_steps (`int`, defaults to 500): Training steps of 32 pictures.
         timesteps (`int`, defaults to 16): Timesteps of the losses that are traced, the same for all methods.
+        query_timesteps (`int`, *optional*): Timesteps of a query's loss; TRAK, D-TRAK and MUCS have none of their own.
+            Defaults to those of the candidates.
         subsets (`int`, defaults to 40): Random halves that are trained on.
         seeds (`int`, defaults to 2): Trainings of each half, averaged.
         models (`int`, defaults to 1): Models that are explained, trained on all pictures with different seeds.
@@ -53,6 +55,7 @@ class DenoiserOptions(RunOptions):
     width: int = field(default=128, metadata={"min": 1})
     training_steps: int = field(default=500, metadata={"min": 2})
     timesteps: int = field(default=16, metadata={"min": 1})
+    query_timesteps: int | None = field(default=None, metadata={"min": 1})
     subsets: int = field(default=40, metadata={"min": 2})
     seeds: int = field(default=2, metadata={"min": 1})
     models: int = field(default=1, metadata={"min": 1})
@@ -74,7 +77,8 @@ def load_truth(options: DenoiserOptions) -> DenoiserTruth:
     rows = captioned_digits() if options.candidates is None else load_captioned(options.candidates)
     return DenoiserTruth(
         rows.select_columns([TEXT, IMAGE]), options.size, options.num_candidates, options.num_queries,
-        width=options.width, steps=options.training_steps, traced_at=options.timesteps, seed=options.seed,
+        width=options.width, steps=options.training_steps, traced_at=options.timesteps,
+        queries_at=options.query_timesteps, seed=options.seed,
     )  # fmt: skip
 
 

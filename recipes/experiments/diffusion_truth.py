@@ -36,6 +36,7 @@ class DenoiserTruth:
         steps (`int`, defaults to 500): Training steps.
         timesteps (`int`, defaults to 64): Timesteps of a query's loss after retraining.
         traced_at (`int`, defaults to 8): Timesteps of the losses of the explained models.
+        queries_at (`int`, *optional*): Timesteps of a query's loss there. Defaults to `traced_at`.
         seed (`int`, defaults to 0): Seed of the choice of pictures, and of the subsets.
     """
 
@@ -47,6 +48,7 @@ class DenoiserTruth:
     steps: int = 500
     timesteps: int = 64
     traced_at: int = 8
+    queries_at: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -123,7 +125,7 @@ class DenoiserTruth:
     @cached_property
     def _blank(self) -> DiffusionAdapter:
         pipe = pipeline_of(self._untrained, self.rows[CAPTION][:], self.seed)
-        return DiffusionAdapter(pipe, timesteps=self.traced_at, seed=self.seed)
+        return DiffusionAdapter(pipe, timesteps=self.traced_at, query_timesteps=self.queries_at, seed=self.seed)
 
     @cached_property
     def _untrained(self) -> partial[PixelMLP]:

@@ -12,7 +12,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf.adapters import DiffusionAdapter
 from hf_forward_inf.adapters.diffusion_noise import Flow, draw
-from hf_forward_inf.ascent.parameters import names_for
+from hf_forward_inf.ascent.parameters import call, names_for
 from hf_forward_inf.ascent.steps import Perturbation
 from hf_forward_inf.passes.candidate_pass import encode
 from hf_forward_inf.passes.loss_pass import LossPass
@@ -127,7 +127,7 @@ def test_by_default_the_step_is_corrected_by_curvature_and_as_long_as_the_weight
     pipe, candidates = stable_diffusion("v_prediction"), rows(8)
     tracer = ForwardInf.from_pipe(pipe)
     length = {"radius": 1e-3, "relative": True}
-    assert tracer.ascent == AscentConfig(direction="cg", damping=0.01, sample=32, **length).completed()
+    assert tracer.ascent == AscentConfig(direction="cg", damping=0.01, sample=128, **length).completed()
     gradient = tracer.with_options(ascent=AscentConfig(direction="gradient")).ascent
     assert gradient == AscentConfig(direction="gradient", **length).completed()  # the length is the adapter's too
     weights = torch.cat([p.detach().flatten() for p in pipe.unet.parameters()]).norm().item()
@@ -169,6 +169,29 @@ def test_predictions_split_the_loss_and_leave_out_what_cannot_be_read():
     torch.testing.assert_close(loss(outputs), adapter.loss(adapter.model, batch)[:3].sum())
     slopes = adapter.sampled_output_gradients(torch.zeros(20000, 4), torch.Generator().manual_seed(0))
     assert slopes.square().mean().item() == pytest.approx(2 / 4, rel=0.02)
+
+
+def test_a_query_steps_along_the_gradient_at_timesteps_of_its_own():
+    pipe, candidates = stable_diffusion(), rows(5)
+    query = candidates.select([3])
+    found = {}
+    for count in (3, 6):
+        adapter = DiffusionAdapter(pipe, timesteps=2, query_timesteps=count)
+        tracer = ForwardInf(adapter=adapter, ascent=AscentConfig(direction="gradient", radius=0.05), units="loss")
+        (theta,) = tracer.perturber(candidates).perturbation(encode(adapter, query, "queries")[:]).thetas
+        as_query = DiffusionAdapter(pipe, timesteps=count)
+        batch = as_query.collate(encode(as_query, query, "candidates")[:])
+        own = {name: pipe.unet.get_parameter(name) for name in theta}
+        slopes = torch.autograd.grad(as_query.loss(pipe.unet.eval(), batch).sum(), list(own.values()))
+        length = torch.cat([slope.flatten() for slope in slopes]).norm()
+        for (name, before), slope in zip(own.items(), slopes, strict=True):
+            torch.testing.assert_close(theta[name] - before, 0.05 * slope / length, atol=1e-6, rtol=1e-3)
+        batch = adapter.collate(encode(adapter, candidates, "candidates")[:])
+        after = adapter.loss(partial(call, pipe.unet, theta), batch).detach().numpy()
+        found[count] = tracer.trace(query, candidates).scores[0]
+        np.testing.assert_allclose(found[count], after - losses(adapter, candidates), atol=1e-3)
+    assert not np.allclose(found[3], found[6], rtol=1e-2)  # though losses are cached
+    assert DiffusionAdapter(pipe, timesteps=4).query_timesteps == 4
 
 
 def test_several_pictures_of_one_prompt_are_one_query_with_their_mean_loss():
@@ -238,3 +261,5 @@ def test_what_is_no_diffusion_pipeline_is_refused():
         DiffusionAdapter(pipe)
     with pytest.raises(ValueError, match="timesteps=0"):
         DiffusionAdapter(unconditional(), timesteps=0)
+    with pytest.raises(ValueError, match="query_timesteps=0 must be at least 1"):
+        DiffusionAdapter(unconditional(), query_timesteps=0)
