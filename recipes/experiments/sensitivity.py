@@ -104,7 +104,9 @@ class Sensitivity:
     def tuned(self, model: nn.Module) -> nn.Module:
         """Fine-tune a copy of a model on the candidates."""
         model = copy.deepcopy(model)
-        fit(CausalLMAdapter(model, self.tokenizer), self.task.candidates, **TRAINING, quiet=True)
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            fit(CausalLMAdapter(model, self.tokenizer), self.task.candidates, **TRAINING, quiet=True)
         return model
 
     def half_seen(self) -> Variant:
@@ -131,9 +133,10 @@ class Sensitivity:
         """Return a copy of a model with an untrained LoRA, which is then all that is trained and perturbed."""
         from peft import LoraConfig, get_peft_model
 
-        torch.manual_seed(self.seed)
         lora = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=16, target_modules="all-linear")
-        return get_peft_model(copy.deepcopy(model), lora)  # type: ignore[arg-type]
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            return get_peft_model(copy.deepcopy(model), lora)  # type: ignore[arg-type]
 
     def other_sentences(self) -> Dataset:
         """Return as many other sentences of the built-in facts."""
