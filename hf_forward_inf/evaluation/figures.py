@@ -22,6 +22,7 @@ TITLES = {
     "forward_inf": "**Forward-INF**",
     "forward_inf_gradient": "Forward-INF, gradient",
     "forward_inf_pcg": "Forward-INF, preconditioned",
+    "forward_inf_long": "Forward-INF, a step 30 times as long",
     "unlearning": "unlearning by an EK-FAC step (AbU+)",
     "trak": "TRAK, whole gradients",
     "d_trak": "D-TRAK, whole gradients",

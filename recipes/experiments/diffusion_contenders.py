@@ -23,8 +23,12 @@ BASELINES = (
     "tracin", "tracin_cosine", "trackstar", "representation", "denoiser_features", "pixel_distance", "bm25", "random",
 )  # fmt: skip
 """Attributors without settings to choose."""
-DIRECTIONS = {"forward_inf_gradient": "gradient", "forward_inf_pcg": "pcg"}
-"""Other directions of Forward-INF's step, with their defaults."""
+STEPS = {
+    "forward_inf_gradient": AscentConfig(direction="gradient"),
+    "forward_inf_pcg": AscentConfig(direction="pcg"),
+    "forward_inf_long": AscentConfig(radius=0.03, relative=True),
+}
+"""Other steps of Forward-INF than the default."""
 KERNEL_DAMPINGS = (10.0, 3.0, 1.0, 0.3, 0.1, 0.01)
 """Dampings of TRAK and D-TRAK that are tried."""
 MUCS = ({"steps": 10, "rate": 1e-3},)
@@ -43,7 +47,7 @@ def contenders(adapter: DiffusionAdapter, candidates: Dataset, others: Retrained
         candidates (`datasets.Dataset`): What it was trained on.
         others (`Retrained`): Retrained losses of queries that are not evaluated.
     """
-    found = {REFERENCE: _along(None), **{name: _along(direction) for name, direction in DIRECTIONS.items()}}
+    found = {name: _stepping(ascent) for name, ascent in {REFERENCE: AscentConfig(), **STEPS}.items()}
     families: dict[str, dict[str, Make]] = {
         "unlearning": {f"damping={damping}": _unlearnt(damping) for damping in EKFAC_DAMPINGS},
         "mucs": {str(options): _mucs(options) for options in MUCS},
@@ -106,8 +110,8 @@ def _with_interval(name: str, values: np.ndarray) -> dict[str, float]:
     return {name: float(values.mean()), f"{name}_low": low, f"{name}_high": high}
 
 
-def _along(direction: str | None) -> Make:
-    return lambda one: ForwardInf(adapter=one, ascent=AscentConfig(direction=direction))
+def _stepping(ascent: AscentConfig) -> Make:
+    return lambda one: ForwardInf(adapter=one, ascent=ascent)
 
 
 def _unlearnt(damping: float) -> Make:

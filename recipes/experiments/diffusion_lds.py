@@ -5,7 +5,7 @@ from itertools import combinations
 
 import numpy as np
 
-from experiments.diffusion_contenders import BASELINES, DIRECTIONS
+from experiments.diffusion_contenders import BASELINES, STEPS
 from experiments.diffusion_truth import DenoiserTruth
 from hf_forward_inf.data import load_captioned
 from hf_forward_inf.data.digits import captioned_digits
@@ -19,7 +19,7 @@ CAPTION = (
     "LDS: the rank correlation between the losses that scores predict and those after training on random halves of "
     "the pictures; mean over queries, with its 95% interval. Settings were chosen by other queries."
 )
-METHODS = (REFERENCE, *DIRECTIONS, "unlearning", "trak", "d_trak", "mucs", *BASELINES)
+METHODS = (REFERENCE, *STEPS, "unlearning", "trak", "d_trak", "mucs", *BASELINES)
 """All that is compared."""
 
 

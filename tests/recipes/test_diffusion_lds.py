@@ -29,7 +29,17 @@ def test_a_run_compares_with_halves_and_with_training_without_the_best(tmp_path,
         monkeypatch.setattr(f"experiments.diffusion_contenders.{name}", tried)
     metrics = recipe("diffusion_lds").main(options(tmp_path))
     assert metrics == json.loads((tmp_path / "run" / "metrics.json").read_text())
-    for name in ("", "forward_inf_pcg/", "unlearning/", "trak/", "d_trak/", "mucs/", "denoiser_features/", "random/"):
+    for name in (
+        "",
+        "forward_inf_pcg/",
+        "forward_inf_long/",
+        "unlearning/",
+        "trak/",
+        "d_trak/",
+        "mucs/",
+        "denoiser_features/",
+        "random/",
+    ):
         assert metrics[f"{name}lds_low"] <= metrics[f"{name}lds"] <= metrics[f"{name}lds_high"]
     assert metrics["trak/lds_behind"] == pytest.approx(metrics["lds"] - metrics["trak/lds"])
     assert metrics["lds"] == pytest.approx((metrics["unseen/lds"] + metrics["drawn/lds"]) / 2)
