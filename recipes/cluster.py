@@ -44,6 +44,8 @@ class Options(RunOptions):
         partition (`str`, *optional*): SLURM's partition.
         time (`str`, *optional*): SLURM's limit for a shard, such as 12:00:00.
         gpus (`int`, defaults to 0): GPUs of a SLURM job or a Ray task.
+        memory (`int`, defaults to 8): GB of memory of a SLURM job or a Ray task.
+        venv (`str`, *optional*): What a SLURM job sources first, such as /home/me/venv/bin/activate.
         chunk_size (`int`, defaults to 2000): Rows traced at once, after which a shard's progress is saved.
         plan (`bool`, defaults to `False`): Print shards, passes, hours and disk, and stop.
     """
@@ -57,6 +59,8 @@ class Options(RunOptions):
     partition: str | None = None
     time: str | None = None
     gpus: int = field(default=0, metadata={"min": 0})
+    memory: int = field(default=8, metadata={"min": 1})
+    venv: str | None = None
     chunk_size: int = field(default=2000, metadata={"min": 1})
     plan: bool = False
 
@@ -71,9 +75,12 @@ class Options(RunOptions):
     @property
     def of_executor(self) -> dict[str, Any]:
         """Options of the executor."""
+        if self.executor == "local":
+            return {}
+        options = {"gpus_per_task": self.gpus, "mem_per_cpu_gb": self.memory}
         if self.executor == "slurm":
-            return {"partition": self.partition, "time": self.time, "gpus_per_task": self.gpus}
-        return {"gpus_per_task": self.gpus} if self.executor == "ray" else {}
+            options |= {"partition": self.partition, "time": self.time, "venv_path": self.venv}
+        return options
 
 
 def load(options: Options, folder: Path) -> tuple[str, list[str], Dataset]:

@@ -43,8 +43,8 @@ def executor(
         run (`ShardedRun`): After [`ShardedRun.start`].
         kind (`str`, defaults to `"local"`): Processes of this machine, or jobs of SLURM or Ray.
         workers (`int`, defaults to 1): Tasks at once.
-        **options: Of the executor: SLURM needs `time` and `partition`, and for GPUs
-            `sbatch_args={"gres": "gpu:1"}`; Ray takes `gpus_per_task`.
+        **options: Of the executor: SLURM needs `time` and `partition`; both it and Ray take `gpus_per_task`,
+            `cpus_per_task` and `mem_per_cpu_gb`, SLURM `venv_path` and `sbatch_args`, too.
     """
     logs = f"{run.folder}/logs/{kind}"
     return EXECUTORS[kind](

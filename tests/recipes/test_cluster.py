@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from hf_forward_inf import AscentConfig, Attribution, ForwardInf
+from hf_forward_inf.tracing.shards import ShardedRun, load_scorer
 from hf_forward_inf.utils.loading import load_model
 from tests.helpers.causal import questions, train_tokens, untrained
 from tests.helpers.recipes import recipe
@@ -40,3 +41,15 @@ def test_slurm_needs_a_partition_and_a_time():
     pytest.importorskip("datatrove")
     with pytest.raises(ValueError, match="SLURM needs --partition and --time"):
         recipe("cluster").Options(executor="slurm")
+
+
+def test_options_of_jobs_are_those_that_datatrove_has():
+    pytest.importorskip("datatrove")
+    cluster = recipe("cluster")
+    named = {"slurm": {"partition": "gpu", "time": "12:00:00", "venv": "/home/me/venv/bin/activate"}, "ray": {}}
+    for kind, options in named.items():
+        asked = cluster.Options(executor=kind, gpus=2, memory=32, workers=3, **options)
+        run = ShardedRun(load_scorer, ["a.parquet", "b.parquet"], "/nowhere")
+        made = cluster.executor(run, kind, asked.workers, **asked.of_executor)
+        assert (made.tasks, made.workers, made.gpus_per_task, made.mem_per_cpu_gb) == (2, 3, 2, 32)
+    assert cluster.Options(executor="local", gpus=2).of_executor == {}

@@ -4,6 +4,7 @@ import signal
 from functools import partial
 from pathlib import Path
 
+import dill
 import numpy as np
 import pytest
 from datasets import Dataset, concatenate_datasets
@@ -108,3 +109,41 @@ def test_two_workers_of_datatrove_are_killed_and_go_on(run, tmp_path):
     assert len(list(marks.iterdir())) == 4
     assert_same(run.merge(), as_one_stream(run))
     assert json.loads((Path(run.folder) / "run.json").read_text())["files"] == run.files
+
+
+def test_slurm_is_given_a_job_for_each_file_which_traces_it(run, tmp_path, monkeypatch):
+    pytest.importorskip("datatrove")
+    from hf_forward_inf.tracing.cluster import executor
+
+    run.start(QUERIES)
+    (tmp_path / "bin").mkdir()
+    for program, answer in {"sbatch": "Submitted batch job 17", "scontrol": "node-1"}.items():
+        (tmp_path / "bin" / program).write_text(f"#!/bin/sh\necho {answer}\n")
+        (tmp_path / "bin" / program).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    options = {"partition": "gpu", "time": "01:00:00", "gpus_per_task": 1, "mem_per_cpu_gb": 16}
+    executor(run, "slurm", workers=2, **options).run()
+    logs = Path(run.folder) / "logs" / "slurm"
+    lines = (logs / "launch_script.slurm").read_text().splitlines()
+    for asked in ("partition=gpu", "time=01:00:00", "gpus=1", "mem-per-cpu=16G", "array=0-3%2"):
+        assert f"#SBATCH --{asked}" in lines
+    assert lines[-1].split()[-2:] == ["launch_pickled_pipeline", str(logs / "executor.pik")]
+
+    before = signal.getsignal(signal.SIGUSR1)
+    try:
+        monkeypatch.setenv("SLURM_NODELIST", "node-1")
+        for job in (1, 3):  # as `launch_pickled_pipeline` does in a job of SLURM's
+            monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(job))
+            dill.loads((logs / "executor.pik").read_bytes()).run()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert run.missing() == [0, 2]
+
+
+def test_ray_is_given_a_task_for_each_file(run):
+    pytest.importorskip("datatrove")
+    from hf_forward_inf.tracing.cluster import executor
+
+    made = executor(run, "ray", workers=3, gpus_per_task=1, mem_per_cpu_gb=16)
+    assert (made.tasks, made.workers, made.gpus_per_task, made.mem_per_cpu_gb) == (4, 3, 1, 16)
+    assert made.pipeline[0].sharded is run
