@@ -33,6 +33,7 @@ from datasets import Dataset
 
 from hf_forward_inf import AscentConfig, Attribution, ForwardInf
 from hf_forward_inf.cli import main as command
+from hf_forward_inf.evaluation.figures import save_figures
 from hf_forward_inf.passes import candidate_pass, row_store
 from hf_forward_inf.tracing.shards import ShardedRun, load_scorer
 from hf_forward_inf.utils.interruptions import interruptible
@@ -302,7 +303,7 @@ def add_to(file: Path, name: str, counts: dict[str, int]) -> None:
     figures = json.loads(file.read_text()) if file.exists() else {"rows": {}}
     before = figures["rows"].get(name, dict.fromkeys(counts, 0))
     figures["rows"][name] = {column: before[column] + number for column, number in counts.items()}
-    file.write_text(json.dumps(figures, indent=2) + "\n")
+    save_figures(file, figures["rows"])
 
 
 if __name__ == "__main__":
