@@ -131,7 +131,10 @@ class DiffusionAdapter(Adapter):
     @property
     def cache_key(self) -> str:
         """Columns, size, times, seed, schedule, and the weights of VAE and text encoder."""
-        return fingerprint(self.columns, self.size, self.timesteps, self.seed, self.noising.cache_key, self._state)
+        asked = (ASKED,) if self.asked else ()  # queries are encoded with one feature more
+        return fingerprint(
+            self.columns, self.size, self.timesteps, self.seed, self.noising.cache_key, self._state, *asked
+        )
 
     def for_queries(self, columns: Iterable[str]) -> Adapter:
         """Return the adapter of queries, whose losses have timesteps of their own."""

@@ -192,6 +192,9 @@ def test_a_query_steps_along_the_gradient_at_timesteps_of_its_own():
         np.testing.assert_allclose(found[count], after - losses(adapter, candidates), atol=1e-3)
     assert not np.allclose(found[3], found[6], rtol=1e-2)  # though losses are cached
     assert DiffusionAdapter(pipe, timesteps=4).query_timesteps == 4
+    own = DiffusionAdapter(pipe, timesteps=2, query_timesteps=4)
+    keys = {one.cache_key for one in (own, own.for_queries(()), DiffusionAdapter(pipe, timesteps=4))}
+    assert len(keys) == 3  # what is encoded differs
 
 
 def test_several_pictures_of_one_prompt_are_one_query_with_their_mean_loss():
