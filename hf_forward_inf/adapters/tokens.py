@@ -37,7 +37,7 @@ class Tokens:
         finally:
             self.known = {}
 
-    def _made(self, texts: str | list[str]) -> list:  # type: ignore[type-arg]
+    def _made(self, texts: str | list[str]) -> list:
         # verbose=False: transformers' own warning counts no rows; ours does, once.
         made = self.tokenizer(**{self.argument: texts}, return_attention_mask=False, verbose=False)
         return list(made["input_ids"])

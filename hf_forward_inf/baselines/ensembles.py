@@ -152,10 +152,10 @@ class Difference:
             ValueError: If the baseline leaves out candidates that the attributor has scored.
         """
         found = self.attributor.trace(queries, candidates)
-        if found.stage is None:
-            found = replace(found, stage=np.ones(found.scores.shape, dtype=bool))
+        own = np.ones(found.scores.shape, dtype=bool) if found.stage is None else found.stage
+        found = replace(found, stage=own)
         other = _restricted(self.baseline, found).trace(found.queries, found.candidates)
-        computed = found.stage & np.isfinite(found.scores)
+        computed = own & np.isfinite(found.scores)
         if other.stage is not None and not other.stage[computed].all():
             raise ValueError(
                 f"The baseline {other.method} has no scores for some candidates: give it strategy='full', and no keep."
@@ -163,9 +163,9 @@ class Difference:
         scores = np.where(computed, found.scores - other.scores, np.nan)
         with np.errstate(invalid="ignore"):
             floor = np.fmin.reduce(scores, axis=1, keepdims=True)
-        scores = np.where(found.stage, scores, floor).astype(np.float32)
+        scores = np.where(own, scores, floor).astype(np.float32)
         scores[np.isnan(found.scores)] = np.nan
-        stage = None if found.stage.all() else found.stage
+        stage = None if own.all() else own
         found = replace(found, scores=scores, stage=stage, method=self.name, config=self.config, backgrounds=None)
         return found.keep(top_k)
 
@@ -183,6 +183,7 @@ class _Ranked(Baseline):
         return {"method": self.found.method}
 
     def score(self, queries: Dataset, candidates: Dataset) -> np.ndarray:
+        assert self.found.stage is not None
         return np.where(self.found.stage, self.found.scores, -np.inf)
 
 

@@ -15,7 +15,7 @@ from hf_forward_inf.forward_inf import ForwardInf
 from hf_forward_inf.scores.retraining import Retrained
 from hf_forward_inf.utils.processes import say
 
-SOLVERS = {"ekfac": "influence_functions_ekfac", "pcg": "influence_functions_kfac_cg"}
+SOLVERS: dict[Any, str] = {"ekfac": "influence_functions_ekfac", "pcg": "influence_functions_kfac_cg"}
 """Influence functions whose inverse is EK-FAC's, or a few products that K-FAC preconditions."""
 DIRECTIONS: dict[str, dict[str, Any]] = {
     "gradient": {"direction": "gradient"},

@@ -15,7 +15,7 @@ from hf_forward_inf.utils.loading import load_model
 from hf_forward_inf.utils.processes import process_state
 from hf_forward_inf.utils.storage import default_cache_dir, write_folder
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 4, "max_position_embeddings": 128,
 }  # fmt: skip
@@ -55,7 +55,7 @@ def tuned(base: CausalLMAdapter, rows: Dataset, seed: int, *, epochs: int, rate:
         raise ImportError("LoRA needs the extra `peft`: pip install 'hf-forward-inf[peft]'.") from error
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = get_peft_model(copy.deepcopy(base.model), LoraConfig(**LORA))  # type: ignore[arg-type]
+        model = get_peft_model(copy.deepcopy(base.model), LoraConfig(**LORA))
     return trained(base.with_model(model), rows, epochs, rate, seed=seed)
 
 

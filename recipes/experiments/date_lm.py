@@ -122,7 +122,7 @@ def load_task(base: CausalLMAdapter, options: DateOptions, seed: int) -> Task:
     planted = _proponents(options.task, train, references)
     chat = base.tokenizer.chat_template is not None
     found = [None if rows is None else as_training(rows, chat) for rows in (train, references, test)]
-    return Task(found[0], found[1], planted, found[2])  # type: ignore[arg-type]
+    return Task(found[0], found[1], planted, found[2])
 
 
 def _published(source: str) -> tuple[Dataset, Dataset]:

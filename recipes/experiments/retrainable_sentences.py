@@ -1,5 +1,7 @@
 """A small causal language model of sentences, trained again without some of them."""
 
+from typing import Any
+
 from datasets import Dataset
 
 from experiments.retrainable import Retrainable
@@ -16,7 +18,7 @@ SIZES = {
     "num_key_value_heads": 4, "max_position_embeddings": 64,
 }  # fmt: skip
 """A Llama of 185,000 parameters, embeddings included."""
-TRAINING = {"epochs": 15, "learning_rate": 4e-3, "batch_length": 512}
+TRAINING: dict[str, Any] = {"epochs": 15, "learning_rate": 4e-3, "batch_length": 512}
 """It then knows what its sentences are like, and not by heart."""
 VOCABULARY = 800
 """Maximum number of tokens in the vocabulary."""
@@ -39,7 +41,7 @@ def sentences(candidates: int = 600, queries: int = 40) -> Retrainable:
     tokenizer = train_tokenizer(data["text"][:], VOCABULARY)
 
     def adapter(seed: int, rows: Dataset = data) -> Adapter:
-        model = train_llama(rows, tokenizer, seed=seed, sizes=SIZES, quiet=True, **TRAINING)  # type: ignore[arg-type]
+        model = train_llama(rows, tokenizer, seed=seed, sizes=SIZES, quiet=True, **TRAINING)
         return CausalLMAdapter(model.eval(), tokenizer)
 
     key = fingerprint("sentences, losses and answers", data["text"][:], SIZES, TRAINING, VOCABULARY)

@@ -24,7 +24,7 @@ from hf_forward_inf.utils.rows import sample_rows
 REFERENCE = "the last checkpoint of one seed"
 CHECKPOINTS = (9, 12)
 """Epochs, of 15, whose checkpoints are traced besides the last."""
-SGD = {"optimizer": "sgd", "learning_rate": 0.2, "epochs": 22}
+SGD: dict[str, Any] = {"optimizer": "sgd", "learning_rate": 0.2, "epochs": 22}
 """SGD needs more epochs for a loss like AdamW's."""
 REPEATED = 0.2
 """Share of the rows that the data has three times."""
@@ -136,7 +136,7 @@ class Sensitivity:
         lora = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=16, target_modules="all-linear")
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            return get_peft_model(copy.deepcopy(model), lora)  # type: ignore[arg-type]
+            return get_peft_model(copy.deepcopy(model), lora)
 
     def other_sentences(self) -> Dataset:
         """Return as many other sentences of the built-in facts."""
