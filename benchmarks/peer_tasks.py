@@ -20,7 +20,7 @@ from hf_forward_inf.adapters import CausalLMAdapter
 from hf_forward_inf.data import builtin_facts, load_rows, proponents
 from hf_forward_inf.evaluation.candidate_sets import candidate_pool
 from hf_forward_inf.evaluation.fact_tracing import with_answered
-from hf_forward_inf.scores.retraining import random_halves
+from hf_forward_inf.scores.retraining import random_subsets
 from hf_forward_inf.toys.tiny_models import fit, tiny_mt5, train_llama, train_tokenizer
 from hf_forward_inf.utils.processes import say
 from hf_forward_inf.utils.rows import SENTINEL, fill_in, without_sentinels
@@ -147,7 +147,7 @@ def sentences_task(folder: Path) -> None:
     The others, by which our defaults were chosen, choose settings here too (`benchmarks/defaults.py`).
     """
     task = sentences()
-    subsets = random_halves(len(task.candidates), SUBSETS, 0)
+    subsets = random_subsets(len(task.candidates), SUBSETS)
     everyone = concatenate_datasets([task.queries, task.others])
     losses = task.retrained(everyone, subsets, SEEDS)[..., 0].mean(axis=0)
 
