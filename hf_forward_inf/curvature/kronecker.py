@@ -5,7 +5,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import cached_property, partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -127,7 +127,8 @@ class KroneckerFit:
         with probed(layers) as calls, torch.enable_grad():
             outputs = self._outputs(self.first, {})
         asked = [one.probe for one in calls]
-        slopes = torch.autograd.grad(outputs, asked, outputs.detach(), allow_unused=True, materialize_grads=True)
+        options: dict[str, Any] = {"allow_unused": True, "materialize_grads": True}
+        slopes = torch.autograd.grad(outputs, asked, outputs.detach(), **options) if asked else ()
         values = [outputs.detach(), *(one.given for one in calls), *slopes]
         return torch.stack([value.float().norm().cpu() for value in values])
 

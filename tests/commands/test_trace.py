@@ -59,7 +59,7 @@ def run(*command, **options):
 def test_a_run_writes_metrics_attribution_and_report(options, capsys):
     trace_run(TraceOptions(**options, cost=True), AscentConfig())
     folder = Path(options["output"])
-    assert sorted(p.name for p in folder.iterdir()) == sorted([*OUTPUTS, "compared"])
+    assert sorted(p.name for p in folder.iterdir()) == sorted([*OUTPUTS, "compared", "figures.json"])
     metrics = json.loads((folder / "metrics.json").read_text())
     for method in ("", "bm25/", "fixed_learning_rate/", "random/"):
         assert 0 <= metrics[f"{method}mrr"] <= 1
