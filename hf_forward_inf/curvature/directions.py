@@ -32,7 +32,7 @@ from hf_forward_inf.passes.freshness import agree, is_first_use, tolerance_of
 from hf_forward_inf.utils.fingerprints import fingerprint, fingerprint_of_model, foreign_hooks
 from hf_forward_inf.utils.models import device_of
 from hf_forward_inf.utils.processes import process_state
-from hf_forward_inf.utils.storage import StoredTensors, Tensors, cached_tensors, default_cache_dir
+from hf_forward_inf.utils.storage import StoredTensors, Tensors, cache_tensors, default_cache_dir
 
 WITNESS = "witness"
 """Name of the numbers by which a cached fit is checked."""
@@ -201,8 +201,7 @@ class FitCache:
             return {**fit(), WITNESS: witness()}
 
         def read() -> Mapping[str, Tensor]:
-            if not file.exists():  # removed meanwhile
-                cached_tensors(file, made)
+            cache_tensors(file, made)  # it may have been removed
             return StoredTensors(file, device)
 
         state = process_state()
@@ -214,7 +213,7 @@ class FitCache:
                     stacklevel=2,
                 )
                 file.unlink()
-            cached_tensors(file, made)
+            cache_tensors(file, made)
         return read
 
     def _is_current(self, file: Path, witness: Callable[[], Tensor]) -> bool:

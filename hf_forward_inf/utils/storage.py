@@ -54,13 +54,18 @@ def cached_tensors(file: Path, compute: Callable[[], Tensors]) -> Tensors:
         file (`Path`): The file to read or write.
         compute (`Callable`): Returns the tensors by name.
     """
+    cache_tensors(file, compute)
+    return load_file(file)
+
+
+def cache_tensors(file: Path, compute: Callable[[], Tensors]) -> None:
+    """Write the tensors of a safetensors file unless it exists; arguments as in [`cached_tensors`]."""
     if not file.exists():
         tensors = {name: tensor.contiguous().cpu() for name, tensor in compute().items()}
         needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         with written(file, needed) as part:
             save_file(tensors, part)
     mark_used(file)
-    return load_file(file)
 
 
 class StoredTensors(Mapping[str, Tensor]):
