@@ -20,7 +20,7 @@ Rows: TypeAlias = dict[str, list[Any]]
 Batch: TypeAlias = dict[str, Any]
 """Padded tensors: the arguments of the model's forward, and whatever else the adapter's loss needs."""
 Forward: TypeAlias = Callable[..., Any]
-"""The model's forward: under its own parameters, or under perturbed ones (`torch.func.functional_call`)."""
+"""The model's forward: under its own parameters, or under perturbed ones (`ascent.parameters.call`)."""
 
 
 class Adapter(ABC):
@@ -154,15 +154,7 @@ class Adapter(ABC):
         Raises:
             ValueError: If predictions are not finite.
         """
-        chances = outputs.float().softmax(dim=-1)
-        if not chances.isfinite().all():
-            raise ValueError(
-                "The model's predictions for training examples are NaN or infinite: load it in bfloat16 or float32, "
-                "or check its weights."
-            )
-        # Drawn on the CPU, so that a seed means the same targets on every device.
-        drawn = torch.multinomial(chances.cpu(), 1, generator=generator).to(outputs.device)
-        return chances.scatter_add(1, drawn, -torch.ones_like(drawn, dtype=chances.dtype))
+        return gradients_at_drawn_classes(outputs, generator)
 
     def divergence(self, before: Tensor, after: Tensor) -> Tensor:
         """Return how far each prediction has moved: KL(before, after) in nats, `[terms]`.
@@ -333,3 +325,20 @@ def divergence_of_logits(before: Tensor, after: Tensor) -> Tensor:
     """Return KL(before, after) of logits `[terms, classes]`, in nats, `[terms]`."""
     before, after = before.float().log_softmax(-1), after.float().log_softmax(-1)
     return (before.exp() * (before - after)).sum(-1)
+
+
+def gradients_at_drawn_classes(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Return the gradients of cross-entropies by logits `[terms, classes]`, for classes drawn from the predictions.
+
+    Raises:
+        ValueError: If predictions are not finite.
+    """
+    chances = logits.float().softmax(dim=-1)
+    if not chances.isfinite().all():
+        raise ValueError(
+            "The model's predictions for training examples are NaN or infinite: load it in bfloat16 or float32, "
+            "or check its weights."
+        )
+    # Drawn on the CPU, so that a seed means the same targets on every device.
+    drawn = torch.multinomial(chances.cpu(), 1, generator=generator).to(logits.device)
+    return chances.scatter_add(1, drawn, -torch.ones_like(drawn, dtype=chances.dtype))

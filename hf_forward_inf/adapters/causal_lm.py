@@ -33,7 +33,7 @@ from hf_forward_inf.adapters.naming import lone_question, pair_of
 from hf_forward_inf.adapters.split_model import Blocks
 from hf_forward_inf.adapters.text_rows import TextRows, cut, only_span
 from hf_forward_inf.utils.fingerprints import fingerprint
-from hf_forward_inf.utils.models import device_of, peft_parameters, uncompiled, virtual_tokens
+from hf_forward_inf.utils.models import device_of, peft_parameters, uncompiled, virtual_tokens, without_peft
 
 
 class CausalLMAdapter(LanguageAdapter):
@@ -98,9 +98,9 @@ class CausalLMAdapter(LanguageAdapter):
         check_tokenizer(model, tokenizer)
         self.columns: tuple[str, str] = (prompt_column, completion_column)
         self.rows = TextRows(tokenizer, (text_column, *self.columns, messages_column), turns)
-        self.max_length = max_length or longest_input(_base(model).config, tokenizer)
+        self.max_length = max_length or longest_input(without_peft(model).config, tokenizer)
         self.blocks = Blocks(model)
-        self.shortens = "logits_to_keep" in inspect.signature(_base(model).forward).parameters
+        self.shortens = "logits_to_keep" in inspect.signature(without_peft(model).forward).parameters
         self.causal: bool | None = None  # whether predictions depend on earlier tokens alone, once that was tried
 
     @property
@@ -124,8 +124,8 @@ class CausalLMAdapter(LanguageAdapter):
             self.causal = not sees_later_tokens(self.model, self.tokenizer)
         if not self.causal:
             raise TypeError(
-                f"{type(_base(self.model)).__name__} sees the tokens that it is to predict: its first logits change "
-                "with the last token. Load a decoder with is_decoder=True, a masked language model with "
+                f"{type(without_peft(self.model)).__name__} sees the tokens that it is to predict: its first logits "
+                "change with the last token. Load a decoder with is_decoder=True, a masked language model with "
                 "AutoModelForMaskedLM."
             )
         return super().prepare(rows)
@@ -357,12 +357,7 @@ class CausalLMAdapter(LanguageAdapter):
 
 def is_causal_lm(model: Any) -> bool:
     """Whether a model predicts the next token of a text."""
-    base = _base(model)
+    base = without_peft(model)
     config = getattr(base, "config", None)
     generates = getattr(base, "can_generate", lambda: False)()
     return bool(generates) and config is not None and not getattr(config, "is_encoder_decoder", False)
-
-
-def _base(model: Any) -> Any:
-    """The model that a PEFT model wraps."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

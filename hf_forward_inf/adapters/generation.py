@@ -31,7 +31,6 @@ def generate(
         padding (`int`): The token that pads.
         batch_size (`int`): Inputs answered together.
         decoder (`bool`): Whether a decoder of its own answers, and the answer does not follow the input.
-
         **options: Of the model's `generate`.
 
     Returns:

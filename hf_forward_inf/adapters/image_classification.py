@@ -16,7 +16,7 @@ from hf_forward_inf.adapters.split_model import Blocks
 from hf_forward_inf.adapters.tensors import TensorAdapter
 from hf_forward_inf.utils.fingerprints import fingerprint
 from hf_forward_inf.utils.images import PIXELS_A_TOKEN, UnreadableImage, in_channels, planes, read_image, undecoded
-from hf_forward_inf.utils.models import is_quantised, peft_parameters
+from hf_forward_inf.utils.models import is_quantised, peft_parameters, without_peft
 
 
 class ImageClassificationAdapter(TensorAdapter):
@@ -175,8 +175,7 @@ class ImageClassificationAdapter(TensorAdapter):
 
 def is_image_classifier(model: Any) -> bool:
     """Whether this is a transformers model for image classification, perhaps within a PEFT model."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "ForImageClassification" in type(base).__name__
+    return "ForImageClassification" in type(without_peft(model)).__name__
 
 
 def _channels(model: nn.Module) -> int | None:

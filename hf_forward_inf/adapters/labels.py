@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from datasets import ClassLabel, Dataset
 from torch import Tensor, nn
 
-from hf_forward_inf.adapters.base import Batch, divergence_of_logits
+from hf_forward_inf.adapters.base import Batch, divergence_of_logits, gradients_at_drawn_classes
 from hf_forward_inf.adapters.language import IGNORED
 from hf_forward_inf.utils.validation import listed
 
@@ -98,10 +98,7 @@ class OneClass:
 
     def sampled(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
         """Return the gradient of the cross-entropy by the outputs, for classes drawn from the predictions."""
-        chances = outputs.float().softmax(dim=-1)
-        # Drawn on the CPU, so that a seed means the same targets on every device.
-        drawn = torch.multinomial(chances.cpu(), 1, generator=generator).to(outputs.device)
-        return chances.scatter_add(1, drawn, -torch.ones_like(drawn, dtype=chances.dtype))
+        return gradients_at_drawn_classes(outputs, generator)
 
     def divergence(self, before: Tensor, after: Tensor) -> Tensor:
         """Return the KL divergence of the predicted classes, `[rows]`."""

@@ -13,8 +13,8 @@ from hf_forward_inf.adapters.chat import ChatTemplate, as_messages
 from hf_forward_inf.adapters.columns import TEMPLATE, UnreadableRow, read_rows
 from hf_forward_inf.adapters.labels import LabelKind, OneClass
 from hf_forward_inf.adapters.sequence_classification import SequenceClassificationAdapter, is_sequence_classifier
-from hf_forward_inf.adapters.text_inputs import base_of
 from hf_forward_inf.utils.fingerprints import fingerprint
+from hf_forward_inf.utils.models import without_peft
 
 PAIR = ("chosen", "rejected")
 """Columns of the two answers."""
@@ -151,7 +151,7 @@ class RewardAdapter(SequenceClassificationAdapter):
 
 def is_reward_model(model: Any) -> bool:
     """Whether this is a sequence classifier with one output."""
-    return is_sequence_classifier(model) and getattr(base_of(model).config, "num_labels", 0) == 1
+    return is_sequence_classifier(model) and getattr(without_peft(model).config, "num_labels", 0) == 1
 
 
 def _names(features: Rows | Dataset) -> list[str]:

@@ -14,7 +14,7 @@ from hf_forward_inf.adapters.base import Adapter, Batch, Forward, Rows
 from hf_forward_inf.adapters.labels import only
 from hf_forward_inf.adapters.language import embeddings, longest_input, pad, tokenizer_state
 from hf_forward_inf.utils.fingerprints import fingerprint
-from hf_forward_inf.utils.models import peft_parameters
+from hf_forward_inf.utils.models import peft_parameters, without_peft
 
 UNKNOWN = {"bbox": "boxes on a page", "pixel_values": "images", "visual_embeds": "images"}
 """Inputs of models that read more than text, and what they are."""
@@ -35,10 +35,10 @@ class TextInputs:
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, max_length: int | None = None):
-        name = type(base_of(model)).__name__
+        name = type(without_peft(model)).__name__
         if tokenizer is None:
             raise TypeError(f"{name} needs its tokenizer: ForwardInf(model, tokenizer).")
-        self.arguments = set(inspect.signature(base_of(model).forward).parameters)
+        self.arguments = set(inspect.signature(without_peft(model).forward).parameters)
         if more := [what for argument, what in UNKNOWN.items() if argument in self.arguments]:
             raise TypeError(f"{name} reads {more[0]} besides text, which is not supported: write an adapter.")
         self.model: Any = model
@@ -177,14 +177,9 @@ class AnswersTexts(Adapter):
         return plain.add_column(column, values)
 
 
-def base_of(model: Any) -> Any:
-    """Return the model that a PEFT model wraps; else the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def is_of_kind(model: Any, kind: str) -> bool:
     """Whether this is a transformers model with a head of a kind, such as `"ForMaskedLM"`, perhaps in a PEFT model."""
-    return kind in type(base_of(model)).__name__
+    return kind in type(without_peft(model)).__name__
 
 
 def unreadable(values: Sequence[Any], column: str, words: bool = False) -> list[str]:

@@ -162,9 +162,8 @@ def ascend(
 ) -> Parameters | None:
     """Take K steps up (or down) the loss of one query (Algorithm 1).
 
-    The model itself is never written to: the steps are taken on copies of the named parameters, which
-    `torch.func.functional_call` uses in their place, or on low-rank changes that are added to the outputs of linear
-    layers.
+    The model is as before afterwards: the steps are taken on copies of the named parameters, which are in their place
+    while the model runs ([`parameters.placed`]), or on low-rank changes that are added to the outputs of layers.
 
     Args:
         adapter (`Adapter`): Gives the loss, and knows the model.

@@ -9,6 +9,8 @@ from typing import Any
 from torch import nn
 from transformers import AutoConfig
 
+from hf_forward_inf.utils.models import check_same_parameters
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -78,11 +80,8 @@ def load_checkpoint(model: Any, folder: Path) -> nn.Module:
     if config.model_type != model.config.model_type:
         raise ValueError(f"{folder} contains a {config.model_type}; the model is a {model.config.model_type}.")
     other = type(model).from_pretrained(folder, torch_dtype=model.dtype).to(model.device).eval()
-    shapes, theirs = ({name: tuple(p.shape) for name, p in m.named_parameters()} for m in (model, other))
-    differing = [name for name in shapes | theirs if shapes.get(name) != theirs.get(name)]
-    if differing:
-        name = differing[0]
-        raise ValueError(
-            f"{folder} has another architecture: {name} has shape {theirs.get(name)}, the model's {shapes.get(name)}."
-        )
+    try:
+        check_same_parameters(model, other)
+    except ValueError as error:
+        raise ValueError(f"{folder} can't be used: {error}") from error
     return other

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, Value
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from hf_forward_inf.adapters import CausalLMAdapter
 from hf_forward_inf.ascent.config import AscentConfig
@@ -23,18 +23,13 @@ from hf_forward_inf.evaluation.tables import as_text, compare, flat
 from hf_forward_inf.evaluation.task import MAIN, Task, has_facts
 from hf_forward_inf.forward_inf import ForwardInf
 from hf_forward_inf.passes.candidate_pass import encode
-from hf_forward_inf.toys.tiny_models import train_tokenizer
+from hf_forward_inf.toys.tiny_models import train_tokenizer, untrained_llama
 from hf_forward_inf.utils.fingerprints import fingerprint, fingerprint_of_model
 from hf_forward_inf.utils.loading import load_model
 from hf_forward_inf.utils.processes import process_state, say
 from hf_forward_inf.utils.rows import sample_rows
 from hf_forward_inf.utils.storage import default_cache_dir, write_folder
 
-SIZES: dict[str, Any] = {
-    "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 4, "max_position_embeddings": 128,
-}  # fmt: skip
-"""Sizes of the tiny Llama."""
 RATES = {"whole": 2e-3, "model": 5e-5, "lora": 1e-2}
 """Learning rates: of a tiny model from the start, of a model that is given, and of LoRA weights."""
 COMPARED = ("tracin_cosine", "trackstar", "bm25", "bm25_without_answer")
@@ -56,7 +51,9 @@ class Finetuning:
             self.base, self.tokenizer = load_model(options.model)
         else:
             self.tokenizer = train_tokenizer([*rows["prompt"], *rows["completion"]], 4096)
-            self.base = _tiny_llama(len(self.tokenizer), seed)
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                self.base = untrained_llama(len(self.tokenizer)).to(process_state().device)
             if options.lora:  # LoRA needs a model that knows something
                 self.base = self._trained(self.base, rows.filter(lambda row: not row["planted"]), RATES["whole"])
         self.adapter = CausalLMAdapter(self.base, self.tokenizer)
@@ -111,14 +108,6 @@ def _loaded(model: Any, folder: Path) -> Any:
     from peft import PeftModel
 
     return PeftModel.from_pretrained(model.unload(), str(folder))
-
-
-def _tiny_llama(vocabulary: int, seed: int) -> Any:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        special: dict[str, Any] = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
-        model: Any = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **special, **SIZES))
-        return model.to(process_state().device)
 
 
 def finetune_run(options: FinetuneOptions, ascent: AscentConfig) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from hf_forward_inf.adapters.base import Adapter, Batch, Forward, Rows
-from hf_forward_inf.ascent.layers import AFFINE, multiplies, read_by, written_by
+from hf_forward_inf.ascent.layers import AFFINE, given_to, multiplies, read_by, written_by
 from hf_forward_inf.ascent.parameters import call
 from hf_forward_inf.curvature.outer_products import CHUNK_BYTES, OuterProducts, Parts, QueryGradients, squared_norms
 from hf_forward_inf.utils.models import batch_size, to_device
@@ -276,8 +276,7 @@ def recorded(layers: Iterable[nn.Module]) -> Iterator[list[Use]]:
     uses: list[Use] = []
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        given = args[0] if args else next(iter(kwargs.values()))
-        uses.append(Use(module, given.detach(), output))
+        uses.append(Use(module, given_to(args, kwargs).detach(), output))
 
     handles = [module.register_forward_hook(record, with_kwargs=True) for module in layers]
     try:

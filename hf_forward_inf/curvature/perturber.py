@@ -36,8 +36,8 @@ class Perturber:
         cache_dir (`Path`, *optional*): As in [`ForwardInf`].
 
     Raises:
-        ValueError: If `ascent.modules` names nothing, the direction needs training data and there is none, or a saved
-            optimizer state is of another model.
+        ValueError: If `ascent.modules` names nothing, or the direction or `ascent.trust` needs training data and there
+            is none.
     """
 
     def __init__(

@@ -19,9 +19,8 @@ from hf_forward_inf.report.album import Album
 from hf_forward_inf.report.preview import write_preview
 from hf_forward_inf.report.queries import Query, read_query
 from hf_forward_inf.report.rows import Reader
-from hf_forward_inf.report.texts import CAPTIONS
+from hf_forward_inf.report.texts import has_captions, is_labelled
 from hf_forward_inf.scores.levels import RULE, Background
-from hf_forward_inf.utils.rows import text_columns
 
 SHOWN = 10
 """Candidates shown for each query."""
@@ -204,18 +203,17 @@ def _read(
 
 def question(names: Sequence[str]) -> str:
     """Return what a page asks about queries with these columns."""
-    if {"label", "labels"} & set(names) and "input_ids" not in names:
+    if is_labelled(names):
         return "Which training examples made the model choose this label?"
-    drawn = "image" in names and text_columns(names) in CAPTIONS
-    return f"Which training examples made the model {'draw' if drawn else 'say'} this?"
+    return f"Which training examples made the model {'draw' if has_captions(names) else 'say'} this?"
 
 
 def _measured(attribution: Ranked) -> str:
     if attribution.config.get("measure") == "shift":
         return SHIFT
     names = attribution.queries.column_names
-    drawn = "image" in names and "label" not in names and text_columns(names) in CAPTIONS
-    return RISE + ("" if drawn else " (in nats)")
+    drawn = has_captions(names) and not is_labelled(names)
+    return RISE if drawn else f"{RISE} (in nats)"
 
 
 def _made(attribution: Ranked) -> dict[str, str]:

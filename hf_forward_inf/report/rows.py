@@ -10,20 +10,20 @@ from datasets import ClassLabel, Dataset, Features
 from hf_forward_inf.report.album import Album, Heatmap, Picture, heatmap
 from hf_forward_inf.report.marks import Heat, Span, cut, marked, words
 from hf_forward_inf.report.texts import (
-    CAPTIONS,
     FIELDS,
     IDS,
     SOURCES,
     Piece,
     Turn,
     answer,
+    has_captions,
     pieces,
     plain,
     shortened,
     turns,
 )
 from hf_forward_inf.utils.images import undecoded
-from hf_forward_inf.utils.rows import LAYOUTS, text_columns
+from hf_forward_inf.utils.rows import LAYOUTS
 
 LONG = 700
 """Characters of a text that are shown; the rest is folded."""
@@ -108,7 +108,7 @@ class Reader:
             highest (`float`, *optional*): The highest of such scores among all rows of the query.
         """
         columns = self.columns if self.columns and set(self.columns) & set(row) else None
-        on_picture = "image" in row and text_columns(row) in CAPTIONS
+        on_picture = has_captions(row)
         heat = Heat(None if on_picture else detail, highest)
         said = None if columns else turns(row)
         whole = pieces(row, columns)

@@ -5,10 +5,17 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from hf_forward_inf.utils.rows import SENTINEL, rather_than, text_and_target, text_columns, without_sentinels
+from hf_forward_inf.utils.rows import (
+    SENTINEL,
+    content_text,
+    rather_than,
+    text_and_target,
+    text_columns,
+    without_sentinels,
+)
 
 CAPTIONS = (None, ("caption",), ("text",))
-"""Columns of texts beside pictures that a model draws or classifies; others are read by models that say something."""
+"""Columns of texts next to pictures that a model draws or classifies; others are read by models that say something."""
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "ipython": "tool"}
 """Other names of roles."""
 HEADER = re.compile(
@@ -49,12 +56,22 @@ class Turn(NamedTuple):
     answer: bool
 
 
+def is_labelled(names: Iterable[str]) -> bool:
+    """Whether columns of these names are a classifier's: a row has a label."""
+    names = set(names)
+    return bool(names & {"label", "labels"}) and "input_ids" not in names
+
+
+def has_captions(names: Iterable[str]) -> bool:
+    """Whether columns of these names hold pictures, alone or with captions: what a model draws or classifies."""
+    names = set(names)
+    return "image" in names and text_columns(names) in CAPTIONS
+
+
 def is_language(names: Iterable[str]) -> bool:
     """Whether columns of these names are a language model's: they hold texts, and no pictures or classes to learn."""
     names = set(names)
-    if names & {"label", "labels"} and "input_ids" not in names:
-        return False
-    return "input_ids" in names or not ("image" in names and text_columns(names) in CAPTIONS)
+    return "input_ids" in names or not (is_labelled(names) or has_captions(names))
 
 
 def pieces(row: Mapping[str, Any], columns: tuple[str, ...] | None = None) -> list[Piece]:
@@ -124,14 +141,9 @@ def _messages(value: Any) -> list[Turn] | None:
 
 def _said(message: Mapping[str, Any]) -> str:
     """Return a message's text, with the kinds of its other parts and its tool calls in brackets."""
-    content = message.get("content") or message.get("value") or ""
-    if isinstance(content, list):
-        content = " ".join(
-            str(part.get("text") or f"[{part.get('type')}]") if isinstance(part, Mapping) else str(part)
-            for part in content
-        )
+    content = content_text(message.get("content") or message.get("value") or "")
     calls = message.get("tool_calls")
-    return f"{content} [tool calls: {json.dumps(calls, default=str)}]".strip() if calls else str(content)
+    return f"{content} [tool calls: {json.dumps(calls, default=str)}]".strip() if calls else content
 
 
 def _turn(role: str, text: str) -> Turn:

@@ -19,10 +19,10 @@ from hf_forward_inf.passes.candidate_pass import encode
 from hf_forward_inf.toys.networks import ConvNet, ResNet
 from hf_forward_inf.utils.fingerprints import fingerprint, fingerprint_of_model
 from hf_forward_inf.utils.images import in_channels, planes, read_image
+from hf_forward_inf.utils.loading import check_exists
 from hf_forward_inf.utils.models import device_of, to_device
 from hf_forward_inf.utils.processes import process_state
 from hf_forward_inf.utils.storage import Tensors, cached_tensors, default_cache_dir
-from hf_forward_inf.utils.validation import looks_like_path
 
 Transform: TypeAlias = Callable[[Any], np.ndarray]
 """Returns a network's input for a PIL image."""
@@ -210,8 +210,7 @@ def load_classifier(source: str) -> ImageClassificationAdapter:
     file = path / "model.safetensors" if path.is_dir() else path
     if file.is_file() and not (path / "config.json").exists():
         return ImageClassificationAdapter(_resnet(load_file(file), file), transform=IMAGENET)
-    if not path.exists() and looks_like_path(source):
-        raise FileNotFoundError(f"There is no file or folder {source}, and a model on the hub can't have this name.")
+    check_exists(source)
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
     model = AutoModelForImageClassification.from_pretrained(source).to(process_state().device).eval()

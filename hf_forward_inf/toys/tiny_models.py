@@ -159,10 +159,20 @@ def train_llama(
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        special: dict[str, Any] = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **special, **cast(Any, sizes)))
+        model = untrained_llama(len(tokenizer), sizes)
         fit(CausalLMAdapter(model, tokenizer), rows, epochs, learning_rate, **options)
     return model
+
+
+def untrained_llama(vocabulary: int, sizes: dict[str, int] = LLAMA_SIZES) -> Any:
+    """Return a Llama with random weights, drawn from torch's generator, for a tokenizer of [`train_tokenizer`].
+
+    Args:
+        vocabulary (`int`): Number of tokens.
+        sizes (`dict[str, int]`, *optional*): Arguments of `LlamaConfig`. Defaults to [`LLAMA_SIZES`].
+    """
+    special: dict[str, Any] = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **special, **cast(Any, sizes)))
 
 
 def fit(

@@ -56,7 +56,7 @@ def load_model(name: str) -> tuple[Any, Any]:
     from transformers import AutoConfig
     from transformers.utils.peft_utils import find_adapter_config_file
 
-    _check_exists(name)
+    check_exists(name)
     if find_adapter_config_file(name) is not None:
         return _load_adapter(name)
     loader, processor = classes_for(AutoConfig.from_pretrained(name))
@@ -86,7 +86,7 @@ def is_diffusion_folder(name: str) -> bool:
     """
     from transformers.utils.hub import cached_file
 
-    _check_exists(name)
+    check_exists(name)
     if Path(name).expanduser().is_dir():
         return (Path(name).expanduser() / PIPELINE).exists()
     found = cached_file(
@@ -106,13 +106,14 @@ def load_diffusion(name: str) -> Any:
     from diffusers import DiffusionPipeline
     from diffusers.utils.logging import disable_progress_bar
 
-    _check_exists(name)
+    check_exists(name)
     disable_progress_bar()  # of loading weights
     device = process_state().device
     precision = {"torch_dtype": torch.bfloat16} if device.type == "cuda" else {}
     return DiffusionPipeline.from_pretrained(name, **precision).to(device)
 
 
-def _check_exists(name: str) -> None:
+def check_exists(name: str) -> None:
+    """Raise a `FileNotFoundError` if a model's name is a path where nothing is."""
     if not Path(name).expanduser().exists() and looks_like_path(name):
         raise FileNotFoundError(f"There is no file or folder {name}, and a model on the hub can't have this name.")

@@ -140,6 +140,11 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return uncompiled(inner) if isinstance(inner, nn.Module) else model
 
 
+def without_peft(model: Any) -> Any:
+    """Return the model that a PEFT model wraps, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Return whether parameters are sharded over processes (FSDP2): then all of them must run the model together."""
     return any(isinstance(p, DTensor) for p in model.parameters())

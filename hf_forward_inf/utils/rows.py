@@ -84,12 +84,17 @@ def _plain(value: Any) -> str:
     if not isinstance(value, list):
         return str(value or "")
     contents = (message.get("content") or message.get("value") or "" for message in value)
-    return "\n".join(" ".join(map(_part, one)) if isinstance(one, list) else str(one) for one in contents)
+    return "\n".join(map(content_text, contents))
 
 
-def _part(part: Any) -> str:
-    """Return a part of a message as text: its text, or its kind in brackets."""
-    return str(part.get("text") or f"[{part.get('type')}]") if isinstance(part, Mapping) else str(part)
+def content_text(content: Any) -> str:
+    """Return a message's content as text; of a list of parts each one's text, or its kind in brackets."""
+    if not isinstance(content, list):
+        return str(content)
+    return " ".join(
+        str(part.get("text") or f"[{part.get('type')}]") if isinstance(part, Mapping) else str(part)
+        for part in content
+    )
 
 
 def as_stored(rows: Dataset, role: str) -> Dataset:
