@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +57,14 @@ class Measured:
         folder (`Path`): Where measurements are stored, a folder for each method.
         environments (`Path`): The peers' environments.
         limit (`int`): Maximum seconds of processor time for one run.
+        tries (`int`, *optional*): Maximum settings of a method that are tried.
     """
 
     task: Path
     folder: Path
     environments: Path
     limit: int
+    tries: int | None = None
     facts: Mapping[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -72,13 +75,18 @@ class Measured:
         """The number of queries that are judged, the first ones; `None` for all."""
         return self.facts.get("judged")
 
+    @property
+    def truths(self) -> list[str]:
+        """The names of what the scores are judged by."""
+        return self.facts.get("truths", [])
+
     def task_rows(self, name: str) -> list[dict[str, Any]]:
         """Return the task's `"queries"` or `"candidates"`."""
         return json.loads((self.task / f"{name}.json").read_text())
 
-    def truth(self, choosing: bool) -> tuple[np.ndarray, np.ndarray]:
+    def truth(self, name: str, choosing: bool) -> tuple[np.ndarray, np.ndarray]:
         """Return subsets, and the losses of the judged or of the choosing queries."""
-        kept = np.load(self.task / "truth.npz")
+        kept = np.load(self.task / f"truth_{name}.npz")
         own = slice(self.judged, None) if choosing else slice(None, self.judged)
         return kept["subsets"], kept["losses"][:, own]
 
@@ -94,45 +102,57 @@ class Measured:
                 first += self._costs(method)
         self._make(library, first)
         for method in methods:
-            if (best := self.choice(method)) is not None:
-                then.append(self._run(method, "chosen", (0, self.judged), best))
+            found = {self.choice(method, truth) for truth in self.truths}
+            for i in sorted(i for i in found if i is not None):
+                then.append(self._run(method, f"chosen-{i}", (0, self.judged), self.settings(method)[i]))
             if costs and method.priced and method.costly:
                 then += self._costs(method)
         self._make(library, then)
 
+    def settings(self, method: Method) -> list[dict[str, Any]]:
+        """Return the settings that are tried."""
+        return method.choices()[: self.tries] if method.grid and self.truths else []
+
     def _trials(self, method: Method) -> list[Run]:
         """Return a run with each of a method's settings, for the choosing queries; they share what can be shared."""
-        if self.judged is None or not method.grid:
+        if self.judged is None:
             return []
-        stop = self.judged + (FEW if method.costly else self.truth(choosing=True)[1].shape[1])
-        return [
-            self._run(method, f"tried-{i}", (self.judged, stop), options, "tried")
-            for i, options in enumerate(method.choices())
-        ]
+        others = self.truth(self.truths[0], choosing=True)[1].shape[1]
+        own = (self.judged, self.judged + (min(FEW, others) if method.costly else others))
+        settings = enumerate(self.settings(method))
+        return [self._run(method, f"tried-{i}", own, options, "tried") for i, options in settings]
 
     def _costs(self, method: Method) -> list[Run]:
-        """Return runs of 1, 10 and 100 queries in empty folders, and of as many others in the folder of the first."""
-        last, counts = len(self.task_rows("queries")), COUNTS[:1] if method.costly else COUNTS
-        best = (self.choice(method) or {}) if method.costly else {}
+        """Return runs of 1, 10 and 100 queries in empty folders, and of as many others in the folder of the first.
+
+        Numbers for which there are too few queries are left out.
+        """
+        last = len(self.task_rows("queries"))
+        counts = [count for count, total in zip(COUNTS, accumulate(COUNTS), strict=True) if total < last]
+        counts = counts[:1] if method.costly else counts
+        best: Mapping[str, Any] = NONE
+        if method.costly and self.truths and (i := self.choice(method, self.truths[0])) is not None:
+            best = self.settings(method)[i]
         found = [self._run(method, f"cold-{count}", (0, count), best) for count in counts]
         for count in counts:
             found.append(self._run(method, f"warm-{count}", (last - count, last), best, f"cold-{counts[0]}"))
             last -= count
         return found
 
-    def choice(self, method: Method) -> dict[str, Any] | None:
-        """Return the settings of which the choosing queries have the best mean LDS, if any had a result."""
-        values = self.tried(method)
-        if not values:
-            return None
-        return method.choices()[max(values, key=lambda i: values[i])]
+    def choice(self, method: Method, truth: str) -> int | None:
+        """Return the number of the settings with which the choosing queries have the best mean LDS, if any has one."""
+        values = self.tried(method, truth)
+        return max(values, key=lambda i: values[i]) if values else None
 
-    def tried(self, method: Method) -> dict[int, float]:
+    def chosen(self, method: Method, truth: str) -> np.ndarray | None:
+        """Return the scores of the judged queries with the settings that the others chose, if there are any."""
+        i = self.choice(method, truth)
+        return None if i is None else self.scores(method, f"chosen-{i}")
+
+    def tried(self, method: Method, truth: str) -> dict[int, float]:
         """Return the mean LDS of the choosing queries, by the number of the settings."""
-        if self.judged is None:
-            return {}
-        subsets, losses = self.truth(choosing=True)
-        found = {i: self.scores(method, f"tried-{i}") for i in range(len(method.choices()))}
+        subsets, losses = self.truth(truth, choosing=True)
+        found = {i: self.scores(method, f"tried-{i}") for i in range(len(self.settings(method)))}
         return {
             i: float(lds_by_query(scores, subsets, losses[:, : len(scores)]).mean())
             for i, scores in found.items()

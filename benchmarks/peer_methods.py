@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
-DAMPINGS = (10.0, 1.0, 0.1, 0.01, 0.001)
+DAMPINGS = (0.001, 0.1, 0.01, 1.0, 10.0)
 """Multiples of a mean eigenvalue that are tried where a method is relative to it; 0.1 is the usual default."""
 
 
@@ -18,8 +18,8 @@ class Method:
         name (`str`): The method's name there.
         title (`str`): What it is.
         options (`dict`, defaults to none): Options that make it this method.
-        grid (`dict`, defaults to none): Values of the options that the choosing queries may choose. Without it the
-            method runs with its library's defaults only.
+        grid (`dict`, defaults to none): Values of the options that the choosing queries may choose, the most promising
+            ones first. Without it the method runs with its library's defaults only.
         costly (`bool`, defaults to `False`): Whether its cost is measured for 1 query only, and its settings are
             chosen by fewer queries.
         priced (`bool`, defaults to `False`): Whether its cost is measured.
@@ -46,6 +46,7 @@ class Method:
 METHODS = (
     Method("ours", "forward_inf", "**Forward-INF**", priced=True),
     Method("ours", "forward_inf", "Forward-INF, all candidates scored", {"strategy": "full"}),
+    Method("ours", "forward_inf", "Forward-INF, all parameters, symmetric", {"modules": "all", "mode": "symmetric"}),
     Method("ours", "forward_inf_gradient", "Forward-INF, along the gradient"),
     Method("ours", "first_order", "first order along Forward-INF's step"),
     Method("ours", "tracin", "TracIn, dot product"),
@@ -55,7 +56,7 @@ METHODS = (
     Method("ours", "representation", "hidden states"),
     Method("ours", "bm25", "BM25, no model", priced=True),
     Method("bergson", "ekfac_cg", "EK-FAC + CG, 10 steps", {"num_steps": 10, "batch_size": 128},
-           {"damping": DAMPINGS[:3]}, costly=True, priced=True),
+           {"damping": (10.0, 1.0, 0.1)}, costly=True, priced=True),
     Method("bergson", "ekfac", "EK-FAC", grid={"damping": DAMPINGS}, priced=True),
     Method("bergson", "cosine", "gradients, cosine", priced=True),
     Method("bergson", "dot", "gradients, dot product"),
@@ -65,12 +66,12 @@ METHODS = (
     Method("bergson", "trackstar", "TrackStar"),
     Method("bergson", "ekfac_stored", "EK-FAC, gradients stored", priced=True),
     Method("bergson", "trak", "TRAK, one model"),
-    Method("bergson", "astra", "ASTRA, 50 steps", {"num_steps": 50}, {"lr": (1e-4, 1e-5)}, costly=True, priced=True),
+    Method("bergson", "astra", "ASTRA, 50 steps", {"num_steps": 50}, {"lr": (1e-5, 1e-4)}, costly=True, priced=True),
     Method("bergson", "ekfac_output", "EK-FAC, forward mode", costly=True),
     Method("kronfluence", "ekfac", "EK-FAC",
-           grid={"damping": (None, 1.0, 0.01, 0.1, 0.001), "head": (False, True)}, priced=True),
+           grid={"head": (True, False), "damping": (None, 0.01, 0.1, 1.0, 0.001)}, priced=True),
     Method("dattri_llm", "ekfac", "EK-FAC",
-           grid={"damping": (*DAMPINGS, 1e-4, 1e-5), "relative_damping": (True,)}, priced=True),
+           grid={"damping": (1e-5, 0.1, 1e-3, 1e-4, 0.01, 1.0, 10.0), "relative_damping": (True,)}, priced=True),
     Method("dattri_llm", "kfac", "K-FAC"),
     Method("dattri_llm", "cosine", "gradients, cosine"),
     Method("dattri", "ekfac", "EK-FAC"),

@@ -21,20 +21,22 @@ COSTS = {
 }  # fmt: skip
 """Columns of the costs' table, by the runs whose figures they show."""
 
-COMMAND = "python benchmarks/peers.py"
 
 Row = dict[str, float | str | None]
 
 
-def tables(measured: Measured) -> str:
+def tables(measured: Measured, command: str) -> str:
     """Return the tables of a task as Markdown, and write their figures beside its measurements."""
     texts = []
-    for name, columns, rows in (("scores", QUALITY, _quality(measured)), ("costs", COSTS, _costs(measured))):
+    made: list[tuple[str | None, Any, Any]] = [
+        (truth, QUALITY, _quality(measured, truth)) for truth in measured.truths or [None]
+    ]
+    for name, columns, rows in [*made, ("costs", COSTS, _costs(measured))]:
         if not rows:
             continue
         shown = {key: title for key, title in columns.items() if any(key in row for row in rows.values())}
-        kept = Path(measured.folder, f"figures_{name}.json")
-        figures = save_figures(kept, rows, columns=shown, command=COMMAND, note=_note(measured, name))
+        kept = Path(measured.folder, f"figures_{name or 'scores'}.json")
+        figures = save_figures(kept, rows, columns=shown, command=command, note=_note(measured, name))
         texts.append(as_markdown(figures))
     return "\n\n".join(texts)
 
@@ -44,18 +46,18 @@ def title(method: Method) -> str:
     return method.title if method.library == "ours" else f"{method.library.replace('_', '-')}: {method.title}"
 
 
-def _quality(measured: Measured) -> dict[str, Row]:
+def _quality(measured: Measured, truth: str | None) -> dict[str, Row]:
     rows: dict[str, Row] = {}
-    best = _best(measured, METHODS[0])
+    best = _best(measured, METHODS[0], truth)
     for method in METHODS:
         row: Row = {}
-        scores, chosen = measured.scores(method, "default"), measured.scores(method, "chosen")
+        scores = measured.scores(method, "default")
         if scores is not None:
-            row |= _judged(measured, scores)
-        if chosen is not None:
-            row |= _interval("chosen", _lds(measured, chosen))
-            row["settings"] = _settings(method, measured.choice(method) or {})
-        own = _best(measured, method)
+            row |= _judged(measured, scores, truth)
+        if truth is not None and (chosen := measured.chosen(method, truth)) is not None:
+            row |= _interval("chosen", _lds(measured, chosen, truth))
+            row["settings"] = _settings(method, measured.settings(method)[measured.choice(method, truth) or 0])
+        own = _best(measured, method, truth)
         if own is not None and best is not None and method is not METHODS[0]:
             row |= _interval("ahead", best - own)
         if not row and (error := measured.error(method, "default") or measured.error(method, "tried-0")):
@@ -65,17 +67,17 @@ def _quality(measured: Measured) -> dict[str, Row]:
     return rows
 
 
-def _best(measured: Measured, method: Method) -> np.ndarray | None:
+def _best(measured: Measured, method: Method, truth: str | None) -> np.ndarray | None:
     """Return the LDS of each query: with the settings that were chosen, or the defaults where they are better."""
-    if measured.judged is None:
+    if truth is None:
         return None
-    found = [measured.scores(method, run) for run in ("default", "chosen")]
-    values = [_lds(measured, scores) for scores in found if scores is not None]
+    found = [measured.scores(method, "default"), measured.chosen(method, truth)]
+    values = [_lds(measured, scores, truth) for scores in found if scores is not None]
     return max(values, key=lambda one: one.mean()) if values else None
 
 
-def _judged(measured: Measured, scores: np.ndarray) -> Row:
-    row: Row = {} if measured.judged is None else _interval("lds", _lds(measured, scores))
+def _judged(measured: Measured, scores: np.ndarray, truth: str | None) -> Row:
+    row: Row = {} if truth is None else _interval("lds", _lds(measured, scores, truth))
     known = measured.facts.get("proponents")
     if known:
         found = evaluate(scores[: len(known)], known)
@@ -83,8 +85,8 @@ def _judged(measured: Measured, scores: np.ndarray) -> Row:
     return row
 
 
-def _lds(measured: Measured, scores: np.ndarray) -> np.ndarray:
-    subsets, losses = measured.truth(choosing=False)
+def _lds(measured: Measured, scores: np.ndarray, truth: str) -> np.ndarray:
+    subsets, losses = measured.truth(truth, choosing=False)
     return lds_by_query(scores, subsets, losses)
 
 
@@ -113,7 +115,7 @@ def _costs(measured: Measured) -> dict[str, Row]:
     return rows
 
 
-def _note(measured: Measured, name: str) -> str:
+def _note(measured: Measured, name: str | None) -> str:
     candidates = len(measured.task_rows("candidates"))
     if name == "costs":
         seconds = [
@@ -126,9 +128,9 @@ def _note(measured: Measured, name: str) -> str:
             f"{np.median(seconds):.2f} s), for 1, 10 and 100 queries: cold, with nothing stored, and warm, for other "
             "queries where one query has been traced. Memory: peak of the largest cold run, relative to a plain pass."
         )
-    if measured.judged is None:
+    if name is None:
         return f"{len(measured.facts['proponents'])} queries, {candidates:,} candidates."
-    subsets, losses = measured.truth(choosing=True)
+    subsets, losses = measured.truth(name, choosing=True)
     return (
         f"{measured.judged} queries, {candidates:,} candidates, {len(subsets)} subsets; settings were chosen by "
         f"{losses.shape[1]} other queries. 95% intervals over queries; differences are paired, with the better of a "

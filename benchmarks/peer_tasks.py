@@ -2,40 +2,28 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from peer_runs.task import IGNORED
-from torch.optim.optimizer import register_optimizer_step_post_hook
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, LlamaForCausalLM
 
 from hf_forward_inf import ForwardInf
-from hf_forward_inf.adapters import CausalLMAdapter
 from hf_forward_inf.data import builtin_facts, load_rows, proponents
 from hf_forward_inf.evaluation.candidate_sets import candidate_pool
 from hf_forward_inf.evaluation.fact_tracing import with_answered
-from hf_forward_inf.scores.retraining import random_subsets
-from hf_forward_inf.toys.tiny_models import fit, tiny_mt5, train_llama, train_tokenizer
+from hf_forward_inf.toys.tiny_models import tiny_mt5, train_llama, train_tokenizer
 from hf_forward_inf.utils.processes import say
 from hf_forward_inf.utils.rows import SENTINEL, fill_in, without_sentinels
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
-from experiments.retrainable_facts import losses_and_answers
-from experiments.retrainable_sentences import SIZES, TRAINING, sentences
+from experiments.retrainable_sentences import SIZES
 
-ASKED = 200
-"""Queries of a task with a truth: those that are judged, those by which settings are chosen, and more, by which the
-cost is measured."""
-SUBSETS, SEEDS = 60, 2
-"""Random halves that are trained on, and trainings of each."""
-CHECKPOINTS = 6
-"""Models of the training that are saved, evenly spaced, the last one among them."""
 QUERIES, CANDIDATES = 47, 1200
 """Rows of the tasks without a truth."""
 POSITIONS = 4096
@@ -52,12 +40,10 @@ class Truth:
         subsets (`np.ndarray`): Booleans, `[subsets, candidates]`.
         losses (`np.ndarray`): Losses, `[subsets, queries]`: first of the queries that are judged, then of those by
             which settings are chosen.
-        judged (`int`): The number of the former.
     """
 
     subsets: np.ndarray
     losses: np.ndarray
-    judged: int
 
 
 @dataclass(frozen=True)
@@ -83,7 +69,8 @@ def write_task(
     candidates: Dataset,
     *,
     known: Sequence[Sequence[int]] | None = None,
-    truth: Truth | None = None,
+    truths: Mapping[str, Truth] | None = None,
+    judged: int | None = None,
     training: Training | None = None,
 ) -> None:
     """Write the model with its tokenizer, rows with their tokens, and what the scores are judged by.
@@ -93,9 +80,10 @@ def write_task(
         kind (`str`): `"seq2seq"` or `"causal"`.
         parts (`tuple`): Model and tokenizer.
         queries (`datasets.Dataset`): Queries: `inputs_pretokenized` and `targets_pretokenized`, or `text`.
-        candidates (`datasets.Dataset`): Candidates, with the same columns.
+        candidates (`datasets.Dataset`): Candidates, with the same columns, or with `input_ids`.
         known (`list[list[int]]`, *optional*): The proponents of the first queries.
-        truth (`Truth`, *optional*): Losses after training on subsets.
+        truths (`dict[str, Truth]`, *optional*): Losses after training on subsets of some kinds, by their names.
+        judged (`int`, *optional*): The number of queries that are judged by the truths.
         training (`Training`, *optional*): Saved models of the training, in `folder / "checkpoints"`.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -107,9 +95,10 @@ def write_task(
     for name, rows, asked in (("queries", queries, True), ("candidates", candidates, False)):
         (folder / f"{name}.json").write_text(json.dumps([encode(parts[1], row, asked) for row in rows]))
     facts: dict[str, Any] = {"kind": kind, "proponents": known}
-    if truth is not None:
-        np.savez(folder / "truth.npz", subsets=truth.subsets, losses=truth.losses)
-        facts["judged"] = truth.judged
+    if truths is not None:
+        for name, truth in truths.items():
+            np.savez(folder / f"truth_{name}.npz", subsets=truth.subsets, losses=truth.losses)
+        facts |= {"truths": list(truths), "judged": judged}
     if training is not None:
         facts["checkpoints"] = {"steps": training.steps, "rates": training.rates}
     # Written last: a folder with this file is complete.
@@ -123,7 +112,11 @@ def _seq2seq_row(tokenizer: Any, row: dict[str, Any], asked: bool) -> dict[str, 
 
 
 def _causal_row(tokenizer: Any, row: dict[str, Any], asked: bool) -> dict[str, Any]:
-    """Return the tokens of a text, or of a filled-in sentence; its query's labels are those of its answer alone."""
+    """Return the tokens of a row, text or filled-in sentence; the latter's query has its answer's labels alone."""
+    if "input_ids" in row:
+        # Blocks are scored as they were trained on: no text gives the same tokens.
+        ids = list(row["input_ids"])
+        return {"row": {"input_ids": ids}, "input_ids": ids, "labels": list(ids)}
     if "text" in row:
         ids = tokenizer(row["text"])["input_ids"]
         return {"row": {"text": row["text"]}, "input_ids": ids, "labels": list(ids)}
@@ -139,100 +132,6 @@ def _causal_row(tokenizer: Any, row: dict[str, Any], asked: bool) -> dict[str, A
     labels = [token if taken else IGNORED for token, taken in zip(ids, inside, strict=True)]
     columns = {"text": text, "prompt": text[:start], "completion": text[start:], "span": answer}
     return {"row": columns, "input_ids": ids, "labels": labels}
-
-
-def sentences_task(folder: Path) -> None:
-    """Write the task of `recipes/lds.py --task sentences`: 600 sentences, a tiny Llama, 60 halves x 2 seeds.
-
-    The others, by which our defaults were chosen, choose settings here too (`benchmarks/defaults.py`).
-    """
-    task = sentences()
-    subsets = random_subsets(len(task.candidates), SUBSETS)
-    everyone = concatenate_datasets([task.queries, task.others])
-    losses = task.retrained(everyone, subsets, SEEDS)[..., 0].mean(axis=0)
-
-    columns = {"text": everyone["text"][:]}
-    used = {*columns["text"], *task.candidates["text"]}
-    corpus = builtin_facts()["abstracts"].shuffle(seed=0)
-    for row in corpus:
-        text = fill_in(row["inputs_pretokenized"], row["targets_pretokenized"])
-        if len(columns["text"]) < ASKED and text not in used:
-            columns["text"].append(text)
-    queries = Dataset.from_dict(columns)
-    known = proponents(task.queries, task.candidates)
-    model, tokenizer, training = trained_again(
-        lambda: task.adapter(0), task.candidates, queries, folder / "checkpoints"
-    )
-    write_task(
-        folder,
-        "causal",
-        (model, tokenizer),
-        queries,
-        task.candidates,
-        known=known,
-        truth=Truth(subsets, losses, len(task.queries)),
-        training=training,
-    )
-
-
-def trained_again(
-    train: Callable[[], Any], rows: Dataset, queries: Dataset, folder: Path
-) -> tuple[PreTrainedModel, Any, Training]:
-    """Train the explained model, and once more to save models on the way.
-
-    Raises:
-        ValueError: If it is not the same model again.
-    """
-    steps: list[Any] = []
-    with after_each_step(steps.append):
-        explained = train()
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        explained.model.config.max_position_embeddings = POSITIONS
-        model = LlamaForCausalLM(explained.model.config)
-        adapter = CausalLMAdapter(model, explained.tokenizer)
-        training = Training(folder)
-        with after_each_step(Saving(training, model, len(steps))):
-            fit(adapter, rows, quiet=True, **TRAINING)  # type: ignore[arg-type]
-    model.eval()
-    if not torch.equal(losses_and_answers(explained, queries), losses_and_answers(adapter, queries)):
-        raise ValueError("The training was not repeated: the models on the way are those of another model.")
-    explained.tokenizer.model_max_length = POSITIONS
-    for i in range(len(training.steps)):
-        explained.tokenizer.save_pretrained(folder / str(i))
-    return model, explained.tokenizer, training
-
-
-@contextmanager
-def after_each_step(call: Callable[[torch.optim.Optimizer], None]) -> Iterator[None]:
-    """Call a function after each step of any optimizer."""
-    handle = register_optimizer_step_post_hook(lambda optimizer, *_: call(optimizer))
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-class Saving:
-    """Saves a model and its optimizer's state, evenly over a number of steps."""
-
-    def __init__(self, training: Training, model: PreTrainedModel, total: int):
-        self.training, self.model = training, model
-        self.stops = np.linspace(0, total, CHECKPOINTS + 1).round().astype(int).tolist()[1:]
-        self.rates: list[float] = []
-        self.step = 0
-
-    def __call__(self, optimizer: torch.optim.Optimizer) -> None:
-        """Note the learning rate, and save at the planned steps."""
-        self.step += 1
-        self.rates.append(optimizer.param_groups[0]["lr"])
-        if self.step in self.stops:
-            folder = self.training.folder / str(len(self.training.steps))
-            self.model.save_pretrained(folder)
-            torch.save(optimizer.state_dict(), folder / "optimizer.pt")
-            self.training.steps.append(len(self.rates))
-            self.training.rates.append(float(np.mean(self.rates)))
-            self.rates.clear()
 
 
 def seq2seq_task(folder: Path, data: Path | None) -> None:

@@ -1,5 +1,6 @@
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,21 +12,26 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import peer_environments
 import peer_tables
-import peer_tasks
+import peer_truths
+from experiments.retrainable_facts import retrainable
 from peer_measures import Measured
 from peer_methods import Method
 from peer_runs.task import IGNORED, Task, logits_of, losses, plain_batches, plain_pass
-from peer_tasks import Saving, Training, Truth, _causal_row, after_each_step, write_task
+from peer_tasks import Training, _causal_row, write_task
+from peer_truths import Saving, after_each_step
 
-from hf_forward_inf.adapters import Seq2SeqAdapter
+from hf_forward_inf.adapters import CausalLMAdapter, Seq2SeqAdapter
 from hf_forward_inf.data import proponents
 from hf_forward_inf.scores.metrics import lds
+from hf_forward_inf.scores.retraining import Retrained
+from hf_forward_inf.toys.tiny_models import train_llama
 
 SIZES = {
     "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
     "num_key_value_heads": 2, "max_position_embeddings": 64,
 }  # fmt: skip
 BM25 = Method("ours", "bm25", "BM25")
+TRUTHS = ["halves", "hundredths"]
 
 
 @pytest.fixture
@@ -38,13 +44,14 @@ def task(model, tokenizer, queries, corpus, tmp_path):
 
 @pytest.fixture
 def measured(tmp_path):
-    """A task with a truth, and measurements of which none has been made: 2 judged queries, 2 to choose by."""
+    """A task with truths, and measurements of which none has been made: 2 judged queries, 2 to choose by."""
     folder = tmp_path / "truth"
     folder.mkdir()
     draw = np.random.default_rng(0)
-    truth = Truth(draw.random((12, 5)) < 0.5, draw.random((12, 4)), 2)
-    np.savez(folder / "truth.npz", subsets=truth.subsets, losses=truth.losses)
-    (folder / "task.json").write_text(json.dumps({"kind": "causal", "judged": 2, "proponents": [[0], [1, 4]]}))
+    for name in TRUTHS:
+        np.savez(folder / f"truth_{name}.npz", subsets=draw.random((12, 5)) < 0.5, losses=draw.random((12, 4)))
+    facts = {"kind": "causal", "judged": 2, "truths": TRUTHS, "proponents": [[0], [1, 4]]}
+    (folder / "task.json").write_text(json.dumps(facts))
     (folder / "queries.json").write_text(json.dumps([{}] * 222))
     (folder / "candidates.json").write_text(json.dumps([{}] * 5))
     return Measured(folder, tmp_path / "measured", tmp_path / "envs", 60)
@@ -64,9 +71,9 @@ def stored(measured, method, run, scores, **figures):
     (folder / "figures.json").write_text(json.dumps(costs))
 
 
-def predicted(measured, choosing):
+def predicted(measured, choosing, truth="halves"):
     """Scores that predict the truth as well as scores can, which are linear in the subsets."""
-    subsets, losses = measured.truth(choosing)
+    subsets, losses = measured.truth(truth, choosing)
     return -np.linalg.lstsq(subsets - subsets.mean(0), losses - losses.mean(0), rcond=None)[0].T
 
 
@@ -103,27 +110,48 @@ def test_a_causal_querys_loss_is_that_of_its_answer_or_of_a_whole_text(tokenizer
     assert text["labels"] == told["labels"]
 
 
-def test_models_on_the_way_are_those_of_the_training(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(peer_tasks, "TRAINING", {"epochs": 6, "learning_rate": 1e-2, "batch_length": 64})
-    monkeypatch.setattr(peer_tasks, "CHECKPOINTS", 3)
+def test_a_blocks_tokens_are_scored_as_they_are(tokenizer):
+    ids = tokenizer("The capital of Peru is Lima.")["input_ids"][2:5]
+    row = _causal_row(tokenizer, {"text": "pital of", "input_ids": ids}, False)
+    assert row == {"row": {"input_ids": ids}, "input_ids": ids, "labels": ids}
+
+
+def test_a_recipes_task_has_its_truths_and_the_models_of_its_training(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(peer_truths, "CHECKPOINTS", 3)
     rows = Dataset.from_dict({"text": ["Lima is in Peru.", "Paris is in France.", "Rome is in Italy."]})
 
-    def train():
-        model = peer_tasks.train_llama(rows, tokenizer, seed=0, sizes=SIZES, quiet=True, **peer_tasks.TRAINING)
-        return peer_tasks.CausalLMAdapter(model.eval(), tokenizer)
+    def adapter(seed):
+        model = train_llama(rows, tokenizer, 6, 1e-2, seed, sizes=SIZES, batch_length=64, quiet=True)
+        return CausalLMAdapter(model.eval(), tokenizer)
 
-    model, _, training = peer_tasks.trained_again(train, rows, rows, tmp_path)
-    assert len(training.steps) == len(training.rates) == 3
-    state = torch.load(tmp_path / "2" / "optimizer.pt")
-    assert sum(training.steps) == state["state"][0]["step"]
-    read = type(model).from_pretrained(tmp_path / "2")
-    for one, other in zip(read.parameters(), model.parameters(), strict=True):
+    task = retrainable("three sentences", rows, rows.select([0, 1]), adapter, ("text", "text"))
+    draw = np.random.default_rng(0)
+    halves = [Retrained(one, draw.random((4, 3)) < 0.5, draw.random((4, 1))) for one in (task.queries, task.others)]
+    peer_truths.write_truths(tmp_path, task, {"halves": halves}, lambda: task.adapter(0).model)
+
+    read, truth = Task(tmp_path), np.load(tmp_path / "truth_halves.npz")
+    assert read.facts["judged"] == 1
+    assert np.array_equal(truth["subsets"], halves[0].subsets)
+    assert np.array_equal(truth["losses"], np.concatenate([halves[0].losses, halves[1].losses], axis=1))
+    steps, folder = read.facts["checkpoints"]["steps"], tmp_path / "checkpoints"
+    assert len(steps) == len(read.facts["checkpoints"]["rates"]) == 3
+    assert sum(steps) == torch.load(folder / "2" / "optimizer.pt")["state"][0]["step"]
+    first, last = (type(read.model).from_pretrained(folder / name) for name in "02")
+    for one, other in zip(last.parameters(), adapter(0).model.parameters(), strict=True):
         assert torch.equal(one, other)
-    assert not torch.equal(type(model).from_pretrained(tmp_path / "0").lm_head.weight, model.lm_head.weight)
+    assert not torch.equal(first.lm_head.weight, read.model.lm_head.weight)
+
+
+def test_models_on_the_way_to_another_model_are_refused(tokenizer, tmp_path):
+    rows, seeds = Dataset.from_dict({"text": ["Lima is in Peru."]}), iter((0, 1))
+    with pytest.raises(ValueError, match="not repeated"):
+        peer_truths.trained_again(
+            lambda: train_llama(rows, tokenizer, 2, 1e-2, next(seeds), sizes=SIZES, quiet=True), tokenizer, tmp_path
+        )
 
 
 def test_rates_between_saved_models_are_means(tmp_path, monkeypatch):
-    monkeypatch.setattr(peer_tasks, "CHECKPOINTS", 2)
+    monkeypatch.setattr(peer_truths, "CHECKPOINTS", 2)
     layer = torch.nn.Linear(1, 1)
     layer.save_pretrained = lambda folder: folder.mkdir(parents=True)
     optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
@@ -147,7 +175,7 @@ def test_a_method_is_measured_in_a_process_of_its_own_and_one_that_fails_tells_w
     assert figures["passes"] > 0
     assert figures["memory"] > 0.5
     assert "no_such_method" in measured.error(wrong, "default")
-    text = peer_tables.tables(measured)
+    text = peer_tables.tables(measured, "python this.py")
     assert "no_such_method" in text
     assert "MRR" in text
 
@@ -169,7 +197,20 @@ def test_settings_are_chosen_by_the_queries_that_are_not_judged(measured):
     stored(measured, method, "tried-0", worst)
     stored(measured, method, "tried-1", best)
     stored(measured, method, "tried-2", np.full((2, 5), np.nan))
-    assert measured.choice(method) == {"damping": 0.1}
+    assert method.choices()[measured.choice(method, "halves")] == {"damping": 0.1}
+    assert measured.chosen(method, "halves") is None
+    stored(measured, method, "chosen-1", best)
+    assert np.allclose(measured.chosen(method, "halves"), best)
+
+
+def test_each_truth_chooses_its_own_settings_among_the_first_ones(measured):
+    method = Method("ours", "bm25", "BM25", grid={"damping": (1.0, 0.1, 0.01)})
+    for i, truth in enumerate(TRUTHS):
+        stored(measured, method, f"tried-{i}", predicted(measured, True, truth))
+    stored(measured, method, "tried-2", predicted(measured, True))
+    assert [measured.choice(method, truth) for truth in TRUTHS] == [0, 1]
+    assert len(measured.settings(method)) == 3
+    assert len(replace(measured, tries=2).settings(method)) == 2
 
 
 def test_costs_are_those_of_other_queries_where_something_is_stored(measured):
@@ -179,6 +220,11 @@ def test_costs_are_those_of_other_queries_where_something_is_stored(measured):
     asked = [set(range(*runs[name].queries)) for name in ("cold-1", "warm-1", "warm-10", "warm-100")]
     assert [len(one) for one in asked] == [1, 1, 10, 100]
     assert len(set.union(*asked)) == 112
+
+
+def test_costs_of_more_queries_than_there_are_are_left_out(measured):
+    (measured.task / "queries.json").write_text(json.dumps([{}] * 20))
+    assert [run.name.partition("/")[2] for run in measured._costs(BM25)] == ["cold-1", "cold-10", "warm-1", "warm-10"]
 
 
 def test_a_table_shows_scores_differences_costs_and_errors(measured, monkeypatch):
@@ -194,13 +240,13 @@ def test_a_table_shows_scores_differences_costs_and_errors(measured, monkeypatch
     stored(measured, second, "default", bad)
     stored(measured, second, "tried-0", bad)
     stored(measured, second, "tried-1", np.full((2, 5), np.nan))
-    stored(measured, second, "chosen", bad)
+    stored(measured, second, "chosen-0", bad)
     broken = measured.folder / third.key / "default"
     broken.mkdir(parents=True)
     (broken / "error.txt").write_text("a|b")
-    text = peer_tables.tables(measured)
-    rows = json.loads((measured.folder / "figures_scores.json").read_text())["rows"]
-    assert rows["BM25"]["lds"] == pytest.approx(lds(good, *measured.truth(choosing=False))["lds"])
+    text = peer_tables.tables(measured, "python this.py")
+    rows = json.loads((measured.folder / "figures_halves.json").read_text())["rows"]
+    assert rows["BM25"]["lds"] == pytest.approx(lds(good, *measured.truth("halves", choosing=False))["lds"])
     assert rows["bergson: EK-FAC"]["lds"] == 0
     assert rows["bergson: EK-FAC"]["ahead"] == pytest.approx(rows["BM25"]["lds"])
     assert "damping 1" in text

@@ -7,7 +7,7 @@ import numpy as np
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from hf_forward_inf import ForwardInf
+from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf.baselines import attributors_for
 from hf_forward_inf.utils.processes import progress_bars
 from peer_runs.measure import main
@@ -19,9 +19,11 @@ REGISTERED = (
 )  # fmt: skip
 
 
-def registered(name: str, task: Task, **options: Any) -> np.ndarray:
-    """Trace with an attributor of the registry, and options of the tracer that it is made for."""
-    tracer = ForwardInf(task.model, AutoTokenizer.from_pretrained(task.folder / "model"), **options)
+def registered(name: str, task: Task, modules: str | None = None, mode: Any = None, **options: Any) -> np.ndarray:
+    """Trace with an attributor of the registry, and options of the tracer, or of its ascent, that it is made for."""
+    step: dict[str, Any] = {"modules": None if modules is None else [modules], "mode": mode}
+    ascent = AscentConfig(**{name: value for name, value in step.items() if value is not None})
+    tracer = ForwardInf(task.model, AutoTokenizer.from_pretrained(task.folder / "model"), ascent=ascent, **options)
     queries, candidates = (Dataset.from_list([row["row"] for row in rows]) for rows in (task.queries, task.candidates))
     with progress_bars(False):
         return attributors_for(tracer, [name])[name].trace(queries, candidates).scores
