@@ -48,25 +48,26 @@ def main(options: LdsOptions) -> dict[str, Any]:
     task = load_task(options)
     measured, others = retrain_subsets(task, options)
 
-    # The models to explain, one for each seed; settings of Forward-INF are chosen by queries that are not evaluated.
-    adapters = [task.adapter(seed) for seed in range(options.seeds or 1)]
+    # A model for each seed; settings of Forward-INF are chosen by queries that are not evaluated.
+    adapters = [task.adapter(seed) for seed in range(max(options.seeds or 1, options.explained))]
     directions, best = choose_directions(adapters[0], task, others, options)
-    attributors = contenders(adapters, directions)
+    explained = [contenders(adapters[i:] + adapters[:i], directions) for i in range(options.explained)]
     without = options.without or ()
     if "self_retrieval" not in without and directions:
-        attributors["self_retrieval"] = tune_without_labels(adapters[0], task.candidates, directions, options)
+        for attributors, adapter in zip(explained, adapters, strict=False):
+            attributors["self_retrieval"] = tune_without_labels(adapter, task.candidates, directions, options)
 
     # Trace with every attributor, and compare with the truth.
-    chosen = {name: attributor for name, attributor in attributors.items() if name not in without}
+    chosen = [{name: one for name, one in own.items() if name not in without} for own in explained]
     table, found = judge(chosen, task.candidates, measured)
-    for name, figures in (remove_best(task, found, options) if options.qld else {}).items():
+    for name, figures in (remove_best(task, found[0], options) if options.qld else {}).items():
         table[name] |= figures
 
     metrics: dict[str, Any] = {"queries": len(task.queries), "candidates": len(task.candidates), **flat(table)}
     if best:
         metrics |= {f"tuned/{key}": value for key, value in table.get(best, {}).items()} | {"tuned/direction": best}
     return run.write(
-        captioned(found[REFERENCE]),
+        captioned(found[0][REFERENCE]),
         metrics,
         ForwardInf(adapter=adapters[0]),
         table=table,

@@ -34,15 +34,15 @@ def main(options: LooOptions) -> dict[str, Any]:
     task = load_blocks(options)
     measured, _ = leave_out(task, options)
 
-    # Trace the model that was trained on everything with every attributor, and compare with the truth.
-    adapter = task.adapter(0)
-    chosen = {name: one for name, one in registered(adapter).items() if name not in options.without}
+    # Trace the models that were trained on everything with every attributor, and compare with the truth.
+    adapters = [task.adapter(seed) for seed in range(options.explained)]
+    chosen = [{name: one for name, one in registered(own).items() if name not in options.without} for own in adapters]
     table, found = judge(chosen, task.candidates, measured)
 
     return run.write(
-        found[REFERENCE],
+        found[0][REFERENCE],
         {"queries": len(task.queries), "candidates": len(task.candidates), **flat(table)},
-        ForwardInf(adapter=adapter),
+        ForwardInf(adapter=adapters[0]),
         table=table,
         columns=COLUMNS,
         plot=plotted(partial(interval_plot, "lds"), table),

@@ -1,7 +1,7 @@
 """The linear datamodeling score: what is trained on random subsets, and how settings are chosen."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,10 +19,10 @@ from hf_forward_inf.attribution import Attribution, Attributor
 from hf_forward_inf.baselines import Ensemble
 from hf_forward_inf.evaluation.tables import REFERENCE, Table
 from hf_forward_inf.forward_inf import ForwardInf
-from hf_forward_inf.scores.metrics import agreement, bootstrap_interval, lds, lds_by_query, lead
+from hf_forward_inf.scores.metrics import agreement, bootstrap_interval, lds_by_query, lead
 from hf_forward_inf.scores.retraining import Retrained, random_subsets, rises_without_best
 from hf_forward_inf.utils.options import RunOptions
-from hf_forward_inf.utils.processes import say
+from hf_forward_inf.utils.processes import process_state, say
 from hf_forward_inf.utils.text_tables import aligned, number
 
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -51,7 +51,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 FEW = 1000
 """Candidates among the built-in facts."""
 LARGE_DROP = 0.1
-"""Subsets that lack more than this share differ by far more than the noise of bfloat16."""
+"""Subsets that lack more than this share differ by far more than the noise of bfloat16, which is faster on a CPU."""
 SELF_RETRIEVAL_RADII = (0.1, 0.3, 1.0)
 """Radii tried where settings are chosen by self-retrieval."""
 WIDTHS = (28, 6, 14, 6, 14, 7, 6, 7)
@@ -92,6 +92,8 @@ class LdsOptions(RunOptions):
         num_queries (`int`, defaults to 40): Queries; as many others serve to choose settings.
         subsets (`int`, *optional*): Random subsets that are trained on. Defaults to 120; facts and sentences: 60;
             texts: 100.
+        explained (`int`, defaults to 1): Models to explain, each trained on all candidates with a seed of its own;
+            figures are means over them.
         seeds (`int`, *optional*): Trainings of each subset, averaged. Defaults to 3; facts and sentences: 2; texts:
             1, from the same weights.
         directions (`list[str]`, *optional*): Directions of the ascent to compare. Defaults to several; texts: none.
@@ -114,6 +116,7 @@ class LdsOptions(RunOptions):
     num_candidates: int | None = field(default=None, metadata={"min": 2})
     num_queries: int = field(default=40, metadata={"min": 1})
     subsets: int | None = field(default=None, metadata={"min": 2})
+    explained: int = field(default=1, metadata={"min": 1})
     seeds: int | None = field(default=None, metadata={"min": 1})
     directions: list[str] | None = field(default=None, metadata={"choices": tuple(DIRECTIONS)})
     dampings: list[float] | None = field(default=None, metadata={"above": 0})
@@ -143,7 +146,7 @@ def load_task(options: LdsOptions) -> Retrainable:
     if options.task == "texts":
         return texts(
             options.num_candidates, options.num_queries, source=options.data, model=options.model,
-            blocks=options.blocks, autocast=options.drop > LARGE_DROP,
+            blocks=options.blocks, autocast=options.drop > LARGE_DROP and process_state().device.type == "cpu",
         )  # fmt: skip
     make = {"facts": facts, "sentences": sentences}[options.task]
     return make(options.num_candidates, options.num_queries)
@@ -171,20 +174,32 @@ def retrained(task: Retrainable, subsets: np.ndarray, seeds: int) -> tuple[Retra
 
 
 def judge(
-    attributors: Mapping[str, Attributor], candidates: Dataset, measured: Retrained
-) -> tuple[Table, dict[str, Attribution]]:
-    """Trace with every attributor, Forward-INF first, and correlate with what training did: figures by attributor."""
+    explained: Sequence[Mapping[str, Attributor]], candidates: Dataset, measured: Retrained
+) -> tuple[Table, list[dict[str, Attribution]]]:
+    """Trace with every attributor, Forward-INF first, and correlate with what training did.
+
+    Args:
+        explained (`Sequence[Mapping[str, Attributor]]`): Attributors by name, of each model that is explained.
+        candidates (`datasets.Dataset`): The training data.
+        measured (`Retrained`): The queries, and what training did to them.
+
+    Returns:
+        `tuple`: Figures by attributor, of each query's mean over the explained models; and each model's attributions.
+    """
     say(f"\n{HEAD}")
     table: Table = {}
-    found: dict[str, Attribution] = {}
+    found: list[dict[str, Attribution]] = [{} for _ in explained]
     by_query: dict[str, np.ndarray] = {}
-    for name, attributor in attributors.items():
+    for name in explained[0]:
         started = time.perf_counter()
-        found[name] = attributor.trace(measured.queries, candidates)
+        for attributors, own in zip(explained, found, strict=True):
+            own[name] = attributors[name].trace(measured.queries, candidates)
         seconds = time.perf_counter() - started
-        truth = found[name].dense(), measured.subsets, measured.losses
-        by_query[name] = lds_by_query(*truth)
-        table[name] = {**lds(*truth), "trace_seconds": seconds, **step_of(attributor)}
+        truths = [lds_by_query(own[name].dense(), measured.subsets, measured.losses) for own in found]
+        by_query[name] = np.mean(truths, axis=0)
+        low, high = bootstrap_interval(by_query[name])
+        table[name] = {"lds": float(by_query[name].mean()), "lds_low": low, "lds_high": high}
+        table[name] |= {"trace_seconds": seconds, **step_of(explained[0][name])}
         if name != REFERENCE:
             table[name] |= lead(by_query[REFERENCE], by_query[name])
         say(line(name, table[name]))

@@ -36,7 +36,7 @@ TUNED = 2 / 3
 LONGEST = 16
 """Words of the longest sentence that is a candidate or a query by itself."""
 ATTENTION = "eager"
-"""On a CPU, fused attention in bfloat16 takes ten times as long over short rows."""
+"""Fused attention can't be stacked, and on a CPU it takes ten times as long over short rows in bfloat16."""
 BLOCK = 128
 """Tokens of a block."""
 FACTS = ("inputs_pretokenized", "targets_pretokenized", "facts")
@@ -117,7 +117,8 @@ def texts(
         return base.with_model(_cached_model(fingerprint(key, seed), made, base.tokenizer))
 
     mine, others = asked.select(range(queries)), asked.select(range(queries, 2 * queries))
-    return Retrainable(fingerprint(key, autocast), rows, mine, others, adapter, train, ("text", "text"), together=1)
+    together = train(mine).together
+    return Retrainable(fingerprint(key, autocast), rows, mine, others, adapter, train, ("text", "text"), together)
 
 
 def _sentences(
@@ -177,7 +178,8 @@ def _pretrained(found: Texts) -> tuple[CausalLMAdapter, str]:
 
 def _loaded(model: str) -> tuple[CausalLMAdapter, str]:
     """Return a model from a folder or the hub, and its key."""
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to(process_state().device).eval()
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation=ATTENTION)
+    network = network.to(process_state().device).eval()
     weights = [float(weight.detach().double().abs().sum()) for weight in network.parameters()]
     return CausalLMAdapter(network, AutoTokenizer.from_pretrained(model)), fingerprint(model, weights)
 
