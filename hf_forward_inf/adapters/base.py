@@ -339,6 +339,8 @@ def gradients_at_drawn_classes(logits: Tensor, generator: torch.Generator) -> Te
             "The model's predictions for training examples are NaN or infinite: load it in bfloat16 or float32, "
             "or check its weights."
         )
-    # Drawn on the CPU, so that a seed means the same targets on every device.
-    drawn = torch.multinomial(chances.cpu(), 1, generator=generator).to(logits.device)
+    # Random numbers of the CPU, so that a seed means the same targets on every device; one for each prediction.
+    heights = torch.rand(len(chances), 1, generator=generator).to(chances.device)
+    stairs = chances.cumsum(dim=-1)
+    drawn = torch.searchsorted(stairs, heights * stairs[:, -1:], right=True).clamp(max=chances.shape[1] - 1)
     return chances.scatter_add(1, drawn, -torch.ones_like(drawn, dtype=chances.dtype))

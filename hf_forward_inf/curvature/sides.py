@@ -132,7 +132,7 @@ class Sketch:
     """Products with a thin random matrix, and the trace; the largest eigenpairs, and the mean of all others."""
 
     def __init__(self, random: Tensor):
-        self.random, self.trace = random, 0.0
+        self.random, self.trace = random, torch.zeros((), dtype=torch.float64, device=random.device)
         self.total = torch.zeros_like(random)
 
     @without_autocast()
@@ -140,7 +140,7 @@ class Sketch:
         """Add outer products; see [`Sum`]."""
         vectors = vectors.float()
         self.total.addmm_(vectors.T, vectors @ self.random)
-        self.trace += vectors.double().square().sum().item()
+        self.trace += vectors.square().sum(dtype=torch.float64)
 
     @without_autocast()
     def side(self, count: float) -> Side:
@@ -155,7 +155,7 @@ class Sketch:
         found = squares > 2 * shift
         vectors = (half @ basis[:, found] * squares[found].rsqrt()).float()
         values = (squares[found] - shift).float()
-        missing = self.trace / max(count, 1) - values.double().sum().item()
+        missing = self.trace.item() / max(count, 1) - values.double().sum().item()
         return Side(values, vectors, max(0.0, missing / max(1, length - len(values))))
 
 

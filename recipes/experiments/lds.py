@@ -22,7 +22,7 @@ from hf_forward_inf.forward_inf import ForwardInf
 from hf_forward_inf.scores.metrics import agreement, bootstrap_interval, lds_by_query, lead
 from hf_forward_inf.scores.retraining import Retrained, random_subsets, rises_without_best
 from hf_forward_inf.utils.options import RunOptions
-from hf_forward_inf.utils.processes import process_state, say
+from hf_forward_inf.utils.processes import say
 from hf_forward_inf.utils.text_tables import aligned, number
 
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -51,7 +51,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 FEW = 1000
 """Candidates among the built-in facts."""
 LARGE_DROP = 0.1
-"""Subsets that lack more than this share differ by far more than the noise of bfloat16, which is faster on a CPU."""
+"""Subsets that lack more than this share differ by far more than the noise of bfloat16."""
 SELF_RETRIEVAL_RADII = (0.1, 0.3, 1.0)
 """Radii tried where settings are chosen by self-retrieval."""
 WIDTHS = (28, 6, 14, 6, 14, 7, 6, 7)
@@ -146,7 +146,7 @@ def load_task(options: LdsOptions) -> Retrainable:
     if options.task == "texts":
         return texts(
             options.num_candidates, options.num_queries, source=options.data, model=options.model,
-            blocks=options.blocks, autocast=options.drop > LARGE_DROP and process_state().device.type == "cpu",
+            blocks=options.blocks, autocast=options.drop > LARGE_DROP,
         )  # fmt: skip
     make = {"facts": facts, "sentences": sentences}[options.task]
     return make(options.num_candidates, options.num_queries)

@@ -1,4 +1,8 @@
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -98,3 +102,11 @@ def test_an_adapter_that_reads_no_texts_is_refused():
     encoded = Dataset.from_dict({"input_ids": [[5, 6, 7]], "labels": [[5, 6, 7]]})
     with pytest.raises(ValueError, match="The queries have no column of texts that is read: name one"):
         BM25(adapter=CausalLMAdapter(untrained("llama", len(tokens)), tokens)).trace(encoded, encoded)
+
+
+def test_jax_is_not_started(tmp_path):
+    (tmp_path / "jax").mkdir()
+    (tmp_path / "jax" / "__init__.py").write_text("raise SystemExit('jax was imported')")
+    code = "import sys; from hf_forward_inf.baselines.bm25 import _bm25s; _bm25s(); assert 'jax' not in sys.modules"
+    paths = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": paths})
