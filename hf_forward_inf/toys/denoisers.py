@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from hf_forward_inf.ascent.parameters import call
 from hf_forward_inf.passes.candidate_pass import encode
 from hf_forward_inf.toys.denoising import stacked, without_caption
 from hf_forward_inf.utils.fingerprints import fingerprint
+from hf_forward_inf.utils.models import device_of, to_device
 from hf_forward_inf.utils.processes import process_state
 from hf_forward_inf.utils.storage import Tensors, cached_tensors, default_cache_dir
 
@@ -70,7 +72,8 @@ class StackedDenoisers:
     def _training_key(self) -> str:
         rows = encode(self.adapter, self.rows, "candidates")["tensors"][:]
         recipe = (self.steps, self.rate, self.batch_size, self.unprompted)
-        return fingerprint(save(self._untrained(0).state_dict()), self.adapter.noising.cache_key, rows, recipe)
+        weights = {name: value.cpu() for name, value in self._untrained(0).state_dict().items()}
+        return fingerprint(save(weights), self.adapter.noising.cache_key, rows, recipe)
 
     @property
     def _finer(self) -> DiffusionAdapter:
@@ -96,13 +99,14 @@ class StackedDenoisers:
 
     def trained(self, subsets: np.ndarray, seeds: np.ndarray) -> Tensors:
         """Return the trained parameters of all denoisers, stacked."""
-        networks = [self._untrained(seed) for seed in seeds.tolist()]
-        parameters, _ = stack_module_state(networks)
+        networks = {seed: self._untrained(seed) for seed in dict.fromkeys(seeds.tolist())}
+        parameters, _ = stack_module_state([networks[seed] for seed in seeds.tolist()])
+        model = _stackable(networks[int(seeds[0])])
         optimizer = torch.optim.AdamW(parameters.values(), lr=self.rate, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.rate, total_steps=self.steps, pct_start=0.05)
 
         def loss(theta: Tensors, given: dict[str, Any], target: Tensor) -> Tensor:
-            return (call(networks[0], theta, **as_arguments(given)).sample - target).square().mean()
+            return (call(model, theta, **as_arguments(given)).sample - target).square().mean()
 
         for given, target in self._batches(subsets, seeds):
             optimizer.zero_grad()
@@ -115,43 +119,46 @@ class StackedDenoisers:
 
     @torch.no_grad()
     def losses(self, parameters: Tensors) -> Tensor:
-        """Return the queries' losses under stacked parameters, `[models, queries]`."""
+        """Return the queries' losses under stacked parameters, `[models, queries]`, on the CPU."""
         finer = self._finer
         encoded = encode(finer, self.queries, "queries")
-        model, found = self._untrained(0), []
+        model, found = _stackable(self._untrained(0)), []
         step = max(1, IMAGES_AT_ONCE // self.timesteps)
         for start in range(0, len(encoded), step):
-            batch: Batch = finer.collate(encoded[start : start + step])
+            batch: Batch = to_device(finer.collate(encoded[start : start + step]), model)
 
             def loss(theta: Tensors, batch: Batch = batch) -> Tensor:
                 return finer.loss(partial(call, model, theta), batch)
 
             with _without_fused_attention():
                 found.append(vmap(loss)(parameters))
-        return torch.cat(found, dim=1)
+        return torch.cat(found, dim=1).cpu()
 
     def _untrained(self, seed: int) -> nn.Module:
+        """Return an untrained denoiser on the adapter's device; its weights are drawn on the CPU."""
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return self.untrained()
+            return self.untrained().eval().to(device_of(self.adapter.model))
 
     def _batches(self, subsets: np.ndarray, seeds: np.ndarray) -> Iterator[tuple[dict[str, Any], Tensor]]:
         """Yield each step's inputs of the denoisers and their targets, `[models, batch, ...]`."""
-        noising, model = self.adapter.noising, self.adapter.model
-        data = stacked(encode(self.adapter, self.rows, "candidates")["tensors"][:], next(model.parameters()).device)
-        blank = without_caption(self.adapter, data["latents"].device)
-        members = [torch.from_numpy(np.flatnonzero(subset)) for subset in subsets]
-        inside = torch.from_numpy(subsets)
+        noising, device = self.adapter.noising, device_of(self.adapter.model)
+        data = stacked(encode(self.adapter, self.rows, "candidates")["tensors"][:], device)
+        blank = without_caption(self.adapter, device)
+        inside = torch.from_numpy(subsets).to(device)
+        # The rows of each subset come first.
+        members, counts = inside.sort(dim=1, descending=True, stable=True).indices, inside.sum(1, keepdim=True)
         draws = {seed: torch.Generator().manual_seed(seed) for seed in dict.fromkeys(seeds.tolist())}
         size = self.batch_size
         for _ in range(self.steps):
-            drawn = {seed: self._drawn(draw, data["latents"]) for seed, draw in draws.items()}
+            drawn = {
+                seed: [one.to(device) for one in self._drawn(draw, data["latents"])] for seed, draw in draws.items()
+            }
             some, other, noise, parts, hidden = (
                 torch.stack([drawn[seed][i] for seed in seeds.tolist()]) for i in range(5)
             )
             # A picture that a subset lacks is replaced by one that it has.
-            other = torch.stack([own[(u * len(own)).long()] for own, u in zip(members, other, strict=True)])
-            picked = torch.where(inside.gather(1, some), some, other)
+            picked = torch.where(inside.gather(1, some), some, members.gather(1, (other * counts).long()))
             images, times = data["latents"][picked].flatten(0, 1), noising.times(parts.flatten())
             given = {
                 self.adapter.argument: noising.noisy(images, noise.flatten(0, 1), times),
@@ -185,6 +192,28 @@ def _clip(parameters: Tensors) -> None:
     scale = (1 / (norms + 1e-6)).clamp(max=1.0)
     for one in gradients:
         one.mul_(scale.view(-1, *[1] * (one.dim() - 1)))
+
+
+def _stackable(model: nn.Module) -> nn.Module:
+    """Have convolutions multiply patches on a GPU: with stacked weights they would be grouped, which is slow there."""
+    return model if device_of(model).type == "cpu" else _by_patches(model)
+
+
+def _by_patches(model: nn.Module) -> nn.Module:
+    """Replace the products of a model's convolutions, in place."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module._conv_forward = partial(_convolved, module)  # type: ignore[method-assign]
+    return model
+
+
+def _convolved(layer: nn.Conv2d, images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return a convolution's output as a product of patches and weights."""
+    (down, right), (height, width) = layer.padding, layer.kernel_size
+    patches = F.pad(images, (right, right, down, down)).unfold(2, height, layer.stride[0])
+    patches = patches.unfold(3, width, layer.stride[1])
+    output = torch.einsum("bchwij,ocij->bohw", patches, weight).contiguous()
+    return output if bias is None else output + bias.view(-1, 1, 1)
 
 
 def _without_fused_attention() -> Any:

@@ -1,6 +1,7 @@
 """A diffusers pipeline that draws small pictures from captions in pixel space, and is trained in minutes."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -129,14 +130,15 @@ def tiny_pipeline(captions: list[str], size: int, channels: int, width: int, see
     Raises:
         ValueError: If `size` is not a multiple of 8.
     """
+    return pipeline_of(partial(unet_of, size, channels, width), captions, seed)
+
+
+def unet_of(size: int, channels: int, width: int) -> Any:
+    """Return an untrained UNet of pixels, whose weights are drawn from torch's generator; see [`tiny_pipeline`]."""
     fold = size // GRID
     if not fold or size % GRID:
         raise ValueError(f"size={size} must be a multiple of {GRID}.")
-
-    def unet() -> Any:
-        return FoldedUNet(size, channels, fold, width) if fold > 1 else _unet(size, channels, width)
-
-    return pipeline_of(unet, captions, seed)
+    return FoldedUNet(size, channels, fold, width) if fold > 1 else _unet(size, channels, width)
 
 
 def pipeline_of(make: Callable[[], nn.Module], captions: list[str], seed: int) -> PixelPipeline:

@@ -6,7 +6,7 @@ from itertools import combinations
 import numpy as np
 
 from experiments.diffusion_contenders import BASELINES, STEPS
-from experiments.diffusion_truth import DenoiserTruth
+from experiments.diffusion_truth import NETWORKS, DenoiserTruth
 from hf_forward_inf.data import load_captioned
 from hf_forward_inf.data.digits import captioned_digits
 from hf_forward_inf.evaluation.tables import REFERENCE
@@ -33,7 +33,9 @@ class DenoiserOptions(RunOptions):
         size (`int`, defaults to 8): Height and width to which pictures are shrunk, in pixels.
         num_candidates (`int`, defaults to 600): Pictures that are trained on.
         num_queries (`int`, defaults to 40): Queries; as many others serve to choose settings.
-        width (`int`, defaults to 128): Features of the denoiser's hidden layers.
+        network (`str`, defaults to `"perceptron"`): What removes the noise: a perceptron of pixels, or a UNet, which
+            needs a GPU (`--network unet --width 24 --training_steps 1000`).
+        width (`int`, defaults to 128): Features of a perceptron's hidden layers, or channels of a UNet at full size.
         training_steps (`int`, defaults to 500): Training steps of 32 pictures.
         timesteps (`int`, defaults to 16): Timesteps of the losses that are traced, the same for all methods.
         query_timesteps (`int`, *optional*): Timesteps of a query's loss; TRAK, D-TRAK and MUCS have none of their own.
@@ -52,6 +54,7 @@ class DenoiserOptions(RunOptions):
     size: int = field(default=8, metadata={"min": 1})
     num_candidates: int = field(default=600, metadata={"min": 2})
     num_queries: int = field(default=40, metadata={"min": 2})
+    network: str = field(default="perceptron", metadata={"choices": tuple(NETWORKS)})
     width: int = field(default=128, metadata={"min": 1})
     training_steps: int = field(default=500, metadata={"min": 2})
     timesteps: int = field(default=16, metadata={"min": 1})
@@ -77,7 +80,7 @@ def load_truth(options: DenoiserOptions) -> DenoiserTruth:
     rows = captioned_digits() if options.candidates is None else load_captioned(options.candidates)
     return DenoiserTruth(
         rows.select_columns([TEXT, IMAGE]), options.size, options.num_candidates, options.num_queries,
-        width=options.width, steps=options.training_steps, traced_at=options.timesteps,
+        network=options.network, width=options.width, steps=options.training_steps, traced_at=options.timesteps,
         queries_at=options.query_timesteps, seed=options.seed,
     )  # fmt: skip
 

@@ -19,6 +19,8 @@ from hf_forward_inf.utils.models import evaluating, to_device
 
 ROWS = 16
 """Pictures whose gradients are computed at once."""
+FEED_FORWARD = ("*_blocks.?.up.*", "*_blocks.?.down.*", "*.ff.net.*")
+"""Feed-forward weights of a perceptron's blocks, and those of a UNet's transformers."""
 
 
 class GradientKernel(ModelBaseline):
@@ -62,16 +64,17 @@ class GradientKernel(ModelBaseline):
         cross = sum(a.double() @ b.double().T for a, b in zip(of_queries, of_candidates, strict=True))
         own = sum(b.double() @ b.double().T for b in of_candidates)
         assert isinstance(cross, Tensor) and isinstance(own, Tensor)
-        return cross, own
+        return cross.cpu(), own.cpu()
 
     def _gradients(self, rows: Dataset) -> list[Tensor]:
         """Return each picture's gradients by parameter, `[rows, numel]`."""
         adapter = self.adapter
         encoded = encode(adapter, rows, "candidates", self.cache_dir)
         gradients = ExampleGradients(adapter, perturbed_names(adapter, ["all"]), encoded[:1])
-        found = {name: torch.empty(len(rows), adapter.model.get_parameter(name).numel()) for name in gradients.names}
+        weights = {name: adapter.model.get_parameter(name) for name in gradients.names}
+        found = {name: one.new_empty(len(rows), one.numel()) for name, one in weights.items()}
         for start in range(0, len(rows), ROWS):
-            batch = adapter.collate(encoded[start : start + ROWS])
+            batch = to_device(adapter.collate(encoded[start : start + ROWS]), adapter.model)
             for name, part, values in gradients.of(batch, self._objective(batch)):
                 found[name][start : start + ROWS][part] = values
         return list(found.values())
@@ -120,7 +123,7 @@ class RetainedUnlearning(ModelBaseline):
 
     Args:
         adapter (`DiffusionAdapter`): Knows the model; its timesteps and seed are used.
-        modules (`list[str]`, defaults to `["*_blocks.*.up.*", "*_blocks.*.down.*"]`): Names of the weights, with `*`.
+        modules (`list[str]`, defaults to [`FEED_FORWARD`]): Names of the weights, with `*`.
         share (`float`, defaults to 0.2): Weight of the query's loss.
         clamp (`float`, defaults to 3.0): The query's loss counts up to this multiple of its first value.
         steps (`int`, defaults to 10): Steps of Adam.
@@ -135,7 +138,7 @@ class RetainedUnlearning(ModelBaseline):
         self,
         adapter: DiffusionAdapter,
         *,
-        modules: tuple[str, ...] = ("*_blocks.*.up.*", "*_blocks.*.down.*"),
+        modules: tuple[str, ...] = FEED_FORWARD,
         share: float = 0.2,
         clamp: float = 3.0,
         steps: int = 10,
@@ -156,7 +159,10 @@ class RetainedUnlearning(ModelBaseline):
     def score(self, queries: Dataset, candidates: Dataset) -> np.ndarray:
         """Return relative rises, float32 `[queries, candidates]`."""
         asked, rows = (encode(self.adapter, some, "candidates", self.cache_dir) for some in (queries, candidates))
-        batches = [self.adapter.collate(rows[start : start + 100]) for start in range(0, len(rows), 100)]
+        batches = [
+            to_device(self.adapter.collate(rows[start : start + 100]), self.adapter.model)
+            for start in range(0, len(rows), 100)
+        ]
         with evaluating(self.adapter.model):
             base = self._losses({}, batches)
             after = [self._losses(self._unlearnt(asked[i : i + 1], rows), batches) for i in range(len(asked))]
@@ -187,4 +193,4 @@ class RetainedUnlearning(ModelBaseline):
     @torch.no_grad()
     def _losses(self, theta: Parameters, batches: list[Batch]) -> np.ndarray:
         forward = partial(call, self.adapter.model, theta)
-        return np.concatenate([self.adapter.loss(forward, batch).numpy() for batch in batches])
+        return np.concatenate([self.adapter.loss(forward, batch).cpu().numpy() for batch in batches])

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 from datasets import Dataset, concatenate_datasets
@@ -11,13 +12,14 @@ from hf_forward_inf.scores.retraining import Retrained, random_subsets, retraine
 from hf_forward_inf.toys.denoisers import StackedDenoisers
 from hf_forward_inf.toys.drawings import CAPTION, IMAGE, Drawing, as_queries, drawings
 from hf_forward_inf.toys.pixel_mlp import PixelMLP
-from hf_forward_inf.toys.pixel_pipeline import pipeline_of
+from hf_forward_inf.toys.pixel_pipeline import pipeline_of, unet_of
 from hf_forward_inf.utils.images import read_image
+from hf_forward_inf.utils.processes import process_state
 
-TOGETHER = 20
-"""Denoisers trained in a batch."""
-HALVES, REMOVALS = 1, 2
-"""Offsets of the seeds of trainings: those of the explained models are others."""
+NETWORKS = {"perceptron": PixelMLP, "unet": unet_of}
+"""Denoisers by name: called with size, channels and width."""
+TOGETHER = {"cpu": 20, "cuda": 128}
+"""Denoisers trained in a batch, by the kind of device."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class DenoiserTruth:
         size (`int`): Height and width of pictures in pixels.
         num_candidates (`int`): Pictures that are trained on.
         num_queries (`int`): Queries that are evaluated; as many others serve to choose settings.
-        width (`int`, defaults to 128): Features of the denoiser's hidden layers.
+        network (`str`, defaults to `"perceptron"`): Kind of denoiser, of [`NETWORKS`].
+        width (`int`, defaults to 128): Features of a perceptron's hidden layers, or channels of a UNet at full size.
         steps (`int`, defaults to 500): Training steps.
         timesteps (`int`, defaults to 64): Timesteps of a query's loss after retraining.
         traced_at (`int`, defaults to 8): Timesteps of the losses of the explained models.
@@ -44,6 +47,7 @@ class DenoiserTruth:
     size: int
     num_candidates: int
     num_queries: int
+    network: str = "perceptron"
     width: int = 128
     steps: int = 500
     timesteps: int = 64
@@ -120,17 +124,18 @@ class DenoiserTruth:
 
     def _losses(self, queries: Dataset, subsets: np.ndarray, seeds: int) -> np.ndarray:
         training = self._training(queries)
-        return retrained_outcomes(training, subsets, key=training.key, seeds=seeds, together=TOGETHER)
+        together = TOGETHER.get(process_state().device.type, TOGETHER["cpu"])
+        return retrained_outcomes(training, subsets, key=training.key, seeds=seeds, together=together)
 
     @cached_property
     def _blank(self) -> DiffusionAdapter:
-        pipe = pipeline_of(self._untrained, self.rows[CAPTION][:], self.seed)
+        pipe = pipeline_of(self._untrained, self.rows[CAPTION][:], self.seed).to(process_state().device)
         return DiffusionAdapter(pipe, timesteps=self.traced_at, query_timesteps=self.queries_at, seed=self.seed)
 
     @cached_property
-    def _untrained(self) -> partial[PixelMLP]:
+    def _untrained(self) -> partial[Any]:
         channels = 1 if read_image(self.rows[0][IMAGE]).mode in ("L", "1") else 3
-        return partial(PixelMLP, self.size, channels, self.width)
+        return partial(NETWORKS[self.network], self.size, channels, self.width)
 
     def _training(self, queries: Dataset) -> StackedDenoisers:
         return StackedDenoisers(

@@ -139,6 +139,11 @@ def test_too_few_pictures_are_refused(tmp_path):
         load_truth(options(tmp_path, num_candidates=50))
 
 
+def test_a_unet_takes_the_place_of_the_perceptron(tmp_path):
+    denoiser = load_truth(options(tmp_path, network="unet", width=8, size=16)).explained(0).model
+    assert type(denoiser).__name__ == "FoldedUNet" and denoiser.config.width == 8
+
+
 def test_noisier_losses_are_cached_apart(tmp_path):
     adapter = load_truth(options(tmp_path)).explained(0)
     assert NoisierAdapter(adapter.pipe).cache_key != DiffusionAdapter(adapter.pipe).cache_key

@@ -1,4 +1,5 @@
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -6,17 +7,17 @@ import torch
 from datasets import Dataset, Features, Image, Value
 
 from hf_forward_inf.adapters import DiffusionAdapter
-from hf_forward_inf.toys.denoisers import StackedDenoisers
+from hf_forward_inf.toys.denoisers import StackedDenoisers, _by_patches
 from hf_forward_inf.toys.pixel_mlp import PixelMLP
-from hf_forward_inf.toys.pixel_pipeline import pipeline_of
+from hf_forward_inf.toys.pixel_pipeline import pipeline_of, unet_of
 
 
 def small_denoiser():
     return PixelMLP(4, 1, 8)
 
 
-def pictures(count, seed=0):
-    pixels = np.random.default_rng(seed).integers(0, 256, (count, 4, 4), dtype=np.uint8)
+def pictures(count, seed=0, size=4):
+    pixels = np.random.default_rng(seed).integers(0, 256, (count, size, size), dtype=np.uint8)
     columns = {"caption": [f"picture {i}" for i in range(count)], "image": list(pixels)}
     return Dataset.from_dict(columns, features=Features({"caption": Value("string"), "image": Image()}))
 
@@ -84,3 +85,23 @@ def test_one_seed_sees_the_same_noise_whatever_the_subset(training):
     (other, _), *_ = training._batches(subsets, np.array([3, 4]))
     torch.testing.assert_close(given["timestep"][0], given["timestep"][1])
     assert not torch.equal(other["timestep"][0], other["timestep"][1])
+
+
+def test_unets_are_stacked_as_perceptrons_are():
+    rows, make = pictures(4, size=8), partial(unet_of, 8, 1, 8)
+    adapter = DiffusionAdapter(pipeline_of(make, rows["caption"][:], 0), timesteps=2)
+    training = StackedDenoisers(adapter, make, rows, rows.select([0]), steps=2, batch_size=3, timesteps=2)
+    subsets = np.array([[1, 1, 1, 0], [0, 1, 1, 1]], dtype=bool)
+    seeds = np.array([0, 1])
+    together, alone = training(subsets, seeds), training(subsets[1:], seeds[1:])
+    np.testing.assert_allclose(together[1], alone[0], rtol=1e-4)
+    assert abs(together[0] / together[1] - 1) > 1e-3
+    by_patches = StackedDenoisers(**{**vars(training), "untrained": lambda: _by_patches(make())})
+    np.testing.assert_allclose(by_patches(subsets, seeds), together, rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"padding": 1}, {"padding": (0, 1), "stride": 2, "bias": False}])
+def test_convolutions_are_products_of_patches(options):
+    layer = torch.nn.Conv2d(3, 5, (3, 2), **options)
+    images = torch.randn(2, 3, 7, 6)
+    torch.testing.assert_close(_by_patches(copy.deepcopy(layer))(images), layer(images))
