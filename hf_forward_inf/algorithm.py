@@ -1,7 +1,7 @@
 """Algorithm 1 of "The Mirrored Influence Hypothesis" (Ko et al., CVPR 2024): scores of candidates for queries."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -16,6 +16,7 @@ from hf_forward_inf.adapters import Adapter, choose_adapter
 from hf_forward_inf.ascent.config import AscentConfig
 from hf_forward_inf.ascent.steps import Mirrored, PerturbedModels
 from hf_forward_inf.attribution import Attributor
+from hf_forward_inf.baselines import ATTRIBUTORS
 from hf_forward_inf.baselines.ensembles import described
 from hf_forward_inf.curvature.perturber import Perturber
 from hf_forward_inf.passes.candidate_pass import MAX_BATCH_LENGTH, encode
@@ -33,6 +34,8 @@ CHOICES = {
     "units": (None, "loss", "base_loss"),
     "strategy": ("auto", "full", "screen"),
 }
+LEAST = {"max_batch_length": 1, "keep": 1, "audit": 0}
+"""Least values of options that are whole numbers."""
 
 Blocks = Callable[[], Iterator[tuple[slice, PerturbedModels]]]
 """Yields the rows of each block of queries and their perturbed models ([`Perturber.blocks`])."""
@@ -64,33 +67,15 @@ class Scorer:
         baseline_model: nn.Module | None = None,
     ):
         adapter = choose_adapter(model, processor, adapter, "ForwardInf")
-        chosen = {"reduction": reduction, "measure": measure, "units": units, "strategy": strategy}
-        for option, value in chosen.items():
-            if value not in CHOICES[option]:
-                raise ValueError(f"{option}={value!r} must be one of {CHOICES[option]}.")
-        for option, count, least in (
-            ("max_batch_length", max_batch_length, 1),
-            ("keep", keep, 1),
-            ("audit", audit, 0),
-        ):
-            if count is None and option == "keep":
-                continue
-            if isinstance(count, bool) or not isinstance(count, int) or count < least:
-                raise ValueError(f"{option}={count!r} must be a whole number of at least {least}.")
-        if not (isinstance(storage, int | float) and storage >= 0):
-            raise ValueError(f"storage={storage!r} must be at least 0 GB.")
-        if screen is not None and not isinstance(screen, str) and not hasattr(screen, "trace"):
-            raise TypeError(f"screen={screen!r} must be the name of an attributor, or an attributor.")
-        if screen is not None and strategy == "full":
-            raise ValueError("strategy='full' scores all candidates: leave out screen, or strategy.")
-        if baseline_model is not None:
-            check_same_parameters(adapter.model, baseline_model)
         self._options = {
             "adapter": adapter, "ascent": ascent, "reduction": reduction, "measure": measure, "units": units,
             "training": training, "strategy": strategy, "screen": screen, "keep": keep,
             "audit": audit, "storage": storage, "cache_dir": cache_dir, "max_batch_length": max_batch_length,
             "baseline_model": baseline_model,
         }  # fmt: skip
+        _check(self._options)
+        if baseline_model is not None:
+            check_same_parameters(adapter.model, baseline_model)
         self.adapter = adapter
         self.ascent = (ascent or AscentConfig()).completed(adapter.default_ascent)
         if measure == "shift" and self.ascent.mode == "symmetric":
@@ -233,6 +218,29 @@ class Scorer:
         """Return scores, `[..., candidates]`, divided by units, `[candidates]`; NaN where a unit is 0."""
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.where(unit > 0, scores / unit, np.nan).astype(np.float32)
+
+
+def _check(options: Mapping[str, Any]) -> None:
+    """Refuse options that mean nothing, each by itself, or a screen where none is used."""
+    for option, known in CHOICES.items():
+        if options[option] not in known:
+            raise ValueError(f"{option}={options[option]!r} must be one of {known}.")
+    for option, least in LEAST.items():
+        count = options[option]
+        unset = count is None and option == "keep"
+        if not unset and (isinstance(count, bool) or not isinstance(count, int) or count < least):
+            raise ValueError(f"{option}={count!r} must be a whole number of at least {least}.")
+    if not (isinstance(options["storage"], int | float) and options["storage"] >= 0):
+        raise ValueError(f"storage={options['storage']!r} must be at least 0 GB.")
+    screen = options["screen"]
+    if isinstance(screen, str):
+        for name in screen.split("+"):
+            if name not in ATTRIBUTORS:
+                raise ValueError(f"screen={name!r} is no attributor. Known are {', '.join(ATTRIBUTORS)}.")
+    elif screen is not None and not hasattr(screen, "trace"):
+        raise TypeError(f"screen={screen!r} must be the name of an attributor, or an attributor.")
+    if screen is not None and options["strategy"] == "full":
+        raise ValueError("strategy='full' scores all candidates: leave out screen, or strategy.")
 
 
 @cache

@@ -218,7 +218,10 @@ def _prepared(bars: bool, quiet: bool) -> Iterator[None]:
 
 
 def _one_line(message: Any, *_: Any, **__: Any) -> str:
-    """Return a warning without the line of code that gave it."""
+    """Return a warning without the line of code that gave it, to be printed in the place of a progress bar."""
+    from hf_forward_inf.utils.progress import clear
+
+    clear()
     return f"warning: {message}\n"
 
 

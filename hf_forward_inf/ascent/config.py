@@ -55,12 +55,12 @@ class AscentConfig:
             the losses after a step up and after the same step down, which takes two passes. In every mode a higher
             score means a stronger proponent.
         modules (`list[str]`, *optional*): Names of modules or parameters to perturb, `*` allowed
-            (`decoder.block.*.layer.1`); `["all"]` for every parameter. Defaults to the adapter's.
+            (`decoder.block.*.layer.1`); `all` for every parameter. Defaults to the adapter's.
         direction (`str`, *optional*): Direction of the step: the query's `"gradient"` g, or C^-1 g, with C the
             curvature of the training loss on a sample ([`directions`]): `"cg"` (conjugate gradients on Gauss-Newton
             products), `"ekfac"` or `"kfac"` (Kronecker factors, fitted once for all queries), `"pcg"` (products
-            preconditioned by `"kfac"`, and shared by the queries traced together: [`KrylovSpace`]). Candidates are
-            only forwarded, whatever the direction. Defaults to the adapter's; to the gradient with `learning_rate`,
+            preconditioned by `"kfac"`, and shared by the queries traced together). Candidates are only forwarded,
+            whatever the direction. Defaults to the adapter's; to the gradient with `learning_rate`,
             which allows no other.
         damping (`float`, *optional*): lambda in (C + lambda I)^-1 g, as a multiple of the gradient's Rayleigh quotient
             g.Cg / g.g, that is, relative to the curvature along the gradient; for `"pcg"`, of the median

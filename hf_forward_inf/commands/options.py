@@ -82,7 +82,7 @@ class CompareOptions(TraceOptions):
     """Which model, queries and candidates to run every attributor on, and where the results go."""
 
     output: str = "outputs/compare"
-    compare: bool = True
+    compare: bool = field(default=True, init=False)
 
 
 @dataclass
@@ -246,8 +246,8 @@ class LeakageOptions(ImageOptions):
     Args:
         num_queries (`int`, defaults to 64): Number of training images that are put into the test set.
         tuning_share (`float`, defaults to 0.2): Share of them that settings are chosen by; the others are evaluated.
-        change (`list[str]`, defaults to `["none"]`): What is done to them, the first one reported under bare names:
-            none, shifted, recoloured, recompressed, inverted.
+        change (`list[str]`, defaults to `["none"]`): What is done to them: none, shifted, recoloured, recompressed,
+            inverted. Figures of the first have no prefix.
         radii (`list[float]`): Radii to try.
         baselines (`bool`, defaults to `True`): Also run the baselines.
     """
@@ -325,9 +325,8 @@ class MislabelOptions(ImageOptions):
 class CacheOptions:
     """Show, prune or clear the cache: what was computed of your candidates, so that it is not computed again.
 
-    It lies in the folder that the environment variable HF_FORWARD_INF_CACHE names, by default in the Hugging Face
-    home. Its limit is HF_FORWARD_INF_CACHE_LIMIT, by default 20GB, or none: each run removes what was used longest ago
-    first.
+    It is in the folder that the environment variable HF_FORWARD_INF_CACHE names, by default in the Hugging Face home.
+    Its limit is HF_FORWARD_INF_CACHE_LIMIT, by default 20GB, or none: each run removes what was used longest ago.
 
     Args:
         action (`str`, defaults to `"show"`): What to do: show, prune (down to the size to keep), or clear.

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_forward_inf.adapters import ImageClassificationAdapter
+from hf_forward_inf.adapters.image_classification import is_image_classifier
 from hf_forward_inf.passes.candidate_pass import encode
 from hf_forward_inf.toys.networks import ConvNet, ResNet
 from hf_forward_inf.utils.fingerprints import fingerprint, fingerprint_of_model
 from hf_forward_inf.utils.images import in_channels, planes, read_image
-from hf_forward_inf.utils.loading import check_exists
+from hf_forward_inf.utils.loading import load_model
 from hf_forward_inf.utils.models import device_of, to_device
 from hf_forward_inf.utils.processes import process_state
 from hf_forward_inf.utils.storage import Tensors, cached_tensors, default_cache_dir
@@ -204,17 +205,16 @@ def load_classifier(source: str) -> ImageClassificationAdapter:
 
     Raises:
         FileNotFoundError: If `source` is a path that does not exist.
-        ValueError: If the weights are of another network.
+        ValueError: If the weights are of another network, or the model does not classify images.
     """
     path = Path(source).expanduser()
     file = path / "model.safetensors" if path.is_dir() else path
     if file.is_file() and not (path / "config.json").exists():
         return ImageClassificationAdapter(_resnet(load_file(file), file), transform=IMAGENET)
-    check_exists(source)
-    from transformers import AutoImageProcessor, AutoModelForImageClassification
-
-    model = AutoModelForImageClassification.from_pretrained(source).to(process_state().device).eval()
-    return ImageClassificationAdapter(model, AutoImageProcessor.from_pretrained(source))
+    model, processor = load_model(source)
+    if not is_image_classifier(model):
+        raise ValueError(f"{source} is a {type(model).__name__}, not a classifier of images.")
+    return ImageClassificationAdapter(model, processor)
 
 
 def _resnet(weights: Tensors, file: Path) -> nn.Module:

@@ -88,12 +88,9 @@ def screen_named(name: str, tracer: Scorer) -> Attributor:
 
     Raises:
         TypeError: If it can't trace the tracer's model.
-        ValueError: If there is no such attributor.
     """
     if "+" in name:
         return Fusion([screen_named(one, tracer) for one in name.split("+")])
-    if name not in ATTRIBUTORS:
-        raise ValueError(f"screen={name!r} is no attributor. Known are {', '.join(ATTRIBUTORS)}.")
     if reason := ATTRIBUTORS[name].misfit(tracer.adapter):
         raise TypeError(f"screen={name!r} does not fit: {reason}")
     if name == "representation":

@@ -50,20 +50,36 @@ def load_model(name: str) -> tuple[Any, Any]:
     Raises:
         FileNotFoundError: If it is a path where nothing is.
         ImportError: If it is a PEFT adapter, and peft is not installed.
-        ValueError: If a file of weights is damaged.
+        OSError: If it is neither a folder nor a name on the hub.
+        ValueError: If a file of weights is damaged, or the model has no head that is known.
     """
-    from safetensors import SafetensorError
-    from transformers import AutoConfig
     from transformers.utils.peft_utils import find_adapter_config_file
 
-    check_exists(name)
-    if find_adapter_config_file(name) is not None:
-        return _load_adapter(name)
-    loader, processor = classes_for(AutoConfig.from_pretrained(name))
+    _check_exists(name)
+    try:
+        return _load_adapter(name) if find_adapter_config_file(name) is not None else _load(name)
+    except OSError as error:
+        if Path(name).expanduser().exists():
+            raise
+        reason = str(error).partition("\n")[0]
+        raise OSError(f"There is no folder {name}, and no such model can be loaded from the hub: {reason}") from error
+
+
+def _load(name: str) -> tuple[Any, Any]:
+    from safetensors import SafetensorError
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(name)
+    loader, processor = classes_for(config)
     try:
         model = loader.from_pretrained(name)
     except SafetensorError as error:
         raise ValueError(f"The weights of {name} can't be read ({error}): a file is damaged or cut off.") from error
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):  # which lists all that there are
+            raise
+        kind = " or ".join(config.architectures or [config.model_type])
+        raise ValueError(f"{name} is a {kind}, which predicts neither texts nor labels.") from error
     return model.to(process_state().device).eval(), processor.from_pretrained(name)
 
 
@@ -86,7 +102,7 @@ def is_diffusion_folder(name: str) -> bool:
     """
     from transformers.utils.hub import cached_file
 
-    check_exists(name)
+    _check_exists(name)
     if Path(name).expanduser().is_dir():
         return (Path(name).expanduser() / PIPELINE).exists()
     found = cached_file(
@@ -106,14 +122,13 @@ def load_diffusion(name: str) -> Any:
     from diffusers import DiffusionPipeline
     from diffusers.utils.logging import disable_progress_bar
 
-    check_exists(name)
+    _check_exists(name)
     disable_progress_bar()  # of loading weights
     device = process_state().device
     precision = {"torch_dtype": torch.bfloat16} if device.type == "cuda" else {}
     return DiffusionPipeline.from_pretrained(name, **precision).to(device)
 
 
-def check_exists(name: str) -> None:
-    """Raise a `FileNotFoundError` if a model's name is a path where nothing is."""
+def _check_exists(name: str) -> None:
     if not Path(name).expanduser().exists() and looks_like_path(name):
         raise FileNotFoundError(f"There is no file or folder {name}, and a model on the hub can't have this name.")

@@ -9,6 +9,8 @@ from typing import Any
 ARGUMENT = re.compile(r"    (\w+)(?: \(.*?\))?: (.*)")
 """The first line of an argument in the `Args` section of a docstring: its name and the beginning of its text."""
 MARKUP = re.compile(r"\[?`([^`]*)`\]?")
+REFERENCE = re.compile(r" \(\[`[^`]*`\]\)")
+"""A reference in brackets to another docstring, which only readers of the code can follow."""
 
 
 @dataclass
@@ -72,7 +74,7 @@ def _broken(value: Any, limits: Any) -> str | None:
 
 
 def argument_texts(kind: type) -> dict[str, str]:
-    """Return the text of each argument in the `Args` sections of a class and its bases, without markup."""
+    """Return the text of each argument in the `Args` sections of a class and its bases, as plain text."""
     texts: dict[str, str] = {}
     for base in reversed(kind.__mro__):
         _, _, section = inspect.cleandoc(base.__dict__.get("__doc__") or "").partition("\nArgs:\n")
@@ -84,7 +86,7 @@ def argument_texts(kind: type) -> dict[str, str]:
                 name, texts[first[1]] = first[1], first[2]
             elif name:
                 texts[name] = f"{texts[name]} {line.strip()}".strip()
-    return {name: MARKUP.sub(r"\1", text) for name, text in texts.items()}
+    return {name: MARKUP.sub(r"\1", REFERENCE.sub("", text)) for name, text in texts.items()}
 
 
 def description(kind: Any) -> str:

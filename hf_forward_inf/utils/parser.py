@@ -68,7 +68,8 @@ class OptionParser(ArgumentParser):
         if get_origin(kind) is Literal:
             options["choices"] = get_args(kind)
         elif kind is not bool:
-            options |= {"type": kind, "metavar": SHOWN_AS.get(kind, "VALUE")}
+            shown = one.name.upper() if one.metadata.get("positional") else SHOWN_AS.get(kind, "VALUE")
+            options |= {"type": kind, "metavar": shown}
         if several:
             options["nargs"] = "+"
         if one.metadata.get("positional"):
@@ -109,7 +110,7 @@ class OptionParser(ArgumentParser):
         try:
             said = yaml.safe_load(Path(file).read_text()) or {}
         except (OSError, yaml.YAMLError) as error:
-            self.error(f"--config {file} can't be read: {error}")
+            self.error(f"--config {file} can't be read: {' '.join(str(error).split())}")
         if not isinstance(said, dict):
             self.error(f"--config {file} must hold options by their names, such as `radius: 2`.")
         options = {_underscored(f"--{name}"): value for name, value in said.items()}
@@ -128,13 +129,9 @@ class OptionParser(ArgumentParser):
         return [f"{name}={value}"]
 
     def format_usage(self) -> str:
-        """Return what must be given, and that there is more."""
-        needed = [
-            action.dest if not action.option_strings else f"{action.option_strings[0]} {action.metavar}"
-            for action in self._actions
-            if action.required
-        ]
-        return f"usage: {' '.join([self.prog, *needed])} [options]\n"
+        """Return what must be given, what may be given without a name, and that there is more."""
+        shown = [_usage_of(action) for action in self._actions if action.required or not action.option_strings]
+        return f"usage: {' '.join([self.prog, *shown])} [options]\n"
 
     def format_help(self) -> str:
         """Return the usage, what the command does, and all options."""
@@ -146,6 +143,12 @@ class OptionParser(ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print a message and where to read more, and exit with status 2."""
         self.exit(2, f"error: {message}{'' if message[-1] in '.?' else '.'}\n{self.prog} --help lists all options.\n")
+
+
+def _usage_of(action: Action) -> str:
+    value = action.metavar or "{" + ",".join(map(str, action.choices or ())) + "}"
+    word = f"{action.option_strings[0]} {value}" if action.option_strings else str(value)
+    return word if action.required else f"[{word}]"
 
 
 class _Switch(Action):
@@ -175,8 +178,8 @@ class _Help(HelpFormatter):
     def _get_help_string(self, action: Action) -> str:
         text = action.help or ""
         if isinstance(action, _Switch) and action.default:
-            return f"Turn off: {text}"
-        if action.default in (None, False, []) or action.dest == "help":
+            return f"Do not {text[:1].lower()}{text[1:]}"
+        if action.default is None or action.default is False or action.default == [] or action.dest == "help":
             return text
         shown = " ".join(map(str, action.default)) if isinstance(action.default, list | tuple) else action.default
         return f"{text} (default: {str(shown).replace('%', '%%')})"

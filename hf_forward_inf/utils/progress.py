@@ -80,6 +80,12 @@ def progress(title: str, total: int | None, unit: str, done: int = 0) -> Iterato
         bar.bar.close()
 
 
+def clear() -> None:
+    """Clear the line of the open bar, which is drawn again as it advances: a message is printed there."""
+    for bar in _open:
+        bar.bar.clear()
+
+
 @contextmanager
 def _part(bar: _Bar, title: str, total: int | None, unit: str) -> Iterator[Advance]:
     """Name a part behind the open bar, which it advances by its share ([`counting`])."""

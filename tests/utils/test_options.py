@@ -30,7 +30,7 @@ class Options(RunOptions):
 def test_help_comes_from_the_docstrings_of_a_class_and_its_bases():
     texts = argument_texts(Options)
     assert texts["num_rows"] == "Rows of the table, 100% of them if unset."
-    assert texts["shares"] == "Of (tables) something: each."
+    assert texts["shares"] == "Of something: each."
     assert texts["top_k"] == argument_texts(RunOptions)["top_k"]
     assert "ValueError" not in texts
     assert description(Options) == "What to do.\n\nWith a word more."

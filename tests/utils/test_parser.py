@@ -52,7 +52,7 @@ def test_help_shows_texts_and_defaults_that_say_something_what_must_be_given_fir
     assert shown.startswith("usage: run --rows TEXT [options] What to do. options: --rows TEXT Where rows are.")
     assert "--num_rows N Rows of the table, 100% of them if unset. --" in shown
     assert "Its own help. (default: red)" in shown
-    assert "--no_baselines Turn off: Also run others." in shown
+    assert "--no_baselines Do not also run others." in shown
     assert "How wide: --width N" in shown
     assert shown.count("--seed") == 1
 
