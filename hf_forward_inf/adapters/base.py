@@ -334,13 +334,13 @@ def gradients_at_drawn_classes(logits: Tensor, generator: torch.Generator) -> Te
         ValueError: If predictions are not finite.
     """
     chances = logits.float().softmax(dim=-1)
-    if not chances.isfinite().all():
+    stairs = chances.cumsum(dim=-1)
+    if not stairs[:, -1].isfinite().all():
         raise ValueError(
             "The model's predictions for training examples are NaN or infinite: load it in bfloat16 or float32, "
             "or check its weights."
         )
     # Random numbers of the CPU, so that a seed means the same targets on every device; one for each prediction.
-    heights = torch.rand(len(chances), 1, generator=generator).to(chances.device)
-    stairs = chances.cumsum(dim=-1)
-    drawn = torch.searchsorted(stairs, heights * stairs[:, -1:], right=True).clamp(max=chances.shape[1] - 1)
+    heights = torch.rand(len(chances), 1, generator=generator).to(chances.device) * stairs[:, -1:]
+    drawn = torch.searchsorted(stairs, heights, right=True).clamp(max=chances.shape[1] - 1)
     return chances.scatter_add(1, drawn, -torch.ones_like(drawn, dtype=chances.dtype))
