@@ -102,7 +102,7 @@ class Measured:
                 first += self._costs(method)
         self._make(library, first)
         for method in methods:
-            found = {self.choice(method, truth) for truth in self.truths}
+            found = {self.choice(method, truth) for truth in self.truths if method.costly}
             for i in sorted(i for i in found if i is not None):
                 then.append(self._run(method, f"chosen-{i}", (0, self.judged), self.settings(method)[i]))
             if costs and method.priced and method.costly:
@@ -114,11 +114,15 @@ class Measured:
         return method.choices()[: self.tries] if method.grid and self.truths else []
 
     def _trials(self, method: Method) -> list[Run]:
-        """Return a run with each of a method's settings, for the choosing queries; they share what can be shared."""
+        """Return a run with each of a method's settings; they share what can be shared.
+
+        A costly method's are for some of the choosing queries, others for the judged ones too: another query costs
+        them less than to compute what depends on the candidates once more.
+        """
         if self.judged is None:
             return []
         others = self.truth(self.truths[0], choosing=True)[1].shape[1]
-        own = (self.judged, self.judged + (min(FEW, others) if method.costly else others))
+        own = (self.judged, self.judged + min(FEW, others)) if method.costly else (0, self.judged + others)
         settings = enumerate(self.settings(method))
         return [self._run(method, f"tried-{i}", own, options, "tried") for i, options in settings]
 
@@ -147,16 +151,24 @@ class Measured:
     def chosen(self, method: Method, truth: str) -> np.ndarray | None:
         """Return the scores of the judged queries with the settings that the others chose, if there are any."""
         i = self.choice(method, truth)
-        return None if i is None else self.scores(method, f"chosen-{i}")
+        if i is None:
+            return None
+        if method.costly:
+            return self.scores(method, f"chosen-{i}")
+        tried = self.scores(method, f"tried-{i}")
+        return None if tried is None else tried[: self.judged]
 
     def tried(self, method: Method, truth: str) -> dict[int, float]:
         """Return the mean LDS of the choosing queries, by the number of the settings."""
         subsets, losses = self.truth(truth, choosing=True)
         found = {i: self.scores(method, f"tried-{i}") for i in range(len(self.settings(method)))}
+        own = {
+            i: scores if method.costly else scores[self.judged :] for i, scores in found.items() if scores is not None
+        }
         return {
             i: float(lds_by_query(scores, subsets, losses[:, : len(scores)]).mean())
-            for i, scores in found.items()
-            if scores is not None and np.isfinite(scores).all()
+            for i, scores in own.items()
+            if np.isfinite(scores).all()
         }
 
     def scores(self, method: Method, run: str) -> np.ndarray | None:

@@ -193,21 +193,31 @@ def test_a_peer_that_cannot_be_installed_keeps_its_row(task, tmp_path, monkeypat
 
 def test_settings_are_chosen_by_the_queries_that_are_not_judged(measured):
     method = Method("ours", "bm25", "BM25", grid={"damping": (1.0, 0.1, 0.01)})
-    best, worst = predicted(measured, choosing=True), -predicted(measured, choosing=True)
-    stored(measured, method, "tried-0", worst)
-    stored(measured, method, "tried-1", best)
-    stored(measured, method, "tried-2", np.full((2, 5), np.nan))
+    best, judged = predicted(measured, choosing=True), predicted(measured, choosing=False)
+    stored(measured, method, "tried-0", np.concatenate([judged, -best]))
+    stored(measured, method, "tried-1", np.concatenate([-judged, best]))
+    stored(measured, method, "tried-2", np.full((4, 5), np.nan))
     assert method.choices()[measured.choice(method, "halves")] == {"damping": 0.1}
+    assert np.allclose(measured.chosen(method, "halves"), -judged, atol=1e-5)
+
+
+def test_a_costly_method_is_run_with_the_settings_that_a_few_queries_chose(measured):
+    method = Method("ours", "bm25", "BM25", grid={"damping": (1.0, 0.1)}, costly=True)
+    best = predicted(measured, choosing=True)
+    assert [run.queries for run in measured._trials(method)] == [(2, 4), (2, 4)]
+    stored(measured, method, "tried-0", best[:1])
+    stored(measured, method, "tried-1", -best[:1])
+    assert measured.choice(method, "halves") == 0
     assert measured.chosen(method, "halves") is None
-    stored(measured, method, "chosen-1", best)
-    assert np.allclose(measured.chosen(method, "halves"), best)
+    stored(measured, method, "chosen-0", best)
+    assert np.allclose(measured.chosen(method, "halves"), best, atol=1e-5)
 
 
 def test_each_truth_chooses_its_own_settings_among_the_first_ones(measured):
     method = Method("ours", "bm25", "BM25", grid={"damping": (1.0, 0.1, 0.01)})
-    for i, truth in enumerate(TRUTHS):
-        stored(measured, method, f"tried-{i}", predicted(measured, True, truth))
-    stored(measured, method, "tried-2", predicted(measured, True))
+    for i, truth in enumerate([*TRUTHS, TRUTHS[0]]):
+        parts = [predicted(measured, choosing, truth) for choosing in (False, True)]
+        stored(measured, method, f"tried-{i}", np.concatenate(parts))
     assert [measured.choice(method, truth) for truth in TRUTHS] == [0, 1]
     assert len(measured.settings(method)) == 3
     assert len(replace(measured, tries=2).settings(method)) == 2
@@ -238,9 +248,8 @@ def test_a_table_shows_scores_differences_costs_and_errors(measured, monkeypatch
     stored(measured, first, "default", good)
     stored(measured, first, "cold-1", good[:1], passes=7.0)
     stored(measured, second, "default", bad)
-    stored(measured, second, "tried-0", bad)
-    stored(measured, second, "tried-1", np.full((2, 5), np.nan))
-    stored(measured, second, "chosen-0", bad)
+    stored(measured, second, "tried-0", np.zeros((4, 5)))
+    stored(measured, second, "tried-1", np.full((4, 5), np.nan))
     broken = measured.folder / third.key / "default"
     broken.mkdir(parents=True)
     (broken / "error.txt").write_text("a|b")

@@ -66,10 +66,17 @@ def hessian(
     damping: float = 0.1,
     reduction: Any = "sum",
     inversion: Any = "damped_inverse",
+    tokens: int = 0,
     **refined: Any,
 ) -> np.ndarray:
-    """Return influence through Kronecker factors with corrected eigenvalues, refined by ASTRA if it has steps."""
+    """Return influence through Kronecker factors with corrected eigenvalues, refined by ASTRA if it has steps.
+
+    Each step takes a batch of about so many tokens: rows of tasks differ in length.
+    """
     run = _run(method, reduction)
+    if tokens:
+        length = sum(len(row["input_ids"]) for row in task.candidates) / len(task.candidates)
+        refined["batch_size"] = round(tokens / length)
     hessian_pipeline(
         _index(task, run, reduction),
         HessianConfig(method=method, ev_correction=True),
