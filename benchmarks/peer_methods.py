@@ -52,6 +52,7 @@ METHODS = (
     Method("ours", "tracin", "TracIn, dot product"),
     Method("ours", "tracin_cosine", "TracIn, cosine", priced=True),
     Method("ours", "trackstar", "TrackStar", priced=True),
+    Method("ours", "influence", "influence functions, EK-FAC", {"direction": "ekfac"}),
     Method("ours", "influence_functions", "influence functions, 10 CG steps", costly=True, priced=True),
     Method("ours", "representation", "hidden states"),
     Method("ours", "bm25", "BM25, no model", priced=True),

@@ -190,10 +190,14 @@ class Saving:
     @torch.no_grad()
     def _save(self, optimizer: torch.optim.Optimizer) -> None:
         folder = self.training.folder / str(len(self.training.steps))
-        for own, trained in zip(self.model.parameters(), optimizer.param_groups[0]["params"], strict=True):
-            own.copy_(trained)
+        state = optimizer.state_dict()
+        # Models that are trained at once are stacked: this one has an axis of its own.
+        for i, own in enumerate(self.model.parameters()):
+            own.copy_(optimizer.param_groups[0]["params"][i].view_as(own))
+            moments = state["state"].get(i, {}).items()
+            state["state"][i] = {name: one.view_as(own) if one.ndim > own.ndim else one for name, one in moments}
         self.model.save_pretrained(folder)
-        torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+        torch.save(state, folder / "optimizer.pt")
         self.training.steps.append(len(self.rates))
         self.training.rates.append(float(np.mean(self.rates)))
         self.rates.clear()

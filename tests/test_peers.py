@@ -165,6 +165,22 @@ def test_rates_between_saved_models_are_means(tmp_path, monkeypatch):
     assert training.rates == [1.5, 4.0]
 
 
+def test_the_state_of_a_stacked_model_is_saved_as_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(peer_truths, "CHECKPOINTS", 1)
+    layer = torch.nn.Linear(3, 2)
+    layer.save_pretrained = lambda folder: folder.mkdir(parents=True)
+    stacked = [torch.full((1, *weight.shape), 5.0, requires_grad=True) for weight in layer.parameters()]
+    optimizer = torch.optim.AdamW(stacked, lr=1e-3, weight_decay=0.0)
+    for weight in stacked:
+        weight.grad = torch.ones_like(weight)
+    with after_each_step(Saving(Training(tmp_path), layer, 1)):
+        optimizer.step()
+    assert torch.allclose(layer.weight, torch.tensor(5.0 - 1e-3))
+    state = torch.load(tmp_path / "0" / "optimizer.pt")["state"]
+    assert [state[i]["exp_avg"].shape for i in range(2)] == [layer.weight.shape, layer.bias.shape]
+    assert state[1]["step"] == 1
+
+
 def test_a_method_is_measured_in_a_process_of_its_own_and_one_that_fails_tells_why(task, tmp_path, monkeypatch):
     measured = Measured(task, tmp_path / "measured", tmp_path / "envs", 60)
     wrong = Method("ours", "no_such_method", "?")
