@@ -1,4 +1,4 @@
-"""Make the tables of `docs/results/` from `docs/results/figures/*.json`.
+"""Make the tables of README and of the documentation from `docs/results/figures/*.json`.
 
     python docs/make_results.py                                      # writes the tables into the pages
     python docs/make_results.py --check                              # fails if a page is not up to date
@@ -18,8 +18,9 @@ from pathlib import Path
 
 from hf_forward_inf.evaluation.figures import as_markdown
 
-PAGES = Path(__file__).parent / "results"
-FIGURES = PAGES / "figures"
+DOCS = Path(__file__).parent
+FIGURES = DOCS / "results" / "figures"
+PAGES = [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md")), *sorted(DOCS.glob("results/*.md"))]
 BLOCK = re.compile(r"(<!-- figures: (\S+)(.*?) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 """The mark before a table, its name, its columns and rows, and the mark behind it."""
 
@@ -43,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.add:
         shutil.copyfile(options.add[0], FIGURES / f"{options.add[1]}.json")
-    stale = {page: text for page in sorted(PAGES.glob("*.md")) if (text := made(page.read_text())) != page.read_text()}
+    stale = {page: text for page in PAGES if (text := made(page.read_text())) != page.read_text()}
     for page, text in stale.items():
         print(f"{page.name} {'is not up to date: run python docs/make_results.py' if options.check else 'written'}")
         if not options.check:

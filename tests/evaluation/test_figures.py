@@ -62,9 +62,5 @@ def test_the_tables_of_the_documentation_are_those_of_the_figures() -> None:
 
 
 def test_every_file_of_figures_is_shown_on_a_page() -> None:
-    named = {
-        name
-        for page in (DOCS / "results").glob("*.md")
-        for name in re.findall(r"<!-- figures: (\S+)", page.read_text())
-    }
+    named = {name for page in DOCS.rglob("*.md") for name in re.findall(r"<!-- figures: (\S+)", page.read_text())}
     assert named == {path.stem for path in (DOCS / "results" / "figures").glob("*.json")}
