@@ -52,6 +52,12 @@ class Audit:
         )
 
 
+def _passes_text(passes: float, noun: str = "pass") -> str:
+    """Return a number of passes for people, with two digits that count: `1 pass`, `340 passes`."""
+    count = float(f"{passes:.2g}")
+    return f"{count:,.15g} {noun}{'' if count == 1 else 'es'}"
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a trace does. `str(plan)` is for people.
@@ -100,10 +106,12 @@ class Plan:
         }[self.strategy]
         lines = [f"{self.queries:,} {'query' if self.queries == 1 else 'queries'}: {how} ({self.reason})."]
         for part in self.parts:
-            cost = "cached" if part.cached else f"{part.passes:.2g} passes" if part.passes else "no pass"
+            cost = "cached" if part.cached else _passes_text(part.passes) if part.passes else "no pass"
             lines.append(f"  {part.name}: {cost}{f', {size_text(part.stored)} on disk' if part.stored else ''}")
-        total = f"  together: about {self.passes:.2g} plain forward passes over the candidates"
-        lines.append(f"{total}, {size_text(self.memory)} of memory besides the model.")
+        total = _passes_text(self.passes, "plain forward pass")
+        lines.append(
+            f"  together: about {total} over the candidates, {size_text(self.memory)} of memory besides the model."
+        )
         return "\n".join([*lines, *(f"  audit: {audit}." for audit in self.audits)])
 
     def to_dict(self) -> dict[str, Any]:

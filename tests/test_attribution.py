@@ -42,7 +42,7 @@ def test_which_scores_were_computed_goes_with_the_candidates_and_comes_back_from
     screened = replace(found, stage=stage, plan=plan)
     screened.keep(top_k).save_to_disk(tmp_path / "saved")
     again = Attribution.load_from_disk(tmp_path / "saved")
-    assert again.plan == plan and "base losses: 1 passes" in str(plan) and "1 of 4 random others" in str(plan)
+    assert again.plan == plan and "base losses: 1 pass" in str(plan) and "1 of 4 random others" in str(plan)
     kept = again.keep(3)
     assert kept.indices.tolist() == [[1, 0, 2], [2, 1, 0]]
     assert kept.stage.tolist() == [[True, False, False], [True, True, True]]
