@@ -12,6 +12,7 @@ from datasets import Dataset
 from datasets.fingerprint import Hasher
 from safetensors.torch import load, save
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
 
 from hf_forward_inf.adapters.base import Adapter, Batch, Forward, Rows
@@ -70,9 +71,10 @@ class DiffusionAdapter(Adapter):
         pipe (`diffusers.DiffusionPipeline`): Its `unet` or `transformer` is the model; with `vae`, or in pixels.
         timesteps (`int`, defaults to 8): Number of times at which a candidate's loss is computed. More cost more and
             make scores less noisy, although theta and theta_K see the same noise.
-        query_timesteps (`int`, *optional*): Number of times at which a query's loss is computed. 32 in place of 8 cost
-            little, since only its gradient is taken, and predict retraining better (`recipes/diffusion_lds.py`), but a
-            candidate that is the query itself no longer shares all of its noise. Defaults to `timesteps`.
+        query_timesteps (`int`, *optional*): Number of times at which a query's loss is computed. Of a query only the
+            gradient is taken, `timesteps` times at once: more cost little, and predict retraining better
+            (`recipes/diffusion_lds.py`). A multiple of `timesteps` contains the times and noise of a candidate with
+            the same image and caption. Defaults to four times as many.
         image_column (`str`, defaults to `"image"`): Column of images, or of lists of images: an `Image` feature,
             paths, or arrays of integers from 0 to 255.
         caption_column (`str`, defaults to `"caption"`): Column of captions; an empty one is an empty prompt.
@@ -90,6 +92,8 @@ class DiffusionAdapter(Adapter):
     default_units = "base_loss"
     asked = False
     """Whether rows are queries, with timesteps of their own."""
+    at_once: int
+    """Number of a candidate's timesteps, which come first among a query's."""
 
     def __init__(
         self,
@@ -105,12 +109,13 @@ class DiffusionAdapter(Adapter):
     ):
         if not is_diffusion(pipe):
             raise TypeError(f"{type(pipe).__name__} has no unet or transformer that removes noise from images.")
-        self.query_timesteps = timesteps if query_timesteps is None else query_timesteps
+        self.query_timesteps = 4 * timesteps if query_timesteps is None else query_timesteps
         for name, count in (("timesteps", timesteps), ("query_timesteps", self.query_timesteps)):
             if count < 1:
                 raise ValueError(f"{name}={count} must be at least 1.")
         super().__init__(denoiser_of(pipe))
         self.pipe, self.timesteps, self.seed = pipe, timesteps, seed
+        self.at_once = timesteps
         self.model: Any
         self.vae = getattr(pipe, "vae", None)
         _check_kind(pipe)
@@ -131,12 +136,12 @@ class DiffusionAdapter(Adapter):
     @property
     def cache_key(self) -> str:
         """Columns, size, times, seed, schedule, and the weights of VAE and text encoder."""
-        asked = (ASKED,) if self.asked else ()  # queries are encoded with one feature more
+        asked = (ASKED, self.at_once) if self.asked else ()  # queries are encoded with one feature more
         return fingerprint(
             self.columns, self.size, self.timesteps, self.seed, self.noising.cache_key, self._state, *asked
         )
 
-    def for_queries(self, columns: Iterable[str]) -> Adapter:
+    def for_queries(self, columns: Iterable[str]) -> Self:
         """Return the adapter of queries, whose losses have timesteps of their own."""
         if self.asked or self.query_timesteps == self.timesteps:
             return self
@@ -144,7 +149,7 @@ class DiffusionAdapter(Adapter):
         other.timesteps, other.asked = self.query_timesteps, True
         return other
 
-    def for_encoded(self, features: Iterable[str]) -> Adapter:
+    def for_encoded(self, features: Iterable[str]) -> Self:
         """Return what [`for_queries`] returned for queries with these features."""
         return self.for_queries(()) if ASKED in features else self
 
@@ -209,6 +214,7 @@ class DiffusionAdapter(Adapter):
     def collate(self, features: Rows) -> Batch:
         """Stack latents, `[rows, images, ...]`, and draw each image's noise and times."""
         rows = [load(bytes(tensors)) for tensors in features["tensors"]]
+        first = None if self.timesteps % self.at_once else self.at_once
         most = max(features["images"])
         batch: Batch = {
             "latents": torch.zeros(len(rows), most, *self.shape),
@@ -220,7 +226,7 @@ class DiffusionAdapter(Adapter):
             count = len(row["latents"])
             batch["latents"][i, :count], batch["weights"][i, :count] = row.pop("latents"), 1 / count
             for j, key in enumerate(row.pop("keys").tolist()):
-                batch["parts"][i, j], batch["noise"][i, j] = draw(key, self.timesteps, self.shape)
+                batch["parts"][i, j], batch["noise"][i, j] = draw(key, self.timesteps, self.shape, first)
         return {**batch, **{name: torch.stack([row[name] for row in rows]) for name in rows[0]}}
 
     def term_losses(self, forward: Forward, batch: Batch) -> Tensor:
@@ -230,7 +236,22 @@ class DiffusionAdapter(Adapter):
         return torch.einsum("ritp,ri->rp", errors, batch["weights"]) / errors.shape[2]
 
     def predicted(self, forward: Forward, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the denoiser's predictions and their targets, `[rows, images, times, channels, ...]`."""
+        """Return the denoiser's predictions and their targets, `[rows, images, times, channels, ...]`.
+
+        With gradients, the times of a query are run in parts, and again in the backward pass: they take no more memory
+        than those of a candidate.
+        """
+        if not (self.asked and torch.is_grad_enabled()):
+            return self._predicted(forward, batch)
+        drawn = zip(batch["noise"].split(self.at_once, dim=2), batch["parts"].split(self.at_once, dim=2), strict=True)
+        some = [
+            checkpoint(self._predicted, forward, {**batch, "noise": noise, "parts": parts}, use_reentrant=False)
+            for noise, parts in drawn
+        ]
+        outputs, targets = (torch.cat(one, dim=2) for one in zip(*some, strict=True))
+        return outputs, targets
+
+    def _predicted(self, forward: Forward, batch: Batch) -> tuple[Tensor, Tensor]:
         noise, shape = batch["noise"], batch["noise"].shape
         latents = batch["latents"][:, :, None].expand(shape).flatten(0, 2)
         times = self.noising.times(batch["parts"].flatten())
@@ -329,7 +350,7 @@ class DiffusionAdapter(Adapter):
         return peft_parameters(self.model) or ["all"]
 
     def default_ascent(self, direction: str | None = None) -> dict[str, Any]:
-        """Conjugate gradients, by a small step: along the plain gradient all pictures point the same way.
+        """Conjugate gradients: along the plain gradient all pictures point the same way.
 
         On 20 digits taught together and 200 candidates (`recipes/diffusion.py`), the exemplar ranks first for all 20
         queries, against 8 along the gradient, both as shares of the candidate's loss; as they are, for 1 and for none.
@@ -337,14 +358,13 @@ class DiffusionAdapter(Adapter):
         caption's exemplar.) With a curvature of 128 pictures in place of 32, one time of each, training without some
         pictures is predicted better (`recipes/diffusion_lds.py`); preconditioned, better on digits, not on emoji.
 
-        In half precision the step is ten times as long: a shorter one is lost to rounding (bfloat16, random UNet, 24
-        candidates: Spearman with float32's scores .81 to .91, against .99). A quantised denoiser moves along the
-        gradient of a LoRA, since its weights have none.
+        A step of a hundredth of the weights' norm predicts it better than one of a thousandth, which in half precision
+        is also lost to rounding (bfloat16, random UNet, 24 candidates: Spearman with float32's scores .81 to .91,
+        against .99). A quantised denoiser moves along the gradient of a LoRA, since its weights have none.
         """
         if is_quantised(self.model):
             return {}
-        radius = 1e-3 if next(self.model.parameters()).dtype == torch.float32 else 1e-2
-        length = {"radius": radius, "relative": True}
+        length = {"radius": 1e-2, "relative": True}
         own = {"pcg": {"damping": 0.01, "sample": 256}, "cg": {"damping": 0.01, "sample": 128}}
         direction = direction or "cg"
         return length | {"direction": direction} | own.get(direction, {})

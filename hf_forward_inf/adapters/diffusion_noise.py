@@ -103,17 +103,28 @@ def noising_for(scheduler: Any) -> Noising:
     )
 
 
-def draw(key: int, parts: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def draw(key: int, parts: int, shape: tuple[int, ...], first: int | None = None) -> tuple[Tensor, Tensor]:
     """Return an image's times and noises, the same for the same key on every machine.
 
     Args:
         key (`int`): Seeds the draw.
         parts (`int`): Strata of the schedule; one time is drawn in each.
         shape (`tuple[int, ...]`): Of the image.
+        first (`int`, *optional*): A divisor of `parts`: the times and noises of that many strata come first, and the
+            rest are drawn in the finer strata that these leave empty.
 
     Returns:
         `tuple`: Parts of the schedule, from 0 to 1, `[parts]`; noise, `[parts, *shape]`.
     """
     generator = torch.Generator().manual_seed(key)
-    within = torch.rand(parts, generator=generator)
-    return (torch.arange(parts) + within) / parts, torch.randn(parts, *shape, generator=generator)
+    coarse = first or parts
+    strata = torch.arange(coarse)
+    within = torch.rand(coarse, generator=generator)
+    times, noise = (strata + within) / coarse, torch.randn(coarse, *shape, generator=generator)
+    if coarse == parts:
+        return times, noise
+    finer = parts // coarse
+    empty = torch.ones(parts, dtype=torch.bool)
+    empty[strata * finer + (within * finer).long()] = False
+    rest = (empty.nonzero().flatten() + torch.rand(parts - coarse, generator=generator)) / parts
+    return torch.cat([times, rest]), torch.cat([noise, torch.randn(parts - coarse, *shape, generator=generator)])

@@ -26,6 +26,7 @@ BASELINES = (
 STEPS = {
     "forward_inf_gradient": AscentConfig(direction="gradient"),
     "forward_inf_pcg": AscentConfig(direction="pcg"),
+    "forward_inf_short": AscentConfig(radius=1e-3, relative=True),
     "forward_inf_long": AscentConfig(radius=0.03, relative=True),
 }
 """Other steps of Forward-INF than the default."""

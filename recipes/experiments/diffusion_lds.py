@@ -38,8 +38,8 @@ class DenoiserOptions(RunOptions):
         width (`int`, defaults to 128): Features of a perceptron's hidden layers, or channels of a UNet at full size.
         training_steps (`int`, defaults to 500): Training steps of 32 pictures.
         timesteps (`int`, defaults to 16): Timesteps of the losses that are traced, the same for all methods.
-        query_timesteps (`int`, *optional*): Timesteps of a query's loss; TRAK, D-TRAK and MUCS have none of their own.
-            Defaults to those of the candidates.
+        query_timesteps (`int`, *optional*): Timesteps of a query's loss; MUCS has none of their own. Defaults to four
+            times as many.
         subsets (`int`, defaults to 40): Random halves that are trained on.
         seeds (`int`, defaults to 2): Trainings of each half, averaged.
         models (`int`, defaults to 1): Models that are explained, trained on all pictures with different seeds.

@@ -60,31 +60,31 @@ class GradientKernel(ModelBaseline):
     def products(self, queries: Dataset, candidates: Dataset) -> tuple[Tensor, Tensor]:
         """Return products of the queries' and of the candidates' gradients with those of the candidates, float64."""
         with evaluating(self.adapter.model):
-            of_queries, of_candidates = (self._gradients(rows) for rows in (queries, candidates))
+            of_queries = self._gradients(self.adapter.for_queries(()), queries)
+            of_candidates = self._gradients(self.adapter, candidates)
         cross = sum(a.double() @ b.double().T for a, b in zip(of_queries, of_candidates, strict=True))
         own = sum(b.double() @ b.double().T for b in of_candidates)
         assert isinstance(cross, Tensor) and isinstance(own, Tensor)
         return cross.cpu(), own.cpu()
 
-    def _gradients(self, rows: Dataset) -> list[Tensor]:
+    def _gradients(self, adapter: DiffusionAdapter, rows: Dataset) -> list[Tensor]:
         """Return each picture's gradients by parameter, `[rows, numel]`."""
-        adapter = self.adapter
         encoded = encode(adapter, rows, "candidates", self.cache_dir)
         gradients = ExampleGradients(adapter, perturbed_names(adapter, ["all"]), encoded[:1])
         weights = {name: adapter.model.get_parameter(name) for name in gradients.names}
         found = {name: one.new_empty(len(rows), one.numel()) for name, one in weights.items()}
         for start in range(0, len(rows), ROWS):
             batch = to_device(adapter.collate(encoded[start : start + ROWS]), adapter.model)
-            for name, part, values in gradients.of(batch, self._objective(batch)):
+            for name, part, values in gradients.of(batch, self._objective(adapter, batch)):
                 found[name][start : start + ROWS][part] = values
         return list(found.values())
 
-    def _objective(self, batch: Batch) -> Objective | None:
+    def _objective(self, adapter: DiffusionAdapter, batch: Batch) -> Objective | None:
         if not self.output:
             return None
 
         def squared_norm(forward: Forward) -> Tensor:
-            predicted, _ = self.adapter.predicted(forward, batch)
+            predicted, _ = adapter.predicted(forward, batch)
             return (predicted.square().flatten(3).sum(3).mean(2) * batch["weights"]).sum()
 
         return squared_norm

@@ -39,7 +39,7 @@ class DenoiserTruth:
         steps (`int`, defaults to 500): Training steps.
         timesteps (`int`, defaults to 64): Timesteps of a query's loss after retraining.
         traced_at (`int`, defaults to 8): Timesteps of the losses of the explained models.
-        queries_at (`int`, *optional*): Timesteps of a query's loss there. Defaults to `traced_at`.
+        queries_at (`int`, *optional*): Timesteps of a query's loss there. Defaults to four times as many.
         seed (`int`, defaults to 0): Seed of the choice of pictures, and of the subsets.
     """
 

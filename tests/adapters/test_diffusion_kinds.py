@@ -34,7 +34,8 @@ from tests.helpers.line import assert_same_state, state
 def test_a_picture_is_traced_to_itself_by_other_architectures(make):
     candidates = rows(5)
     ascent = AscentConfig(radius=0.05, direction="cg", iterations=2)
-    found = ForwardInf.from_pipe(make(), ascent=ascent).trace(candidates.select([2]), candidates)
+    adapter = DiffusionAdapter(make(), query_timesteps=8)
+    found = ForwardInf(adapter=adapter, ascent=ascent).trace(candidates.select([2]), candidates)
     assert np.isfinite(found.scores).all()
     assert found.ranking(0)[0] == 2
 

@@ -8,6 +8,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 from hf_forward_inf import AscentConfig, ForwardInf
+from hf_forward_inf.adapters import DiffusionAdapter
 from hf_forward_inf.ascent.parameters import names_for
 from hf_forward_inf.passes.loss_pass import LossPass
 from tests.helpers.drawing import rows, stable_diffusion
@@ -49,7 +50,8 @@ def test_of_a_denoiser_with_lora_that_alone_is_perturbed(kind, request):
     assert len(expected) == 2 * len(ATTENTION) * 2 * 4  # A and B, self- and cross-attention, of 4 blocks
     assert perturbed(pipe) == expected
     before, candidates = state(pipe.unet), rows(6)
-    found = ForwardInf.from_pipe(pipe, ascent=AscentConfig(direction="gradient", radius=0.5)).trace(
+    adapter = DiffusionAdapter(pipe, query_timesteps=8)
+    found = ForwardInf(adapter=adapter, ascent=AscentConfig(direction="gradient", radius=0.5)).trace(
         candidates.select([2, 5]), candidates
     )
     assert [found.ranking(i)[0] for i in range(2)] == [2, 5]
@@ -89,7 +91,8 @@ def test_parts_of_a_denoiser_are_perturbed_by_name(modules, part):
     names = perturbed(pipe, modules=modules)
     assert 0 < len(names) < len(list(pipe.unet.parameters())) and all(part in name for name in names)
     ascent = AscentConfig(direction="gradient", radius=0.05, modules=modules)
-    found = ForwardInf.from_pipe(pipe, ascent=ascent).trace(candidates.select([2, 5]), candidates)
+    adapter = DiffusionAdapter(pipe, query_timesteps=8)
+    found = ForwardInf(adapter=adapter, ascent=ascent).trace(candidates.select([2, 5]), candidates)
     assert [found.ranking(i)[0] for i in range(2)] == [2, 5]
 
 

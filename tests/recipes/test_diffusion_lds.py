@@ -32,6 +32,7 @@ def test_a_run_compares_with_halves_and_with_training_without_the_best(tmp_path,
     for name in (
         "",
         "forward_inf_pcg/",
+        "forward_inf_short/",
         "forward_inf_long/",
         "unlearning/",
         "trak/",
@@ -70,7 +71,7 @@ def test_kernels_are_traks_formula_with_whole_gradients(tmp_path, output):
     adapter = truth.explained(0)
     kernel = GradientKernel(adapter, output=output, damping=0.5)
 
-    def gradients(given):
+    def gradients(given, adapter=adapter):
         found = []
         for row in given:
             batch = adapter.collate(adapter.encode({name: [value] for name, value in row.items()}))
@@ -84,7 +85,7 @@ def test_kernels_are_traks_formula_with_whole_gradients(tmp_path, output):
             )
         return torch.stack(found).double()
 
-    phi, asked = gradients(truth.candidates), gradients(truth.queries)
+    phi, asked = gradients(truth.candidates), gradients(truth.queries, adapter.for_queries(()))
     ridge = 0.5 * phi.square().sum(1).mean() * torch.eye(phi.shape[1], dtype=torch.float64)
     expected = asked @ torch.linalg.solve(phi.T @ phi + ridge, phi.T)
     found = kernel.trace(truth.queries, truth.candidates).scores
