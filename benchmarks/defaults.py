@@ -49,7 +49,9 @@ SETTINGS: dict[str, AscentConfig] = {
     "damping .01, trust .01": AscentConfig(damping=0.01, trust=0.01),
     "damping .01, radius 1, 2 steps": AscentConfig(damping=0.01, radius=1.0, steps=2),
     "damping .003, trust .01, 3 steps": AscentConfig(damping=0.003, trust=0.01, steps=3),
-    "all modules": AscentConfig(modules=["all"]),
+    "symmetric": AscentConfig(mode="symmetric"),
+    "all modules": AscentConfig(modules=["all"], sample=1024),
+    "all modules, symmetric": AscentConfig(modules=["all"], sample=1024, mode="symmetric"),
     "gradient, radius 1": AscentConfig(direction="gradient", radius=1.0),
 }
 HALVES, SEEDS = 60, 2
