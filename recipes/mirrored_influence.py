@@ -1,8 +1,8 @@
 """The paper's hypothesis (Tables 1, 4, 5, 7, Figure 2): does what an example does to a query mirror the reverse?
 
-    python recipes/hypothesis.py
-    python recipes/hypothesis.py --candidates train_10k.parquet --group_size 30
-    python recipes/hypothesis.py --query_counts 50 100 --ratios 0.2 0.3
+    python recipes/mirrored_influence.py
+    python recipes/mirrored_influence.py --candidates train_10k.parquet --group_size 30
+    python recipes/mirrored_influence.py --query_counts 50 100 --ratios 0.2 0.3
 
 With no option: scikit-learn's digits. Every example of a logistic regression is left out in turn, and each query is
 added; a small convolutional network is trained without each of 30 groups with more and more wrong labels, and with the

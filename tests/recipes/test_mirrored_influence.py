@@ -19,7 +19,7 @@ SMALL = {
 
 
 def test_a_run_writes_figures_scores_and_a_report(tmp_path):
-    found = recipe("hypothesis").main(
+    found = recipe("mirrored_influence").main(
         HypothesisOptions(output=str(tmp_path), query_counts=[10], ratios=[0.2], **SMALL)
     )
     kept = json.loads((tmp_path / "metrics.json").read_text())
@@ -30,12 +30,12 @@ def test_a_run_writes_figures_scores_and_a_report(tmp_path):
         assert len({kept[f"{case}/pearson"] for case in cases}) == 3
     assert "<svg" in (tmp_path / "report.html").read_text()
     with pytest.raises(FileExistsError, match="already holds a run"):
-        recipe("hypothesis").main(HypothesisOptions(output=str(tmp_path), **SMALL))
+        recipe("mirrored_influence").main(HypothesisOptions(output=str(tmp_path), **SMALL))
 
 
 def test_too_few_images_are_told_with_what_is_needed(tmp_path):
     with pytest.raises(ValueError, match=r"1797 images.* takes 2010 .*, the groups 1550"):
-        recipe("hypothesis").main(HypothesisOptions(output=str(tmp_path), num_candidates=2000))
+        recipe("mirrored_influence").main(HypothesisOptions(output=str(tmp_path), num_candidates=2000))
 
 
 def test_images_of_several_sizes_are_refused(tmp_path):
@@ -43,7 +43,7 @@ def test_images_of_several_sizes_are_refused(tmp_path):
     Dataset.from_dict({"image": images, "label": [i % 3 for i in range(200)]}).save_to_disk(tmp_path / "images")
     options = HypothesisOptions(output=str(tmp_path / "run"), candidates=str(tmp_path / "images"), **SMALL)
     with pytest.raises(ValueError, match="several sizes"):
-        recipe("hypothesis").main(options)
+        recipe("mirrored_influence").main(options)
 
 
 @pytest.mark.parametrize("wrong", [{"groups": 1}, {"radius": 0.0}, {"seeds": 0}, {"epochs": 0}, {"mislabelled": 0.6}])
