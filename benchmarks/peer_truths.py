@@ -30,8 +30,8 @@ ASKED = 200
 cost is measured."""
 CHECKPOINTS = 6
 """Models of the training that are saved, evenly spaced, the last one among them."""
-QUERIES, TENTH = 50, 30
-"""Of the texts: queries that are judged, and subsets without 1%, which are trained in float32."""
+QUERIES = 50
+"""Queries of the texts that are judged."""
 
 Pair = tuple[Retrained, Retrained]
 """What training on subsets did to the judged queries, and to the others."""
@@ -55,28 +55,30 @@ def sentences_task(folder: Path) -> None:
     write_truths(folder, task, truths, lambda: task.adapter(0).model, Dataset.from_dict(columns), known=known)
 
 
-def texts_task(folder: Path, data: str | None) -> None:
+def texts_task(folder: Path, data: str | None, seeds: int) -> None:
     """Write the task of `recipes/lds.py --task texts`: sentences without 50%, and without 1%.
 
     Args:
         folder (`Path`): Where to.
         data (`str`, *optional*): Sentences, as of the recipe.
+        seeds (`int`): Trainings of each subset.
     """
-    options = LdsOptions(task="texts", data=data, num_queries=QUERIES)
-    few = replace(options, drop=0.01, subsets=TENTH)
+    options = LdsOptions(task="texts", data=data, num_queries=QUERIES, seeds=seeds)
+    few = replace(options, drop=0.01)
     task = load_task(few)
     truths = {"halves": retrain_subsets(load_task(options), options), "hundredths": retrain_subsets(task, few)}
     write_truths(folder, task, truths, partial(_fine_tuned, task))
 
 
-def loo_task(folder: Path, data: str | None) -> None:
+def loo_task(folder: Path, data: str | None, seeds: int) -> None:
     """Write the task of `recipes/loo.py`: blocks that are left out, one at a time.
 
     Args:
         folder (`Path`): Where to.
         data (`str`, *optional*): Sentences, as of the recipe.
+        seeds (`int`): Trainings of each subset.
     """
-    options = LooOptions(data=data)
+    options = LooOptions(data=data, seeds=seeds)
     task = load_blocks(options)
     write_truths(folder, task, {"left_out": leave_out(task, options)}, partial(_fine_tuned, task))
 

@@ -33,6 +33,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--settings", nargs="*", default=["sentences"], choices=SETTINGS, help="Built-in tasks.")
     parser.add_argument("--tasks", nargs="*", type=Path, default=[], help="Folders with other tasks.")
     parser.add_argument("--data", help="Sentences of texts and loo; of seq2seq a folder: model, candidates, queries.")
+    parser.add_argument("--seeds", type=int, default=1, help="Trainings of each subset of texts and loo.")
     parser.add_argument("--output", type=Path, default=Path("outputs/peers"))
     parser.add_argument("--envs", type=Path, default=Path("outputs/peers/envs"), help="The peers' environments.")
     parser.add_argument("--limit", type=int, default=600, help="Maximum processor seconds for a run of a method.")
@@ -50,8 +51,8 @@ def made(setting: str, options: argparse.Namespace) -> Path:
         say(f"Making {folder} ...")
         {
             "sentences": sentences_task,
-            "texts": lambda folder: texts_task(folder, options.data),
-            "loo": lambda folder: loo_task(folder, options.data),
+            "texts": lambda folder: texts_task(folder, options.data, options.seeds),
+            "loo": lambda folder: loo_task(folder, options.data, options.seeds),
             "causal": causal_task,
             "seq2seq": lambda folder: seq2seq_task(folder, options.data and Path(options.data)),
         }[setting](folder)
@@ -67,8 +68,9 @@ def command(setting: str, options: argparse.Namespace) -> str:
     """Return how a built-in task's figures are made."""
     wanted = "" if setting == "sentences" else f" --settings {setting}"
     data = "" if options.data is None else f" --data {Path(options.data).name}"
+    seeds = "" if options.seeds == 1 else f" --seeds {options.seeds}"
     tries = "" if options.tries is None else f" --tries {options.tries}"
-    return f"python benchmarks/peers.py{wanted}{data}{tries}"
+    return f"python benchmarks/peers.py{wanted}{data}{seeds}{tries}"
 
 
 def main() -> None:
