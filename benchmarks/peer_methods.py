@@ -48,7 +48,7 @@ METHODS = (
     Method("ours", "forward_inf", "Forward-INF, all candidates scored", {"strategy": "full"}),
     Method("ours", "forward_inf", "Forward-INF, all parameters, symmetric", {"modules": "all", "mode": "symmetric"}),
     Method("ours", "forward_inf_gradient", "Forward-INF, along the gradient"),
-    Method("ours", "first_order", "first order along Forward-INF's step"),
+    Method("ours", "first_order", "first order along K-FAC's step, all parameters"),
     Method("ours", "tracin", "TracIn, dot product"),
     Method("ours", "tracin_cosine", "TracIn, cosine", priced=True),
     Method("ours", "trackstar", "TrackStar", priced=True),
