@@ -99,5 +99,5 @@ def test_pairs_contrasts_and_pictures_in_conversations_are_shown(tmp_path):
     assert "<mark>A cat. rather than A dog.</mark>" in html
     assert "It is a cat. rather than It is a dog." in re.sub("<[^>]+>", "", html)
     assert html.count("data:image/png") == 1
-    assert html.count(' class="pixels"/>') == 1
+    assert html.count('<svg class="picture pixels"') == 1
     assert "model say this?" in html
