@@ -49,9 +49,9 @@ def main(options: LdsOptions) -> dict[str, Any]:
     measured, others = retrain_subsets(task, options)
 
     # A model for each seed; settings of Forward-INF are chosen by queries that are not evaluated.
-    adapters = [task.adapter(seed) for seed in range(max(options.seeds or 1, options.explained))]
+    adapters = [task.adapter(seed) for seed in range(max(options.seeds or 1, options.models))]
     directions, best = choose_directions(adapters[0], task, others, options)
-    explained = [contenders(adapters[i:] + adapters[:i], directions) for i in range(options.explained)]
+    explained = [contenders(adapters[i:] + adapters[:i], directions) for i in range(options.models)]
     without = options.without or ()
     if "self_retrieval" not in without and directions:
         for attributors, adapter in zip(explained, adapters, strict=False):

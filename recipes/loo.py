@@ -35,7 +35,7 @@ def main(options: LooOptions) -> dict[str, Any]:
     measured, _ = leave_out(task, options)
 
     # Trace the models that were trained on everything with every attributor, and compare with the truth.
-    adapters = [task.adapter(seed) for seed in range(options.explained)]
+    adapters = [task.adapter(seed) for seed in range(options.models)]
     chosen = [{name: one for name, one in registered(own).items() if name not in options.without} for own in adapters]
     table, found = judge(chosen, task.candidates, measured)
 

@@ -200,17 +200,17 @@ def _stackable(model: nn.Module) -> nn.Module:
 
 
 def _by_patches(model: nn.Module) -> nn.Module:
-    """Replace the products of a model's convolutions, in place."""
+    """Replace the products of a model's ordinary convolutions, in place."""
     for module in model.modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d) and module.groups == 1 and module.dilation == (1, 1):
             module._conv_forward = partial(_convolved, module)  # type: ignore[method-assign]
     return model
 
 
 def _convolved(layer: nn.Conv2d, images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return a convolution's output as a product of patches and weights."""
-    (down, right), (height, width) = layer.padding, layer.kernel_size
-    patches = F.pad(images, (right, right, down, down)).unfold(2, height, layer.stride[0])
+    height, width = layer.kernel_size
+    patches = F.pad(images, layer._reversed_padding_repeated_twice).unfold(2, height, layer.stride[0])
     patches = patches.unfold(3, width, layer.stride[1])
     output = torch.einsum("bchwij,ocij->bohw", patches, weight).contiguous()
     return output if bias is None else output + bias.view(-1, 1, 1)

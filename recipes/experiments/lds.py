@@ -92,7 +92,7 @@ class LdsOptions(RunOptions):
         num_queries (`int`, defaults to 40): Queries; as many others serve to choose settings.
         subsets (`int`, *optional*): Random subsets that are trained on. Defaults to 120; facts and sentences: 60;
             texts: 100.
-        explained (`int`, defaults to 1): Models to explain, each trained on all candidates with a seed of its own;
+        models (`int`, defaults to 1): Models to explain, each trained on all candidates with a seed of its own;
             figures are means over them.
         seeds (`int`, *optional*): Trainings of each subset, averaged. Defaults to 3; facts and sentences: 2; texts:
             1, from the same weights.
@@ -116,7 +116,7 @@ class LdsOptions(RunOptions):
     num_candidates: int | None = field(default=None, metadata={"min": 2})
     num_queries: int = field(default=40, metadata={"min": 1})
     subsets: int | None = field(default=None, metadata={"min": 2})
-    explained: int = field(default=1, metadata={"min": 1})
+    models: int = field(default=1, metadata={"min": 1})
     seeds: int | None = field(default=None, metadata={"min": 1})
     directions: list[str] | None = field(default=None, metadata={"choices": tuple(DIRECTIONS)})
     dampings: list[float] | None = field(default=None, metadata={"above": 0})

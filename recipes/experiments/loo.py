@@ -34,7 +34,7 @@ class LooOptions(RunOptions):
         num_candidates (`int`, *optional*): Blocks of 128 tokens. Defaults to 512; of the built-in facts 96.
         left_out (`int`, defaults to 50): Blocks that are left out, drawn at random.
         num_queries (`int`, defaults to 64): Queries.
-        explained (`int`, defaults to 1): Models to explain, each trained on all blocks with a seed of its own; figures
+        models (`int`, defaults to 1): Models to explain, each trained on all blocks with a seed of its own; figures
             are means over them.
         seeds (`int`, defaults to 1): Trainings without each block, averaged.
         without (`list[str]`, *optional*): Attributors to leave out.
@@ -46,7 +46,7 @@ class LooOptions(RunOptions):
     num_candidates: int | None = field(default=None, metadata={"min": 2})
     left_out: int = field(default=50, metadata={"min": 2})
     num_queries: int = field(default=64, metadata={"min": 1})
-    explained: int = field(default=1, metadata={"min": 1})
+    models: int = field(default=1, metadata={"min": 1})
     seeds: int = field(default=1, metadata={"min": 1})
     without: list[str] = field(default_factory=lambda: ["influence_functions_lissa"])
 

@@ -116,7 +116,7 @@ def test_queries_are_not_among_the_candidates():
 
 
 def test_single_blocks_are_left_out_and_every_attributor_is_judged(tmp_path):
-    words = ["--num_candidates", "16", "--left_out", "4", "--num_queries", "3", "--seeds", "2", "--explained", "2"]
+    words = ["--num_candidates", "16", "--left_out", "4", "--num_queries", "3", "--seeds", "2", "--models", "2"]
     arguments = ["--output", str(tmp_path), *words, "--without", *SLOW]
     assert run_command(recipe("loo").main, LooOptions, arguments=arguments, bars=False) == 0
     found = json.loads((tmp_path / "metrics.json").read_text())
