@@ -7,6 +7,7 @@ from diffusers import DiffusionPipeline
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from hf_forward_inf import AscentConfig, ForwardInf
+from hf_forward_inf.adapters import DiffusionAdapter
 from hf_forward_inf.adapters.diffusion_inputs import denoiser_of
 from tests.helpers.drawing import (
     classes,
@@ -44,7 +45,9 @@ def loaded(pipe, folder, **options):
 
 def assert_traced(pipe, candidates, told, **ascent):
     """Its own copy first; nothing but the denoiser runs again; pictures it draws are traced; nothing is changed."""
-    tracer = ForwardInf.from_pipe(pipe, ascent=AscentConfig(radius=0.05, **ascent))
+    # An untrained model knows a picture by its noise alone, all of which it has with as many timesteps.
+    adapter = DiffusionAdapter(pipe, query_timesteps=8)
+    tracer = ForwardInf(adapter=adapter, ascent=AscentConfig(radius=0.05, **ascent))
     drawn = tracer.trace_generation(told, candidates, num_images=2, num_inference_steps=2)
     assert [image.size for image in drawn.queries[0]["image"]] == [tracer.adapter.size[::-1]] * 2
     assert np.isfinite(drawn.scores).all()
