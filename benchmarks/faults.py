@@ -46,9 +46,12 @@ QUERIES = Dataset.from_list(TEXTS[:4])
 ASCENT = AscentConfig(direction="kfac", radius=1.0, sample=8)
 SLOW = 0.01
 """Seconds before each batch, so that most kills hit a pass."""
+PATIENCE, GRACE = 3600, 60
+"""Seconds after which an undisturbed run, and a process whose neighbour was killed, count as stuck, however busy the
+machine is."""
 COLUMNS = ("tried", "finished", "lost", "bits that differ", "left behind")
-"""Counts: tried; runs that finished undisturbed; without a result, or a message that says why; bits of the
-scores that differ from an undisturbed run's; temporary files."""
+"""Counts: tried; runs that finished undisturbed; without a result, without an end, or without a message that says
+why; bits of the scores that differ from an undisturbed run's; temporary files."""
 Task = Callable[[Path], None]
 """Computes `scores.npy` in a folder, going on with what is there."""
 
@@ -78,7 +81,13 @@ def shards(model: str, folder: Path) -> None:
     store(run.merge().scores, folder)
 
 
-TASKS = {"trace": (trace, 1), "trace, 2 processes": (trace, 2), "stream": (stream, 1), "shards": (shards, 1)}
+TASKS = {
+    "trace": (trace, 1),
+    "trace, 2 processes": (trace, 2),
+    "stream": (stream, 1),
+    "stream, 2 processes": (stream, 2),
+    "shards": (shards, 1),
+}
 """What is killed, and in how many processes."""
 
 
@@ -97,6 +106,7 @@ def fork(run: Callable[[], object], **environment: str) -> int:
     os.environ.update(environment)
     null = os.open(os.environ.get("FAULTS_LOG", os.devnull), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(null, 1), os.dup2(null, 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     try:
         with interruptible():
             run()
@@ -147,11 +157,13 @@ def tried(task: Task, folder: Path, expected: np.ndarray, count: int, numbers: l
     while hits < kills:
         started = time.monotonic()
         children = processes(task, folder, count)
-        left = wait(children, random.uniform(0, max(longest, 1.0)) if runs % 4 else 120)
+        left = wait(children, random.uniform(0, max(longest, 1.0)) if runs % 4 else PATIENCE)
         if left:
             victim = random.choice(left)
             end([victim], random.choice(numbers))
-            end(wait([child for child in left if child != victim], 20), signal.SIGKILL)  # the others notice
+            stuck = wait([child for child in left if child != victim], GRACE)  # the others notice
+            end(stuck, signal.SIGKILL)
+            lost += bool(stuck)
             hits += 1
         else:
             longest = max(longest, time.monotonic() - started)
@@ -162,7 +174,7 @@ def tried(task: Task, folder: Path, expected: np.ndarray, count: int, numbers: l
             folder.mkdir()
         elif not left:
             lost += 1  # it ended by itself without a result
-    end(wait(processes(task, folder, count), 120), signal.SIGKILL)
+    end(wait(processes(task, folder, count), PATIENCE), signal.SIGKILL)
     lost += not (folder / "scores.npy").exists()
     left_behind = len([*folder.rglob(".writing-*"), *folder.rglob(".complete")])
     return [hits, runs - hits, lost, bits, left_behind]
@@ -180,12 +192,12 @@ def full_disk(task: Task, root: Path, expected: np.ndarray, sizes: list[int]) ->
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             task(folder)
 
-        end(wait([fork(limited, FAULTS_LOG=str(log))], 120), signal.SIGKILL)
+        end(wait([fork(limited, FAULTS_LOG=str(log))], PATIENCE), signal.SIGKILL)
         if not (folder / "scores.npy").exists():
             failed += 1
             unnamed += "There is no room for" not in log.read_text()
         left_behind += len(list(folder.rglob(".writing-*")))
-        end(wait([fork(lambda folder=folder: task(folder))], 120), signal.SIGKILL)  # type: ignore[misc]
+        end(wait([fork(lambda folder=folder: task(folder))], PATIENCE), signal.SIGKILL)  # type: ignore[misc]
         bits += int((np.load(folder / "scores.npy").view(np.uint32) != expected.view(np.uint32)).sum())
     return [len(sizes), len(sizes) - failed, unnamed, bits, left_behind]
 
@@ -244,7 +256,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=40, help="of each kind")
     parser.add_argument("--bad", type=int, default=150, help="damaged files")
-    parser.add_argument("--only", nargs="+", default=[*TASKS, "bad inputs"], help="what to try")
+    parser.add_argument("--only", nargs="+", default=[*TASKS, "damaged files"], help="what to try")
     parser.add_argument("--sizes", type=int, default=20, help="sizes of a full disk")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--figures", type=Path, help="JSON to which counts are added")
@@ -277,14 +289,14 @@ def main() -> None:
         if options.figures is not None:
             add_to(options.figures, name, rows[name])
 
-    if "bad inputs" in options.only:
-        add("bad inputs", bad_inputs(model, root, options.bad, options.seed))
+    if "damaged files" in options.only:
+        add("damaged files", bad_inputs(model, root, options.bad, options.seed))
     for name, (function, count) in TASKS.items():
         if name not in options.only:
             continue
         task = partial(function, model)
         (root / f"{name} alone").mkdir()
-        end(wait(processes(task, root / f"{name} alone", 1), 120), signal.SIGKILL)
+        end(wait(processes(task, root / f"{name} alone", 1), PATIENCE), signal.SIGKILL)
         expected = np.load(root / f"{name} alone" / "scores.npy")
         for how, numbers in {"SIGKILL": [signal.SIGKILL], "SIGINT, SIGTERM": [signal.SIGINT, signal.SIGTERM]}.items():
             if count == 2 and how != "SIGKILL":

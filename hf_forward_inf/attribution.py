@@ -33,7 +33,7 @@ class Attribution:
         candidates (`datasets.Dataset`): All candidates; with `rows`, those that the best of some query refer to.
         indices (`np.ndarray`, *optional*): int64 `[queries, top_k]`: row numbers of the best candidates, best first.
         method (`str`, defaults to `"forward_inf"`): The attributor's name.
-        config (`dict`, *optional*): The options that the scores depend on.
+        config (`dict`, *optional*): The options that the scores depend on, and the model's fingerprint.
         details (`datasets.Dataset`, *optional*): Scores by token for some pairs ([`token_scores.explain`]).
         stage (`np.ndarray`, *optional*): bool, of the shape of the scores: which of them were computed; all others are
             the floor, below which scores are noise. Defaults to all.

@@ -26,6 +26,7 @@ from hf_forward_inf.tracing.token_scores import explain
 from hf_forward_inf.tracing.trained import adapter_of, rows_of
 from hf_forward_inf.tracing.tuning import Tuning, tune
 from hf_forward_inf.utils.cache import enforce_limit
+from hf_forward_inf.utils.fingerprints import FINGERPRINT, fingerprint_of_model
 from hf_forward_inf.utils.loading import is_diffusion_folder, load_diffusion, load_model
 from hf_forward_inf.utils.memory import unchanged
 from hf_forward_inf.utils.progress import progress
@@ -202,9 +203,10 @@ class ForwardInf(Scorer):
             return tracer._less_baseline(time_budget).trace(queries, candidates, top_k)
         with unchanged(), progress("tracing", len(queries), "queries"):
             traced = trace_planned(tracer, queries, candidates, time_budget)
+            config = {**tracer.config, FINGERPRINT: fingerprint_of_model(self.adapter.model)}
         warn_of_lost(traced.scores[:, traced.reached], traced.reached)
         found = Attribution(
-            traced.scores, queries, candidates, method=self.name, config=tracer.config,
+            traced.scores, queries, candidates, method=self.name, config=config,
             stage=traced.stage, plan=traced.plan,
         )  # fmt: skip
         if traced.estimates:

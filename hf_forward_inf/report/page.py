@@ -21,6 +21,7 @@ from hf_forward_inf.report.queries import Query, read_query
 from hf_forward_inf.report.rows import Reader
 from hf_forward_inf.report.texts import has_captions, is_labelled
 from hf_forward_inf.scores.levels import RULE, Background
+from hf_forward_inf.utils.fingerprints import FINGERPRINT
 
 SHOWN = 10
 """Candidates shown for each query."""
@@ -148,7 +149,7 @@ def write_report(
             )
     names = attribution.queries.column_names
     queries, album = _read([attribution, *compare], columns, proponents, remarks, k)
-    config = {name: value for name, value in attribution.config.items() if value is not None and name != "run"}
+    config = {name: value for name, value in attribution.config.items() if value is not None and name != FINGERPRINT}
     page = _template("page.html").render(
         title=title or question(names), measured=_measured(attribution), method=attribution.method,
         total=attribution.total, config=config, metrics=metrics or {}, note=note, plot=Markup(plot),

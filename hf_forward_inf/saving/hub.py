@@ -14,6 +14,7 @@ from hf_forward_inf.report.summary import best_rows, readable
 from hf_forward_inf.report.texts import plain, shortened
 from hf_forward_inf.saving.folder import ABOUT, about, arguments, scores, tables
 from hf_forward_inf.scores.levels import RULE
+from hf_forward_inf.utils.fingerprints import FINGERPRINT
 from hf_forward_inf.utils.processes import progress_bars
 
 TABLE = "attribution"
@@ -93,7 +94,7 @@ def card(found: Any, repo_id: str, written: list[str], k: int) -> DatasetCard:
     queries = [_query(found, i) for i in range(min(SHOWN, len(found)))]
     return DatasetCard.from_template(
         metadata, template_path=str(CARD), repo_id=repo_id, found=found, queries=queries, k=k, rule=RULE,
-        settings={name: value for name, value in found.config.items() if value is not None and name != "run"},
+        settings={name: value for name, value in found.config.items() if value is not None and name != FINGERPRINT},
         version=version("hf-forward-inf"),
     )  # fmt: skip
 

@@ -26,6 +26,7 @@ from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.passes.candidate_pass import encode
 from hf_forward_inf.scores.metrics import best_first
 from hf_forward_inf.tracing.token_scores import perturbed, rises
+from hf_forward_inf.utils.fingerprints import FINGERPRINT, fingerprint_of_model
 from hf_forward_inf.utils.models import evaluating, to_device
 from hf_forward_inf.utils.storage import Tensors
 
@@ -57,7 +58,8 @@ def rerank(tracer: Scorer, found: Attribution, k: int) -> Attribution:
             "Reranking divides scores by self-influence, and these are divided by base losses already: trace with "
             "ForwardInf(units='loss')."
         )
-    differ = [name for name, value in tracer.config.items() if found.config.get(name) != value]
+    own = {**tracer.config, FINGERPRINT: fingerprint_of_model(tracer.adapter.model)}
+    differ = [name for name, value in own.items() if found.config.get(name) != value]
     differ = [name for name in differ if name not in SCREENING]
     if differ or found.config.get("standardised"):
         raise ValueError(
@@ -69,9 +71,9 @@ def rerank(tracer: Scorer, found: Attribution, k: int) -> Attribution:
     rows = np.unique(best.indices)
     if tracer.training is None:  # curvature is that of all candidates, not of the best alone
         tracer = tracer.with_options(training=found.candidates)
-    own = self_influence(tracer, found.candidates.select(rows))[np.searchsorted(rows, best.indices)]
+    alone = self_influence(tracer, found.candidates.select(rows))[np.searchsorted(rows, best.indices)]
     with np.errstate(invalid="ignore", divide="ignore"):
-        shares = np.where(own > 0, best.scores / own, np.nan).astype(np.float32)
+        shares = np.where(alone > 0, best.scores / alone, np.nan).astype(np.float32)
     if best.stage is not None:  # a floor is no score to divide
         shares[~best.stage] = np.nan
     order = np.stack([best_first(row) for row in shares])

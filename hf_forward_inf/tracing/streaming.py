@@ -19,15 +19,14 @@ from hf_forward_inf.data.inputs import as_dataset
 from hf_forward_inf.scores.corrections import check_enough, standardised
 from hf_forward_inf.scores.metrics import best_first
 from hf_forward_inf.tracing.prepared import prepare
-from hf_forward_inf.utils.fingerprints import fingerprint, fingerprint_of_model, uncached
+from hf_forward_inf.utils.fingerprints import FINGERPRINT, fingerprint, fingerprint_of_model, uncached
 from hf_forward_inf.utils.processes import process_state, progress_bars
 from hf_forward_inf.utils.progress import progress as shown_progress
 from hf_forward_inf.utils.rows import sample_rows
 from hf_forward_inf.utils.storage import default_cache_dir, temporary_folder, write_folder
+from hf_forward_inf.utils.streams import identity
 from hf_forward_inf.utils.validation import lost_candidates, warn_of_lost
 
-FIRST_ROWS = 16
-"""Rows by which a stream is recognised when a run resumes."""
 STREAM_ROW = "stream_row"
 """Column with a candidate's row number in the stream, from 0."""
 ENDING = "-rows"
@@ -117,7 +116,7 @@ def trace_stream(
     tracer = with_training(tracer, stream, chunk_size)
     run = fingerprint(
         fingerprint_of_model(tracer.adapter.model), tracer.adapter.cache_key, queries._fingerprint, tracer.config,
-        top_k, chunk_size, standardise, None if folder is None else _identity(stream),
+        top_k, chunk_size, standardise, None if folder is None else identity(stream),
     )  # fmt: skip
     saved = None if folder is None else _resumed(Path(folder), run, stream)
     best, progress = saved or (empty(tracer, queries, standardise), Progress(run))
@@ -168,14 +167,9 @@ def _check(stream: Any, **sizes: int) -> None:
 def empty(tracer: Scorer, queries: Dataset, standardise: bool) -> Attribution:
     """Return the attribution before the first chunk, with no candidates."""
     scores = np.empty((len(queries), 0), dtype=np.float32)
-    config = {**tracer.config, "standardised": standardise}
+    own = {FINGERPRINT: fingerprint_of_model(tracer.adapter.model), "standardised": standardise}
+    config = {**tracer.config, **own}
     return Attribution(scores, queries, Dataset.from_dict({}), method=tracer.name, config=config)
-
-
-def _identity(stream: IterableDataset) -> list[Any]:
-    """Return what a stream is recognised by when a run resumes: its columns, shards and first rows."""
-    first = next(stream.with_format("arrow").iter(batch_size=FIRST_ROWS), None)  # a copy: the stream stays where it is
-    return [str(stream.features), stream.num_shards, None if first is None else first.to_pylist()]
 
 
 def first_chunk(stream: IterableDataset, size: int) -> Dataset:

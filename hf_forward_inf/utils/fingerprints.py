@@ -35,6 +35,8 @@ SHARDING = ("__composable_api_state_key", "_fsdp_", "_is_fsdp_")
 """Begin the names of attributes in which FSDP2 has what it needs."""
 PLAIN = str | bytes | int | float | complex | np.generic | torch.dtype | None
 """Values that their `repr` says all of."""
+FINGERPRINT = "fingerprint"
+"""Name of the model's fingerprint among the options that scores depend on."""
 
 
 def fingerprint_of_model(model: nn.Module) -> str:

@@ -80,7 +80,7 @@ def lost_candidates(scores: np.ndarray) -> np.ndarray:
 
 
 def warn_of_lost(scores: np.ndarray, rows: np.ndarray) -> None:
-    """Warn of rows without a score and say why, on the main process.
+    """Warn of rows without a score, and of queries whose scores are all 0, and say why, on the main process.
 
     Args:
         scores (`np.ndarray`): `[queries, candidates]`.
@@ -93,6 +93,13 @@ def warn_of_lost(scores: np.ndarray, rows: np.ndarray) -> None:
         warnings.warn(
             f"Queries {listed(queries)}: the gradient is zero or not finite, so they have no scores. If the model is "
             "in float16, load it in bfloat16 or float32.",
+            stacklevel=3,
+        )
+    still = np.flatnonzero((scores == 0).any(axis=1) & ~(np.abs(scores) > 0).any(axis=1))
+    if len(still):
+        warnings.warn(
+            f"Queries {listed(still)}: the step changes no candidate's loss, so all scores are 0. If the radius is "
+            "tiny, the step is lost in rounding: take a longer one.",
             stacklevel=3,
         )
     if len(candidates):

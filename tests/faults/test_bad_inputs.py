@@ -168,3 +168,11 @@ def test_a_page_downloads_no_pictures_and_leaves_out_corrupt_ones(tmp_path):
     found = Attribution(np.ones((1, 2), dtype=np.float32), rows.select([0]), rows)
     found.to_html(tmp_path / "page.html")
     assert "a dog" in (tmp_path / "page.html").read_text()
+
+
+def test_queries_whose_step_is_lost_in_rounding_are_named():
+    tokenizer = train_tokens()
+    tracer = ForwardInf(untrained("llama", len(tokenizer)), tokenizer, ascent=AscentConfig(radius=1e-30, sample=4))
+    rows = Dataset.from_list(TEXTS)
+    with pytest.warns(UserWarning, match=r"Queries rows 0, 1 .*: the step changes no candidate's loss, so all scores"):
+        assert not tracer.trace(rows.select([0, 1]), rows).scores.any()

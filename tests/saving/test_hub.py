@@ -43,7 +43,7 @@ def found():
     scores = np.random.default_rng(0).normal(size=(2, 300)).astype(np.float32)
     scores[0, 7] = 5000
     queries = Dataset.from_dict({"prompt": ["Capital of | Peru?", "And Chile?"], "completion": ["Lima", "Santiago"]})
-    return Attribution(scores, queries, rows, config={**NATS, "radius": 1.0, "run": "x"})
+    return Attribution(scores, queries, rows, config={**NATS, "radius": 1.0, "fingerprint": "x"})
 
 
 @pytest.mark.parametrize("top_k", [None, 3])
@@ -79,7 +79,7 @@ def test_the_card_says_what_was_found_and_how_to_load_it(found, server):
     assert [config["config_name"] for config in card.data.configs if config.get("default")] == ["attribution"]
     assert found.verdict(0) in card.text and 'Attribution.from_hub("me/why")' in card.text
     assert "Capital of \\| Peru" in card.text  # no cell of a table is split by what it holds
-    assert "| radius | `1.0` |" in card.text and "run" not in card.text.split("## Settings")[1]
+    assert "| radius | `1.0` |" in card.text and "fingerprint" not in card.text.split("## Settings")[1]
 
 
 def test_pictures_are_uploaded_with_the_rows(server, tmp_path):

@@ -135,3 +135,8 @@ def test_scores_of_another_attributor_are_not_reranked():
         tracer.rerank(other.trace(rows.select([0]), rows))
     with pytest.raises(ValueError, match="they are standardised"):
         tracer.rerank(tracer.trace(rows.select(range(3)), rows).standardised())
+    found = tracer.trace(rows.select([0]), rows)
+    with torch.no_grad():
+        network[0].weight[0, 0] += 1
+    with pytest.raises(ValueError, match=r"not this attributor's own \(fingerprint\)"):
+        tracer.rerank(found)
