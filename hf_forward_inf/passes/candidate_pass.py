@@ -69,7 +69,9 @@ class CandidatePass:
         self.state = process_state()
         encoded = encode(adapter, candidates, "candidates", self.cache_dir, first_row=first_row)
         self.terms = np.array(encoded["terms"][:], dtype=np.float32)
-        lengths = LENGTHS.get(fingerprint(adapter.cache_key, encoded._fingerprint), lambda: _lengths(adapter, encoded))
+        written = [Path(file["filename"]).stat().st_mtime_ns for file in encoded.cache_files]  # perhaps again
+        known = fingerprint(adapter.cache_key, encoded._fingerprint, written)
+        lengths = LENGTHS.get(known, lambda: _lengths(adapter, encoded))
         if not adapter.can_batch(encoded.with_format(None), lengths):
             self.max_batch_length = 1
         # Longest first: if memory runs out, it does so at the start. Ties stay in order, so that runs agree.

@@ -19,14 +19,14 @@ def identity(stream: IterableDataset) -> list[Any]:
 
 
 def _sources(part: Any) -> Iterator[Any]:
-    """Yield size and time of the local files that a stream reads, the addresses of others, and sizes of datasets."""
+    """Yield size and time of the local files that a stream reads, addresses of others, fingerprints of datasets."""
     for inner in [getattr(part, "ex_iterable", None), *(getattr(part, "ex_iterables", None) or [])]:
         if inner is not None:
             yield from _sources(inner)
     for values in (getattr(part, "kwargs", None) or {}).values():
         for value in values if isinstance(values, list) else []:
             if isinstance(value, Dataset):
-                yield len(value)
+                yield value._fingerprint
             elif isinstance(value, str):
                 yield _stamp(value)
 

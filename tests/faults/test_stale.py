@@ -90,6 +90,18 @@ def test_other_rows_under_the_fingerprint_of_a_dataset_are_noticed(line):
     assert not np.allclose(after, before)
 
 
+def test_longer_rows_under_the_fingerprint_of_a_dataset_are_noticed():
+    tokenizer = train_tokens()
+    rows, others = (Dataset.from_list([{"text": f"{word} {i}."} for i in range(6)]) for word in ("Land", "A far land"))
+    others._fingerprint = rows._fingerprint
+    model = untrained("llama", len(tokenizer))
+    LossPass(CausalLMAdapter(model, tokenizer), rows).base()
+    with pytest.warns(UserWarning, match="all rows are encoded again"):
+        found = LossPass(CausalLMAdapter(model, tokenizer), others)
+    tokens = [len(tokenizer(row["text"])["input_ids"]) + 1 for row in others]  # and the end
+    assert list(found.lengths[:, 0]) == sorted(tokens, reverse=True)
+
+
 def test_an_optimizers_other_values_of_the_same_sums_give_other_scores(tmp_path):
     tokenizer = train_tokens()
     model = untrained("llama", len(tokenizer))
