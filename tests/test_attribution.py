@@ -169,3 +169,10 @@ def test_saving_over_another_attribution_leaves_none_of_its_details(found, tmp_p
     assert Attribution.load_from_disk(tmp_path).details is not None
     found.save_to_disk(tmp_path)
     assert Attribution.load_from_disk(tmp_path).details is None
+
+
+def test_a_complete_run_that_a_kill_left_unplaced_is_loaded(found, tmp_path):
+    found.save_to_disk(tmp_path / ".complete" / "attribution")
+    again = Attribution.load_from_disk(tmp_path / "attribution")
+    np.testing.assert_array_equal(again.scores, found.scores)
+    assert [path.name for path in tmp_path.iterdir()] == ["attribution"]

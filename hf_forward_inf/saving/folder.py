@@ -82,6 +82,7 @@ def load(folder: Path) -> dict[str, Any]:
         FileNotFoundError: If the folder contains no attribution.
         ValueError: If a newer version of the library saved it.
     """
+    finish(folder.parent)  # where a command that was killed had written a whole run
     finish(folder)
     text = (folder / ABOUT).read_text()
     saved = {name: load_from_disk(folder / name) for name in (*PARTS, "scores") if (folder / name).exists()}

@@ -145,7 +145,8 @@ def write_all(folder: Path, writers: Mapping[str, Callable[[Path], object] | Non
 
 
 def finish(folder: Path) -> None:
-    """Put in place what an interrupted [`write_all`] has completed, if there is any."""
+    """Put in place what an interrupted [`write_all`] has completed, if there is any, and delete what else it left."""
+    clear(folder)
     if (folder / COMPLETE).is_dir():
         with _alone_in(folder):
             _put_in_place(folder)
