@@ -22,6 +22,7 @@ from hf_forward_inf.utils.models import (
     linear_layers,
     peft_parameters,
 )
+from hf_forward_inf.utils.processes import process_state
 from hf_forward_inf.utils.sizes import MB, size_text
 
 Parameters: TypeAlias = dict[str, Tensor | LowRank]
@@ -40,10 +41,10 @@ def is_low_rank(adapter: Adapter, config: AscentConfig) -> bool:
     Raises:
         ValueError: If weights are quantised, or sharded, and the direction needs their gradients.
     """
-    if is_sharded(adapter.model) and (config.step != "low_rank" or config.direction != "gradient"):
+    if is_sharded(adapter.model) and config.step != "low_rank":
         raise ValueError(
             "The model is sharded (FSDP), so that its weights are changed layer by layer: take "
-            "AscentConfig(direction='gradient', step='low_rank')."
+            "AscentConfig(step='low_rank'), with direction='kfac' or 'gradient'."
         )
     if config.step == "low_rank" or not is_quantised(adapter.model) or peft_parameters(adapter.model):
         return config.step == "low_rank"
@@ -123,9 +124,19 @@ def perturbed_names(adapter: Adapter, modules: list[str] | None) -> list[str]:
                 raise ValueError(_nothing_matches(adapter.model, pattern, trainable))
         names = _matching(trainable, modules)
     if is_sharded(adapter.model):  # a layer's weight is whole only while the layer runs, which a hook makes use of
+        _warn_of_left_out([name for name in names if name not in layers])
         names = [name for name in names if name in layers]
     check_in_memory(adapter.model, names)
     return names
+
+
+def _warn_of_left_out(names: list[str]) -> None:
+    if names and process_state().is_main_process:
+        warnings.warn(
+            f"The model is sharded (FSDP): only its linear layers are perturbed, and {len(names)} other parameters "
+            f"({', '.join(names[:3])}{', ...' if names[3:] else ''}) are not.",
+            stacklevel=4,
+        )
 
 
 def _beyond_shared(adapter: Adapter, names: list[str]) -> list[str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, is_caching_enabled
 from safetensors import SafetensorError
 from torch import Tensor
@@ -30,7 +31,7 @@ from hf_forward_inf.curvature.sample import Sample
 from hf_forward_inf.curvature.solvers import KrylovSpace, conjugate_gradients, warn_of_residual
 from hf_forward_inf.passes.freshness import agree, is_first_use, tolerance_of
 from hf_forward_inf.utils.fingerprints import fingerprint, fingerprint_of_model, foreign_hooks
-from hf_forward_inf.utils.models import device_of
+from hf_forward_inf.utils.models import device_of, is_sharded
 from hf_forward_inf.utils.processes import process_state
 from hf_forward_inf.utils.storage import StoredTensors, Tensors, cache_tensors, default_cache_dir
 
@@ -171,7 +172,7 @@ class PreconditionedGradients:
 class FitCache:
     """Cache of what is fitted on a sample: safetensors files, named by a fingerprint of all that they depend on.
 
-    The main process fits, the others wait and read.
+    The main process fits, the others wait and read; a sharded model is run by all.
     """
 
     def __init__(self, cache_dir: Path | None, adapter: Adapter, sample: Sample, names: list[str], seed: int):
@@ -205,6 +206,9 @@ class FitCache:
             return StoredTensors(file, device)
 
         state = process_state()
+        if is_sharded(self.adapter.model):
+            self._fit_together(file, made)
+            return read
         with state.main_process_first():
             if state.is_main_process and file.exists() and not self._is_current(file, witness):
                 warnings.warn(
@@ -215,6 +219,15 @@ class FitCache:
                 file.unlink()
             cache_tensors(file, made)
         return read
+
+    def _fit_together(self, file: Path, made: Callable[[], Tensors]) -> None:
+        """Fit in all processes, which run a sharded model together, and write what one of them has."""
+        state = process_state()
+        if not broadcast_object_list([file.exists()])[0]:
+            fitted = made()
+            if state.is_main_process:
+                cached_tensors(file, lambda: fitted)
+        state.wait_for_everyone()
 
     def _is_current(self, file: Path, witness: Callable[[], Tensor]) -> bool:
         """Compute the numbers of the adapter's first use of a file again, and compare."""

@@ -102,11 +102,12 @@ class KroneckerFit:
     @cached_property
     def batch_length(self) -> int:
         """How long batches may be: their activations take a twentieth of the model, or 64 MB."""
-        parameters = {p.data_ptr() for p in self.adapter.model.parameters()}
         taken: dict[int, int] = {}
 
         def count(tensor: Tensor) -> Tensor:
-            taken[tensor.data_ptr()] = 0 if tensor.data_ptr() in parameters else tensor.nbytes
+            # Asked now: weights that are offloaded or sharded are whole only while their layer runs.
+            weights = {p.data_ptr() for p in self.adapter.model.parameters() if type(p.data) is Tensor}
+            taken[tensor.data_ptr()] = 0 if tensor.data_ptr() in weights else tensor.nbytes
             return tensor
 
         held = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)

@@ -15,6 +15,7 @@ from hf_forward_inf.passes.base_pass import KEY, is_joint
 from hf_forward_inf.passes.loss_pass import LossPass
 from hf_forward_inf.plan import Part, Plan
 from hf_forward_inf.tracing.screened import has_representation
+from hf_forward_inf.utils.models import is_sharded
 from hf_forward_inf.utils.sizes import GB
 
 KEEP, SHARE = 50, 0.05
@@ -108,6 +109,13 @@ def default_screen(tracer: Scorer, queries: Dataset, candidates: Dataset) -> str
 
 def _decision(tracer: Scorer, rows: int, scored: int) -> tuple[str, str]:
     """Return the strategy and the reason for it."""
+    if is_sharded(tracer.adapter.model):
+        if tracer.strategy == "screen":
+            raise ValueError(
+                "A screen has every process score other candidates, and all must run a sharded model (FSDP) together: "
+                "take strategy='full'."
+            )
+        return "full", "all processes run a sharded model together"
     if tracer.strategy == "screen":
         return ("screen", "as asked for") if rows > scored else ("full", "a screen would keep all candidates")
     if tracer.strategy == "full":

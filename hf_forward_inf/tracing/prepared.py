@@ -15,7 +15,7 @@ from hf_forward_inf.ascent.low_rank import LowRank
 from hf_forward_inf.ascent.parameters import Parameters
 from hf_forward_inf.ascent.steps import PerturbedModels
 from hf_forward_inf.passes.encoding import encode
-from hf_forward_inf.utils.models import evaluating
+from hf_forward_inf.utils.models import evaluating, is_sharded
 from hf_forward_inf.utils.processes import process_state
 from hf_forward_inf.utils.storage import Tensors, written
 
@@ -72,12 +72,15 @@ def prepare(tracer: Scorer, queries: Dataset, folder: Path, in_memory: bool = Fa
         blocks = list(tracer.perturber(queries if tracer.training is None else tracer.training).blocks(encoded))
     if len(blocks) == 1 and in_memory:
         return lambda: iter(blocks)
-    with process_state().main_process_first(), evaluating(tracer.adapter.model):
-        for number, (rows, models) in enumerate(blocks):
-            file = folder / f"{number:05}.safetensors"
-            if not file.exists():
-                _write(file, rows, models)
-            vars(models).pop("thetas", None)
+    for number, (rows, models) in enumerate(blocks):
+        file = folder / f"{number:05}.safetensors"
+        with evaluating(tracer.adapter.model):
+            thetas = models.thetas if is_sharded(tracer.adapter.model) else None  # all processes run such a model
+            with process_state().main_process_first():
+                if not file.exists():
+                    _write(file, rows, models)
+        del thetas
+        vars(models).pop("thetas", None)
     return load(folder, tracer.adapter)
 
 
