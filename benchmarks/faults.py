@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from threading import RLock
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -30,6 +31,7 @@ import datasets
 import numpy as np
 import torch
 from datasets import Dataset
+from tqdm import tqdm
 
 from hf_forward_inf import AscentConfig, Attribution, ForwardInf
 from hf_forward_inf.cli import main as command
@@ -38,6 +40,7 @@ from hf_forward_inf.passes import candidate_pass, row_store
 from hf_forward_inf.tracing.shards import ShardedRun, load_scorer
 from hf_forward_inf.utils.interruptions import interruptible
 from hf_forward_inf.utils.loading import load_model
+from hf_forward_inf.utils.processes import process_state
 from hf_forward_inf.utils.text_tables import text_table
 from tests.helpers.causal import train_tokens, untrained
 
@@ -49,6 +52,8 @@ SLOW = 0.01
 PATIENCE, GRACE = 3600, 60
 """Seconds after which an undisturbed run, and a process whose neighbour was killed, count as stuck, however busy the
 machine is."""
+MET = "met"
+"""Empty file: the processes of a run have met. Before that, torch itself waits for a missing one, for minutes."""
 COLUMNS = ("tried", "finished", "lost", "bits that differ", "left behind")
 """Counts: tried; runs that finished undisturbed; without a result, without an end, or without a message that says
 why; bits of the scores that differ from an undisturbed run's; temporary files."""
@@ -106,6 +111,7 @@ def fork(run: Callable[[], object], **environment: str) -> int:
     os.environ.update(environment)
     null = os.open(os.environ.get("FAULTS_LOG", os.devnull), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(null, 1), os.dup2(null, 2)
+    tqdm.set_lock(RLock())  # not one that a killed sibling may hold forever
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     try:
         with interruptible():
@@ -127,7 +133,14 @@ def processes(task: Task, folder: Path, count: int) -> list[int]:
         port = str(free.getsockname()[1])
     shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": str(count), "ACCELERATE_USE_CPU": "true"}
     shared["LOCAL_WORLD_SIZE"] = str(count)
-    return [fork(lambda: task(folder), **shared, RANK=str(i), LOCAL_RANK=str(i)) for i in range(count)]
+    (folder / MET).unlink(missing_ok=True)
+
+    def meet() -> None:
+        process_state()
+        (folder / MET).touch()
+        task(folder)
+
+    return [fork(meet, **shared, RANK=str(i), LOCAL_RANK=str(i)) for i in range(count)]
 
 
 def wait(children: list[int], seconds: float) -> list[int]:
@@ -152,6 +165,8 @@ def end(children: list[int], number: int) -> None:
 def tried(task: Task, folder: Path, expected: np.ndarray, count: int, numbers: list[int], kills: int) -> list[int]:
     """Kill a task again and again at random times, until so many kills hit it; return a row of the table."""
     lost = bits = runs = hits = 0
+    log = folder.with_suffix(".log")
+    os.environ["FAULTS_LOG"] = str(log)
     longest = 0.0
     folder.mkdir()
     while hits < kills:
@@ -163,7 +178,9 @@ def tried(task: Task, folder: Path, expected: np.ndarray, count: int, numbers: l
             end([victim], random.choice(numbers))
             stuck = wait([child for child in left if child != victim], GRACE)  # the others notice
             end(stuck, signal.SIGKILL)
-            lost += bool(stuck)
+            if stuck and (folder / MET).exists():
+                lost += 1
+                print(f"{len(stuck)} processes did not notice that another was killed", flush=True)
             hits += 1
         else:
             longest = max(longest, time.monotonic() - started)
@@ -173,10 +190,12 @@ def tried(task: Task, folder: Path, expected: np.ndarray, count: int, numbers: l
             shutil.rmtree(folder)
             folder.mkdir()
         elif not left:
-            lost += 1  # it ended by itself without a result
+            lost += 1
+            print(f"ended by itself without a result: {log.read_text()[-300:]}", flush=True)
     end(wait(processes(task, folder, count), PATIENCE), signal.SIGKILL)
     lost += not (folder / "scores.npy").exists()
     left_behind = len([*folder.rglob(".writing-*"), *folder.rglob(".complete")])
+    del os.environ["FAULTS_LOG"]
     return [hits, runs - hits, lost, bits, left_behind]
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import gather_object
 from datasets import Dataset, is_caching_enabled
 from safetensors import SafetensorError
 from torch import Tensor
@@ -221,12 +221,12 @@ class FitCache:
         return read
 
     def _fit_together(self, file: Path, made: Callable[[], Tensors]) -> None:
-        """Fit in all processes, which run a sharded model together, and write what one of them has."""
+        """Fit in all processes, which run a sharded model together, unless all machines have it cached."""
         state = process_state()
-        if not broadcast_object_list([file.exists()])[0]:
+        if not all(gather_object([file.exists()])):
             fitted = made()
-            if state.is_main_process:
-                cached_tensors(file, lambda: fitted)
+            if state.is_local_main_process:
+                cache_tensors(file, lambda: fitted)
         state.wait_for_everyone()
 
     def _is_current(self, file: Path, witness: Callable[[], Tensor]) -> bool:
