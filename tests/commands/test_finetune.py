@@ -5,10 +5,11 @@ from datasets import Dataset
 
 from hf_forward_inf import AscentConfig, Attribution
 from hf_forward_inf.cli import main
-from hf_forward_inf.commands.finetune import SIZES, against_right, finetune_run
+from hf_forward_inf.commands.finetune import against_right, finetune_run
 from hf_forward_inf.commands.options import FinetuneOptions
 from hf_forward_inf.data import proponents, questions
 from hf_forward_inf.data.questions import builtin_questions
+from hf_forward_inf.toys.tiny_models import LLAMA_SIZES
 
 pytestmark = pytest.mark.usefixtures("measured_once")
 
@@ -27,7 +28,7 @@ def small(monkeypatch, trained):
     monkeypatch.setattr(questions, "FACTS_A_RELATION", 4)
     monkeypatch.setattr(questions, "QUERIES_A_RELATION", 2)
     for name, size in SMALL.items():
-        monkeypatch.setitem(SIZES, name, size)
+        monkeypatch.setitem(LLAMA_SIZES, name, size)
 
 
 def test_three_of_four_answers_of_a_planted_fact_are_wrong_and_are_its_proponents():

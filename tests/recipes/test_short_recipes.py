@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from hf_forward_inf import AscentConfig, Attribution
-from hf_forward_inf.commands.finetune import SIZES
 from hf_forward_inf.commands.options import TrainingOptions
 from hf_forward_inf.data import proponents, questions
 from hf_forward_inf.data.digits import captioned_digits
+from hf_forward_inf.toys.tiny_models import LLAMA_SIZES
 from tests.helpers.recipes import recipe
 
 pytestmark = pytest.mark.usefixtures("measured_once")
@@ -66,7 +66,7 @@ def test_finetune_traces_planted_answers_to_the_rows_that_planted_them(tmp_path,
     monkeypatch.setattr(questions, "FACTS_A_RELATION", 4)
     monkeypatch.setattr(questions, "QUERIES_A_RELATION", 2)
     for name, size in SMALL.items():
-        monkeypatch.setitem(SIZES, name, size)
+        monkeypatch.setitem(LLAMA_SIZES, name, size)
     options = TrainingOptions(output=str(tmp_path), epochs=40, top_k=10_000)
     recipe("finetune").main(options, AscentConfig())
     metrics, found = written(tmp_path)
