@@ -26,7 +26,7 @@ Row = dict[str, float | str | None]
 
 
 def tables(measured: Measured, command: str) -> str:
-    """Return the tables of a task as Markdown, and write their figures beside its measurements."""
+    """Return the tables of a task as Markdown, and write their figures next to its measurements."""
     texts = []
     made: list[tuple[str | None, Any, Any]] = [
         (truth, QUALITY, _quality(measured, truth)) for truth in measured.truths or [None]

@@ -1,4 +1,4 @@
-"""How long the import and the command's help take, beside what they can't do without.
+"""How long the import and the command's help take, and the imports that they need.
 
     python benchmarks/start.py --rounds 7
 

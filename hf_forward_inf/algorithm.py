@@ -164,8 +164,8 @@ class Scorer:
 
         Args:
             candidates (`datasets.Dataset`): The training data where no other was given.
-            loss (`LossPass`, *optional*): The pass over them. Its fingerprint tells whether the last perturber, which
-                stays in memory, is that of the same model.
+            loss (`LossPass`, *optional*): The pass over them. The last perturber, which stays in memory, is used
+                again where its fingerprint is the same.
         """
         training = candidates if self.training is None else self.training
 

@@ -252,7 +252,7 @@ class Attribution:
         found = self.candidates.select(rows[known])
         with progress_bars(False):
             found = found.remove_columns([name for name in columns if name in found.column_names])
-            found = found.flatten_indices(keep_in_memory=True)  # not beside the user's data
+            found = found.flatten_indices(keep_in_memory=True)  # not in a cache file next to the user's data
         for name, values in columns.items():
             found = found.add_column(name, values)
         return found

@@ -26,7 +26,8 @@ class Command(NamedTuple):
         extra (`str`, *optional*): The extra of the package that it needs.
         bars (`bool`): Whether it shows progress.
         summary (`str`): Its line in the list of commands.
-        alone (`bool`): Whether it runs no model: neither other processes nor progress bars are thought of.
+        alone (`bool`, defaults to `False`): Whether it runs no model, and so needs no processes
+            and no progress bars.
     """
 
     options: tuple[str, ...]

@@ -75,8 +75,8 @@ class ForwardInf(Scorer):
             Defaults to `"bm25+representation"`, as far as the model and its rows have texts and hidden states.
         keep (`int`, *optional*): Candidates of each query above the floor: those that a screen keeps, or the best of a
             full pass. Defaults to 5% of them, at least 50; to all with `strategy="full"`, which has no floor then.
-        audit (`int`, defaults to 30): Random others of each query that are scored, too: they tell how many of the best
-            candidates the screen finds ([`Plan.audits`]).
+        audit (`int`, defaults to 30): Random others of each query that are scored, too: from them follows how many
+            of the best candidates the screen finds ([`Plan.audits`]).
         storage (`float`, defaults to 4.0): GB that the states before the perturbed part may take in the cache, from
             which later queries of a screened trace go on.
         cache_dir (`Path`, *optional*): Where losses are cached. Defaults to the environment variable

@@ -30,8 +30,8 @@ class DataAttributionPipeline(Pipeline):
     """Returns the training examples behind an output.
 
     Args:
-        candidates (`datasets.Dataset`): Training examples, given to the constructor or to a call; or what else
-            [`data.as_dataset`] reads.
+        candidates (`datasets.Dataset`, *optional*): Training examples, given to the constructor or to a call;
+            or what else [`data.as_dataset`] reads.
         top_k (`int`, defaults to 10): Number of candidates returned for each query.
         **options: All options of [`ForwardInf`] (`ascent`, `reduction`, `units`, ...), given to the constructor.
 

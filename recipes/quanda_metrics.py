@@ -1,4 +1,4 @@
-"""quanda's metrics of attribution: Forward-INF beside quanda's own wrappers of captum.
+"""quanda's metrics of attribution: Forward-INF and quanda's own wrappers of captum.
 
     python recipes/quanda_metrics.py
     python recipes/quanda_metrics.py --network conv

@@ -26,7 +26,7 @@ class Contrast(Adapter):
 
     Args:
         adapter (`Adapter`): Reads both halves.
-        column (`str`): The queries' column of contrasts.
+        column (`str`, defaults to `"contrast"`): The queries' column of contrasts.
     """
 
     def __init__(self, adapter: Adapter, column: str = CONTRAST):

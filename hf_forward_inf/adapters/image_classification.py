@@ -156,7 +156,7 @@ class ImageClassificationAdapter(TensorAdapter):
         return peft_parameters(self.model) or ["all"]
 
     def default_ascent(self, direction: str | None = None) -> dict[str, Any]:
-        """Corrected by curvature; margins, which tell copies apart (`recipes/leakage.py`), along the gradient.
+        """Corrected by curvature; margins, which find a query's own copies (`recipes/leakage.py`), along the gradient.
 
         On 1,000 images of 8 x 8 pixels (CIFAR-10) and a convolutional network of 1,898 parameters (60 halves x 2
         seeds, 80 queries) its LDS is .458, .435 with a damping of .03, .423 if that is fitted on 256 images; that of

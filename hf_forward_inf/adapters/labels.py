@@ -28,7 +28,7 @@ class OneClass:
 
     Args:
         count (`int`, defaults to 0): Number of classes; 0 if the model does not state it.
-        names (`dict[str, int]`): The model's classes by name; empty if it names none.
+        names (`dict[str, int]`, defaults to none): The model's classes by name.
         margin (`bool`, defaults to `False`): Whether the loss is -log(p / (1 - p)) instead of -log(p).
     """
 

@@ -142,9 +142,6 @@ def collated(rows: list[bytes], length: int) -> dict[str, Tensor]:
     Args:
         rows (`list[bytes]`): From [`stored`].
         length (`int`): Tokens of the longest row.
-
-    Raises:
-        ValueError: If pictures are of several sizes and the model can't tell which part of them is padding.
     """
     loaded = [load(bytes(row)) if row else {} for row in rows]
     batch: dict[str, Tensor] = {}

@@ -114,9 +114,9 @@ def finetune_run(options: FinetuneOptions, ascent: AscentConfig) -> dict[str, An
     """Run it all and write `metrics.json`, `attribution/` and `report.html` into the output folder.
 
     Where it is known which examples are wrong (columns `facts` and `planted`), the answers that repeat a planted one
-    are traced and reported under bare names, right answers under `right/`; then the best candidates of the wrong
-    answers are removed, and `wrong_gone` is the share of them that the model no longer gives after training again,
-    `random/wrong_gone` the same after removing as many random rows.
+    are traced, and right answers reported as `right/...`; then the best candidates of the wrong answers are removed,
+    and `wrong_gone` is the share of them that the model no longer gives after training again, `random/wrong_gone` the
+    same after removing as many random rows.
 
     Raises:
         FileExistsError: If the folder holds a finished run and `overwrite` is not set.

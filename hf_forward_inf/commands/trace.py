@@ -8,6 +8,7 @@ from hf_forward_inf.adapters.classification import ClassifierAdapter
 from hf_forward_inf.adapters.labels import OneClass
 from hf_forward_inf.adapters.language import LanguageAdapter
 from hf_forward_inf.ascent.config import AscentConfig
+from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.baselines import Difference
 from hf_forward_inf.commands.options import TraceOptions
 from hf_forward_inf.commands.outputs import Run, plotted
@@ -38,11 +39,7 @@ def trace_run(options: TraceOptions, ascent: AscentConfig) -> dict[str, Any]:
         `dict`: What `metrics.json` holds, and `answers` ([`answers.answers`]).
     """
     run = Run(options)
-    chosen = {name: getattr(options, name) for name in ("reduction", "strategy", "screen", "keep", "audit")}
-    tracer = ForwardInf.from_pretrained(options.model, ascent=ascent, **chosen)
-    attributor: Any = tracer
-    if options.baseline_model is not None:
-        attributor = Difference(tracer, ForwardInf.from_pretrained(options.baseline_model, ascent=ascent, **chosen))
+    tracer, attributor = _attributors(options, ascent)
     task = load_task(tracer, options)
 
     say(f"Tracing {len(task.queries)} queries over {len(task.candidates):,} candidates with {options.model} ...")
@@ -70,23 +67,45 @@ def trace_run(options: TraceOptions, ascent: AscentConfig) -> dict[str, Any]:
     if table:
         say(as_text(table, costs))
     if options.cost:
-        metrics |= cost.measure(tracer, task.queries, task.candidates)
-        metrics |= cost.measure_screened(tracer, task.queries, task.candidates)
-        passes = metrics["forward_passes_per_query"]
-        say(f"A query costs {passes:.2f} forward passes over the candidates in this process.")
-        if screened := metrics.get("screened_forward_passes_per_query"):
-            say(f"With the screen, a further query costs {screened:.2f}.")
+        metrics |= _measured_cost(tracer, task)
 
-    shown = found["forward_inf"].keep(min(options.top_k, len(task.candidates)))
-    affordable = isinstance(tracer.adapter, LanguageAdapter) and len(task.queries) <= EXPLAINED
-    affordable = affordable and attributor is tracer  # tokens explain the scores of one model
-    if affordable if options.tokens is None else options.tokens:
-        shown = tracer.explain(shown)
-    if isinstance(tracer.adapter, ClassifierAdapter) and isinstance(tracer.adapter.labels, OneClass):
-        shown = tracer.predict(shown)
+    shown = _explained(found["forward_inf"].keep(min(options.top_k, len(task.candidates))), tracer, options)
     others = [one for name, one in found.items() if name != "forward_inf"][:COMPARED]
     written = run.write(shown, metrics, tracer, table=table, compare=others, proponents=task.proponents, plot=plot)
     return {**written, "answers": run.answer(shown)}
+
+
+def _attributors(options: TraceOptions, ascent: AscentConfig) -> tuple[ForwardInf, ForwardInf | Difference]:
+    """Return the tracer of the model, and what scores: with a baseline model, the difference of both."""
+    chosen = {name: getattr(options, name) for name in ("reduction", "strategy", "screen", "keep", "audit")}
+    tracer = ForwardInf.from_pretrained(options.model, ascent=ascent, **chosen)
+    if options.baseline_model is None:
+        return tracer, tracer
+    return tracer, Difference(tracer, ForwardInf.from_pretrained(options.baseline_model, ascent=ascent, **chosen))
+
+
+def _measured_cost(tracer: ForwardInf, task: Task) -> dict[str, float]:
+    """Measure what a query costs, and say it."""
+    measured = cost.measure(tracer, task.queries, task.candidates)
+    measured |= cost.measure_screened(tracer, task.queries, task.candidates)
+    passes = measured["forward_passes_per_query"]
+    say(f"A query costs {passes:.2f} forward passes over the candidates in this process.")
+    if screened := measured.get("screened_forward_passes_per_query"):
+        say(f"With the screen, a further query costs {screened:.2f}.")
+    return measured
+
+
+def _explained(found: Attribution, tracer: ForwardInf, options: TraceOptions) -> Attribution:
+    """Add the scores of tokens where they are asked for or affordable, and a classifier's predictions."""
+    tokens = options.tokens
+    if tokens is None:  # they explain the scores of one model
+        affordable = isinstance(tracer.adapter, LanguageAdapter) and len(found) <= EXPLAINED
+        tokens = affordable and options.baseline_model is None
+    if tokens:
+        found = tracer.explain(found)
+    if isinstance(tracer.adapter, ClassifierAdapter) and isinstance(tracer.adapter.labels, OneClass):
+        found = tracer.predict(found)
+    return found
 
 
 def load_task(tracer: ForwardInf, options: TraceOptions) -> Task:

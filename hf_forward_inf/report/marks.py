@@ -95,7 +95,7 @@ def marked(pieces: Sequence[Piece], heat: Heat, shared: Collection[str] = ()) ->
     Args:
         pieces (`list[Piece]`): The text.
         heat (`Heat`): Scores of its tokens.
-        shared (`set[str]`): Words to mark ([`words`]).
+        shared (`set[str]`, defaults to none): Words to mark ([`words`]).
     """
     text = "".join(piece.text for piece in pieces)
     answers = [piece.answer for piece in pieces for _ in piece.text]

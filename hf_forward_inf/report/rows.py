@@ -104,7 +104,7 @@ class Reader:
             row (`dict`): The row.
             features (`datasets.Features`): The features of its dataset, which name classes.
             detail (`dict`, *optional*): Scores of its tokens or places.
-            shared (`set[str]`): Words to mark.
+            shared (`set[str]`, defaults to none): Words to mark.
             highest (`float`, *optional*): The highest of such scores among all rows of the query.
         """
         columns = self.columns if self.columns and set(self.columns) & set(row) else None

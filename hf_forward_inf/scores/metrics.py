@@ -111,7 +111,7 @@ def random_figures(candidates: int, proponents: Sequence[int], ks: Sequence[int]
     Args:
         candidates (`int`): Number of candidates, N.
         proponents (`Sequence[int]`): Each query's number of proponents, r.
-        ks (`Sequence[int]`): Cut-offs of precision and recall.
+        ks (`Sequence[int]`, defaults to 1, 3, 5, 10 and 25): Cut-offs of precision and recall.
 
     Returns:
         `dict[str, float]`: `mrr` ([`random_reciprocal_rank`]), `precision@k` = mean of r / N, `recall@k` = k / N.
@@ -194,7 +194,8 @@ def evaluate(
         scores (`np.ndarray`): Scores, `[queries, candidates]`, NaN for no score.
         proponents (`Sequence[Sequence[int]]`): For each query, the row numbers of its proponents. Queries without any
             are left out.
-        ks (`Sequence[int]`): Cut-offs of precision and recall; those above the number of candidates are skipped.
+        ks (`Sequence[int]`, defaults to 1, 3, 5, 10 and 25): Cut-offs of precision and recall; those above
+            the number of candidates are skipped.
         groups (`Sequence`, *optional*): Candidates with the same label are merged first ([`collapse`]).
         resamples (`int`, defaults to 1000): Number of bootstrap resamples for the interval of the MRR.
         seed (`int`, defaults to 0): Seed of the resamples.

@@ -209,8 +209,8 @@ def assembled(found: dict[int, Scored], lost: np.ndarray) -> tuple[np.ndarray, n
 def floor_under(kept: np.ndarray, audited: np.ndarray) -> float:
     """Return the score of all candidates that a screen does not keep: what one in ten random others reaches.
 
-    Not below the lowest of the kept, and not above the 25th best of them. Scores below are noise, which costs an
-    attribution more than it tells: on 5,000 sentences the LDS of a screened trace is .78 with this floor and .69 with
+    Not below the lowest of the kept, and not above the 25th best of them. Scores below are noise, which makes an
+    attribution worse: on 5,000 sentences the LDS of a screened trace is .78 with this floor and .69 with
     the lowest of the kept, on two smaller sets .65 and .74 instead of .62 and .73.
 
     Args:

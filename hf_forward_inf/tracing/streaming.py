@@ -43,7 +43,7 @@ class Progress:
         run (`str`): Fingerprint of the model, the queries and the options: another run can't resume from here.
         streamed (`int`, defaults to 0): Rows read and scored.
         unscored (`int`, defaults to 0): Rows among them without a finite loss.
-        stream_state (`dict`): `IterableDataset.state_dict()` after the last of these rows.
+        stream_state (`dict`, defaults to empty): `IterableDataset.state_dict()` after the last of these rows.
     """
 
     run: str

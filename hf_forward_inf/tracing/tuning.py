@@ -171,7 +171,7 @@ def _completed(attributor: Scorer, ascents: Sequence[AscentConfig]) -> list[Asce
 
 
 def _shown(ascent: AscentConfig, settings: Sequence[AscentConfig]) -> dict[str, Any]:
-    """Return the options that a trial is told apart by."""
+    """Return the options in which trials differ, and those that are always shown."""
     options = asdict(ascent)
     first = asdict(settings[0])
     differ = [name for name in options if any(asdict(one)[name] != first[name] for one in settings)]

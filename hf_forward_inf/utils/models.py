@@ -126,7 +126,7 @@ def uncompiled(model: nn.Module) -> nn.Module:
     """Return the module that `torch.compile` or DistributedDataParallel wraps, or the model itself.
 
     Raises:
-        TypeError: If the model is DeepSpeed's or the first FSDP's, which hold no parameters that can be told apart.
+        TypeError: If the model is DeepSpeed's or the first FSDP's, whose parameters are flattened into one.
     """
     if type(model).__name__ == "DeepSpeedEngine" or any(hasattr(p, "ds_id") for p in model.parameters()):
         raise TypeError(
