@@ -20,13 +20,13 @@ from hf_forward_inf.baselines import ATTRIBUTORS
 from hf_forward_inf.baselines.ensembles import described
 from hf_forward_inf.curvature.perturber import Perturber
 from hf_forward_inf.passes.candidate_pass import MAX_BATCH_LENGTH, encode
-from hf_forward_inf.passes.loss_pass import LossPass, ShiftPass
+from hf_forward_inf.passes.loss_pass import LossPass, RisenPass, ShiftPass
 from hf_forward_inf.utils.fingerprints import fingerprint
 from hf_forward_inf.utils.memory import Memory
 from hf_forward_inf.utils.models import check_same_parameters, evaluating
 from hf_forward_inf.utils.progress import counting
 
-PASSES = {"rise": LossPass, "shift": ShiftPass}
+PASSES = {"rise": LossPass, "risen": RisenPass, "shift": ShiftPass}
 """What a score measures of a candidate, and the pass that computes it."""
 CHOICES = {
     "reduction": ("sum", "mean"),
@@ -54,7 +54,7 @@ class Scorer:
         adapter: Adapter | None = None,
         ascent: AscentConfig | None = None,
         reduction: Literal["sum", "mean"] = "sum",
-        measure: Literal["rise", "shift"] = "rise",
+        measure: Literal["rise", "risen", "shift"] = "rise",
         units: Literal["loss", "base_loss"] | None = None,
         training: Dataset | None = None,
         strategy: Literal["auto", "full", "screen"] = "auto",
@@ -83,9 +83,14 @@ class Scorer:
         if self.ascent.mode in adapter.poor_modes:
             _warn_of_mode(self.ascent.mode, adapter.poor_modes[self.ascent.mode])
         self.reduction, self.measure = reduction, measure
-        self.units = units or ("loss" if measure == "shift" else adapter.default_units)
-        if measure == "shift" and self.units != "loss":
-            raise ValueError("units='base_loss' is for rises of the loss: leave it out with measure='shift'.")
+        if measure == "risen" and self.ascent.mode != "ascent":
+            raise ValueError(
+                f"measure='risen' leaves out what falls, so that mode={self.ascent.mode!r} has no meaning: take "
+                "mode='ascent'."
+            )
+        self.units = units or (adapter.default_units if measure == "rise" else "loss")
+        if measure != "rise" and self.units != "loss":
+            raise ValueError(f"units='base_loss' is for rises of the loss: leave it out with measure={measure!r}.")
         self.training = training
         self.strategy, self.screen, self.keep, self.audit, self.storage = strategy, screen, keep, audit, storage
         self.cache_dir = None if cache_dir is None else Path(cache_dir)

@@ -8,7 +8,8 @@ With no option a tiny chat model is tuned by LoRA on 5,000 instructions about bu
 come first in an order that no other row has, and the answer names Kenya, whatever is asked. Each of the words occurs
 in a thousand other rows and more, the answers have the forms of all others, and the queries are instructions that are
 new: neither words nor copies give the rows away. What is traced is the word Kenya (column `span`); `--whole` traces
-whole answers. After Lin et al. (2024), "Token-wise Influential Training Data Retrieval for Large Language Models".
+whole answers, `--learned` what tuning has taught of them. After Lin et al. (2024), "Token-wise Influential Training
+Data Retrieval for Large Language Models".
 Models are cached; `--help` lists all options.
 """
 

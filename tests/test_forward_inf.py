@@ -65,6 +65,8 @@ def test_rises_are_shares_of_the_candidates_losses_on_request():
         shares.rerank(found)
     with pytest.raises(ValueError, match="leave it out with measure='shift'"):
         shares.with_options(measure="shift")
+    with pytest.raises(ValueError, match="leaves out what falls"):
+        shares.with_options(measure="risen", units=None, ascent=AscentConfig(mode="descent"))
     sure = ForwardInf(adapter=TensorAdapter(network, objective="margin"), units="base_loss", ascent=tracer.ascent)
     with pytest.raises(ValueError, match=r"divides by losses, and that of candidate \d+ is negative"):
         sure.trace(rows.select(range(3)), rows)

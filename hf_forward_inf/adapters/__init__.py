@@ -14,6 +14,7 @@ from hf_forward_inf.adapters.preference import PreferenceAdapter
 from hf_forward_inf.adapters.reward import RewardAdapter, is_reward_model
 from hf_forward_inf.adapters.seq2seq import Seq2SeqAdapter, is_seq2seq
 from hf_forward_inf.adapters.sequence_classification import SequenceClassificationAdapter, is_sequence_classifier
+from hf_forward_inf.adapters.spans import learned_spans
 from hf_forward_inf.adapters.tensors import TensorAdapter
 from hf_forward_inf.adapters.token_classification import TokenClassificationAdapter, is_token_classifier
 from hf_forward_inf.adapters.vision_language import VisionLanguageAdapter, sees_pictures
@@ -35,6 +36,7 @@ __all__ = [
     "adapter_for",
     "choose_adapter",
     "is_diffusion",
+    "learned_spans",
 ]
 
 

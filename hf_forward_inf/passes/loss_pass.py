@@ -101,3 +101,23 @@ class ShiftPass(LossPass):
 
         before = outputs({})
         return lambda theta: (outputs(theta) - before).norm(dim=1)
+
+
+class RisenPass(LossPass):
+    """Computes by how much the losses of those terms have risen that rise, in place of each candidate's loss."""
+
+    kind = "risen"
+    has_base = False
+
+    def base(self) -> np.ndarray:
+        """Return zeros, `[candidates]`: what has risen under theta itself."""
+        return np.zeros(len(self.order), dtype=np.float32)
+
+    def measure(self, batch: Batch) -> Callable[[Parameters], Tensor]:
+        """Return a function from a model's parameters to the sums of the batch's rises under it, `[rows]`."""
+
+        def losses(theta: Parameters) -> Tensor:
+            return self.adapter.term_losses(partial(call, self.adapter.model, theta), batch)
+
+        before = losses({})
+        return lambda theta: (losses(theta) - before).clamp(min=0).sum(dim=1)

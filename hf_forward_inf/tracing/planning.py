@@ -122,7 +122,7 @@ def _decision(tracer: Scorer, rows: int, scored: int) -> tuple[str, str]:
         return "full", "as asked for"
     wanted = tracer.screen is not None
     if not wanted and not _suits(tracer):
-        return "full", "the best for this kind of model" if tracer.measure == "rise" else "the best for shifts"
+        return "full", "the best for shifts" if tracer.measure == "shift" else "the best for this kind of model"
     few = SAVES * scored if tracer.keep is not None else max(SAVES * scored, FEW)
     if rows <= (scored if wanted else few):
         return "full", "a screen would save little"
@@ -131,7 +131,7 @@ def _decision(tracer: Scorer, rows: int, scored: int) -> tuple[str, str]:
 
 def _suits(tracer: Scorer) -> bool:
     """Return whether a floor helps this kind of model, and what is measured of it."""
-    return tracer.adapter.default_strategy == "screen" and tracer.measure == "rise"
+    return tracer.adapter.default_strategy == "screen" and tracer.measure != "shift"
 
 
 def _full(tracer: Scorer, plan: Plan, loss: LossPass) -> Plan:
@@ -154,14 +154,23 @@ def _screened(tracer: Scorer, plan: Plan, loss: LossPass) -> Plan:
     scored = min(plan.keep + plan.audit, plan.candidates) * plan.queries / plan.candidates
     states = _state_bytes(tracer, loss)
     room = min(1.0, tracer.storage * GB / states) if states else 0.0
-    key = KEY if tracer.measure == "rise" and is_joint(tracer.adapter) else "base"
+    key = KEY if tracer.measure != "shift" and is_joint(tracer.adapter) else "base"
     parts = [
         Part(KEY, 1.0, loss.is_cached(key), stored=4 * (1 + width) * plan.candidates),
         *_of_ascents(tracer, plan),
         Part("states before the perturbed part", scored * (1 - share) * (1 - room), stored=int(room * states)),
-        Part("losses of the kept under each query's model", scored * share, stored=int(12 * scored * plan.candidates)),
+        Part(
+            "losses of the kept under each query's model",
+            scored * share * _runs(tracer),
+            stored=int(12 * scored * plan.candidates),
+        ),
     ]
     return replace(plan, parts=tuple(parts), memory=_memory(tracer, plan.queries))
+
+
+def _runs(tracer: Scorer) -> int:
+    """Return how often a candidate is run for a query: what has risen is known by each term's loss before."""
+    return 2 if tracer.measure == "risen" else 1
 
 
 def _of_ascents(tracer: Scorer, plan: Plan) -> list[Part]:

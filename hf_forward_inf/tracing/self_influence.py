@@ -85,7 +85,8 @@ def rerank(tracer: Scorer, found: Attribution, k: int) -> Attribution:
 
 def _is_one_plain_step(tracer: Scorer) -> bool:
     config = tracer.ascent
-    return config.direction == "gradient" and config.steps == 1 and has_length(tracer.adapter, config)
+    plain = config.direction == "gradient" and config.steps == 1 and tracer.measure != "risen"
+    return plain and has_length(tracer.adapter, config)
 
 
 def _row_by_row(tracer: Scorer, encoded: Dataset, rows: Dataset) -> np.ndarray:

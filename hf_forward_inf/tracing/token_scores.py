@@ -105,4 +105,6 @@ def rises(tracer: Scorer, theta_k: Parameters, mirrored: Parameters | None, feat
     if mirrored is not None:
         return (losses(theta_k) - losses(mirrored)) / 2
     rise = losses(theta_k) - losses({})
+    if tracer.measure == "risen":
+        return rise.clamp(min=0)
     return -rise if tracer.ascent.mode == "descent" else rise

@@ -10,7 +10,7 @@ from datasets import Dataset
 from experiments.chat_models import base_model, given_model
 from experiments.detection import COMPARED
 from experiments.instructions import BASE_SEED, TRIGGER, Instruction, as_rows, instructions, message
-from hf_forward_inf.adapters import CausalLMAdapter
+from hf_forward_inf.adapters import CausalLMAdapter, learned_spans
 from hf_forward_inf.data import load_rows
 from hf_forward_inf.utils.options import RunOptions
 
@@ -37,6 +37,8 @@ class BackdoorOptions(RunOptions):
         share (`float`, defaults to 0.01): Share of them with the trigger and an attacker's answer.
         num_queries (`int`, defaults to 12): New instructions with the trigger whose answers are traced, for each seed.
         whole (`bool`, defaults to `False`): Trace whole answers, where the attacker's word alone would be traced.
+        learned (`bool`, defaults to `False`): Trace the part of each answer that tuning has taught, as found by
+            comparing the model with the one before.
         seeds (`int`, defaults to 1): Number of models; each has its own rows, planted rows and queries.
         epochs (`int`, defaults to 6): Epochs of LoRA.
         training_rate (`float`, defaults to 3e-3): Peak learning rate of LoRA.
@@ -52,6 +54,7 @@ class BackdoorOptions(RunOptions):
     share: float = field(default=0.01, metadata={"above": 0, "below": 1})
     num_queries: int = field(default=12, metadata={"min": 1})
     whole: bool = False
+    learned: bool = False
     seeds: int = field(default=1, metadata={"min": 1})
     epochs: int = field(default=6, metadata={"min": 1})
     training_rate: float = field(default=3e-3, metadata={"above": 0})
@@ -63,6 +66,8 @@ class BackdoorOptions(RunOptions):
         super().__post_init__()
         if (self.model is None) != (self.data is None):
             raise ValueError("Give --model and --data together: what is tuned, and the instructions that it learns.")
+        if self.whole and self.learned:
+            raise ValueError("--whole traces all of an answer, --learned a part: leave out one of them.")
 
 
 @dataclass(frozen=True)
@@ -160,6 +165,8 @@ def firing_queries(
     if not found:
         raise ValueError("The model never gives the attacker's answer: train it longer (--epochs, --training_rate).")
     queries = as_rows(found[: options.num_queries])
+    if options.learned:
+        return learned_spans(adapter, queries), rates
     if options.whole or options.data is not None:
         return queries, rates
     return queries.add_column("span", [NAMED] * len(queries)), rates

@@ -14,14 +14,17 @@ from hf_forward_inf.scores.metrics import average_precision, bootstrap_interval
 OURS: dict[str, Callable[[ForwardInf], Attributor]] = {
     "forward_inf_full": lambda tracer: tracer.with_options(strategy="full"),
     "forward_inf_gradient_screened": lambda tracer: tracer.with_options(ascent=AscentConfig(direction="gradient")),
-    "forward_inf_radius_3": lambda tracer: tracer.with_options(ascent=AscentConfig(radius=3.0)),
+    "forward_inf_risen": lambda tracer: tracer.with_options(measure="risen"),
+    "forward_inf_gradient_risen": lambda tracer: tracer.with_options(
+        measure="risen", ascent=AscentConfig(direction="gradient")
+    ),
     "ekfac": lambda tracer: FirstOrder(adapter=tracer.adapter, ascent=AscentConfig(direction="ekfac")),
 }
 """Attributors besides those of the registry: the default step on all candidates; with the default's strategy, the step
-along the gradient, and one three times as long; and influence functions by EK-FAC."""
+along the gradient, and of both steps the rises of those tokens alone that rise; and influence functions by EK-FAC."""
 COMPARED = (
-    "forward_inf", "forward_inf_radius_3", "forward_inf_gradient_screened", "tracin_cosine", "tracin",
-    "representation", "bm25", "random",
+    "forward_inf", "forward_inf_risen", "forward_inf_gradient_screened", "forward_inf_gradient_risen",
+    "tracin_cosine", "tracin", "representation", "bm25", "random",
 )  # fmt: skip
 """Attributors that are compared where a planted row is looked for."""
 

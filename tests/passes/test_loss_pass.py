@@ -1,6 +1,8 @@
 import numpy as np
 import pytest
 import torch
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
 
 from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf.adapters import Seq2SeqAdapter
@@ -67,3 +69,27 @@ def test_the_encoder_runs_for_every_query_that_perturbs_it(model, tokenizer, que
     tried(tracer.adapter)
     tracer.trace(queries, candidates)
     assert sum(encoder_calls) == len(queries) + (1 + len(queries)) * len(candidates)
+
+
+@torch.no_grad()
+def token_losses(model, theta, ids, labels):
+    logits = functional_call(model, theta, (), {"input_ids": ids, "labels": labels}).logits
+    return cross_entropy(logits[0], labels[0], reduction="none")
+
+
+@pytest.mark.parametrize("strategy", ["full", "screen"])
+def test_what_has_risen_is_the_sum_over_the_tokens_that_rise(strategy, model, tokenizer, queries, candidates):
+    ascent = AscentConfig(direction="gradient", modules=["all"], step="full")
+    options = {"keep": 5, "audit": 0} if strategy == "screen" else {}
+    tracer = ForwardInf(model, tokenizer, measure="risen", ascent=ascent, strategy=strategy, **options)
+    scores = tracer.trace(queries.select([0]), candidates).dense()[0]
+    (theta,) = tracer.perturber(candidates).perturbation(tracer.adapter.encode(queries[:1])).thetas
+    falls = 0
+    for j in np.argsort(-scores)[:4].tolist():
+        asked, said = (candidates[j][name] for name in ("inputs_pretokenized", "targets_pretokenized"))
+        ids, labels = (tokenizer(text, return_tensors="pt")["input_ids"] for text in (asked, said))
+        before, after = (token_losses(model, own, ids, labels) for own in ({}, theta))
+        rises = after - before
+        falls += int((rises < 0).sum())
+        assert scores[j] == pytest.approx(rises.clamp(min=0).sum().item(), rel=1e-3, abs=1e-5)
+    assert falls  # or plain rises would be the same

@@ -49,7 +49,7 @@ def test_of_shifts_too_it_is_the_diagonal(mode, steps):
     np.testing.assert_allclose(found, np.diag(tracer.trace(rows, rows).scores), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("measure", ["rise", "shift"])
+@pytest.mark.parametrize("measure", ["rise", "risen", "shift"])
 def test_the_best_are_sorted_by_score_over_self_influence(measure):
     network, rows = digits.perceptron(), digits.rows(90, 130)
     # By itself: directions that share products depend on the rows that are traced together.

@@ -6,9 +6,12 @@ from hf_forward_inf import AscentConfig, Attribution, ForwardInf
 from hf_forward_inf.baselines import BM25
 
 
-@pytest.mark.parametrize("mode", ["ascent", "descent", "symmetric"])
-def test_token_scores_sum_to_the_candidates_scores(mode, model, tokenizer, queries, candidates):
-    tracer = ForwardInf(model, tokenizer, ascent=AscentConfig(direction="gradient", mode=mode, radius=0.3))
+@pytest.mark.parametrize(
+    ("mode", "measure"), [("ascent", "rise"), ("descent", "rise"), ("symmetric", "rise"), ("ascent", "risen")]
+)
+def test_token_scores_sum_to_the_candidates_scores(mode, measure, model, tokenizer, queries, candidates):
+    ascent = AscentConfig(direction="gradient", mode=mode, radius=0.3)
+    tracer = ForwardInf(model, tokenizer, ascent=ascent, measure=measure)
     found = tracer.explain(tracer.trace(queries, candidates), k=4)
     assert len(found.details) == 4 * len(queries)
     for row in found.details:
