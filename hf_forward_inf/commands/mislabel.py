@@ -40,10 +40,10 @@ def mislabel_run(options: MislabelOptions) -> dict[str, Any]:
     """Rank labels, and write `metrics.json`, `attribution/` and `report.html` into the output folder.
 
     Labels that may be wrong are ranked by [`rank_labels`]; where it is known which are wrong, this is measured:
-    `detected_at_15_percent`, with its ceiling and precision, and `auc` ([`metrics.detection`]): bare of Forward-INF's
-    self-influence, and of TracIn's, of influence functions', of the loss and of a random order under their names. With
-    several checkpoints scores are summed over them; figures of each stand under `epoch_20/` and so on. The report
-    traces the images of highest self-influence.
+    `detected_at_15_percent`, with its ceiling and precision, and `auc` ([`metrics.detection`]). Those of Forward-INF's
+    self-influence have no prefix; those of TracIn's, of influence functions', of the loss and of a random order have
+    their names before them. With several checkpoints scores are summed over them; figures of each are under
+    `epoch_20/` and so on. The report traces the images of highest self-influence.
 
     Raises:
         FileExistsError: If the folder holds a finished run and `overwrite` is not set.
