@@ -1,3 +1,4 @@
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -176,3 +177,12 @@ def test_a_complete_run_that_a_kill_left_unplaced_is_loaded(found, tmp_path):
     again = Attribution.load_from_disk(tmp_path / "attribution")
     np.testing.assert_array_equal(again.scores, found.scores)
     assert [path.name for path in tmp_path.iterdir()] == ["attribution"]
+
+
+def test_it_can_be_loaded_while_another_process_saves_it(found, tmp_path):
+    found.save_to_disk(tmp_path / "saved")
+    with ThreadPoolExecutor() as pool:
+        saving = pool.submit(lambda: [found.save_to_disk(tmp_path / "saved") for _ in range(8)])
+        for _ in range(8):
+            np.testing.assert_array_equal(Attribution.load_from_disk(tmp_path / "saved").scores, found.scores)
+        saving.result()

@@ -11,7 +11,7 @@ from datasets import Dataset, Features, List, Value, load_from_disk
 from hf_forward_inf.plan import Plan
 from hf_forward_inf.scores.levels import Background
 from hf_forward_inf.utils.processes import progress_bars
-from hf_forward_inf.utils.storage import finish, write_all
+from hf_forward_inf.utils.storage import alone_in, finish, write_all
 
 FORMAT = 2
 """Version of the folder's format."""
@@ -84,8 +84,9 @@ def load(folder: Path) -> dict[str, Any]:
     """
     finish(folder.parent)  # where a command that was killed had written a whole run
     finish(folder)
-    text = (folder / ABOUT).read_text()
-    saved = {name: load_from_disk(folder / name) for name in (*PARTS, "scores") if (folder / name).exists()}
+    with alone_in(folder):  # another process may just be saving it
+        text = (folder / ABOUT).read_text()
+        saved = {name: load_from_disk(folder / name) for name in (*PARTS, "scores") if (folder / name).exists()}
     return arguments(text, saved, str(folder))
 
 

@@ -138,7 +138,7 @@ def write_all(folder: Path, writers: Mapping[str, Callable[[Path], object] | Non
                 (run / f"{REMOVED}{name}").touch()
             else:
                 write(run / name)
-        with _alone_in(folder):
+        with alone_in(folder):
             _put_in_place(folder)
             os.replace(run, folder / COMPLETE)
             _put_in_place(folder)
@@ -148,13 +148,13 @@ def finish(folder: Path) -> None:
     """Put in place what an interrupted [`write_all`] has completed, if there is any, and delete what else it left."""
     clear(folder)
     if (folder / COMPLETE).is_dir():
-        with _alone_in(folder):
+        with alone_in(folder):
             _put_in_place(folder)
 
 
 @contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Wait until no other process puts anything in place in a folder: all of a run may save the same result."""
+def alone_in(folder: Path) -> Iterator[None]:
+    """Wait until no other process puts anything in place in a folder, or reads it: all of a run may save the same."""
     opened = os.open(folder, os.O_RDONLY) if fcntl else None
     try:
         if fcntl and opened is not None:
