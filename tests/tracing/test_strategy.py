@@ -237,7 +237,7 @@ def test_auto_screens_language_models_where_that_saves_something(model, tokenize
     plan = tracer.plan(queries, corpus["abstracts"])
     assert (plan.strategy, plan.screen, plan.audit) == ("screen", "bm25+representation", 30)
     assert plan.keep == np.ceil(0.05 * len(corpus["abstracts"]))
-    assert "base losses and hidden states: 1 passes" in str(plan)
+    assert "base losses and hidden states: 1 pass" in str(plan)
     assert tracer.plan(queries, corpus["abstracts"].select(range(200))).reason == "a screen would save little"
     assert tracer.with_options(screen="bm25").plan(queries, corpus["abstracts"].select(range(200))).screen == "bm25"
     assert tracer.with_options(keep=999).plan(queries, corpus["abstracts"]).strategy == "full"
