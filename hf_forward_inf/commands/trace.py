@@ -43,7 +43,7 @@ def trace_run(options: TraceOptions, ascent: AscentConfig) -> dict[str, Any]:
     task = load_task(tracer, options)
 
     say(f"Tracing {len(task.queries)} queries over {len(task.candidates):,} candidates with {options.model} ...")
-    limits = {} if options.time_budget is None else {"time_budget": options.time_budget}
+    limits: dict[str, Any] = {} if options.time_budget is None else {"time_budget": options.time_budget}
     found = {"forward_inf": attributor.trace(task.queries, task.candidates, **limits)}
     plan = found["forward_inf"].plan
     costs: dict[str, float] = {}
