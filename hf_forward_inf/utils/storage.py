@@ -235,8 +235,16 @@ def clear(parent: Path) -> None:
     """Delete temporary folders whose process is no longer alive; once a run for each folder."""
     for folder in parent.glob(f"{TEMPORARY}{machine()}-*"):
         process = folder.name.removeprefix(f"{TEMPORARY}{machine()}-").partition("-")[0]
-        if process.isdigit() and not psutil.pid_exists(int(process)):
+        if process.isdigit() and not _is_alive(int(process)):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_alive(process: int) -> bool:
+    """Whether a process runs; one that was killed and that its parent has not asked about does not."""
+    try:
+        return bool(psutil.Process(process).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 @lru_cache(maxsize=1)

@@ -118,7 +118,7 @@ def test_an_interruption_at_any_point_leaves_one_run_whole(tmp_path, monkeypatch
     assert contents(tmp_path) == OLD
     stopped = interrupted_after(calls, monkeypatch, lambda: write_all(tmp_path, run_of("new", gone=None)))
     begun = (tmp_path / ".complete").exists()
-    monkeypatch.setattr("hf_forward_inf.utils.storage.psutil.pid_exists", lambda _: False)  # as later, in another one
+    monkeypatch.setattr("hf_forward_inf.utils.storage._is_alive", lambda _: False)  # as later, in another one
     clear.cache_clear()
     finish(tmp_path)
     assert contents(tmp_path) == (OLD if stopped and not begun and calls == 0 else NEW)
