@@ -1,5 +1,6 @@
 """Step 3 of Algorithm 1: the loss of every candidate, by forward passes only."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -7,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_forward_inf.adapters.base import Batch, Rows
+from hf_forward_inf.adapters.base import Batch, Forward, Rows
 from hf_forward_inf.ascent.parameters import Parameters, call
 from hf_forward_inf.ascent.steps import PerturbedModels
 from hf_forward_inf.passes.candidate_pass import CandidatePass
@@ -83,41 +84,56 @@ class LossPass(CandidatePass):
         return lambda theta: self.adapter.loss(partial(call, self.adapter.model, theta), batch)
 
 
-class ShiftPass(LossPass):
-    """Computes the distance of each candidate's outputs from those under theta, in place of its loss."""
+class ChangePass(LossPass):
+    """Computes how far each candidate has moved from where it is under theta, in place of its loss."""
+
+    has_base = False
+
+    def base(self) -> np.ndarray:
+        """Return zeros, `[candidates]`: nothing has moved under theta itself."""
+        return np.zeros(len(self.order), dtype=np.float32)
+
+    def measure(self, batch: Batch) -> Callable[[Parameters], Tensor]:
+        """Return a function from a model's parameters to how far the batch has moved under it, `[rows]`."""
+
+        def seen(theta: Parameters) -> Tensor:
+            return self.seen(partial(call, self.adapter.model, theta), batch)
+
+        before = seen({})
+        return lambda theta: self.moved(seen(theta) - before)
+
+    @abstractmethod
+    def seen(self, forward: Forward, batch: Batch) -> Tensor:
+        """Return what moves, `[rows, ...]`."""
+
+    @abstractmethod
+    def moved(self, change: Tensor) -> Tensor:
+        """Return how far a change of that is, `[rows]`."""
+
+
+class ShiftPass(ChangePass):
+    """Computes the distance of each candidate's outputs from those under theta."""
 
     kind = "shift"
-    has_base = False
 
-    def base(self) -> np.ndarray:
-        """Return zeros, `[candidates]`: the distance under theta itself."""
-        return np.zeros(len(self.order), dtype=np.float32)
+    def seen(self, forward: Forward, batch: Batch) -> Tensor:
+        """Return the outputs, `[rows, numbers]`."""
+        return self.adapter.outputs(forward, batch)
 
-    def measure(self, batch: Batch) -> Callable[[Parameters], Tensor]:
-        """Return a function from a model's parameters to the distances of the batch's outputs under it, `[rows]`."""
-
-        def outputs(theta: Parameters) -> Tensor:
-            return self.adapter.outputs(partial(call, self.adapter.model, theta), batch)
-
-        before = outputs({})
-        return lambda theta: (outputs(theta) - before).norm(dim=1)
+    def moved(self, change: Tensor) -> Tensor:
+        """Return the norm, `[rows]`."""
+        return change.norm(dim=1)
 
 
-class RisenPass(LossPass):
-    """Computes by how much the losses of those terms have risen that rise, in place of each candidate's loss."""
+class RisenPass(ChangePass):
+    """Computes by how much the losses of those terms have risen that rise."""
 
     kind = "risen"
-    has_base = False
 
-    def base(self) -> np.ndarray:
-        """Return zeros, `[candidates]`: what has risen under theta itself."""
-        return np.zeros(len(self.order), dtype=np.float32)
+    def seen(self, forward: Forward, batch: Batch) -> Tensor:
+        """Return the losses of all terms, `[rows, terms]`."""
+        return self.adapter.term_losses(forward, batch)
 
-    def measure(self, batch: Batch) -> Callable[[Parameters], Tensor]:
-        """Return a function from a model's parameters to the sums of the batch's rises under it, `[rows]`."""
-
-        def losses(theta: Parameters) -> Tensor:
-            return self.adapter.term_losses(partial(call, self.adapter.model, theta), batch)
-
-        before = losses({})
-        return lambda theta: (losses(theta) - before).clamp(min=0).sum(dim=1)
+    def moved(self, change: Tensor) -> Tensor:
+        """Return the sum of the rises, `[rows]`."""
+        return change.clamp(min=0).sum(dim=1)

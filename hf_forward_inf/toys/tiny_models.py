@@ -1,6 +1,7 @@
 """Small models for recipes without a model: trained once on the data that they are traced on, and cached."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -164,15 +165,15 @@ def train_llama(
     return model
 
 
-def untrained_llama(vocabulary: int, sizes: dict[str, int] = LLAMA_SIZES) -> Any:
+def untrained_llama(vocabulary: int, sizes: Mapping[str, Any] = LLAMA_SIZES) -> Any:
     """Return a Llama with random weights, drawn from torch's generator, for a tokenizer of [`train_tokenizer`].
 
     Args:
         vocabulary (`int`): Number of tokens.
-        sizes (`dict[str, int]`, *optional*): Arguments of `LlamaConfig`. Defaults to [`LLAMA_SIZES`].
+        sizes (`dict`, *optional*): Arguments of `LlamaConfig`. Defaults to [`LLAMA_SIZES`].
     """
     special: dict[str, Any] = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **special, **cast(Any, sizes)))
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **special, **sizes))
 
 
 def fit(

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from experiments.finetuning import FineTuning
 from experiments.retrainable import Retrainable
 from hf_forward_inf.adapters import CausalLMAdapter
 from hf_forward_inf.data import builtin_facts, load_rows
-from hf_forward_inf.toys.tiny_models import train_tokenizer
+from hf_forward_inf.toys.tiny_models import train_tokenizer, untrained_llama
 from hf_forward_inf.utils.fingerprints import fingerprint
 from hf_forward_inf.utils.processes import process_state, say
 from hf_forward_inf.utils.rows import fill_in
@@ -165,10 +165,7 @@ def _pretrained(found: Texts) -> tuple[CausalLMAdapter, str]:
         say(f"A small Llama is pretrained on {len(found.rest)} texts.")
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            special: dict[str, Any] = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
-            special |= {"attn_implementation": ATTENTION, **SIZES}
-            config = LlamaConfig(vocab_size=len(tokenizer), **special)
-            model = LlamaForCausalLM(config)
+            model = untrained_llama(len(tokenizer), {"attn_implementation": ATTENTION, **SIZES})
         rows = _as_rows(found.rest)
         return FineTuning(CausalLMAdapter(model, tokenizer), rows, rows, **PRETRAINING).model(0)
 
