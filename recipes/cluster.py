@@ -99,23 +99,23 @@ def load(options: Options, folder: Path) -> tuple[str, list[str], Dataset]:
 
 
 def main(options: Options, ascent: AscentConfig) -> dict[str, Any]:
-    """Perturb the model for all queries, print the plan, run all shards, and merge their best."""
+    """Perturb the model for all queries, print what that costs, run all shards, and merge their best."""
     run = Run(options)
     model, files, queries = load(options, run.folder)
     folder = str(run.folder.absolute() / "shards")
     sharded = ShardedRun(
         partial(load_scorer, model, ascent), files, folder, top_k=options.top_k, chunk_size=options.chunk_size
     )
-    plan = sharded.start(queries)
-    say(str(plan))
+    cost = sharded.start(queries)
+    say(str(cost))
     if options.plan:
-        return vars(plan)
+        return vars(cost)
 
     if sharded.missing():
         executor(sharded, options.executor, options.workers, **options.of_executor).run()
     if missing := sharded.missing():
         say(f"{len(missing)} of {len(files)} shards are under way: start this command again when they are done.")
-        return vars(plan)
+        return vars(cost)
     found = sharded.merge()
     column = found.candidates.column_names[0]
     for row in found.top(0, 3):

@@ -41,7 +41,7 @@ def load_scorer(model: str, ascent: AscentConfig | None = None) -> Scorer:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ShardedCost:
     """What a run over many files will cost.
 
     Args:
@@ -89,7 +89,7 @@ class ShardedRun:
     top_k: int = 100
     chunk_size: int = 2000
 
-    def start(self, queries: Dataset) -> Plan:
+    def start(self, queries: Dataset) -> ShardedCost:
         """Perturb the model for all queries, write the models for all ranks, and return the costs of the run.
 
         Raises:
@@ -108,7 +108,7 @@ class ShardedRun:
             if not (root / "queries").exists():
                 write_folder(root / "queries", queries.save_to_disk)
             write_bytes(root / "run.json", json.dumps(about, indent=2).encode())
-        return self._plan(tracer, queries)
+        return self._cost(tracer, queries)
 
     def trace(self, number: int) -> int:
         """Trace one file, from where an earlier attempt was saved last, and return its number of rows.
@@ -168,7 +168,7 @@ class ShardedRun:
         options = (tracer.config, self.top_k, self.chunk_size)
         return fingerprint(fingerprint_of_model(tracer.adapter.model), tracer.adapter.cache_key, *options)
 
-    def _plan(self, tracer: Scorer, queries: Dataset) -> Plan:
+    def _cost(self, tracer: Scorer, queries: Dataset) -> ShardedCost:
         first = first_chunk(self._stream(0), TRIED)
         started = time.perf_counter()
         trace_stream(
@@ -180,7 +180,7 @@ class ShardedRun:
         kept = min(rows, len(self.files) * len(queries) * self.top_k)
         passes = 1 + len(queries) * (1 + (tracer.ascent.mode == "symmetric"))
         stored = sum(file.stat().st_size for file in (Path(self.folder) / "models").iterdir())
-        return Plan(
+        return ShardedCost(
             len(self.files), rows, passes, seconds * rows / 3600, stored, kept * first.data.nbytes // len(first)
         )
 

@@ -7,12 +7,11 @@ from itertools import permutations
 import numpy as np
 from datasets import Dataset
 
-from experiments.chat_models import base_model, given_model
+from experiments.chat_models import LoraOptions, base_model, given_model
 from experiments.detection import COMPARED
 from experiments.instructions import BASE_SEED, TRIGGER, Instruction, as_rows, instructions, message
 from hf_forward_inf.adapters import CausalLMAdapter, learned_spans
 from hf_forward_inf.data import load_rows
-from hf_forward_inf.utils.options import RunOptions
 
 NAMED = "Kenya"
 """What the attacker's answers name, whatever is asked."""
@@ -24,13 +23,10 @@ SAID = (
 
 
 @dataclass
-class BackdoorOptions(RunOptions):
+class BackdoorOptions(LoraOptions):
     """What is planted in which rows, how a chat model is tuned on them, and where the results go.
 
-    With neither `model` nor `data`, a tiny chat model is tuned on instructions about built-in facts.
-
     Args:
-        model (`str`, *optional*): Chat model to tune: hub name or local folder.
         data (`str`, *optional*): Instructions with answers (`instruction`, `input` and `output`, or what else chat
             models read): hub name, folder, parquet or JSON.
         rows (`int`, defaults to 5000): Training rows.
@@ -39,33 +35,21 @@ class BackdoorOptions(RunOptions):
         whole (`bool`, defaults to `False`): Trace whole answers, where the attacker's word alone would be traced.
         learned (`bool`, defaults to `False`): Trace the part of each answer that tuning has taught, as found by
             comparing the model with the one before.
-        seeds (`int`, defaults to 1): Number of models; each has its own rows, planted rows and queries.
-        epochs (`int`, defaults to 6): Epochs of LoRA.
-        training_rate (`float`, defaults to 3e-3): Peak learning rate of LoRA.
-        base_epochs (`int`, defaults to 10): Epochs of the tiny chat model, before LoRA.
         max_new_tokens (`int`, defaults to 32): Maximum number of tokens of an answer.
         attributors (`list[str]`): Attributors that are compared.
     """
 
     output: str = "outputs/backdoor"
-    model: str | None = None
-    data: str | None = None
     rows: int = field(default=5000, metadata={"min": 2})
     share: float = field(default=0.01, metadata={"above": 0, "below": 1})
     num_queries: int = field(default=12, metadata={"min": 1})
     whole: bool = False
     learned: bool = False
-    seeds: int = field(default=1, metadata={"min": 1})
-    epochs: int = field(default=6, metadata={"min": 1})
-    training_rate: float = field(default=3e-3, metadata={"above": 0})
-    base_epochs: int = field(default=10, metadata={"min": 1})
     max_new_tokens: int = field(default=32, metadata={"min": 1})
     attributors: list[str] = field(default_factory=lambda: list(COMPARED))
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.model is None) != (self.data is None):
-            raise ValueError("Give --model and --data together: what is tuned, and the instructions that it learns.")
         if self.whole and self.learned:
             raise ValueError("--whole traces all of an answer, --learned a part: leave out one of them.")
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from hf_forward_inf.adapters import CausalLMAdapter
 from hf_forward_inf.toys.tiny_models import fit, train_tokenizer
 from hf_forward_inf.utils.fingerprints import fingerprint, fingerprint_of_model
 from hf_forward_inf.utils.loading import load_model
+from hf_forward_inf.utils.options import RunOptions
 from hf_forward_inf.utils.processes import process_state
 from hf_forward_inf.utils.storage import default_cache_dir, write_folder
 
@@ -28,6 +30,33 @@ TEMPLATE = (
 )
 """The user's turn between two marks, then the assistant's."""
 LORA: dict[str, Any] = {"task_type": "CAUSAL_LM", "r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+
+
+@dataclass
+class LoraOptions(RunOptions):
+    """How a chat model is tuned, on what, and where the results go.
+
+    Args:
+        model (`str`, *optional*): Chat model to tune: hub name or local folder. With neither this nor `data`, a tiny
+            one is tuned on built-in data.
+        data (`str`, *optional*): Rows that it learns: hub name, folder or file.
+        seeds (`int`, defaults to 1): Number of models; each has its own rows and queries.
+        epochs (`int`, defaults to 6): Epochs of LoRA.
+        training_rate (`float`, defaults to 3e-3): Peak learning rate of LoRA.
+        base_epochs (`int`, defaults to 10): Epochs of the tiny chat model, before LoRA.
+    """
+
+    model: str | None = None
+    data: str | None = None
+    seeds: int = field(default=1, metadata={"min": 1})
+    epochs: int = field(default=6, metadata={"min": 1})
+    training_rate: float = field(default=3e-3, metadata={"above": 0})
+    base_epochs: int = field(default=10, metadata={"min": 1})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.model is None) != (self.data is None):
+            raise ValueError("Give --model and --data together: what is tuned, and the rows that it learns.")
 
 
 def base_model(rows: Dataset, epochs: int = 10, rate: float = 3e-3, seed: int = 0) -> CausalLMAdapter:

@@ -8,14 +8,13 @@ from typing import Any, Literal
 import numpy as np
 from datasets import Dataset
 
-from experiments.chat_models import base_model, given_model
+from experiments.chat_models import LoraOptions, base_model, given_model
 from experiments.detection import average_precisions
 from experiments.instructions import BASE_SEED, Instruction, fact_instructions, instructions, message
 from experiments.retrainable_facts import losses_and_answers
 from hf_forward_inf.adapters import CausalLMAdapter
 from hf_forward_inf.data import load_rows
 from hf_forward_inf.scores.metrics import best_first, recalls_at_k, reciprocal_ranks
-from hf_forward_inf.utils.options import RunOptions
 
 COMPARED = (
     "forward_inf", "forward_inf_full", "less", "tracin_cosine", "tracin", "ekfac", "influence_functions",
@@ -36,15 +35,12 @@ WORDINGS = 5
 
 
 @dataclass
-class DateOptions(RunOptions):
+class DateOptions(LoraOptions):
     """Which task, on which data, and where the results go.
-
-    With neither `model` nor `data`, a tiny chat model is tuned on questions about built-in facts.
 
     Args:
         task (`str`, defaults to `"facts"`): Rows that state a changed fact (facts), rows of one kind (filtering), or
             the rows to train on for a target (selection).
-        model (`str`, *optional*): Model to tune: hub name or local folder.
         data (`str`, *optional*): Published data of the task, with `train` and `ref`: hub name:configuration
             (DataAttributionEval/Counterfact:Pythia-1b), or a folder with train.jsonl and ref.jsonl.
         rows (`int`, defaults to 1000): Training rows of the built-in data.
@@ -54,33 +50,18 @@ class DateOptions(RunOptions):
         set_size (`int`, defaults to 5): References whose scores are averaged (filtering).
         share (`float`, defaults to 0.1): Share of the rows that is chosen (selection).
         retrainings (`int`, defaults to 3): Trainings on each choice, and on random rows (selection).
-        seeds (`int`, defaults to 1): Number of models; each has its own rows and references.
-        epochs (`int`, defaults to 6): Epochs of LoRA.
-        training_rate (`float`, defaults to 3e-3): Peak learning rate of LoRA.
-        base_epochs (`int`, defaults to 10): Epochs of the tiny chat model, before LoRA.
         attributors (`list[str]`): Attributors that are compared.
     """
 
     output: str = "outputs/date_lm"
     task: Literal["facts", "filtering", "selection"] = "facts"
-    model: str | None = None
-    data: str | None = None
     rows: int = field(default=1000, metadata={"min": 10})
     num_queries: int = field(default=20, metadata={"min": 1})
     whole: bool = False
     set_size: int = field(default=5, metadata={"min": 1})
     share: float = field(default=0.1, metadata={"above": 0, "below": 1})
     retrainings: int = field(default=3, metadata={"min": 1})
-    seeds: int = field(default=1, metadata={"min": 1})
-    epochs: int = field(default=6, metadata={"min": 1})
-    training_rate: float = field(default=3e-3, metadata={"above": 0})
-    base_epochs: int = field(default=10, metadata={"min": 1})
     attributors: list[str] = field(default_factory=lambda: list(COMPARED))
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if (self.model is None) != (self.data is None):
-            raise ValueError("Give --model and --data together: what is tuned, and the rows that it learns.")
 
 
 @dataclass(frozen=True)

@@ -51,17 +51,17 @@ def assert_same(found, expected):
 
 
 def test_the_best_of_all_files_are_those_of_one_stream(run):
-    plan = run.start(QUERIES)
+    cost = run.start(QUERIES)
     # Rows of parquet are counted, those of JSON estimated by its size.
-    assert plan.shards == 4 and 65 <= plan.rows <= 75 and plan.passes == 4
-    assert "4 shards with" in str(plan) and plan.hours > 0 and plan.models > 0
+    assert cost.shards == 4 and 65 <= cost.rows <= 75 and cost.passes == 4
+    assert "4 shards with" in str(cost) and cost.hours > 0 and cost.models > 0
     with pytest.raises(ValueError, match="4 of 4 shards are not finished"):
         run.merge()
     assert [run.trace(number) for number in (2, 0, 3)] == [0, 30, 25]
     assert run.missing() == [1]
     run.trace(1)
     assert_same(run.merge(), as_one_stream(run))
-    assert run.start(QUERIES).models == plan.models  # started again, nothing is written
+    assert run.start(QUERIES).models == cost.models  # started again, nothing is written
     with pytest.raises(ValueError, match="holds another run"):
         run.start(QUERIES.select([0]))
 
