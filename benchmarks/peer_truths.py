@@ -55,15 +55,16 @@ def sentences_task(folder: Path) -> None:
     write_truths(folder, task, truths, lambda: task.adapter(0).model, Dataset.from_dict(columns), known=known)
 
 
-def texts_task(folder: Path, data: str | None, seeds: int) -> None:
+def texts_task(folder: Path, data: str | None, seeds: int, epochs: int = 2) -> None:
     """Write the task of `recipes/lds.py --task texts`: sentences without 50%, and without 1%.
 
     Args:
         folder (`Path`): Where to.
         data (`str`, *optional*): Sentences, as of the recipe.
         seeds (`int`): Trainings of each subset.
+        epochs (`int`, defaults to 2): Passes of the fine-tuning, as of the recipe.
     """
-    options = LdsOptions(task="texts", data=data, num_queries=QUERIES, seeds=seeds)
+    options = LdsOptions(task="texts", data=data, num_queries=QUERIES, seeds=seeds, epochs=epochs)
     few = replace(options, drop=0.01)
     task = load_task(few)
     truths = {"halves": retrain_subsets(load_task(options), options), "hundredths": retrain_subsets(task, few)}

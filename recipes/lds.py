@@ -6,6 +6,7 @@
     python recipes/lds.py --task sentences    # a tiny Llama
     python recipes/lds.py --task texts --data abstracts.parquet    # fine-tuned on 5,000 sentences, of WebNLG for one
     python recipes/lds.py --task texts --data abstracts.parquet --drop 0.01 --qld 20
+    python recipes/lds.py --task texts --data abstracts.parquet --epochs 10    # known by heart
     python recipes/lds.py --task texts --model gpt2 --data Salesforce/wikitext:wikitext-2-raw-v1 --blocks --drop 0.01
 
 With no option: scikit-learn's digits and a network of 1,810 parameters, trained again on 120 random halves of 800

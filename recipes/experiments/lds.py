@@ -12,7 +12,7 @@ from experiments.attributor_sets import DIRECTIONS, chosen_directions, grid
 from experiments.retrainable import NETWORKS, Retrainable, digits
 from experiments.retrainable_facts import facts
 from experiments.retrainable_sentences import sentences
-from experiments.retrainable_texts import texts
+from experiments.retrainable_texts import TUNING, texts
 from hf_forward_inf.adapters import Adapter
 from hf_forward_inf.ascent.config import AscentConfig
 from hf_forward_inf.attribution import Attribution, Attributor
@@ -84,6 +84,8 @@ class LdsOptions(RunOptions):
         model (`str`, *optional*): For texts: a causal language model to fine-tune, a folder or hub name. Defaults to a
             small Llama.
         blocks (`bool`, defaults to `False`): For texts: cut them into blocks of 128 tokens.
+        epochs (`int`, defaults to 2): For texts: passes of the fine-tuning over the candidates, which are known by
+            heart after ten.
         drop (`float`, defaults to 0.5): Share of the candidates that each subset lacks.
         qld (`int`, defaults to 0): Queries whose best 1% of the candidates by some attributors are removed.
         qld_methods (`list[str]`, *optional*): Those attributors.
@@ -110,6 +112,7 @@ class LdsOptions(RunOptions):
     data: str | None = None
     model: str | None = None
     blocks: bool = False
+    epochs: int = field(default=TUNING["epochs"], metadata={"min": 1})
     drop: float = field(default=0.5, metadata={"above": 0, "below": 1})
     qld: int = field(default=0, metadata={"min": 0})
     qld_methods: list[str] = field(default_factory=lambda: list(QLD_METHODS))
@@ -146,7 +149,7 @@ def load_task(options: LdsOptions) -> Retrainable:
     if options.task == "texts":
         return texts(
             options.num_candidates, options.num_queries, source=options.data, model=options.model,
-            blocks=options.blocks, autocast=options.drop > LARGE_DROP,
+            blocks=options.blocks, epochs=options.epochs, autocast=options.drop > LARGE_DROP,
         )  # fmt: skip
     make = {"facts": facts, "sentences": sentences}[options.task]
     return make(options.num_candidates, options.num_queries)

@@ -87,6 +87,7 @@ def texts(
     source: str | None = None,
     model: str | None = None,
     blocks: bool = False,
+    epochs: int = TUNING["epochs"],
     autocast: bool = False,
 ) -> Retrainable:
     """Return the task of fine-tuning a language model on texts; queries are texts about the candidates' topics.
@@ -98,6 +99,7 @@ def texts(
         model (`str`, *optional*): A causal language model and its tokenizer, a folder or hub name. Defaults to a small
             Llama that is pretrained on other topics of the same source.
         blocks (`bool`, defaults to `False`): Cut the texts into blocks, several to a block.
+        epochs (`int`, defaults to 2): Passes of the fine-tuning over the candidates.
         autocast (`bool`, defaults to `False`): Train again in bfloat16, whose noise is as large as the effect of a
             single block. The model that is explained is always trained in float32.
 
@@ -107,10 +109,11 @@ def texts(
     found = read_texts(source)
     base, key = _pretrained(found) if model is None else _loaded(model)
     rows, asked = (_blocks if blocks else _sentences)(found.tuned, base.tokenizer, candidates, 2 * queries)
-    key = fingerprint(key, rows[rows.column_names[0]][:], asked["text"][:], TUNING)
+    tuning = TUNING | {"epochs": epochs}
+    key = fingerprint(key, rows[rows.column_names[0]][:], asked["text"][:], tuning)
 
     def train(asked: Dataset) -> FineTuning:
-        return FineTuning(base, rows, asked, autocast=autocast, **TUNING)
+        return FineTuning(base, rows, asked, autocast=autocast, **tuning)
 
     def adapter(seed: int) -> CausalLMAdapter:
         made = partial(replace(train(asked), autocast=False).model, seed)

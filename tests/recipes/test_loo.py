@@ -115,6 +115,13 @@ def test_queries_are_not_among_the_candidates():
         texts(5000, 10, blocks=True)
 
 
+def test_more_epochs_are_another_training():
+    longer, usual = texts(6, 2, epochs=3), texts(6, 2)
+    assert len(longer.train(longer.queries)._batches(np.random.default_rng(0))) == 3
+    assert len(usual.train(usual.queries)._batches(np.random.default_rng(0))) == 2
+    assert longer.key != usual.key
+
+
 def test_single_blocks_are_left_out_and_every_attributor_is_judged(tmp_path):
     words = ["--num_candidates", "16", "--left_out", "4", "--num_queries", "3", "--seeds", "2", "--models", "2"]
     arguments = ["--output", str(tmp_path), *words, "--without", *SLOW]
