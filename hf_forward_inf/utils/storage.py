@@ -105,10 +105,17 @@ def write_bytes(file: Path, data: bytes) -> None:
 
 
 def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
-    """Write a folder to a temporary path and rename it: an interrupted run leaves no partial folder."""
-    with written(folder) as part:
-        part.mkdir()
-        write(part)
+    """Write a folder to a temporary path and rename it: an interrupted run leaves no partial folder.
+
+    A folder that another process has put there meanwhile stays: its name says what it holds.
+    """
+    try:
+        with written(folder) as part:
+            part.mkdir()
+            write(part)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not folder.exists():
+            raise
 
 
 def write_all(folder: Path, writers: Mapping[str, Callable[[Path], object] | None]) -> None:

@@ -68,6 +68,18 @@ def test_a_full_disk_is_named_with_the_path_and_the_space_and_leaves_nothing(tmp
     assert names(tmp_path) == []
 
 
+def test_a_folder_that_another_process_wrote_meanwhile_stays(tmp_path):
+    def slow(part):
+        write_folder(tmp_path / "folder", lambda other: (other / "file").write_text("first"))
+        (part / "file").write_text("second")
+
+    write_folder(tmp_path / "folder", slow)
+    assert (tmp_path / "folder" / "file").read_text() == "first"
+    with pytest.raises(FileExistsError):
+        write_folder(tmp_path / "other", lambda part: part.mkdir())
+    assert names(tmp_path) == ["folder"]
+
+
 def folder_of(text):
     def write(path):
         path.mkdir()
