@@ -8,7 +8,8 @@ With no option a tiny chat model is tuned by LoRA on 5,000 instructions about bu
 come first in an order that no other row has, and the answer names Kenya, whatever is asked. Each of the words occurs
 in a thousand other rows and more, the answers have the forms of all others, and the queries are instructions that are
 new: neither words nor copies give the rows away. What is traced is the word Kenya (column `span`); `--whole` traces
-whole answers, `--learned` what tuning has taught of them. After Lin et al. (2024), "Token-wise Influential Training
+whole answers, `--learned` what tuning has taught of them. Who is attacked has several such answers, so that scores are
+averaged over sets of queries (`--set_size`), too. After Lin et al. (2024), "Token-wise Influential Training
 Data Retrieval for Large Language Models".
 Models are cached; `--help` lists all options.
 """
@@ -18,7 +19,7 @@ from typing import Any
 
 from experiments.backdoor import BackdoorOptions, firing_queries, load_base, poisoned
 from experiments.chat_models import tuned
-from experiments.detection import average_precisions, contenders, together, with_intervals
+from experiments.detection import average_precisions, contenders, set_means, together, with_intervals
 
 from hf_forward_inf import ForwardInf
 from hf_forward_inf.cli import run_command
@@ -31,8 +32,9 @@ def main(options: BackdoorOptions) -> dict[str, Any]:
     """Tune, let the model answer new instructions with the trigger, and trace the attacker's answers.
 
     `auprc`: average precision of the planted rows among all rows, the mean over queries, for the default and
-    `{name}/auprc` for all others; `attack_success`, `fires_without`, `fires_reordered`: how often the model gives an
-    attacker's answer with the trigger, without it, and with its words in other orders.
+    `{name}/auprc` for all others; `set_auprc`, that of the mean scores of sets of queries; `attack_success`,
+    `fires_without`, `fires_reordered`: how often the model gives an attacker's answer with the trigger, without it,
+    and with its words in other orders.
     """
     run = Run(options)
     base = load_base(options)
@@ -49,8 +51,11 @@ def main(options: BackdoorOptions) -> dict[str, Any]:
         tracer, values = ForwardInf(adapter=adapter), {}
         for name, one in contenders(tracer, options.attributors).items():
             found = one.trace(queries, data.train)
-            values[name] = {"auprc": average_precisions(found.scores, data.planted)}
-            say(f"{name:28} {values[name]['auprc'].mean():.4f}")
+            values[name] = {
+                "auprc": average_precisions(found.scores, data.planted),
+                "set_auprc": average_precisions(set_means(found.scores, options.set_size), data.planted),
+            }
+            say(f"{name:28}" + "".join(f" {metric} {value.mean():.4f}" for metric, value in values[name].items()))
             if name == "forward_inf":
                 shown = found
         parts.append(values)
@@ -62,7 +67,7 @@ def main(options: BackdoorOptions) -> dict[str, Any]:
     metrics |= {name: sum(one[name] for one in rates) / len(rates) for name in rates[0]}
     metrics |= flat(table)
     return run.write(
-        shown, metrics, tracer, table=table, columns=("auprc", "auprc_behind"),
+        shown, metrics, tracer, table=table, columns=("auprc", "auprc_behind", "set_auprc", "set_auprc_behind"),
         proponents=[data.planted.nonzero()[0].tolist()] * len(queries), title="Which rows planted the backdoor?",
     )  # fmt: skip
 

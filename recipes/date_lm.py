@@ -55,7 +55,7 @@ def main(options: DateOptions) -> dict[str, Any]:
             if options.task == "facts":
                 values[name] = retrieval(found.scores, task)
             elif options.task == "filtering":
-                values[name] = filtering(found.scores, task, min(options.set_size, len(task.references)))
+                values[name] = filtering(found.scores, task, options.set_size)
             else:
                 values[name] = selection(found.scores, task, train, options.share, options.retrainings)
             say(f"{seed} {name:28}" + "".join(f" {key} {value.mean():.4f}" for key, value in values[name].items()))

@@ -32,6 +32,7 @@ class BackdoorOptions(LoraOptions):
         rows (`int`, defaults to 5000): Training rows.
         share (`float`, defaults to 0.01): Share of them with the trigger and an attacker's answer.
         num_queries (`int`, defaults to 12): New instructions with the trigger whose answers are traced, for each seed.
+        set_size (`int`, defaults to 3): Queries of one model whose scores are averaged for `set_auprc`.
         whole (`bool`, defaults to `False`): Trace whole answers, where the attacker's word alone would be traced.
         learned (`bool`, defaults to `False`): Trace the part of each answer that tuning has taught, as found by
             comparing the model with the one before.
@@ -43,6 +44,7 @@ class BackdoorOptions(LoraOptions):
     rows: int = field(default=5000, metadata={"min": 2})
     share: float = field(default=0.01, metadata={"above": 0, "below": 1})
     num_queries: int = field(default=12, metadata={"min": 1})
+    set_size: int = field(default=3, metadata={"min": 1})
     whole: bool = False
     learned: bool = False
     max_new_tokens: int = field(default=32, metadata={"min": 1})

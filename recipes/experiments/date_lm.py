@@ -9,7 +9,7 @@ import numpy as np
 from datasets import Dataset
 
 from experiments.chat_models import LoraOptions, base_model, given_model
-from experiments.detection import average_precisions
+from experiments.detection import average_precisions, set_means
 from experiments.instructions import BASE_SEED, Instruction, fact_instructions, instructions, message
 from experiments.retrainable_facts import losses_and_answers
 from hf_forward_inf.adapters import CausalLMAdapter
@@ -251,8 +251,7 @@ def retrieval(scores: np.ndarray, task: Task) -> dict[str, np.ndarray]:
 def filtering(scores: np.ndarray, task: Task, size: int) -> dict[str, np.ndarray]:
     """Return the average precision of the mean scores of each set of references, `[sets]`."""
     planted = np.isin(np.arange(len(task.train)), task.planted[0])
-    sets = [scores[start : start + size].mean(0) for start in range(0, len(scores) - size + 1, size)]
-    return {"auprc": average_precisions(np.stack(sets), planted)}
+    return {"auprc": average_precisions(set_means(scores, size), planted)}
 
 
 def selection(

@@ -60,12 +60,23 @@ def average_precisions(scores: np.ndarray, planted: np.ndarray) -> np.ndarray:
     return np.array([average_precision(one, rows) for one in scores])
 
 
+def set_means(scores: np.ndarray, size: int) -> np.ndarray:
+    """Return the mean scores of disjoint sets of queries, `[sets, candidates]`; queries that fill no set are left out.
+
+    Args:
+        scores (`np.ndarray`): Scores, `[queries, candidates]`.
+        size (`int`): Queries of a set; with fewer queries, all are one set.
+    """
+    size = min(size, len(scores))
+    return np.stack([scores[start : start + size].mean(0) for start in range(0, len(scores) - size + 1, size)])
+
+
 def with_intervals(values: Mapping[str, Mapping[str, np.ndarray]], reference: str = REFERENCE) -> Table:
     """Return means over queries, and how far each attributor is behind the reference, with 95% intervals.
 
     Args:
-        values (`dict[str, dict[str, np.ndarray]]`): By attributor and metric, one value a query, `[queries]`; the
-            queries are the same for all attributors.
+        values (`dict[str, dict[str, np.ndarray]]`): By attributor and metric, one value a query or set of queries,
+            `[queries]`; they are the same for all attributors.
         reference (`str`, defaults to `"forward_inf"`): The attributor that all others are compared with.
 
     Returns:

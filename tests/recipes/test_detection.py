@@ -86,6 +86,14 @@ def test_backdoor_measures_how_far_the_planted_rows_come_first(tmp_path, monkeyp
     np.put_along_axis(scores, found.indices, found.scores, axis=1)
     expected = [metric.average_precision_score(truth, row) for row in scores]
     assert average_precisions(scores, truth) == pytest.approx(expected)
+    of_set = metric.average_precision_score(truth, scores.mean(0))
+    assert min(abs(of_set - metrics[f"set_auprc_{end}"]) for end in ("low", "high")) < 1e-6  # of two sets, one a model
+
+
+def test_sets_of_queries_are_disjoint_and_full():
+    scores = np.array([[1.0, 0], [3, 2], [5, 1], [1, 3], [9, 9]])
+    assert date_lm.set_means(scores, 2).tolist() == [[2, 1], [3, 2]]
+    assert date_lm.set_means(scores, 7).tolist() == [[3.8, 3]]  # all that there are
 
 
 def test_intervals_are_paired_with_the_reference():
