@@ -12,7 +12,6 @@ cached: an interrupted run resumes. `--help` lists all options.
 """
 
 import sys
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,9 +35,8 @@ from hf_forward_inf import ForwardInf
 from hf_forward_inf.baselines import Random
 from hf_forward_inf.cli import run_command
 from hf_forward_inf.commands.image_task import captioned
-from hf_forward_inf.commands.outputs import Run, plotted
+from hf_forward_inf.commands.outputs import Run
 from hf_forward_inf.evaluation.tables import REFERENCE, flat
-from hf_forward_inf.report.plots import interval_plot
 from hf_forward_inf.scores.retraining import without_best
 from hf_forward_inf.utils.processes import say
 from hf_forward_inf.utils.rows import sample_rows
@@ -86,9 +84,7 @@ def main(options: CounterfactualOptions) -> dict[str, Any]:
 
     truth = asked[adapters[0].columns[-1]]
     metrics = {
-        "queries": len(queries),
         "wrong_answers": int(wrong.sum()),
-        "candidates": len(task.candidates),
         "removed": count,
         "tuned/direction": best,
         **flat(table),
@@ -99,7 +95,7 @@ def main(options: CounterfactualOptions) -> dict[str, Any]:
         ForwardInf(adapter=adapters[0]),
         table=table,
         columns=COLUMNS,
-        plot=plotted(partial(interval_plot, "rise"), table),
+        intervals="rise",
         plot_caption=CAPTION,
         remarks=[remark(removals[REFERENCE], chance, i, count) for i in range(len(queries))],
         title="Does the answer go away without what was found?",

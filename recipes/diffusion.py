@@ -66,7 +66,7 @@ def main(options: DiffusionOptions, ascent: AscentConfig) -> dict[str, Any]:
     # Where are the exemplars ranked, by Forward-INF and by all others?
     tracer = ForwardInf(adapter=adapter, ascent=ascent)
     table = figures_among(found, task, exemplars, rows, options)
-    metrics: dict[str, Any] = {"queries": len(task.queries), "candidates": count, **flat(table)}
+    metrics: dict[str, Any] = flat(table)
     metrics |= likeness(found["pixel_distance"], task)
     if options.checks and not options.alone:
         assert task.proponents is not None

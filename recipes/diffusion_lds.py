@@ -10,7 +10,6 @@ interrupted run resumes. `--help` lists all options.
 """
 
 import sys
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,9 +18,8 @@ from experiments.diffusion_lds import CAPTION, DenoiserOptions, agreement, load_
 
 from hf_forward_inf import ForwardInf
 from hf_forward_inf.cli import run_command
-from hf_forward_inf.commands.outputs import Run, plotted
+from hf_forward_inf.commands.outputs import Run
 from hf_forward_inf.evaluation.tables import REFERENCE, flat
-from hf_forward_inf.report.plots import interval_plot
 from hf_forward_inf.utils.processes import say
 
 
@@ -73,7 +71,7 @@ def main(options: DenoiserOptions) -> dict[str, Any]:
         ForwardInf(adapter=adapters[0]),
         table=table,
         columns=("lds", "lds_low", "lds_high", "rise", "rise_low", "rise_high"),
-        plot=plotted(partial(interval_plot, "lds"), table),
+        intervals="lds",
         plot_caption=CAPTION,
         title="Which scores predict what a denoiser's pictures did?",
     )

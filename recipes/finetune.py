@@ -18,6 +18,7 @@ from hf_forward_inf.commands.finetune import Finetuning, load_data
 from hf_forward_inf.commands.options import TrainingOptions
 from hf_forward_inf.commands.outputs import Run
 from hf_forward_inf.data import proponents
+from hf_forward_inf.evaluation.tables import Table, flat
 from hf_forward_inf.utils.processes import say
 
 
@@ -48,17 +49,16 @@ def main(options: TrainingOptions, ascent: AscentConfig) -> dict[str, Any]:
         say(f"{row['score']:8.3f}  {row['prompt']} {row['completion']}")
 
     # Where the truth is known: the training examples that state the same (wrong) fact.
-    table, truth = {}, None
+    table: Table = {}
+    truth = None
     if "facts" in train.column_names and "predicate_id" in queries.column_names:
         truth = proponents(queries, train)
         table = {name: attribution.evaluate(truth) for name, attribution in found.items()}
         for name, figures in table.items():
             say(f"{name:12} MRR {figures['mrr']:.3f}  recall@10 {figures['recall@10']:.3f}")
 
-    metrics: dict[str, Any] = {"queries": len(queries), "candidates": len(train), **table.get("forward_inf", {})}
-    metrics |= {f"bm25/{name}": value for name, value in table.get("bm25", {}).items()}
     shown = tracer.explain(found["forward_inf"].keep(min(options.top_k, len(train))))  # colours tokens in the report
-    return run.write(shown, metrics, tracer, table=table, proponents=truth)
+    return run.write(shown, flat(table), tracer, table=table, proponents=truth)
 
 
 if __name__ == "__main__":

@@ -82,12 +82,7 @@ def main(options: FtraceOptions, ascent: AscentConfig) -> dict[str, Any]:
 
     table = average(tables)
     say(as_text(table, costs) if table else "No facts are known: no figures.")
-    metrics: dict[str, Any] = {
-        "queries": len(first.queries),
-        "candidates": len(first.candidates),
-        **flat(table),
-        **costs,
-    }
+    metrics: dict[str, Any] = {**flat(table), **costs}
     if "answered" in queries.column_names:
         metrics["answered"] = sum(queries["answered"]) / len(queries)
     if "fixed_learning_rate" in shown:

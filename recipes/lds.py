@@ -17,7 +17,6 @@ cached: an interrupted run resumes. `--help` lists all options.
 """
 
 import sys
-from functools import partial
 from typing import Any
 
 from experiments.attributor_sets import contenders
@@ -36,9 +35,8 @@ from experiments.lds import (
 from hf_forward_inf import ForwardInf
 from hf_forward_inf.cli import run_command
 from hf_forward_inf.commands.image_task import captioned
-from hf_forward_inf.commands.outputs import Run, plotted
+from hf_forward_inf.commands.outputs import Run
 from hf_forward_inf.evaluation.tables import REFERENCE, flat
-from hf_forward_inf.report.plots import interval_plot
 
 
 def main(options: LdsOptions) -> dict[str, Any]:
@@ -64,19 +62,13 @@ def main(options: LdsOptions) -> dict[str, Any]:
     for name, figures in (remove_best(task, found[0], options) if options.qld else {}).items():
         table[name] |= figures
 
-    metrics: dict[str, Any] = {"queries": len(task.queries), "candidates": len(task.candidates), **flat(table)}
+    metrics: dict[str, Any] = flat(table)
     if best:
         metrics |= {f"tuned/{key}": value for key, value in table.get(best, {}).items()} | {"tuned/direction": best}
     return run.write(
-        captioned(found[0][REFERENCE]),
-        metrics,
-        ForwardInf(adapter=adapters[0]),
-        table=table,
-        columns=COLUMNS,
-        plot=plotted(partial(interval_plot, "lds"), table),
-        plot_caption=CAPTION,
-        title="Which scores predict what retraining does?",
-    )
+        captioned(found[0][REFERENCE]), metrics, ForwardInf(adapter=adapters[0]), table=table, columns=COLUMNS,
+        intervals="lds", plot_caption=CAPTION, title="Which scores predict what retraining does?",
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from hf_forward_inf.commands.image_task import captioned, load_image_task
 from hf_forward_inf.commands.leakage import leaked
 from hf_forward_inf.commands.options import IMAGE_CHANGES, ImageOptions
 from hf_forward_inf.commands.outputs import Run
+from hf_forward_inf.evaluation.tables import flat
 from hf_forward_inf.utils.processes import say
 
 
@@ -69,11 +70,8 @@ def main(options: Options) -> dict[str, Any]:
         table[name] = {"top1": figures["recall@1"], "top5": figures["recall@5"], "mrr": figures["mrr"]}
         say(f"{name:16}" + "".join(f"  {key} {value:.3f}" for key, value in table[name].items()))
 
-    metrics: dict[str, Any] = {"queries": len(queries), "candidates": len(candidates), **table["forward_inf"]}
-    for name in ("tracin", "tracin_cosine", "representation"):
-        metrics |= {f"{name}/{key}": value for key, value in table[name].items()}
     return run.write(
-        captioned(found["forward_inf"]), metrics, tracer, table=table, proponents=truth,
+        captioned(found["forward_inf"]), flat(table), tracer, table=table, proponents=truth,
         columns=("top1", "top5", "mrr"), title="Which training images are these test images copies of?",
     )  # fmt: skip
 

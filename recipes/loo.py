@@ -12,7 +12,6 @@ all options.
 """
 
 import sys
-from functools import partial
 from typing import Any
 
 from experiments.attributor_sets import registered
@@ -21,9 +20,8 @@ from experiments.loo import CAPTION, COLUMNS, LooOptions, leave_out, load_blocks
 
 from hf_forward_inf import ForwardInf
 from hf_forward_inf.cli import run_command
-from hf_forward_inf.commands.outputs import Run, plotted
+from hf_forward_inf.commands.outputs import Run
 from hf_forward_inf.evaluation.tables import REFERENCE, flat
-from hf_forward_inf.report.plots import interval_plot
 
 
 def main(options: LooOptions) -> dict[str, Any]:
@@ -40,15 +38,9 @@ def main(options: LooOptions) -> dict[str, Any]:
     table, found = judge(chosen, task.candidates, measured)
 
     return run.write(
-        found[0][REFERENCE],
-        {"queries": len(task.queries), "candidates": len(task.candidates), **flat(table)},
-        ForwardInf(adapter=adapters[0]),
-        table=table,
-        columns=COLUMNS,
-        plot=plotted(partial(interval_plot, "lds"), table),
-        plot_caption=CAPTION,
-        title="Which scores predict what leaving out a block does?",
-    )
+        found[0][REFERENCE], flat(table), ForwardInf(adapter=adapters[0]), table=table, columns=COLUMNS,
+        intervals="lds", plot_caption=CAPTION, title="Which scores predict what leaving out a block does?",
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

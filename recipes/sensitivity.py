@@ -98,7 +98,7 @@ def main(options: Options) -> dict[str, Any]:
     say(as_markdown(save_figures(run.folder / "figures.json", table, columns=TITLES, note=note)))
     return run.write(
         reference,
-        {"queries": len(task.queries), "candidates": len(task.candidates), **flat(table)},
+        flat(table),
         table=table,
         columns=tuple(TITLES),
         more={"figures.json": partial(save_figures, rows=table, columns=TITLES, note=note)},

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from hf_forward_inf.commands.answers import answers, show
 from hf_forward_inf.evaluation.figures import save_figures
 from hf_forward_inf.evaluation.tables import Table
 from hf_forward_inf.forward_inf import ForwardInf
+from hf_forward_inf.report.plots import interval_plot
 from hf_forward_inf.utils.options import RunOptions
 from hf_forward_inf.utils.processes import process_state, say
 from hf_forward_inf.utils.storage import finish, write_all
@@ -55,6 +57,7 @@ class Run:
         *,
         table: Table | None = None,
         columns: Sequence[str] = COLUMNS,
+        intervals: str | None = None,
         more: Mapping[str, Callable[[Path], None]] | None = None,
         **report: Any,
     ) -> dict[str, Any]:
@@ -62,21 +65,26 @@ class Run:
 
         Args:
             found (`Attribution`): The best `top_k` candidates of each query are kept.
-            metrics (`dict`): Its figures. Added are seconds, versions, device, seed, and all options.
+            metrics (`dict`): Its figures. Added are seconds, versions, device, seed, all options and, unless they are
+                given, the numbers of queries and candidates.
             tracer (`ForwardInf`, *optional*): The attributor whose options are recorded too.
             table (`dict[str, dict[str, float]]`, *optional*): Figures by method, for the report.
             columns (`Sequence[str]`, *optional*): The figures of the table that the report shows.
+            intervals (`str`, *optional*): The figure of the table that it plots with its 95% intervals.
             more (`dict[str, Callable]`, *optional*): Functions that write other files, by name of the file.
             **report: Options of [`Attribution.to_html`].
 
         Returns:
             `dict`: What `metrics.json` holds.
         """
+        sizes = {"queries": len(found), "candidates": found.total}
+        if table and intervals is not None:
+            report["plot"] = plotted(partial(interval_plot, intervals), table)
         if found.indices is None:
             found = found.keep(min(self.options.top_k, len(found.candidates)))
         made_by = {} if tracer is None else settings(tracer)
         complete = {
-            **metrics, "seconds": time.perf_counter() - self.started, **environment(self.options), **made_by,
+            **sizes, **metrics, "seconds": time.perf_counter() - self.started, **environment(self.options), **made_by,
             "seed": self.options.seed,
         }  # fmt: skip
         shown = {method: {key: row[key] for key in columns if key in row} for method, row in (table or {}).items()}

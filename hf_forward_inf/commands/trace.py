@@ -60,7 +60,7 @@ def trace_run(options: TraceOptions, ascent: AscentConfig) -> dict[str, Any]:
         plot = plotted(budget_plot, comparison.curves) if comparison.curves else ""
 
     table = compare(found, task)
-    metrics = {"queries": len(task.queries), "candidates": len(task.candidates), **flat(table), **costs}
+    metrics = {**flat(table), **costs}
     if "fixed_learning_rate" in found:
         chosen = found["fixed_learning_rate"].config
         metrics |= {f"fixed_learning_rate/{key}": chosen[key] for key in ("learning_rate", "steps")}
