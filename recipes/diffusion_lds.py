@@ -31,19 +31,20 @@ def main(options: DenoiserOptions) -> dict[str, Any]:
     """
     run = Run(options)
 
-    # The truth: losses of the queries after training on each half of the candidates.
+    # The models to explain, which draw half of the queries.
     truth = load_truth(options)
+    adapters = truth.explained(options.models)
+
+    # The truth: losses of the queries after training on each half of the candidates.
     measured, others, by_seed = truth.halves(options.subsets, options.seeds)
     metrics: dict[str, Any] = {
         "queries": len(measured.queries), "candidates": len(truth.candidates), "agreement": agreement(by_seed)
     }  # fmt: skip
     say(f"Losses after training with two seeds correlate by {metrics['agreement']:.3f} over the halves.")
 
-    # The models to explain; settings are chosen on the first, by queries that are not evaluated.
-    adapters = [truth.explained(seed) for seed in range(options.models)]
+    # The same lines for every attributor: trace, compare with the truth, report. Settings are chosen by queries that
+    # are not evaluated.
     makers = contenders(adapters[0], truth.candidates, others)
-
-    # The same lines for every attributor: trace, compare with the truth, report.
     scores: dict[str, np.ndarray] = {}
     values: dict[str, np.ndarray] = {}
     for name, make in makers.items():
@@ -57,11 +58,10 @@ def main(options: DenoiserOptions) -> dict[str, Any]:
 
     # Without each query's best candidates, how much does its loss rise?
     if options.removed:
-        some = slice(0, options.retrained)
-        rises = {}
-        for name in options.removed_by or scores:
-            rises[name] = truth.rises(scores[name][some], options.removed, options.removal_seeds)
-            say(f"{name:20} without its best {options.removed}, losses rise by {rises[name].mean():.1%}")
+        best = {name: scores[name][: options.retrained] for name in options.removed_by or scores}
+        rises = truth.rises(best, options.removed, options.removal_seeds)
+        for name, values_of in rises.items():
+            say(f"{name:20} without its best {options.removed}, losses rise by {values_of.mean():.1%}")
         for name, figures in compared(rises, "rise").items():
             table[name] |= figures
 

@@ -12,6 +12,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf.adapters import TensorAdapter
 from hf_forward_inf.baselines import ATTRIBUTORS, attributors_for
+from hf_forward_inf.utils.replay import Replayed
 from tests.helpers import causal, digits, drawing, texts, vision
 
 ACCELERATOR = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -165,3 +166,20 @@ def test_the_model_is_restored_bit_for_bit(tmp_path):
     before = {name: value.clone() for name, value in there.adapter.model.state_dict().items()}
     traced([there], chat_rows())
     assert all(torch.equal(value, before[name]) for name, value in there.adapter.model.state_dict().items())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA alone has graphs")
+def test_a_recorded_computation_reads_what_is_given_and_what_has_changed_in_place():
+    weight = torch.ones(3, device=ACCELERATOR, requires_grad=True)
+
+    def gradients(given):
+        (found,) = torch.autograd.grad((given["x"] * weight.square()).sum(), [weight])
+        return {"weight": found}
+
+    recorded = Replayed(gradients)
+    for call in range(6):
+        x = torch.full((3,), float(call), device=ACCELERATOR)
+        with torch.no_grad():
+            weight.fill_(call + 1)
+        torch.testing.assert_close(recorded({"x": x})["weight"], 2 * x * (call + 1))
+    assert recorded.graph is not None

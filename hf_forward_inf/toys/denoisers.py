@@ -1,6 +1,6 @@
 """Many small denoisers that are trained at once, each on some of the pictures: the truth about what a picture did."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,10 +24,13 @@ from hf_forward_inf.toys.denoising import stacked, without_caption
 from hf_forward_inf.utils.fingerprints import fingerprint
 from hf_forward_inf.utils.models import device_of, to_device
 from hf_forward_inf.utils.processes import process_state
+from hf_forward_inf.utils.replay import Replayed
 from hf_forward_inf.utils.storage import Tensors, cached_tensors, default_cache_dir
 
 IMAGES_AT_ONCE = 512
 """Noisy pictures of the queries that each of the denoisers reads at once."""
+TARGET = "target"
+"""What is to be predicted, among the tensors of a step."""
 
 
 @dataclass(frozen=True)
@@ -83,36 +86,31 @@ class StackedDenoisers:
         """Train a denoiser on each subset, and return the queries' losses, float32 `[models, queries]`."""
         return self.losses(self.trained(subsets, seeds)).numpy()
 
-    def explained(self, seed: int, cache_dir: Path | None = None) -> DiffusionAdapter:
-        """Return the adapter of a denoiser trained on all pictures; its weights are cached."""
-
-        def weights() -> Tensors:
-            everyone = np.ones((1, len(self.rows)), dtype=bool)
-            return {name: value[0] for name, value in self.trained(everyone, np.array([seed])).items()}
-
-        file = f"{fingerprint(self._training_key, seed)}.safetensors"
+    def explained(self, seeds: Sequence[int], cache_dir: Path | None = None) -> list[DiffusionAdapter]:
+        """Return the adapters of denoisers trained on all pictures, one for each seed; their weights are cached."""
+        folder = (cache_dir or default_cache_dir()) / "models"
+        files = {seed: folder / f"{fingerprint(self._training_key, seed)}.safetensors" for seed in seeds}
         with process_state().main_process_first():
-            found = cached_tensors((cache_dir or default_cache_dir()) / "models" / file, weights)
-        model = self._untrained(seed)
-        model.load_state_dict(found)
-        return self.adapter.with_model(model.eval())
+            missing = [seed for seed, file in files.items() if not file.exists()]
+            everyone = np.ones((len(missing), len(self.rows)), dtype=bool)
+            stack = self.trained(everyone, np.array(missing)) if missing else {}
+
+            def weights(seed: int) -> Tensors:
+                return {name: value[missing.index(seed)] for name, value in stack.items()}
+
+            found = [cached_tensors(files[seed], partial(weights, seed)) for seed in seeds]
+        return [self._with_weights(weights) for weights in found]
 
     def trained(self, subsets: np.ndarray, seeds: np.ndarray) -> Tensors:
         """Return the trained parameters of all denoisers, stacked."""
         networks = {seed: self._untrained(seed) for seed in dict.fromkeys(seeds.tolist())}
         parameters, _ = stack_module_state([networks[seed] for seed in seeds.tolist()])
-        model = _stackable(networks[int(seeds[0])])
+        gradients = _gradients(_stackable(networks[int(seeds[0])]), parameters)
         optimizer = torch.optim.AdamW(parameters.values(), lr=self.rate, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.rate, total_steps=self.steps, pct_start=0.05)
-
-        def loss(theta: Tensors, given: dict[str, Any], target: Tensor) -> Tensor:
-            return (call(model, theta, **as_arguments(given)).sample - target).square().mean()
-
         for given, target in self._batches(subsets, seeds):
-            optimizer.zero_grad()
-            with _without_fused_attention():
-                vmap(loss)(parameters, given, target).sum().backward()
-            _clip(parameters)
+            for name, gradient in gradients({**given, TARGET: target}).items():
+                parameters[name].grad = gradient
             optimizer.step()
             schedule.step()
         return {name: value.detach() for name, value in parameters.items()}
@@ -133,6 +131,11 @@ class StackedDenoisers:
             with _without_fused_attention():
                 found.append(vmap(loss)(parameters))
         return torch.cat(found, dim=1).cpu()
+
+    def _with_weights(self, weights: Tensors) -> DiffusionAdapter:
+        model = self._untrained(0)
+        model.load_state_dict(weights)
+        return self.adapter.with_model(model.eval())
 
     def _untrained(self, seed: int) -> nn.Module:
         """Return an untrained denoiser on the adapter's device; its weights are drawn on the CPU."""
@@ -185,13 +188,26 @@ class StackedDenoisers:
         )
 
 
-def _clip(parameters: Tensors) -> None:
-    """Scale the gradients of each of the stacked models to a norm of at most 1."""
-    gradients = [value.grad for value in parameters.values() if value.grad is not None]
+def _gradients(model: nn.Module, parameters: Tensors) -> Callable[[Tensors], Tensors]:
+    """Return a function from a batch to each stacked model's gradients, scaled to a norm of at most 1."""
+
+    def loss(theta: Tensors, given: Tensors, target: Tensor) -> Tensor:
+        return (call(model, theta, **as_arguments(given)).sample - target).square().mean()
+
+    def gradients(batch: Tensors) -> Tensors:
+        given = {name: value for name, value in batch.items() if name != TARGET}
+        with _without_fused_attention():
+            losses = vmap(loss)(parameters, given, batch[TARGET])
+        found = torch.autograd.grad(losses.sum(), list(parameters.values()))
+        return dict(zip(parameters, _clipped(found), strict=True))
+
+    return Replayed(gradients) if device_of(model).type == "cuda" else gradients
+
+
+def _clipped(gradients: Sequence[Tensor]) -> list[Tensor]:
     norms = torch.stack([one.flatten(1).square().sum(1) for one in gradients]).sum(0).sqrt()
     scale = (1 / (norms + 1e-6)).clamp(max=1.0)
-    for one in gradients:
-        one.mul_(scale.view(-1, *[1] * (one.dim() - 1)))
+    return [one * scale.view(-1, *[1] * (one.dim() - 1)) for one in gradients]
 
 
 def _stackable(model: nn.Module) -> nn.Module:

@@ -5,13 +5,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset, Features, Image, List, Value
 
 from hf_forward_inf.adapters import DiffusionAdapter
 from hf_forward_inf.data.image_changes import changed
 from hf_forward_inf.evaluation.task import Task
 from hf_forward_inf.toys.denoising import trained
-from hf_forward_inf.toys.pixel_pipeline import tiny_pipeline
+from hf_forward_inf.toys.pixel_pipeline import PixelPipeline, tiny_pipeline
 from hf_forward_inf.utils.images import read_image
 from hf_forward_inf.utils.processes import process_state, say
 
@@ -109,8 +110,15 @@ def taught(before: DiffusionAdapter, exemplars: Dataset, teaching: Teaching, see
 
 
 def drawings(adapter: DiffusionAdapter, captions: list[str], drawing: Drawing) -> Dataset:
-    """Return queries of several pictures each, which the model draws from captions."""
-    pictures = adapter.answer({CAPTION: captions}, num_images=drawing.num_images, seed=drawing.seed)
+    """Return queries of several pictures each, which the model draws from captions; tiny pictures all at once."""
+    count, seed = drawing.num_images, drawing.seed
+    if isinstance(adapter.pipe, PixelPipeline):
+        noise = torch.randn(count, *adapter.shape, generator=torch.Generator().manual_seed(seed))
+        noise = noise.repeat(len(captions), 1, 1, 1)  # as DiffusionAdapter.answer: the same for every caption
+        drawn = adapter.pipe(captions, num_images_per_prompt=count, latents=noise).images
+        pictures = [drawn[start : start + count] for start in range(0, len(drawn), count)]
+    else:
+        pictures = adapter.answer({CAPTION: captions}, num_images=count, seed=seed)
     return as_queries(captions, [[changed(one, drawing.change) for one in several] for several in pictures])
 
 

@@ -99,13 +99,19 @@ class PixelPipeline(DiffusionPipeline):
         num_inference_steps: int = 25,
         guidance_scale: float = 2.0,
         generator: torch.Generator | None = None,
+        latents: Tensor | None = None,
     ) -> Pictures:
-        """Draw `num_images_per_prompt` pictures of each prompt; `guidance_scale=1` is no guidance."""
+        """Draw `num_images_per_prompt` pictures of each prompt; `guidance_scale=1` is no guidance.
+
+        `latents` is the noise that they begin with, `[pictures, channels, height, width]`; by default it is drawn.
+        """
         device = device_of(self.unet)
         prompts = [prompt] if isinstance(prompt, str) else prompt
         prompted, blank = self.encode_prompt(prompts, device, num_images_per_prompt, guidance_scale != 1)
         size, channels = self.unet.config.sample_size, self.unet.config.in_channels
-        x = torch.randn(len(prompted), channels, size, size, generator=generator).to(device)
+        if latents is None:
+            latents = torch.randn(len(prompted), channels, size, size, generator=generator)
+        x = latents.to(device)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         for t in self.scheduler.timesteps:
             predicted = self.unet(x, t, prompted).sample

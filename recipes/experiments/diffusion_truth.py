@@ -1,5 +1,6 @@
 """What a tiny denoiser's training pictures did: it is trained again on random halves, and without some of them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -75,7 +76,8 @@ class DenoiserTruth:
         asked = self.rows.select(self._order[self.num_candidates :][: 2 * self.num_queries])
         captions, pictures = asked[CAPTION][:], asked[IMAGE][:]
         unseen = as_queries(captions[::2], [[picture] for picture in pictures[::2]])
-        drawn = drawings(self.explained(0), captions[1::2], Drawing(num_images=1))
+        (first,) = self.explained(1)
+        drawn = drawings(first, captions[1::2], Drawing(num_images=1))
         both = concatenate_datasets([unseen, drawn])
         return both.select(np.arange(len(both)).reshape(2, -1).T.flatten()).flatten_indices()
 
@@ -89,9 +91,9 @@ class DenoiserTruth:
         """As many other queries, to choose settings by."""
         return self._all_queries.select(range(self.num_queries, 2 * self.num_queries))
 
-    def explained(self, seed: int) -> DiffusionAdapter:
-        """Return the adapter of the denoiser that is trained on all candidates."""
-        return self._training(self.candidates).explained(seed)
+    def explained(self, models: int) -> list[DiffusionAdapter]:
+        """Return the adapters of denoisers that are trained on all candidates, each with another seed."""
+        return self._training(self.candidates).explained(range(models))
 
     def halves(self, subsets: int, seeds: int) -> tuple[Retrained, Retrained, np.ndarray]:
         """Train on random halves, or read the cached losses.
@@ -109,18 +111,21 @@ class DenoiserTruth:
             losses[..., :count],
         )
 
-    def rises(self, scores: np.ndarray, count: int, seeds: int) -> np.ndarray:
+    def rises(self, scores: Mapping[str, np.ndarray], count: int, seeds: int) -> dict[str, np.ndarray]:
         """Train without the best pictures of some queries, and return the relative rise of their losses, `[queries]`.
 
         Args:
-            scores (`np.ndarray`): Scores of the first queries, `[queries, candidates]`.
+            scores (`dict[str, np.ndarray]`): Scores of the first queries by each method, `[queries, candidates]`.
             count (`int`): Pictures that are removed for each.
             seeds (`int`): Trainings without them and with all pictures, averaged.
         """
-        some = self.queries.select(range(len(scores)))
-        whole = self._losses(some, np.ones((1, len(self.candidates)), dtype=bool), seeds).mean(0)[0]
-        without = self._losses(some, without_best(scores, count), seeds).mean(0)
-        return without.diagonal() / whole - 1
+        asked = len(next(iter(scores.values())))
+        some = self.queries.select(range(asked))
+        everyone = np.ones((1, len(self.candidates)), dtype=bool)
+        kept = np.concatenate([everyone, *(without_best(one, count) for one in scores.values())])
+        whole, *without = self._losses(some, kept, seeds).mean(0)
+        own = np.reshape(without, (len(scores), asked, asked)).diagonal(axis1=1, axis2=2)
+        return {name: losses / whole - 1 for name, losses in zip(scores, own, strict=True)}
 
     def _losses(self, queries: Dataset, subsets: np.ndarray, seeds: int) -> np.ndarray:
         training = self._training(queries)

@@ -56,19 +56,19 @@ def test_halves_and_removals_are_trained_on_what_is_left(tmp_path):
     assert [len(images) for images in truth.queries["image"]] == [1, 1]
     scores = np.zeros((2, 12), dtype=np.float32)
     scores[0, :3] = scores[1, 3:6] = 1
-    kept = np.ones((3, 12), dtype=bool)
-    kept[1, :3] = kept[2, 3:6] = False
+    kept = np.ones((5, 12), dtype=bool)
+    kept[1, :3] = kept[2, 3:6] = kept[3, 6:9] = kept[4, 6:9] = False
     training = truth._training(truth.queries.select(range(2)))
-    losses = training(kept, np.array([0, 0, 0]))
-    np.testing.assert_allclose(
-        truth.rises(scores, 3, 1), [losses[1, 0] / losses[0, 0] - 1, losses[2, 1] / losses[0, 1] - 1], rtol=1e-4
-    )
+    losses = training(kept, np.zeros(5, dtype=int)) / training(kept[:1], np.array([0]))
+    rises = truth.rises({"first": scores, "second": np.roll(scores[:1], 6, axis=1).repeat(2, axis=0)}, 3, 1)
+    np.testing.assert_allclose(rises["first"], [losses[1, 0] - 1, losses[2, 1] - 1], rtol=1e-4)
+    np.testing.assert_allclose(rises["second"], [losses[3, 0] - 1, losses[4, 1] - 1], rtol=1e-4)
 
 
 @pytest.mark.parametrize("output", [False, True])
 def test_kernels_are_traks_formula_with_whole_gradients(tmp_path, output):
     truth = load_truth(options(tmp_path))
-    adapter = truth.explained(0)
+    adapter = truth.explained(1)[0]
     kernel = GradientKernel(adapter, output=output, damping=0.5)
 
     def gradients(given, adapter=adapter):
@@ -94,7 +94,7 @@ def test_kernels_are_traks_formula_with_whole_gradients(tmp_path, output):
 
 def test_mucs_moves_feed_forward_weights_at_noisy_timesteps(tmp_path):
     truth = load_truth(options(tmp_path))
-    adapter = truth.explained(0)
+    adapter = truth.explained(1)[0]
     mucs = RetainedUnlearning(adapter, steps=1, rate=1e-2, batch_size=12)
     assert isinstance(mucs.adapter, NoisierAdapter)
     encoded = mucs.adapter.encode(truth.candidates[:])
@@ -141,10 +141,10 @@ def test_too_few_pictures_are_refused(tmp_path):
 
 
 def test_a_unet_takes_the_place_of_the_perceptron(tmp_path):
-    denoiser = load_truth(options(tmp_path, network="unet", width=8, size=16)).explained(0).model
+    denoiser = load_truth(options(tmp_path, network="unet", width=8, size=16)).explained(1)[0].model
     assert type(denoiser).__name__ == "FoldedUNet" and denoiser.config.width == 8
 
 
 def test_noisier_losses_are_cached_apart(tmp_path):
-    adapter = load_truth(options(tmp_path)).explained(0)
+    adapter = load_truth(options(tmp_path)).explained(1)[0]
     assert NoisierAdapter(adapter.pipe).cache_key != DiffusionAdapter(adapter.pipe).cache_key
