@@ -27,8 +27,8 @@ from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf.adapters import Adapter, Seq2SeqAdapter
 from hf_forward_inf.data import builtin_facts, load_rows, proponents
 from hf_forward_inf.evaluation.fact_tracing import draw_candidates, draw_task, with_answered, with_proponents
-from hf_forward_inf.scores.metrics import lds_by_query, recalls_at_k, reciprocal_ranks
-from hf_forward_inf.scores.retraining import random_subsets
+from hf_forward_inf.scores.metrics import recalls_at_k, reciprocal_ranks
+from hf_forward_inf.scores.retraining import lds_by_query, random_subsets
 from hf_forward_inf.toys.tiny_models import tiny_mt5
 from hf_forward_inf.tracing.planning import kept
 from hf_forward_inf.tracing.screened import floored

@@ -16,7 +16,7 @@ import numpy as np
 from peer_environments import environment
 from peer_methods import Method
 
-from hf_forward_inf.scores.metrics import lds_by_query
+from hf_forward_inf.scores.retraining import lds_by_query
 
 NONE: Mapping[str, Any] = {}
 HERE = Path(__file__).resolve().parent

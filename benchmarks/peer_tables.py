@@ -8,7 +8,9 @@ from peer_measures import COUNTS, Measured
 from peer_methods import METHODS, Method
 
 from hf_forward_inf.evaluation.figures import as_markdown, save_figures
-from hf_forward_inf.scores.metrics import bootstrap_interval, evaluate, lds_by_query
+from hf_forward_inf.scores.intervals import with_interval
+from hf_forward_inf.scores.metrics import evaluate
+from hf_forward_inf.scores.retraining import lds_by_query
 
 QUALITY = {
     "lds": "LDS", "chosen": "with chosen settings", "settings": "settings", "ahead": "Forward-INF ahead by",
@@ -55,11 +57,11 @@ def _quality(measured: Measured, truth: str | None) -> dict[str, Row]:
         if scores is not None:
             row |= _judged(measured, scores, truth)
         if truth is not None and (chosen := measured.chosen(method, truth)) is not None:
-            row |= _interval("chosen", _lds(measured, chosen, truth))
+            row |= with_interval("chosen", _lds(measured, chosen, truth))
             row["settings"] = _settings(method, measured.settings(method)[measured.choice(method, truth) or 0])
         own = _best(measured, method, truth)
         if own is not None and best is not None and method is not METHODS[0]:
-            row |= _interval("ahead", best - own)
+            row |= with_interval("ahead", best - own)
         if not row and (error := measured.error(method, "default") or measured.error(method, "tried-0")):
             row["settings"] = _shortened(error)
         if row:
@@ -77,7 +79,7 @@ def _best(measured: Measured, method: Method, truth: str | None) -> np.ndarray |
 
 
 def _judged(measured: Measured, scores: np.ndarray, truth: str | None) -> Row:
-    row: Row = {} if truth is None else _interval("lds", _lds(measured, scores, truth))
+    row: Row = {} if truth is None else with_interval("lds", _lds(measured, scores, truth))
     known = measured.facts.get("proponents")
     if known:
         found = evaluate(scores[: len(known)], known)
@@ -88,11 +90,6 @@ def _judged(measured: Measured, scores: np.ndarray, truth: str | None) -> Row:
 def _lds(measured: Measured, scores: np.ndarray, truth: str) -> np.ndarray:
     subsets, losses = measured.truth(truth, choosing=False)
     return lds_by_query(scores, subsets, losses)
-
-
-def _interval(name: str, values: np.ndarray) -> Row:
-    low, high = bootstrap_interval(values)
-    return {name: float(values.mean()), f"{name}_low": low, f"{name}_high": high}
 
 
 def _settings(method: Method, options: dict[str, Any]) -> str:

@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 from experiments.diffusion_contenders import compared, contenders, lds
-from experiments.diffusion_lds import CAPTION, DenoiserOptions, agreement, load_truth
+from experiments.diffusion_lds import CAPTION, DenoiserOptions, load_truth
 
 from hf_forward_inf import ForwardInf
 from hf_forward_inf.cli import run_command
 from hf_forward_inf.commands.outputs import Run
 from hf_forward_inf.evaluation.tables import REFERENCE, flat
+from hf_forward_inf.scores.retraining import agreement
 from hf_forward_inf.utils.processes import say
 
 

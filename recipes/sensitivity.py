@@ -29,8 +29,9 @@ from hf_forward_inf.commands.outputs import Run
 from hf_forward_inf.data import proponents
 from hf_forward_inf.evaluation.figures import as_markdown, save_figures
 from hf_forward_inf.evaluation.tables import flat
-from hf_forward_inf.scores.metrics import best_first, bootstrap_interval, lds_by_query, reciprocal_ranks, spearman
-from hf_forward_inf.scores.retraining import Retrained
+from hf_forward_inf.scores.intervals import with_interval
+from hf_forward_inf.scores.metrics import best_first, reciprocal_ranks, spearman
+from hf_forward_inf.scores.retraining import Retrained, lds_by_query
 from hf_forward_inf.tracing.planning import KEEP
 from hf_forward_inf.tracing.screened import floored
 from hf_forward_inf.utils.fingerprints import fingerprint
@@ -143,9 +144,7 @@ def averaged(repeats: list[dict[str, np.ndarray]]) -> dict[str, float]:
     """Return each figure's mean, and its 95% interval over queries."""
     row: dict[str, float] = {}
     for name in repeats[0]:
-        values = np.mean([one[name] for one in repeats], axis=0)
-        low, high = bootstrap_interval(values)
-        row |= {name: float(values.mean()), f"{name}_low": low, f"{name}_high": high}
+        row |= with_interval(name, np.mean([one[name] for one in repeats], axis=0))
     return row
 
 

@@ -22,8 +22,7 @@ from peer_truths import Saving, after_each_step
 
 from hf_forward_inf.adapters import CausalLMAdapter, Seq2SeqAdapter
 from hf_forward_inf.data import proponents
-from hf_forward_inf.scores.metrics import lds
-from hf_forward_inf.scores.retraining import Retrained
+from hf_forward_inf.scores.retraining import Retrained, lds
 from hf_forward_inf.toys.tiny_models import train_llama
 
 SIZES = {

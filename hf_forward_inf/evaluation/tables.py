@@ -9,6 +9,7 @@ from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.data.ftrace import word_overlap
 from hf_forward_inf.evaluation.cost import Pace
 from hf_forward_inf.evaluation.task import MAIN, Task
+from hf_forward_inf.scores.intervals import standard_error
 from hf_forward_inf.scores.metrics import evaluate, random_figures, recalls_at_k, reciprocal_ranks, worst_hub
 from hf_forward_inf.utils.rows import fill_in, text_and_target, text_columns
 from hf_forward_inf.utils.text_tables import number, text_table
@@ -122,7 +123,7 @@ def _behind(reference: np.ndarray, scores: np.ndarray, truth: Sequence[list[int]
         behind = measure(reference) - measure(scores)
         figures[f"{name}_behind"] = float(behind.mean())
         if len(behind) > 1:
-            figures[f"{name}_behind_se"] = float(behind.std(ddof=1) / len(behind) ** 0.5)
+            figures[f"{name}_behind_se"] = standard_error(behind)
     return figures
 
 
@@ -138,7 +139,7 @@ def average(tables: Sequence[Table]) -> Table:
         for key, values in known.items():
             measure = key.rpartition("/")[2]
             if measure == "mrr" or measure.startswith(("precision@", "recall@")):
-                result[method][f"{key}_se"] = float(values.std(ddof=1) / len(values) ** 0.5)
+                result[method][f"{key}_se"] = standard_error(values)
     return result
 
 

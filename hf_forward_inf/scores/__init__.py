@@ -1,6 +1,6 @@
 """Correct scores, and measure them against known proponents or against retraining."""
 
-from hf_forward_inf.scores.metrics import evaluate, lds
-from hf_forward_inf.scores.retraining import Retrained
+from hf_forward_inf.scores.metrics import evaluate
+from hf_forward_inf.scores.retraining import Retrained, lds
 
 __all__ = ["Retrained", "evaluate", "lds"]

@@ -1,12 +1,15 @@
-"""Metrics of a ranking against known proponents, as FTRACE defines them (Akyürek et al., 2022), or retraining.
+"""Metrics of a ranking against known proponents, as FTRACE defines them (Akyürek et al., 2022).
 
 Ties never help: candidates with equal scores have no order, and each metric is its expectation over all orders of
 them, which no library of rankings computes. Candidates without a score (NaN) share the last rank.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+
+from hf_forward_inf.scores.intervals import standard_error, with_interval
 
 KS = (1, 3, 5, 10, 25)
 """The cut-offs that FTRACE reports."""
@@ -227,12 +230,9 @@ def evaluate(
         scores, proponents = collapse(scores, proponents, groups)
     pairs = list(zip(scores, proponents, strict=True))
     reciprocal = reciprocal_ranks(scores, proponents)
-    low, high = bootstrap_interval(reciprocal, resamples=resamples, seed=seed)
-    result = {
-        "mrr": reciprocal.mean(),
-        "mrr_se": reciprocal.std(ddof=1) / len(pairs) ** 0.5 if len(pairs) > 1 else 0.0,
-        "mrr_low": low,
-        "mrr_high": high,
+    result: dict[str, Any] = {
+        **with_interval("mrr", reciprocal, resamples=resamples, seed=seed),
+        "mrr_se": standard_error(reciprocal),
         "mrr_random": np.mean([random_reciprocal_rank(scores.shape[1], len(rows)) for rows in proponents]),
         "tied": np.mean([_is_tied(row, rows) for row, rows in pairs]),
     }
@@ -248,96 +248,6 @@ def _is_tied(scores: np.ndarray, proponents: Sequence[int]) -> bool:
         return False
     best = np.nanmax(scores[rows])
     return bool(np.sum(scores == best) > np.sum(scores[rows] == best))
-
-
-def lds(
-    scores: np.ndarray, subsets: np.ndarray, losses: np.ndarray, *, resamples: int = 1000, seed: int = 0
-) -> dict[str, float]:
-    """Return the linear datamodeling score (Park et al., 2023): how well scores predict retraining on subsets.
-
-    A model is trained from scratch on each subset S of the candidates; `losses` has its loss on each query q. The
-    scores predict it as g(S) = sum over i in S of scores[q, i]. A proponent lowers the loss, so that
-
-        lds(q) = Spearman correlation over S of g(S) and -loss(S, q)
-
-    and the score is the mean over queries: 1 at best, 0 for uninformative scores. Only the ranks of the sums matter:
-    for subsets of equal size, neither the scores' unit nor a constant added to all scores of a query changes it.
-
-    Args:
-        scores (`np.ndarray`): Scores, `[queries, candidates]`; NaN counts as 0.
-        subsets (`np.ndarray`): Booleans, `[subsets, candidates]`: which candidates are in each subset.
-        losses (`np.ndarray`): Losses, `[subsets, queries]`, preferably averaged over several training seeds.
-        resamples (`int`, defaults to 1000): Number of bootstrap resamples of the queries for the interval.
-        seed (`int`, defaults to 0): Seed of the resamples.
-
-    Returns:
-        `dict[str, float]`: `lds`, its standard error over queries `lds_se`, and 95% bootstrap interval `lds_low`,
-        `lds_high`.
-
-    Raises:
-        ValueError: If the shapes don't match, or there are fewer than 2 subsets.
-
-    Example:
-        >>> scores = np.array([[3.0, 1.0, 0.0]])  # the first candidate helps the query most
-        >>> subsets = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1]], dtype=bool)
-        >>> lds(scores, subsets, losses=np.array([[0.1], [0.4], [0.9]]))["lds"]
-        1.0
-    """
-    by_query = lds_by_query(scores, subsets, losses)
-    low, high = bootstrap_interval(by_query, resamples=resamples, seed=seed)
-    error = by_query.std(ddof=1) / len(by_query) ** 0.5 if len(by_query) > 1 else 0.0
-    return {"lds": float(by_query.mean()), "lds_se": float(error), "lds_low": low, "lds_high": high}
-
-
-def bootstrap_interval(values: np.ndarray, *, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """Return the 95% bootstrap interval of the mean over queries, given one value per query, `[queries]`."""
-    from scipy.stats import bootstrap
-
-    if len(values) < 2:
-        return float(np.mean(values)), float(np.mean(values))
-    options = {"n_resamples": resamples, "method": "percentile", "rng": np.random.default_rng(seed)}
-    interval = bootstrap((values,), np.mean, **options).confidence_interval
-    return float(interval.low), float(interval.high)
-
-
-def lds_by_query(scores: np.ndarray, subsets: np.ndarray, losses: np.ndarray) -> np.ndarray:
-    """Return each query's [`lds`], `[queries]`."""
-    if losses.shape != (len(subsets), len(scores)) or subsets.shape[1:] != scores.shape[1:] or len(subsets) < 2:
-        raise ValueError(
-            f"scores {scores.shape}, subsets {subsets.shape} and losses {losses.shape} don't match: give [queries, "
-            "candidates], [subsets, candidates] and [subsets, queries], with at least 2 subsets."
-        )
-    predicted = np.nan_to_num(scores.astype(np.float64), nan=0.0) @ subsets.T.astype(np.float64)
-    return np.array([spearman(g, -loss) for g, loss in zip(predicted, losses.T, strict=True)])
-
-
-def agreement(losses: np.ndarray) -> float:
-    """Return how far trainings with different seeds agree: what no score can be expected to exceed by much.
-
-    Args:
-        losses (`np.ndarray`): Losses, `[seeds, subsets, queries]`, with at least 2 seeds.
-
-    Returns:
-        `float`: The Spearman correlation over subsets of two seeds' losses, mean over queries and pairs of seeds.
-    """
-    pairs = [(a, b) for i, a in enumerate(losses) for b in losses[:i]]
-    return float(np.mean([spearman(one, other) for a, b in pairs for one, other in zip(a.T, b.T, strict=True)]))
-
-
-def lead(reference: np.ndarray, other: np.ndarray, *, name: str = "lead") -> dict[str, float]:
-    """Return by how much one method is ahead of another, query by query.
-
-    Args:
-        reference (`np.ndarray`): A figure of the one for each query, `[queries]`.
-        other (`np.ndarray`): The same figure of the other.
-        name (`str`, defaults to `"lead"`): What the result is called.
-
-    Returns:
-        `dict[str, float]`: The mean difference, and its 95% bootstrap interval `{name}_low`, `{name}_high`.
-    """
-    ahead = reference - other
-    low, high = bootstrap_interval(ahead)
-    return {name: float(ahead.mean()), f"{name}_low": low, f"{name}_high": high}
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:

@@ -1,20 +1,20 @@
-"""Retraining on subsets of the data: the ground truth that attributions are evaluated with."""
+"""Retraining on subsets of the data: the ground truth that attributions are evaluated with, and how well it is met."""
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import repeat
+from itertools import combinations
 from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from datasets import Dataset
-from torch import Tensor, nn
-from torch.func import functional_call, stack_module_state, vmap
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_forward_inf.scores.metrics import best_first
+from hf_forward_inf.scores.intervals import standard_error, with_interval
+from hf_forward_inf.scores.metrics import best_first, spearman
 from hf_forward_inf.utils.fingerprints import fingerprint
 from hf_forward_inf.utils.processes import process_state
 from hf_forward_inf.utils.storage import cached_tensors, default_cache_dir
@@ -22,8 +22,6 @@ from hf_forward_inf.utils.storage import cached_tensors, default_cache_dir
 Train: TypeAlias = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """Trains a model on each subset of the candidates, booleans `[models, candidates]`, with a seed for each model, and
 returns outcomes for the queries: their losses, float32 `[models, queries]`, or several values for each."""
-Outcomes: TypeAlias = Callable[[dict[str, Tensor]], Tensor]
-"""Maps a network's parameters to outcomes for some rows, `[rows, ...]`."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ def random_subsets(candidates: int, subsets: int, drop: float = 0.5, seed: int =
 def all_but_one(candidates: int, rows: Iterable[int]) -> np.ndarray:
     """Return subsets that lack one candidate each, booleans `[rows, candidates]`.
 
-    The [`metrics.lds`] on them is the leave-one-out correlation: the Spearman correlation of the rows' scores and of
+    The [`lds`] on them is the leave-one-out correlation: the Spearman correlation of the rows' scores and of
     how much a query's loss rises without them.
 
     Args:
@@ -161,114 +159,64 @@ def retrained_outcomes(
     return found.reshape(seeds, len(subsets), *found.shape[1:])
 
 
-def losses_of(network: nn.Module, inputs: Tensor, labels: Tensor) -> Outcomes:
-    """Return a function from parameters to each row's loss, `[rows]`."""
+def lds(
+    scores: np.ndarray, subsets: np.ndarray, losses: np.ndarray, *, resamples: int = 1000, seed: int = 0
+) -> dict[str, float]:
+    """Return the linear datamodeling score (Park et al., 2023): how well scores predict retraining on subsets.
 
-    def losses(parameters: dict[str, Tensor]) -> Tensor:
-        return F.cross_entropy(functional_call(network, parameters, (inputs,)), labels, reduction="none")
+    A model is trained from scratch on each subset S of the candidates; `losses` has its loss on each query q. The
+    scores predict it as g(S) = sum over i in S of scores[q, i]. A proponent lowers the loss, so that
 
-    return losses
+        lds(q) = Spearman correlation over S of g(S) and -loss(S, q)
 
-
-def losses_and_answers_of(network: nn.Module, inputs: Tensor, labels: Tensor) -> Outcomes:
-    """Return a function from parameters to each row's loss, and 1 if its label is predicted, else 0, `[rows, 2]`."""
-
-    def outcomes(parameters: dict[str, Tensor]) -> Tensor:
-        logits = functional_call(network, parameters, (inputs,))
-        losses = F.cross_entropy(logits, labels, reduction="none")
-        return torch.stack([losses, (logits.argmax(dim=1) == labels).to(losses.dtype)], dim=1)
-
-    return outcomes
-
-
-@dataclass(frozen=True)
-class BatchedTraining:
-    """Trains many small networks at once, with stacked parameters.
+    and the score is the mean over queries: 1 at best, 0 for uninformative scores. Only the ranks of the sums matter:
+    for subsets of equal size, neither the scores' unit nor a constant added to all scores of a query changes it.
 
     Args:
-        network (`Callable`): Returns the untrained network, which maps `[rows, ...]` to logits `[rows, classes]`.
-        data (`tuple`): Inputs `[candidates, ...]` and labels `[candidates]`.
-        queries (`tuple`): Inputs and labels of the queries.
-        steps (`int`, defaults to 400): Number of training steps.
-        learning_rate (`float`, defaults to 1e-2): Initial learning rate, which falls to 0 along a cosine.
-        weight_decay (`float`, defaults to 1e-3): Added to the loss as weight_decay / 2 x squared norm.
-        momentum (`float`, *optional*): Momentum of SGD. Defaults to Adam.
-        batch_size (`int`, *optional*): Rows in a step, in an order drawn by the seed. Defaults to the whole subset.
-        outcomes (`Callable`, defaults to [`losses_of`]): Outcomes for the queries, or [`losses_and_answers_of`].
+        scores (`np.ndarray`): Scores, `[queries, candidates]`; NaN counts as 0.
+        subsets (`np.ndarray`): Booleans, `[subsets, candidates]`: which candidates are in each subset.
+        losses (`np.ndarray`): Losses, `[subsets, queries]`, preferably averaged over several training seeds.
+        resamples (`int`, defaults to 1000): Number of bootstrap resamples of the queries for the interval.
+        seed (`int`, defaults to 0): Seed of the resamples.
+
+    Returns:
+        `dict[str, float]`: `lds`, its standard error over queries `lds_se`, and 95% bootstrap interval `lds_low`,
+        `lds_high`.
+
+    Raises:
+        ValueError: If the shapes don't match, or there are fewer than 2 subsets.
+
+    Example:
+        >>> scores = np.array([[3.0, 1.0, 0.0]])  # the first candidate helps the query most
+        >>> subsets = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1]], dtype=bool)
+        >>> lds(scores, subsets, losses=np.array([[0.1], [0.4], [0.9]]))["lds"]
+        1.0
     """
+    by_query = lds_by_query(scores, subsets, losses)
+    return with_interval("lds", by_query, resamples=resamples, seed=seed) | {"lds_se": standard_error(by_query)}
 
-    network: Callable[[], nn.Module]
-    data: tuple[Tensor, Tensor]
-    queries: tuple[Tensor, Tensor]
-    steps: int = 400
-    learning_rate: float = 1e-2
-    weight_decay: float = 1e-3
-    momentum: float | None = None
-    batch_size: int | None = None
-    outcomes: Callable[[nn.Module, Tensor, Tensor], Outcomes] = losses_of
 
-    @property
-    def settings(self) -> tuple[float | None, ...]:
-        """Everything that training depends on except network and data."""
-        return self.steps, self.learning_rate, self.weight_decay, self.momentum, self.batch_size
-
-    def __call__(self, subsets: np.ndarray, seeds: np.ndarray) -> np.ndarray:
-        """Train on subsets of equal size, and return outcomes for the queries, float32 `[models, queries, ...]`."""
-        base, parameters = self.trained(subsets, seeds)
-        with torch.no_grad():
-            found = vmap(self.outcomes(base, *self.queries))(parameters)
-        return found.numpy()
-
-    def model(self, seed: int, subset: np.ndarray | None = None) -> nn.Module:
-        """Return one trained network, on all of the data by default, or on a subset."""
-        everyone = np.ones(len(self.data[0]), dtype=bool)
-        base, parameters = self.trained((everyone if subset is None else subset)[None], np.array([seed]))
-        base.load_state_dict({name: value[0] for name, value in parameters.items()})
-        return base.eval()
-
-    def trained(self, subsets: np.ndarray, seeds: np.ndarray) -> tuple[nn.Module, dict[str, Tensor]]:
-        """Return the network, and the trained parameters of all models, stacked."""
-        networks = [self._untrained(seed) for seed in seeds.tolist()]
-        parameters, buffers = stack_module_state(networks)
-        if buffers:
-            raise ValueError(
-                f"{type(networks[0]).__name__} has buffers ({', '.join(buffers)}), which are not trained."
-            )
-        rows = torch.from_numpy(np.stack([np.flatnonzero(subset) for subset in subsets]))
-
-        def loss(one: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-            return F.cross_entropy(functional_call(networks[0], one, (x,)), y)
-
-        optimizer = self._optimizer(parameters.values())
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
-        for inputs, labels in self._batches(rows, seeds):
-            optimizer.zero_grad()
-            vmap(loss)(parameters, inputs, labels).sum().backward()
-            optimizer.step()
-            schedule.step()
-        return networks[0], {name: value.detach() for name, value in parameters.items()}
-
-    def _optimizer(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
-        if self.momentum is None:
-            return torch.optim.Adam(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
-        return torch.optim.SGD(
-            parameters, lr=self.learning_rate, momentum=self.momentum, weight_decay=self.weight_decay
+def lds_by_query(scores: np.ndarray, subsets: np.ndarray, losses: np.ndarray) -> np.ndarray:
+    """Return each query's [`lds`], `[queries]`."""
+    if losses.shape != (len(subsets), len(scores)) or subsets.shape[1:] != scores.shape[1:] or len(subsets) < 2:
+        raise ValueError(
+            f"scores {scores.shape}, subsets {subsets.shape} and losses {losses.shape} don't match: give [queries, "
+            "candidates], [subsets, candidates] and [subsets, queries], with at least 2 subsets."
         )
+    predicted = np.nan_to_num(scores.astype(np.float64), nan=0.0) @ subsets.T.astype(np.float64)
+    return np.array([spearman(g, -loss) for g, loss in zip(predicted, losses.T, strict=True)])
 
-    def _batches(self, rows: Tensor, seeds: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield each step's inputs, `[models, batch, ...]`, and labels, from the models' rows, `[models, rows]`."""
-        if self.batch_size is None:
-            yield from repeat((self.data[0][rows], self.data[1][rows]), self.steps)
-            return
-        draws = [np.random.default_rng(seed) for seed in seeds.tolist()]
-        order = torch.empty(len(rows), 0, dtype=torch.long)
-        for _ in range(self.steps):
-            if order.shape[1] < min(self.batch_size, rows.shape[1]):  # an epoch ends: an incomplete batch is dropped
-                order = torch.from_numpy(np.stack([draw.permutation(rows.shape[1]) for draw in draws]))
-            batch, order = rows.gather(1, order[:, : self.batch_size]), order[:, self.batch_size :]
-            yield self.data[0][batch], self.data[1][batch]
 
-    def _untrained(self, seed: int) -> nn.Module:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            return self.network()
+def agreement(losses: np.ndarray) -> float:
+    """Return how far trainings with different seeds agree: what no score can be expected to exceed by much.
+
+    Args:
+        losses (`np.ndarray`): Losses, `[seeds, subsets, queries]`.
+
+    Returns:
+        `float`: The Spearman correlation over subsets of two seeds' losses, mean over queries and pairs of seeds; NaN
+        if there is one seed.
+    """
+    pairs = combinations(losses, 2)
+    found = [spearman(one, other) for a, b in pairs for one, other in zip(a.T, b.T, strict=True)]
+    return float(np.mean(found)) if found else math.nan

@@ -11,8 +11,8 @@ from datasets import Dataset
 from hf_forward_inf.algorithm import Scorer
 from hf_forward_inf.ascent.config import AscentConfig
 from hf_forward_inf.data.inputs import as_dataset, read_inputs
-from hf_forward_inf.scores.metrics import distinct, lds_by_query, reciprocal_ranks
-from hf_forward_inf.scores.retraining import Retrained
+from hf_forward_inf.scores.metrics import distinct, reciprocal_ranks
+from hf_forward_inf.scores.retraining import Retrained, lds_by_query
 from hf_forward_inf.tracing.halves import TrainModel, retrained_on_halves
 from hf_forward_inf.utils.text_tables import text_table
 
@@ -77,10 +77,11 @@ def tune(
 ) -> Tuning:
     """Choose among settings of the ascent, by one of two measures.
 
-    **By retraining**: the linear datamodeling score ([`metrics.lds`]), that is, how well scores predict the losses of
-    some queries after training on subsets of the candidates. Pass losses that you have as `retrained`, or let `halves`
-    random halves be trained on by your own function, `train(model, rows, epochs)`. It may go on from the trained model
-    (at the peak learning rate, which then falls) or begin from random weights, which is more expensive and more exact:
+    **By retraining**: the linear datamodeling score ([`retraining.lds`]), that is, how well scores predict the losses
+    of some queries after training on subsets of the candidates. Pass losses that you have as `retrained`, or let
+    `halves` random halves be trained on by your own function, `train(model, rows, epochs)`. It may go on from the
+    trained model (at the peak learning rate, which then falls) or begin from random weights, which is more expensive
+    and more exact:
 
     - the digits and a perceptron, six settings with an LDS of .30 to .78: 8 halves chose the best, from random weights
       and from the model with a quarter of the training's steps; with 5 epochs at a constant rate, whose noise drowns

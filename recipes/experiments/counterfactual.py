@@ -16,7 +16,7 @@ from hf_forward_inf.attribution import Attributor
 from hf_forward_inf.baselines import Ensemble, attributors_for
 from hf_forward_inf.evaluation.tables import REFERENCE
 from hf_forward_inf.forward_inf import ForwardInf
-from hf_forward_inf.scores.metrics import bootstrap_interval
+from hf_forward_inf.scores.intervals import with_interval
 from hf_forward_inf.utils.text_tables import aligned, number
 
 FEWER: dict[str, dict[str, Any]] = {
@@ -138,9 +138,7 @@ def attributors(
 
 def behind(default: Removal, other: Removal) -> dict[str, float]:
     """Return by how much less the loss rises than after the default's removal, query by query."""
-    behind = default.rises - other.rises
-    low, high = bootstrap_interval(behind)
-    return {"rise_behind": float(behind.mean()), "rise_behind_low": low, "rise_behind_high": high}
+    return with_interval("rise_behind", default.rises - other.rises)
 
 
 def rise_figures(removal: Removal, chance: Removal, wrong: np.ndarray) -> dict[str, float]:
@@ -151,17 +149,12 @@ def rise_figures(removal: Removal, chance: Removal, wrong: np.ndarray) -> dict[s
         chance (`Removal`): Of as many random ones.
         wrong (`np.ndarray`): Which explained answers are wrong, booleans `[queries]`.
     """
-    low, high = bootstrap_interval(removal.rises)
-    figures = {"rise": float(removal.rises.mean()), "rise_low": low, "rise_high": high}
-    figures["rise_median"] = float(np.median(removal.rises))
-    over = removal.rises - chance.rises
-    low, high = bootstrap_interval(over)
-    figures |= {"rise_over_random": float(over.mean()), "rise_over_random_low": low, "rise_over_random_high": high}
+    figures = with_interval("rise", removal.rises) | {"rise_median": float(np.median(removal.rises))}
+    figures |= with_interval("rise_over_random", removal.rises - chance.rises)
     for name, gone in {"answer_gone": removal.gone, "wrong_answer_gone": removal.gone[wrong]}.items():
         gone = gone[~np.isnan(gone)]
         if len(gone):
-            low, high = bootstrap_interval(gone)
-            figures |= {name: float(gone.mean()), f"{name}_low": low, f"{name}_high": high}
+            figures |= with_interval(name, gone)
     return figures
 
 

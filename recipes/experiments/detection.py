@@ -9,7 +9,8 @@ from hf_forward_inf import AscentConfig, ForwardInf
 from hf_forward_inf.attribution import Attributor
 from hf_forward_inf.baselines import ATTRIBUTORS, FirstOrder, attributors_for
 from hf_forward_inf.evaluation.tables import REFERENCE, Table
-from hf_forward_inf.scores.metrics import average_precision, bootstrap_interval
+from hf_forward_inf.scores.intervals import with_interval
+from hf_forward_inf.scores.metrics import average_precision
 
 OURS: dict[str, Callable[[ForwardInf], Attributor]] = {
     "forward_inf_full": lambda tracer: tracer.with_options(strategy="full"),
@@ -86,15 +87,10 @@ def with_intervals(values: Mapping[str, Mapping[str, np.ndarray]], reference: st
     for name, measured in values.items():
         table[name] = {}
         for metric, found in measured.items():
-            table[name] |= _with_interval(metric, found)
+            table[name] |= with_interval(metric, found)
             if name != reference and reference in values:
-                table[name] |= _with_interval(f"{metric}_behind", values[reference][metric] - found)
+                table[name] |= with_interval(f"{metric}_behind", values[reference][metric] - found)
     return table
-
-
-def _with_interval(name: str, values: np.ndarray) -> dict[str, float]:
-    low, high = bootstrap_interval(values)
-    return {name: float(values.mean()), f"{name}_low": low, f"{name}_high": high}
 
 
 def together(parts: Sequence[Mapping[str, Mapping[str, np.ndarray]]]) -> dict[str, dict[str, Any]]:

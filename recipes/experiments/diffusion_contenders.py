@@ -15,8 +15,8 @@ from hf_forward_inf.attribution import Attributor
 from hf_forward_inf.baselines import attributors_for
 from hf_forward_inf.evaluation.tables import REFERENCE
 from hf_forward_inf.forward_inf import ForwardInf
-from hf_forward_inf.scores.metrics import bootstrap_interval, lds_by_query
-from hf_forward_inf.scores.retraining import Retrained
+from hf_forward_inf.scores.intervals import with_interval
+from hf_forward_inf.scores.retraining import Retrained, lds_by_query
 from hf_forward_inf.utils.processes import say
 
 BASELINES = (
@@ -99,16 +99,11 @@ def compared(by_query: Mapping[str, np.ndarray], name: str) -> dict[str, dict[st
     """
     table: dict[str, dict[str, float]] = {}
     for method, values in by_query.items():
-        table[method] = _with_interval(name, values)
+        table[method] = with_interval(name, values)
         table[method] |= {f"unseen/{name}": float(values[::2].mean()), f"drawn/{name}": float(values[1::2].mean())}
         if method != REFERENCE:
-            table[method] |= _with_interval(f"{name}_behind", by_query[REFERENCE] - values)
+            table[method] |= with_interval(f"{name}_behind", by_query[REFERENCE] - values)
     return table
-
-
-def _with_interval(name: str, values: np.ndarray) -> dict[str, float]:
-    low, high = bootstrap_interval(values)
-    return {name: float(values.mean()), f"{name}_low": low, f"{name}_high": high}
 
 
 def _stepping(ascent: AscentConfig) -> Make:

@@ -1,16 +1,12 @@
 """Options of the truth about a denoiser's pictures."""
 
 from dataclasses import dataclass, field
-from itertools import combinations
-
-import numpy as np
 
 from experiments.diffusion_contenders import BASELINES, STEPS
 from experiments.diffusion_truth import NETWORKS, DenoiserTruth
 from hf_forward_inf.data import load_captioned
 from hf_forward_inf.data.digits import captioned_digits
 from hf_forward_inf.evaluation.tables import REFERENCE
-from hf_forward_inf.scores.metrics import spearman
 from hf_forward_inf.toys.drawings import CAPTION as TEXT
 from hf_forward_inf.toys.drawings import IMAGE
 from hf_forward_inf.utils.options import RunOptions
@@ -83,15 +79,3 @@ def load_truth(options: DenoiserOptions) -> DenoiserTruth:
         network=options.network, width=options.width, steps=options.training_steps, traced_at=options.timesteps,
         queries_at=options.query_timesteps, seed=options.seed,
     )  # fmt: skip
-
-
-def agreement(losses: np.ndarray) -> float:
-    """Return how the losses after training with two seeds correlate over the subsets, a mean over queries and pairs.
-
-    No score that knows nothing of the seeds can correlate with the losses by much more than its root.
-
-    Args:
-        losses (`np.ndarray`): Losses, `[seeds, subsets, queries]`.
-    """
-    pairs = list(combinations(losses, 2))
-    return float(np.mean([[spearman(x, y) for x, y in zip(a.T, b.T, strict=True)] for a, b in pairs] or np.nan))

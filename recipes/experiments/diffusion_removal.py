@@ -8,7 +8,7 @@ from datasets import Dataset
 from hf_forward_inf.adapters import DiffusionAdapter
 from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.passes.loss_pass import LossPass
-from hf_forward_inf.scores.metrics import bootstrap_interval
+from hf_forward_inf.scores.intervals import with_interval
 from hf_forward_inf.utils.models import evaluating
 from hf_forward_inf.utils.processes import say
 
@@ -61,8 +61,7 @@ def as_figures(rises: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
     """Return mean rises with bootstrap intervals, and the share of queries whose rise exceeds that of random."""
     figures = {}
     for name, values in rises.items():
-        low, high = bootstrap_interval(values)
-        figures[name] = {"rise": float(values.mean()), "rise_low": low, "rise_high": high}
+        figures[name] = with_interval("rise", values)
         if name != "random":
             figures[name]["above_random"] = float((values > rises["random"]).mean())
     return figures

@@ -14,7 +14,8 @@ from hf_forward_inf.ascent.config import AscentConfig
 from hf_forward_inf.ascent.parameters import call
 from hf_forward_inf.ascent.steps import ascend
 from hf_forward_inf.curvature.perturber import Perturber
-from hf_forward_inf.scores.retraining import BatchedTraining, retrained_outcomes
+from hf_forward_inf.scores.batched_training import BatchedTraining
+from hf_forward_inf.scores.retraining import retrained_outcomes
 from hf_forward_inf.utils.fingerprints import fingerprint
 
 

@@ -14,8 +14,8 @@ from experiments.point_to_point import Influences, LogisticRegression, point_to_
 from hf_forward_inf.ascent.config import AscentConfig
 from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.data.images import count_classes, load_images
+from hf_forward_inf.scores.batched_training import BatchedTraining
 from hf_forward_inf.scores.metrics import spearman
-from hf_forward_inf.scores.retraining import BatchedTraining
 from hf_forward_inf.toys.networks import ConvNet
 from hf_forward_inf.utils.images import in_channels, planes, read_image
 from hf_forward_inf.utils.options import RunOptions

@@ -19,8 +19,14 @@ from hf_forward_inf.attribution import Attribution, Attributor
 from hf_forward_inf.baselines import Ensemble
 from hf_forward_inf.evaluation.tables import REFERENCE, Table
 from hf_forward_inf.forward_inf import ForwardInf
-from hf_forward_inf.scores.metrics import agreement, bootstrap_interval, lds_by_query, lead
-from hf_forward_inf.scores.retraining import Retrained, random_subsets, rises_without_best
+from hf_forward_inf.scores.intervals import with_interval
+from hf_forward_inf.scores.retraining import (
+    Retrained,
+    agreement,
+    lds_by_query,
+    random_subsets,
+    rises_without_best,
+)
 from hf_forward_inf.utils.options import RunOptions
 from hf_forward_inf.utils.processes import say
 from hf_forward_inf.utils.text_tables import aligned, number
@@ -200,11 +206,10 @@ def judge(
         seconds = time.perf_counter() - started
         truths = [lds_by_query(own[name].dense(), measured.subsets, measured.losses) for own in found]
         by_query[name] = np.mean(truths, axis=0)
-        low, high = bootstrap_interval(by_query[name])
-        table[name] = {"lds": float(by_query[name].mean()), "lds_low": low, "lds_high": high}
+        table[name] = with_interval("lds", by_query[name])
         table[name] |= {"trace_seconds": seconds, **step_of(explained[0][name])}
         if name != REFERENCE:
-            table[name] |= lead(by_query[REFERENCE], by_query[name])
+            table[name] |= with_interval("lead", by_query[REFERENCE] - by_query[name])
         say(line(name, table[name]))
     return table, found
 
@@ -222,8 +227,8 @@ def remove_best(
     figures: dict[str, dict[str, float]] = {}
     for name in (name for name in options.qld_methods if name in found):
         rises = rises_without_best(trained, found[name].dense()[: len(queries)], count)
-        low, high = bootstrap_interval(rises)
-        figures[name] = {"qld": float(rises.mean()), "qld_low": low, "qld_high": high}
+        figures[name] = with_interval("qld", rises)
+        low, high = figures[name]["qld_low"], figures[name]["qld_high"]
         say(f"{name}: the loss rises by {rises.mean():.3f} ({low:.3f} - {high:.3f}) without the best {count}")
     return figures
 

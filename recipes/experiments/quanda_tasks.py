@@ -22,7 +22,8 @@ from torch.utils.data import TensorDataset
 
 from experiments.retrainable import NETWORKS, small_digits
 from hf_forward_inf.adapters import Adapter
-from hf_forward_inf.scores.retraining import BatchedTraining, Outcomes, random_subsets, retrained_outcomes
+from hf_forward_inf.scores.batched_training import BatchedTraining, Outcomes
+from hf_forward_inf.scores.retraining import random_subsets, retrained_outcomes
 from hf_forward_inf.toys.classifiers import load_classifier
 from hf_forward_inf.utils.fingerprints import fingerprint
 

@@ -10,13 +10,8 @@ from torch import Tensor, nn
 
 from hf_forward_inf.adapters import Adapter, TensorAdapter
 from hf_forward_inf.data.digits import labelled_digits
-from hf_forward_inf.scores.retraining import (
-    BatchedTraining,
-    Train,
-    losses_and_answers_of,
-    losses_of,
-    retrained_outcomes,
-)
+from hf_forward_inf.scores.batched_training import BatchedTraining, losses_and_answers_of, losses_of
+from hf_forward_inf.scores.retraining import Train, retrained_outcomes
 from hf_forward_inf.utils.fingerprints import fingerprint
 
 

@@ -7,7 +7,7 @@ from experiments.groups import GroupTask, mislabelled
 from torch import nn
 
 from hf_forward_inf import AscentConfig
-from hf_forward_inf.scores.retraining import BatchedTraining
+from hf_forward_inf.scores.batched_training import BatchedTraining
 from hf_forward_inf.toys.networks import ConvNet
 from tests.helpers import digits
 

@@ -66,7 +66,7 @@ def test_a_counterfactual_run_tells_rises_and_answers_that_are_gone(tmp_path):
 def test_a_run_that_was_interrupted_trains_nothing_twice(tmp_path, monkeypatch):
     options = ("--share", "0.1", "--without", "influence_functions_lissa")
     assert run("counterfactual", tmp_path, *options) == 0
-    monkeypatch.setattr("hf_forward_inf.scores.retraining.BatchedTraining.__call__", None)  # not called again
+    monkeypatch.setattr("hf_forward_inf.scores.batched_training.BatchedTraining.__call__", None)  # not called again
     first = json.loads((tmp_path / "metrics.json").read_text())
     assert run("counterfactual", tmp_path, *options, "--overwrite") == 0
     second = json.loads((tmp_path / "metrics.json").read_text())

@@ -5,16 +5,12 @@ import pytest
 from scipy import stats
 
 from hf_forward_inf.scores.metrics import (
-    agreement,
     average_precision,
     collapse,
     detection,
     distinct,
     evaluate,
     hits_at_k,
-    lds,
-    lds_by_query,
-    lead,
     precision_at_k,
     random_figures,
     random_reciprocal_rank,
@@ -139,41 +135,9 @@ def test_the_worst_hub_is_the_candidate_in_most_top_lists():
     assert worst_hub(scores, k=2) == pytest.approx(1.0)
 
 
-def test_lds_by_hand():
-    # Four subsets of two of four candidates; sums 3, 2, 1, 0 by the first query's scores, 2, 1, 3, 0 by the second's.
-    subsets = np.array([[1, 1, 0, 0], [1, 0, 1, 0], [0, 1, 1, 0], [0, 0, 1, 1]], dtype=bool)
-    scores = np.array([[2.0, 1.0, 0.0, 0.0], [0.0, 2.0, 1.0, -1.0]])
-    losses = np.array([[0.1, 0.1], [0.2, 0.2], [0.3, 0.3], [0.9, 0.9]])
-    # The first foretells the order fully. Ranks of the second's sums 2, 1, 3, 0 against 1, 2, 3, 4 of the losses:
-    # 2, 3, 1, 4, squared differences 1 + 1 + 4 + 0 = 6, rho = 1 - 6 x 6 / (4 x 15) = .4
-    np.testing.assert_allclose(lds_by_query(scores, subsets, losses), [1.0, 0.4])
-    figures = lds(scores, subsets, losses)
-    assert figures["lds"] == pytest.approx(0.7)
-    assert figures["lds_se"] == pytest.approx(0.3)
-    assert (figures["lds_low"], figures["lds_high"]) == (pytest.approx(0.4), pytest.approx(1.0))
-
-
-def test_lds_asks_for_ranks_only_and_a_missing_score_counts_nothing():
-    draw = np.random.default_rng(0)
-    subsets = np.stack([draw.permutation(20) < 10 for _ in range(30)])
-    scores, losses = draw.normal(size=(3, 20)), draw.normal(size=(30, 3))
-    expected = lds_by_query(scores, subsets, losses)
-    np.testing.assert_allclose(lds_by_query(5 * scores + 7, subsets, np.exp(losses)), expected)
-    np.testing.assert_allclose(
-        expected, [stats.spearmanr(subsets @ row, -loss).statistic for row, loss in zip(scores, losses.T, strict=True)]
-    )
-    scores[1] = np.nan
-    assert lds_by_query(scores, subsets, losses)[1] == 0
-
-
 def test_ties_share_their_mean_rank():
     a, b = np.array([3.0, 1.0, 1.0, 2.0, 1.0]), np.array([1.0, 0.0, 2.0, 2.0, 5.0])
     assert spearman(a, b) == pytest.approx(stats.spearmanr(a, b).statistic)
-
-
-def test_lds_of_shapes_that_do_not_fit_is_refused():
-    with pytest.raises(ValueError, match=r"\(2, 4\).*\(3, 5\).*don't match"):
-        lds(np.zeros((2, 4)), np.zeros((3, 5), dtype=bool), np.zeros((3, 2)))
 
 
 def test_detection_counts_what_is_found_among_the_first():
@@ -196,9 +160,6 @@ def test_a_proponent_that_is_no_candidate_is_refused(row):
 def test_nan_has_no_rank():
     with pytest.raises(ValueError, match="NaN has no rank"):
         spearman(np.array([1.0, np.nan]), np.array([1.0, 2.0]))
-    subsets = np.array([[True, False], [False, True]])
-    with pytest.raises(ValueError, match="NaN has no rank"):
-        lds(np.ones((1, 2)), subsets, np.array([[0.5], [np.nan]]))
 
 
 def test_queries_without_proponents_are_left_out():
@@ -206,22 +167,3 @@ def test_queries_without_proponents_are_left_out():
     assert evaluate(scores, [[1], []]) == evaluate(scores[:1], [[1]])
     with pytest.raises(ValueError, match="No query has a proponent"):
         evaluate(scores, [[], []])
-
-
-def test_seeds_agree_as_far_as_their_losses_rank_the_subsets_alike():
-    losses = np.random.default_rng(0).normal(size=(3, 9, 2))
-    expected = [
-        stats.spearmanr(losses[a, :, query], losses[b, :, query]).statistic
-        for a, b in [(0, 1), (0, 2), (1, 2)]
-        for query in range(2)
-    ]
-    assert agreement(losses) == pytest.approx(np.mean(expected))
-    assert agreement(np.stack([losses[0], 3 * losses[0] + 1])) == pytest.approx(1)
-
-
-def test_a_lead_is_paired_query_by_query():
-    other = np.array([0.1, 0.9, 0.4])
-    found = lead(other + 0.2, other)
-    assert found == pytest.approx({"lead": 0.2, "lead_low": 0.2, "lead_high": 0.2})
-    mixed = lead(np.array([1.0, 0.0, 1.0]), np.array([0.0, 1.0, 0.0]))
-    assert mixed["lead"] == pytest.approx(1 / 3) and mixed["lead_low"] < 0 < mixed["lead_high"]

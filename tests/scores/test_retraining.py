@@ -1,16 +1,15 @@
 import numpy as np
 import pytest
-import torch
 from experiments.retrainable import digits, hard_and_random, small_digits
-from scipy.stats import spearmanr
+from scipy import stats
 from sklearn.datasets import load_digits
-from torch import nn
 
-from hf_forward_inf.scores.metrics import lds
 from hf_forward_inf.scores.retraining import (
-    BatchedTraining,
     Retrained,
+    agreement,
     all_but_one,
+    lds,
+    lds_by_query,
     random_subsets,
     retrained_outcomes,
     rises_without_best,
@@ -19,22 +18,6 @@ from hf_forward_inf.scores.retraining import (
 from tests.helpers import digits as small
 
 SUBSETS = random_subsets(30, 4)
-
-
-def training(steps=20):
-    data, queries = (small.rows(*cut).with_format("torch")[:] for cut in ((0, 30), (30, 35)))
-    pairs = [(rows["x"], rows["label"]) for rows in (data, queries)]
-    return BatchedTraining(lambda: nn.Linear(64, 10), *pairs, steps=steps)
-
-
-def test_networks_trained_together_are_those_trained_alone():
-    train = training()
-    found = train(SUBSETS, np.array([0, 0, 1, 1]))
-    for subset, seed, losses in zip(SUBSETS, (0, 0, 1, 1), found, strict=True):
-        model = train.model(seed, subset)
-        with torch.no_grad():
-            alone = nn.functional.cross_entropy(model(train.queries[0]), train.queries[1], reduction="none")
-        np.testing.assert_allclose(losses, alone, rtol=1e-3)
 
 
 def test_an_interrupted_run_goes_on_with_the_next_models(cache):
@@ -71,7 +54,7 @@ def test_the_lds_without_single_candidates_is_the_correlation_of_scores_and_rise
     scores, rises, rows = draw.normal(size=(3, 12)), draw.normal(size=(5, 3)), [1, 4, 6, 7, 11]
     subsets = all_but_one(12, rows)
     assert [np.flatnonzero(~subset).tolist() for subset in subsets] == [[row] for row in rows]
-    expected = [spearmanr(scores[i, rows], rises[:, i]).statistic for i in range(3)]
+    expected = [stats.spearmanr(scores[i, rows], rises[:, i]).statistic for i in range(3)]
     assert lds(scores, subsets, 7 + rises)["lds"] == pytest.approx(np.mean(expected))
 
 
@@ -123,25 +106,49 @@ def test_the_networks_of_the_digits(network, size):
         digits(network, candidates=1797)
 
 
-def test_steps_over_batches_are_those_of_plain_sgd():
-    rows = small.rows(0, 30)
-    data = torch.tensor(rows["x"][:]), torch.tensor(rows["label"][:])
-    training = BatchedTraining(
-        lambda: nn.Linear(64, 10), data, data, steps=5, learning_rate=0.1, momentum=0.9, batch_size=8
+def test_lds_by_hand():
+    # Four subsets of two of four candidates; sums 3, 2, 1, 0 by the first query's scores, 2, 1, 3, 0 by the second's.
+    subsets = np.array([[1, 1, 0, 0], [1, 0, 1, 0], [0, 1, 1, 0], [0, 0, 1, 1]], dtype=bool)
+    scores = np.array([[2.0, 1.0, 0.0, 0.0], [0.0, 2.0, 1.0, -1.0]])
+    losses = np.array([[0.1, 0.1], [0.2, 0.2], [0.3, 0.3], [0.9, 0.9]])
+    # The first foretells the order fully. Ranks of the second's sums 2, 1, 3, 0 against 1, 2, 3, 4 of the losses:
+    # 2, 3, 1, 4, squared differences 1 + 1 + 4 + 0 = 6, rho = 1 - 6 x 6 / (4 x 15) = .4
+    np.testing.assert_allclose(lds_by_query(scores, subsets, losses), [1.0, 0.4])
+    figures = lds(scores, subsets, losses)
+    assert figures["lds"] == pytest.approx(0.7)
+    assert figures["lds_se"] == pytest.approx(0.3)
+    assert (figures["lds_low"], figures["lds_high"]) == (pytest.approx(0.4), pytest.approx(1.0))
+
+
+def test_lds_asks_for_ranks_only_and_a_missing_score_counts_nothing():
+    draw = np.random.default_rng(0)
+    subsets = np.stack([draw.permutation(20) < 10 for _ in range(30)])
+    scores, losses = draw.normal(size=(3, 20)), draw.normal(size=(30, 3))
+    expected = lds_by_query(scores, subsets, losses)
+    np.testing.assert_allclose(lds_by_query(5 * scores + 7, subsets, np.exp(losses)), expected)
+    np.testing.assert_allclose(
+        expected, [stats.spearmanr(subsets @ row, -loss).statistic for row, loss in zip(scores, losses.T, strict=True)]
     )
-    subset = np.arange(30) % 5 > 0
-    found = training.model(3, subset)
-    torch.manual_seed(3)
-    plain, own, draw = nn.Linear(64, 10), np.flatnonzero(subset), np.random.default_rng(3)
-    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5)
-    order = []
-    for _ in range(5):
-        if not order:
-            order = own[draw.permutation(24)].reshape(3, 8).tolist()
-        batch = order.pop(0)
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(plain(data[0][batch]), data[1][batch]).backward()
-        optimizer.step()
-        schedule.step()
-    torch.testing.assert_close(found.weight, plain.weight)
+    scores[1] = np.nan
+    assert lds_by_query(scores, subsets, losses)[1] == 0
+
+
+def test_lds_of_shapes_that_do_not_fit_is_refused():
+    with pytest.raises(ValueError, match=r"\(2, 4\).*\(3, 5\).*don't match"):
+        lds(np.zeros((2, 4)), np.zeros((3, 5), dtype=bool), np.zeros((3, 2)))
+
+
+def test_a_loss_that_is_not_finite_has_no_rank():
+    with pytest.raises(ValueError, match="NaN has no rank"):
+        lds(np.ones((1, 2)), np.eye(2, dtype=bool), np.array([[0.5], [np.nan]]))
+
+
+def test_seeds_agree_as_far_as_their_losses_rank_the_subsets_alike():
+    losses = np.random.default_rng(0).normal(size=(3, 9, 2))
+    expected = [
+        stats.spearmanr(losses[a, :, query], losses[b, :, query]).statistic
+        for a, b in [(0, 1), (0, 2), (1, 2)]
+        for query in range(2)
+    ]
+    assert agreement(losses) == pytest.approx(np.mean(expected))
+    assert agreement(np.stack([losses[0], 3 * losses[0] + 1])) == pytest.approx(1)
