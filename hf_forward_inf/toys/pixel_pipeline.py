@@ -24,6 +24,9 @@ TOKENS = 16
 GRID = 8
 """Height and width of the UNet's input; larger pictures are folded to it."""
 
+GROUPS = 8
+"""Groups of a UNet's channels that are normed together."""
+
 
 class FoldedUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """A UNet on pictures whose neighbouring pixels are folded into channels, so that convolutions are small.
@@ -175,7 +178,7 @@ def pipeline_of(make: Callable[[], nn.Module], captions: list[str], seed: int) -
 def _unet(size: int, channels: int, width: int) -> Any:
     unet: Any = UNet2DConditionModel(
         sample_size=size, in_channels=channels, out_channels=channels, block_out_channels=(width, 2 * width),
-        layers_per_block=1, cross_attention_dim=64, attention_head_dim=4, norm_num_groups=8,
+        layers_per_block=1, cross_attention_dim=64, attention_head_dim=4, norm_num_groups=GROUPS,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         # By attention alone, captions have little effect after a short training: they also scale and shift features.
         addition_embed_type="text", addition_embed_type_num_heads=4, resnet_time_scale_shift="scale_shift",

@@ -3,6 +3,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
+from diffusers.models.attention import FeedForward
 from experiments.diffusion_contenders import compared
 from experiments.diffusion_lds import DenoiserOptions, load_truth
 from experiments.diffusion_rivals import GradientKernel, NoisierAdapter, RetainedUnlearning
@@ -126,6 +128,7 @@ def test_figures_are_compared_with_those_of_forward_inf_query_by_query():
         ({"removed": 12}, "--removed 12 leaves nothing of --num_candidates 12"),
         ({"removed_by": ["pixel_distance"]}, "--removed_by needs forward_inf"),
         ({"removed_by": ["lime"]}, "--removed_by must be one of forward_inf"),
+        ({"network": "unet", "width": 20}, "--width 20 must be a multiple of 8"),
     ],
 )
 def test_impossible_options_are_refused(tmp_path, more, message):
@@ -139,8 +142,21 @@ def test_too_few_pictures_are_refused(tmp_path):
 
 
 def test_a_unet_takes_the_place_of_the_perceptron(tmp_path):
-    denoiser = load_truth(options(tmp_path, network="unet", width=8, size=16)).explained(1)[0].model
-    assert type(denoiser).__name__ == "FoldedUNet" and denoiser.config.width == 8
+    truth = load_truth(options(tmp_path, network="unet", width=8, size=16, num_candidates=4))
+    (adapter,) = truth.explained(1)
+    assert type(adapter.model).__name__ == "FoldedUNet" and adapter.model.config.width == 8
+    mucs = RetainedUnlearning(adapter, steps=1)
+    rows = mucs.adapter.encode(truth.candidates[:])
+    moved = mucs._unlearnt(mucs.adapter.encode(truth.queries[:1]), Dataset.from_dict(rows))
+    parts = [one for one in adapter.model.modules() if isinstance(one, FeedForward)]
+    own = {id(weight) for part in parts for weight in part.parameters()}
+    assert moved.keys() == {name for name, weight in adapter.model.named_parameters() if id(weight) in own}
+
+
+def test_a_network_has_its_own_size_and_steps():
+    assert (DenoiserOptions().width, DenoiserOptions().training_steps) == (128, 500)
+    assert (DenoiserOptions(network="unet").width, DenoiserOptions(network="unet").training_steps) == (24, 700)
+    assert DenoiserOptions(network="unet", width=8).width == 8
 
 
 def test_noisier_losses_are_cached_apart(tmp_path):
