@@ -91,7 +91,11 @@ class Measured:
         return kept["subsets"], kept["losses"][:, own]
 
     def measure(self, library: str, methods: Sequence[Method], costs: bool) -> None:
-        """Measure what is missing of a library's methods, in one process; errors are stored in place of results."""
+        """Measure what is missing of a library's methods, in one process; errors are stored in place of results.
+
+        Methods that read models of the training are left out where the task has none.
+        """
+        methods = [method for method in methods if "checkpoints" in self.facts or not method.training]
         first, then = [], []
         for method in methods:
             trials = self._trials(method)

@@ -23,6 +23,7 @@ class Method:
         costly (`bool`, defaults to `False`): Whether its cost is measured for 1 query only, and its settings are
             chosen by fewer queries.
         priced (`bool`, defaults to `False`): Whether its cost is measured.
+        training (`bool`, defaults to `False`): Whether it reads models of the training, which some tasks have.
     """
 
     library: str
@@ -32,6 +33,7 @@ class Method:
     grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     costly: bool = False
     priced: bool = False
+    training: bool = False
 
     @property
     def key(self) -> str:
@@ -62,8 +64,8 @@ METHODS = (
     Method("bergson", "cosine", "gradients, cosine", priced=True),
     Method("bergson", "dot", "gradients, dot product"),
     Method("bergson", "shampoo", "Shampoo, corrected eigenvalues"),
-    Method("bergson", "source_adam", "SOURCE, for Adam"),
-    Method("bergson", "source", "SOURCE"),
+    Method("bergson", "source_adam", "SOURCE, for Adam", training=True),
+    Method("bergson", "source", "SOURCE", training=True),
     Method("bergson", "trackstar", "TrackStar"),
     Method("bergson", "ekfac_stored", "EK-FAC, gradients stored", priced=True),
     Method("bergson", "trak", "TRAK, one model"),

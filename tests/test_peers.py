@@ -195,6 +195,13 @@ def test_a_method_is_measured_in_a_process_of_its_own_and_one_that_fails_tells_w
     assert "MRR" in text
 
 
+def test_a_method_that_reads_models_of_the_training_is_left_out_where_there_are_none(task, tmp_path):
+    measured = Measured(task, tmp_path / "measured", tmp_path / "envs", 60)
+    measured.measure("captum", [Method("captum", "unrolled", "?", training=True)], costs=False)
+    assert not measured.folder.exists()
+    assert not measured.environments.exists()
+
+
 def test_a_peer_that_cannot_be_installed_keeps_its_row(task, tmp_path, monkeypatch):
     def refused(*_, **__):
         raise OSError("no room for it")
