@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-from datasets import Dataset
 
 from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.forward_inf import ForwardInf
 from hf_forward_inf.report import as_card
-from hf_forward_inf.report.summary import readable
-from hf_forward_inf.report.texts import plain, shortened
+from hf_forward_inf.report.lines import classes_of, lines
+from hf_forward_inf.report.texts import shortened
 from hf_forward_inf.scores.levels import Level
 
 LEVELS = get_args(Level)
@@ -68,7 +67,7 @@ def narrowed(found: Attribution, query: int, words: str = "", levels: Sequence[s
     one = found.select([query]).keep(min(MOST, found.scores.shape[1]))
     assert one.indices is not None
     top = one.top(0, MOST)
-    texts = [plain(readable(top, place)).lower() for place in range(len(top))]
+    texts = [line.text.lower() for line in lines(top)]
     ranked = top["level"][:] if "level" in top.column_names else [None] * len(top)
     fits = [
         all(word in text for word in words.lower().split()) and (level is None or level in levels)
@@ -86,9 +85,10 @@ def card(found: Attribution, query: int, words: str = "", levels: Sequence[str] 
     return as_card(one, 1, k) if one.indices.shape[1] else f"<p>{escape(found.verdict(query))}</p>{NO_ROW}"
 
 
-def labels_of(queries: Dataset) -> list[str]:
+def labels_of(found: Attribution) -> list[str]:
     """Return a line for each query: its number and its text."""
-    return [f"{i + 1}. {shortened(plain(readable(queries, i)), LABEL)}" for i in range(len(queries))]
+    queries = lines(found.queries, classes_of(found.candidates))
+    return [f"{i + 1}. {shortened(line.text, LABEL)}" for i, line in enumerate(queries)]
 
 
 def explorer(folder: str | Path, tracer: ForwardInf | None = None, candidates: Any = None) -> Any:
@@ -110,7 +110,7 @@ def explorer(folder: str | Path, tracer: ForwardInf | None = None, candidates: A
     import gradio as gr
 
     first = next(iter(results.values()))
-    labels, methods = labels_of(first.queries), list(results)
+    labels, methods = labels_of(first), list(results)
 
     def show(label: str, method: str, words: str, levels: list[str], k: float) -> str:
         return card(results[method], labels.index(label), words, levels, int(k))

@@ -49,7 +49,7 @@ def test_rows_are_narrowed_by_words_and_levels(folder):
 
 
 def test_queries_are_listed_by_number_and_text(folder):
-    assert labels_of(load_results(folder)["bm25"].queries) == ["1. Which row? Row 8.", "2. None? No."]
+    assert labels_of(load_results(folder)["bm25"]) == ["1. Which row? → Row 8.", "2. None? → No."]
 
 
 def test_a_folder_without_a_result_is_refused(tmp_path, capsys):
@@ -87,7 +87,7 @@ def test_the_explorer_shows_a_query_by_any_attributor_and_traces_what_is_typed(f
     client = served(app)
     try:
         levels = ["strong", "some", "none"]
-        query = "1. Which row? Row 7."
+        query = "1. Which row? → Row 7."
         own, other = (
             plain(client.predict(query, method, "", levels, 1, api_name="/show")) for method in ("forward_inf", "bm25")
         )

@@ -2,15 +2,11 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from datasets import ClassLabel, Dataset, Image
-
 from hf_forward_inf.attribution import Attribution
-from hf_forward_inf.report.rows import named
-from hf_forward_inf.report.summary import readable
-from hf_forward_inf.report.texts import BLANK, answer, is_language, plain, question, shortened
+from hf_forward_inf.report.lines import Line, classes_of, lines
+from hf_forward_inf.report.texts import shortened
 from hf_forward_inf.utils.processes import process_state
 
 BEST = 3
@@ -25,8 +21,6 @@ LEAST = 4
 """Letters of a word that counts as shared."""
 KNOWN = ("rank", "score", "candidate", "level")
 """Columns of the best candidates that are shown, where they are known."""
-IMAGE, FILE = "image", "_file"
-"""Column of pictures, and the name under which their files go."""
 WIDTH = 120
 """Width of what is printed where there is no terminal."""
 
@@ -44,51 +38,18 @@ def answers(found: Attribution, k: int = BEST) -> list[dict[str, Any]]:
         they were computed, else the words that it shares with the query.
     """
     details = {(row["query"], row["candidate"]): row for row in found.details or []}
-    return [_answer(found, i, query, details, k) for i, query in enumerate(_with_file_names(found.queries))]
+    queries = lines(found.queries, classes_of(found.candidates))
+    return [_answer(found, i, query, details, k) for i, query in enumerate(queries)]
 
 
-def _answer(
-    found: Attribution, i: int, query: Mapping[str, Any], details: Mapping[tuple[int, int], Any], k: int
-) -> dict[str, Any]:
-    classes = next((one for one in found.candidates.features.values() if isinstance(one, ClassLabel)), None)
-    asked, said = _asked_and_said(query, found.queries, classes)
+def _answer(found: Attribution, i: int, query: Line, details: Mapping[tuple[int, int], Any], k: int) -> dict[str, Any]:
     best = []
-    top = found.top(i, k)
-    for row in _with_file_names(top):
-        text = _joined(*_asked_and_said(row, top, classes), row)
-        detail: Mapping[str, Any] = details.get((i, row["candidate"])) or {}
-        matters = _hottest(detail, text) if "term_scores" in detail else _shared(text, f"{asked} {said}")
-        own = {name: row[name] for name in KNOWN if name in row}
-        best.append(own | {"text": text, "matters": matters})
-    return {"query": i, "asked": asked, "said": said, "verdict": found.verdict(i), "best": best}
-
-
-def _with_file_names(rows: Dataset) -> list[dict[str, Any]]:
-    """Return rows with the names of pictures' files in the place of the pictures, which a terminal doesn't show."""
-    names = [""] * len(rows)
-    if isinstance(rows.features.get(IMAGE), Image):
-        files = rows.select_columns([IMAGE]).cast_column(IMAGE, Image(decode=False))
-        names = [Path((row[IMAGE] or {}).get("path") or "").name for row in files]
-    return [{**readable(rows, i), FILE: file} for i, file in enumerate(names)]
-
-
-def _asked_and_said(row: Mapping[str, Any], rows: Dataset, classes: ClassLabel | None) -> tuple[str, str]:
-    """Return what a row asks and what the model says to it: of a picture its file, of a class its name."""
-    file, own = row[FILE], {name: value for name, value in row.items() if name != FILE}
-    label = next((name for name in ("label", "labels") if name in own), None)
-    if label is None or is_language(own):
-        asked, said = question(own), answer(own)
-    else:
-        kind = rows.features[label] if isinstance(rows.features[label], ClassLabel) else classes
-        asked, said = plain(own), named(own, {label: kind}, label)
-    return f"{file} {asked}".strip(), said
-
-
-def _joined(asked: str, said: str, row: Mapping[str, Any]) -> str:
-    """Return both as one text: what is said in its place, or after an arrow."""
-    if BLANK in asked:
-        return plain(row)
-    return f"{asked} → {said.strip()}" if asked and said else asked or said
+    for line in lines(found.top(i, k)):
+        detail: Mapping[str, Any] = details.get((i, line.row["candidate"])) or {}
+        matters = _hottest(detail, line.text) if "term_scores" in detail else _shared(line.text, query)
+        own = {name: line.row[name] for name in KNOWN if name in line.row}
+        best.append(own | {"text": line.text, "matters": matters})
+    return {"query": i, "asked": query.asked, "said": query.said, "verdict": found.verdict(i), "best": best}
 
 
 def _hottest(detail: Mapping[str, Any], text: str) -> list[str]:
@@ -103,9 +64,9 @@ def _hottest(detail: Mapping[str, Any], text: str) -> list[str]:
     return [word for word in dict.fromkeys(found) if word in text]
 
 
-def _shared(text: str, query: str) -> list[str]:
+def _shared(text: str, query: Line) -> list[str]:
     """Return the words that a text shares with a query, the short ones left out."""
-    asked = {word.lower() for word in _words(query)}
+    asked = {word.lower() for word in _words(f"{query.asked} {query.said}")}
     return list(dict.fromkeys(word for word in _words(text) if word.lower() in asked))
 
 

@@ -1,6 +1,5 @@
 """A result on the hub: a dataset whose viewer shows the best rows of each query, with a card."""
 
-from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,8 +9,8 @@ from datasets import Dataset
 from datasets.table import embed_table_storage
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi, snapshot_download
 
-from hf_forward_inf.report.summary import best_rows, readable
-from hf_forward_inf.report.texts import plain, shortened
+from hf_forward_inf.report.lines import Line, classes_of, lines
+from hf_forward_inf.report.texts import shortened
 from hf_forward_inf.saving.folder import ABOUT, about, arguments, scores, tables
 from hf_forward_inf.scores.levels import RULE
 from hf_forward_inf.utils.fingerprints import FINGERPRINT
@@ -73,8 +72,8 @@ def _embedded(rows: Dataset) -> Dataset:
 def shown(found: Any, k: int) -> Dataset:
     """Return the table that the viewer shows: `query`, `rank`, `score`, `level`, `row` and the texts of both."""
     best = found.to_dataset(k)
-    asked = [plain(readable(found.queries, i)) for i in range(len(found))]
-    texts = [plain(row) for i in range(len(found)) for row in best_rows(found, i, k)]
+    asked = [line.text for line in lines(found.queries, classes_of(found.candidates))]
+    texts = [line.text for i in range(len(found)) for line in lines(found.top(i, k))]
     order = ["query", "rank", "score", "level", "row", "asked", "text"]
     best = best.rename_column("candidate", "row").add_column("asked", [asked[i] for i in best["query"]])
     return best.add_column("text", texts).select_columns(order)
@@ -100,13 +99,14 @@ def card(found: Any, repo_id: str, written: list[str], k: int) -> DatasetCard:
 
 
 def _query(found: Any, i: int) -> dict[str, Any]:
-    rows = [{**row, "text": _cell(row)} for row in best_rows(found, i, 3)]
-    return {"text": _cell(readable(found.queries, i)), "verdict": found.verdict(i), "rows": rows}
+    query = lines(found.queries.select([i]), classes_of(found.candidates))[0]
+    rows = [{**line.row, "text": _cell(line)} for line in lines(found.top(i, 3))]
+    return {"text": _cell(query), "verdict": found.verdict(i), "rows": rows}
 
 
-def _cell(row: Mapping[str, Any]) -> str:
+def _cell(line: Line) -> str:
     """Return a row's text for a cell of a Markdown table: nothing in it is markup."""
-    text = shortened(plain(row), 120)
+    text = shortened(line.text, 120)
     return "".join(f"\\{one}" if one in r"\`*_{}[]<>()#+-.!|~" else one for one in text)
 
 

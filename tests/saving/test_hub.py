@@ -61,15 +61,15 @@ def test_it_comes_back_from_the_hub(found, server, top_k):
 def test_datasets_loads_the_table_that_the_viewer_shows(found, server):
     found.push_to_hub("me/why", k=2)
     folder = str(server / "me/why")
-    table = load_dataset(folder, split="train")
+    table = load_dataset(folder, split="train", cache_dir=str(server))
     assert table.column_names == ["query", "rank", "score", "level", "row", "asked", "text"]
     assert table[0] == {
-        "query": 0, "rank": 1, "score": 5000.0, "level": "strong", "row": 7, "asked": "Capital of | Peru? Lima",
+        "query": 0, "rank": 1, "score": 5000.0, "level": "strong", "row": 7, "asked": "Capital of | Peru? → Lima",
         "text": "row 7",
     }  # fmt: skip
     assert len(table) == 4
     assert set(get_dataset_config_names(folder)) >= {"attribution", "queries", "candidates", "scores"}
-    assert load_dataset(folder, "queries", split="train").to_list() == found.queries.to_list()
+    assert load_dataset(folder, "queries", split="train", cache_dir=str(server)).to_list() == found.queries.to_list()
 
 
 def test_the_card_says_what_was_found_and_how_to_load_it(found, server):
