@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,17 +20,15 @@ from hf_forward_inf.baselines import ATTRIBUTORS
 from hf_forward_inf.baselines.ensembles import described
 from hf_forward_inf.curvature.perturber import Perturber
 from hf_forward_inf.passes.candidate_pass import MAX_BATCH_LENGTH, encode
-from hf_forward_inf.passes.loss_pass import LossPass, RisenPass, ShiftPass
+from hf_forward_inf.passes.loss_pass import LossPass, ShiftPass, WeighedPass
 from hf_forward_inf.utils.fingerprints import fingerprint
 from hf_forward_inf.utils.memory import Memory
 from hf_forward_inf.utils.models import check_same_parameters, evaluating
 from hf_forward_inf.utils.progress import counting
 
-PASSES = {"rise": LossPass, "risen": RisenPass, "shift": ShiftPass}
-"""What a score measures of a candidate, and the pass that computes it."""
 CHOICES = {
     "reduction": ("sum", "mean"),
-    "measure": tuple(PASSES),
+    "measure": ("rise", "shift"),
     "units": (None, "loss", "base_loss"),
     "strategy": ("auto", "full", "screen"),
 }
@@ -54,7 +52,8 @@ class Scorer:
         adapter: Adapter | None = None,
         ascent: AscentConfig | None = None,
         reduction: Literal["sum", "mean"] = "sum",
-        measure: Literal["rise", "risen", "shift"] = "rise",
+        measure: Literal["rise", "shift"] = "rise",
+        falls: float = 1.0,
         units: Literal["loss", "base_loss"] | None = None,
         training: Dataset | None = None,
         strategy: Literal["auto", "full", "screen"] = "auto",
@@ -68,8 +67,8 @@ class Scorer:
     ):
         adapter = choose_adapter(model, processor, adapter, "ForwardInf")
         self._options = {
-            "adapter": adapter, "ascent": ascent, "reduction": reduction, "measure": measure, "units": units,
-            "training": training, "strategy": strategy, "screen": screen, "keep": keep,
+            "adapter": adapter, "ascent": ascent, "reduction": reduction, "measure": measure, "falls": falls,
+            "units": units, "training": training, "strategy": strategy, "screen": screen, "keep": keep,
             "audit": audit, "storage": storage, "cache_dir": cache_dir, "max_batch_length": max_batch_length,
             "baseline_model": baseline_model,
         }  # fmt: skip
@@ -83,24 +82,34 @@ class Scorer:
         if self.ascent.mode in adapter.poor_modes:
             _warn_of_mode(self.ascent.mode, adapter.poor_modes[self.ascent.mode])
         self.reduction, self.measure = reduction, measure
-        if measure == "risen" and self.ascent.mode != "ascent":
-            raise ValueError(
-                f"measure='risen' leaves out what falls, so that mode={self.ascent.mode!r} has no meaning: take "
-                "mode='ascent'."
-            )
-        self.units = units or (adapter.default_units if measure == "rise" else "loss")
-        if measure != "rise" and self.units != "loss":
-            raise ValueError(f"units='base_loss' is for rises of the loss: leave it out with measure={measure!r}.")
+        whole = measure == "rise" and falls == 1
+        self.units = units or (adapter.default_units if whole else "loss")
+        if not whole and self.units != "loss":
+            other = f"falls={falls}" if measure == "rise" else f"measure={measure!r}"
+            raise ValueError(f"units='base_loss' is for rises of the loss: leave it out with {other}.")
+        if falls != 1:
+            self._check_falls(falls)
+        self.falls = float(falls)
         self.training = training
         self.strategy, self.screen, self.keep, self.audit, self.storage = strategy, screen, keep, audit, storage
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self.max_batch_length, self.baseline_model = max_batch_length, baseline_model
         self._perturbers = Memory[Perturber](1)
 
+    def _check_falls(self, falls: float) -> None:
+        """Refuse a weight of falls where nothing was to rise."""
+        if self.measure != "rise":
+            raise ValueError(f"falls={falls} is for rises of the loss: leave it out with measure={self.measure!r}.")
+        if self.ascent.mode != "ascent":
+            raise ValueError(
+                f"falls={falls} is for losses that were to rise, and mode={self.ascent.mode!r} lowers them: take "
+                "mode='ascent'."
+            )
+
     @property
     def config(self) -> dict[str, Any]:
         """Everything that scores depend on besides the model and the data."""
-        own = {"reduction": self.reduction, "measure": self.measure}
+        own = {"reduction": self.reduction, "measure": self.measure, "falls": self.falls}
         screen = self.screen if self.screen is None or isinstance(self.screen, str) else described(self.screen)
         screened = {"strategy": self.strategy, "screen": screen, "keep": self.keep, "audit": self.audit}
         return {**asdict(self.ascent), **own, "units": self.units, **screened, **self.adapter.config}
@@ -192,7 +201,10 @@ class Scorer:
                 "baseline_model= is subtracted by trace(queries, candidates) alone: for streams, plans, tuning take "
                 "tracer.with_options(baseline_model=None)."
             )
-        return PASSES[self.measure](
+        made: Callable[..., LossPass] = ShiftPass if self.measure == "shift" else LossPass
+        if self.falls != 1:
+            made = partial(WeighedPass, falls=self.falls)
+        return made(
             self.adapter, candidates, cache_dir=scratch or self.cache_dir,
             max_batch_length=self.max_batch_length, first_row=first_row,
         )  # fmt: skip
@@ -235,6 +247,9 @@ def _check(options: Mapping[str, Any]) -> None:
         unset = count is None and option == "keep"
         if not unset and (isinstance(count, bool) or not isinstance(count, int) or count < least):
             raise ValueError(f"{option}={count!r} must be a whole number of at least {least}.")
+    falls = options["falls"]
+    if not (isinstance(falls, int | float) and 0 <= falls <= 1):
+        raise ValueError(f"falls={falls!r} must be between 0 and 1.")
     if not (isinstance(options["storage"], int | float) and options["storage"] >= 0):
         raise ValueError(f"storage={options['storage']!r} must be at least 0 GB.")
     screen = options["screen"]

@@ -56,12 +56,13 @@ class ForwardInf(Scorer):
             normalised step, corrected by curvature where the model's size allows it.
         reduction (`str`, defaults to `"sum"`): An example's loss is the `"sum"` or the `"mean"` over its target
             tokens.
-        measure (`str`, defaults to `"rise"`): A candidate's score is the `"rise"` of its loss; `"risen"`, the sum of
-            the rises of those of its tokens whose losses rise, so that a token that holds the answer is not outweighed
-            by others that the model only guesses at (a kept candidate is run twice for each query); or, for
-            classifiers, the `"shift"` of its prediction: the norm of the change of its centred logits, whatever its
-            label. A shift finds copies and near-duplicates (`recipes/leakage.py`); it has no sign, so it does not say
-            whether the candidate supports the query or opposes it.
+        measure (`str`, defaults to `"rise"`): A candidate's score is the `"rise"` of its loss; or, for classifiers,
+            the `"shift"` of its prediction: the norm of the change of its centred logits, whatever its label. A shift
+            finds copies and near-duplicates (`recipes/leakage.py`); it has no sign, so it does not say whether the
+            candidate supports the query or opposes it.
+        falls (`float`, defaults to 1.0): Weight of a candidate's tokens whose losses fall, from 0 to 1: a token that
+            holds the answer is less outweighed by others that the model only guesses at. Where it is not 1, a kept
+            candidate is run twice for each query.
         units (`str`, *optional*): Units of the scores: `"loss"`, or `"base_loss"`, which divides each rise by the
             candidate's loss: a candidate with a high loss rises under any step, and earns no credit for it. Defaults
             to the adapter's choice: base losses for denoisers.

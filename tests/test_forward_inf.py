@@ -65,8 +65,12 @@ def test_rises_are_shares_of_the_candidates_losses_on_request():
         shares.rerank(found)
     with pytest.raises(ValueError, match="leave it out with measure='shift'"):
         shares.with_options(measure="shift")
-    with pytest.raises(ValueError, match="leaves out what falls"):
-        shares.with_options(measure="risen", units=None, ascent=AscentConfig(mode="descent"))
+    with pytest.raises(ValueError, match="leave it out with falls=0"):
+        shares.with_options(falls=0)
+    with pytest.raises(ValueError, match="falls=0 is for rises of the loss"):
+        tracer.with_options(falls=0, measure="shift")
+    with pytest.raises(ValueError, match="losses that were to rise"):
+        tracer.with_options(falls=0, ascent=AscentConfig(mode="descent"))
     sure = ForwardInf(adapter=TensorAdapter(network, objective="margin"), units="base_loss", ascent=tracer.ascent)
     with pytest.raises(ValueError, match=r"divides by losses, and that of candidate \d+ is negative"):
         sure.trace(rows.select(range(3)), rows)
@@ -261,6 +265,7 @@ def test_unknown_options_are_refused(tracer):
         ("reduction", "median", r"reduction='median' must be one of \('sum', 'mean'\)"),
         ("units", "nats", "units='nats' must be one of"),
         ("measure", "sideways", "measure='sideways' must be one of"),
+        ("falls", 1.5, "falls=1.5 must be between 0 and 1"),
         ("max_batch_length", -1, "max_batch_length=-1 must be a whole number of at least 1"),
         ("max_batch_length", 2.5, "max_batch_length=2.5 must be a whole number"),
     ],

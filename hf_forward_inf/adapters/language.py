@@ -318,9 +318,10 @@ def preferred_ascent(direction: str | None = None) -> dict[str, Any]:
     A divergence fails where the model knows its sentences by heart: predictions of others hardly move, and such
     queries get steps of 5 and more.
 
-    A LoRA asks for the same. With one of rank 16, trained on 600 sentences, and 60 halves as the truth, the LDS is
-    .636; three times the length has .492, damping .1 .604, damping 1 .551 (80 queries); the gradient .458 where the
-    default has .653 (20 of them). Rows that plant a backdoor together are found better by all of these.
+    A LoRA asks for about the same. With one of rank 16, trained on 600 sentences, and 60 halves as the truth, the LDS
+    of 80 queries is .636, and .492 after three times the length, .604 at damping .1, .551 at damping 1, .422 along the
+    gradient, which all find more of the rows that plant a backdoor together. Less damping, .003, has .643, and finds
+    fewer of them (docs/results/detection.md).
 
     It is the direction at any size, and for quantised weights: its steps are of low rank, and its factors take a
     quarter of the model's memory ([`AscentConfig`]).

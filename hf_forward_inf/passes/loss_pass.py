@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -125,15 +126,27 @@ class ShiftPass(ChangePass):
         return change.norm(dim=1)
 
 
-class RisenPass(ChangePass):
-    """Computes by how much the losses of those terms have risen that rise."""
+class WeighedPass(ChangePass):
+    """Computes by how much each candidate's loss has risen, where terms whose losses fall count less.
 
-    kind = "risen"
+    Args:
+        falls (`float`): Weight of the terms whose losses fall.
+        *args, **options: Of [`CandidatePass`].
+    """
+
+    def __init__(self, *args: Any, falls: float, **options: Any):
+        super().__init__(*args, **options)
+        self.falls, self.kind = falls, f"falls {falls:g}"
 
     def seen(self, forward: Forward, batch: Batch) -> Tensor:
         """Return the losses of all terms, `[rows, terms]`."""
         return self.adapter.term_losses(forward, batch)
 
     def moved(self, change: Tensor) -> Tensor:
-        """Return the sum of the rises, `[rows]`."""
-        return change.clamp(min=0).sum(dim=1)
+        """Return the weighed sum, `[rows]`."""
+        return weighed(change, self.falls).sum(dim=1)
+
+
+def weighed(change: Tensor, falls: float) -> Tensor:
+    """Return changes of losses, of which those below 0 are multiplied by `falls`."""
+    return torch.where(change < 0, falls * change, change)

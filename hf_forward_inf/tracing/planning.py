@@ -169,8 +169,8 @@ def _screened(tracer: Scorer, plan: Plan, loss: LossPass) -> Plan:
 
 
 def _runs(tracer: Scorer) -> int:
-    """Return how often a candidate is run for a query: what has risen is known by each term's loss before."""
-    return 2 if tracer.measure == "risen" else 1
+    """Return how often a candidate is run for a query: twice where each term's loss before is needed."""
+    return 1 if tracer.falls == 1 else 2
 
 
 def _of_ascents(tracer: Scorer, plan: Plan) -> list[Part]:

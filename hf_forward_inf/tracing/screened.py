@@ -51,7 +51,7 @@ class ScreenedStep:
         with evaluating(tracer.adapter.model):
             states = states_of(tracer, loss)
             self.base_pass, self.kept = BasePass(loss, states), KeptPass(loss, states)
-            joint = tracer.measure == "rise" and self.base_pass.joint
+            joint = tracer.measure == "rise" and tracer.falls == 1 and self.base_pass.joint
             self.base = self.base_pass.losses if joint else loss.base()  # L(theta, D_i)
             self.unit = tracer.unit(self.base, self.loss.terms)
             self.perturber = tracer.perturber(candidates, loss)

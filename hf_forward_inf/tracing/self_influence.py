@@ -85,7 +85,7 @@ def rerank(tracer: Scorer, found: Attribution, k: int) -> Attribution:
 
 def _is_one_plain_step(tracer: Scorer) -> bool:
     config = tracer.ascent
-    plain = config.direction == "gradient" and config.steps == 1 and tracer.measure != "risen"
+    plain = config.direction == "gradient" and config.steps == 1 and tracer.falls == 1
     return plain and has_length(tracer.adapter, config)
 
 

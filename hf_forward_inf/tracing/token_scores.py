@@ -16,6 +16,7 @@ from hf_forward_inf.ascent.parameters import Parameters, call
 from hf_forward_inf.ascent.steps import Mirrored
 from hf_forward_inf.attribution import Attribution
 from hf_forward_inf.passes.candidate_pass import encode
+from hf_forward_inf.passes.loss_pass import weighed
 from hf_forward_inf.utils.models import evaluating, to_device
 from hf_forward_inf.utils.progress import progress
 
@@ -105,6 +106,4 @@ def rises(tracer: Scorer, theta_k: Parameters, mirrored: Parameters | None, feat
     if mirrored is not None:
         return (losses(theta_k) - losses(mirrored)) / 2
     rise = losses(theta_k) - losses({})
-    if tracer.measure == "risen":
-        return rise.clamp(min=0)
-    return -rise if tracer.ascent.mode == "descent" else rise
+    return -rise if tracer.ascent.mode == "descent" else weighed(rise, tracer.falls)

@@ -15,9 +15,9 @@ from hf_forward_inf.scores.metrics import average_precision
 OURS: dict[str, Callable[[ForwardInf], Attributor]] = {
     "forward_inf_full": lambda tracer: tracer.with_options(strategy="full"),
     "forward_inf_gradient_screened": lambda tracer: tracer.with_options(ascent=AscentConfig(direction="gradient")),
-    "forward_inf_risen": lambda tracer: tracer.with_options(measure="risen"),
+    "forward_inf_risen": lambda tracer: tracer.with_options(falls=0),
     "forward_inf_gradient_risen": lambda tracer: tracer.with_options(
-        measure="risen", ascent=AscentConfig(direction="gradient")
+        falls=0, ascent=AscentConfig(direction="gradient")
     ),
     "ekfac": lambda tracer: FirstOrder(adapter=tracer.adapter, ascent=AscentConfig(direction="ekfac")),
 }

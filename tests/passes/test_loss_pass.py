@@ -77,19 +77,20 @@ def token_losses(model, theta, ids, labels):
     return cross_entropy(logits[0], labels[0], reduction="none")
 
 
-@pytest.mark.parametrize("strategy", ["full", "screen"])
-def test_what_has_risen_is_the_sum_over_the_tokens_that_rise(strategy, model, tokenizer, queries, candidates):
+@pytest.mark.parametrize(("strategy", "falls"), [("full", 0.5), ("screen", 0.5), ("full", 0)])
+def test_tokens_whose_losses_fall_count_less(strategy, falls, model, tokenizer, queries, candidates):
     ascent = AscentConfig(direction="gradient", modules=["all"], step="full")
     options = {"keep": 5, "audit": 0} if strategy == "screen" else {}
-    tracer = ForwardInf(model, tokenizer, measure="risen", ascent=ascent, strategy=strategy, **options)
+    tracer = ForwardInf(model, tokenizer, falls=falls, ascent=ascent, strategy=strategy, **options)
     scores = tracer.trace(queries.select([0]), candidates).dense()[0]
     (theta,) = tracer.perturber(candidates).perturbation(tracer.adapter.encode(queries[:1])).thetas
-    falls = 0
+    fallen = 0
     for j in np.argsort(-scores)[:4].tolist():
         asked, said = (candidates[j][name] for name in ("inputs_pretokenized", "targets_pretokenized"))
         ids, labels = (tokenizer(text, return_tensors="pt")["input_ids"] for text in (asked, said))
         before, after = (token_losses(model, own, ids, labels) for own in ({}, theta))
         rises = after - before
-        falls += int((rises < 0).sum())
-        assert scores[j] == pytest.approx(rises.clamp(min=0).sum().item(), rel=1e-3, abs=1e-5)
-    assert falls  # or plain rises would be the same
+        fallen += int((rises < 0).sum())
+        expected = sum(rise if rise > 0 else falls * rise for rise in rises.tolist())
+        assert scores[j] == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    assert fallen  # or plain rises would be the same

@@ -49,12 +49,12 @@ def test_of_shifts_too_it_is_the_diagonal(mode, steps):
     np.testing.assert_allclose(found, np.diag(tracer.trace(rows, rows).scores), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("measure", ["rise", "risen", "shift"])
-def test_the_best_are_sorted_by_score_over_self_influence(measure):
+@pytest.mark.parametrize(("measure", "falls"), [("rise", 1), ("rise", 0.5), ("shift", 1)])
+def test_the_best_are_sorted_by_score_over_self_influence(measure, falls):
     network, rows = digits.perceptron(), digits.rows(90, 130)
     # By itself: directions that share products depend on the rows that are traced together.
     ascent = AscentConfig(direction="cg", radius=0.2)
-    tracer = ForwardInf(adapter=TensorAdapter(network), ascent=ascent, measure=measure)
+    tracer = ForwardInf(adapter=TensorAdapter(network), ascent=ascent, measure=measure, falls=falls)
     scores = tracer.trace(rows, rows).scores
     found = tracer.rerank(tracer.trace(rows.select(range(5)), rows), k=8)
     for i in range(5):
