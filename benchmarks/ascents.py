@@ -39,6 +39,7 @@ def main() -> None:
     tracer = ForwardInf(model, tokenizer, ascent=AscentConfig(direction="gradient"))
     queries = with_answered(tracer.adapter, with_proponents(queries, sentences))
     task = draw_task(queries, sentences, num_queries=given.num_queries, num_candidates=given.num_candidates)
+    assert task.proponents is not None
     ascents = {f"radius {r:g}, decoder": AscentConfig(direction="gradient", radius=r) for r in RADII}
     ascents |= {"radius 1 in K = 3 steps, decoder": AscentConfig(direction="gradient", radius=1.0, steps=3)}
     ascents |= {f"radius {r:g}, all": AscentConfig(direction="gradient", radius=r, modules=["all"]) for r in RADII}

@@ -118,9 +118,9 @@ def sets(options: argparse.Namespace) -> Iterator[Truth | Facts]:
         abstracts = load_rows(str(options.webnlg / "abstracts.parquet"), "abstracts")
         train = training_rows(abstracts, None)
         tracer, queries = answered_queries(abstracts, train, epochs=30)
-        task = draw_task(queries, train, num_queries=100, num_candidates=1800, seed=0)
-        assert task.proponents is not None
-        yield Facts("WebNLG", tracer.adapter, task.queries, task.candidates, task.proponents)
+        drawn = draw_task(queries, train, num_queries=100, num_candidates=1800, seed=0)
+        assert drawn.proponents is not None
+        yield Facts("WebNLG", tracer.adapter, drawn.queries, drawn.candidates, drawn.proponents)
 
 
 def main() -> None:

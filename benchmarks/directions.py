@@ -56,6 +56,8 @@ FISHER: dict[str, type[Seq2SeqAdapter]] = {"true": Seq2SeqAdapter, "empirical": 
 
 def load(options: argparse.Namespace) -> tuple[Any, Any, Dataset, Dataset, Dataset]:
     """Return model, tokenizer, queries, candidates and training data."""
+    model: Any
+    tokenizer: Any
     if not options.model:
         corpus = builtin_facts()
         model, tokenizer = tiny_mt5(corpus["abstracts"])

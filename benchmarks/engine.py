@@ -21,6 +21,7 @@ import statistics
 import tempfile
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,9 +122,9 @@ def compare(options: argparse.Namespace, tracer: ForwardInf, queries: Dataset, c
         for count in sorted({min(count, len(queries) - LATER) for count in counts}):
             with tempfile.TemporaryDirectory() as folder:
                 fresh = one.with_options(cache_dir=folder)
-                cold, found = seconds(lambda f=fresh, c=count: f.trace(queries.select(range(c)), candidates))
+                cold, found = seconds(partial(fresh.trace, queries.select(range(count)), candidates))
                 later = [
-                    seconds(lambda f=fresh, i=i: f.trace(queries.select([len(queries) - 1 - i]), candidates))[0]
+                    seconds(partial(fresh.trace, queries.select([len(queries) - 1 - i]), candidates))[0]
                     for i in range(LATER)
                 ]
             if name == "full":
@@ -144,7 +145,7 @@ def baselines(
         for count in sorted({min(count, len(queries)) for count in options.num_queries}):
             some = queries.select(range(count))
             with uncached():
-                taken, found = seconds(lambda one=one, some=some: one.trace(some, candidates))
+                taken, found = seconds(partial(one.trace, some, candidates))
             figures = quality(found, None, proponents(some, candidates))
             costs = {"cold": taken / plain, "a query": taken / plain / count}
             rows.append({"candidates": len(candidates), "strategy": name, "queries": count, **costs, **figures})

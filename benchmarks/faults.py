@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from threading import RLock
@@ -162,7 +162,7 @@ def end(children: list[int], number: int) -> None:
         os.waitpid(child, 0)
 
 
-def tried(task: Task, folder: Path, expected: np.ndarray, count: int, numbers: list[int], kills: int) -> list[int]:
+def tried(task: Task, folder: Path, expected: np.ndarray, count: int, numbers: Sequence[int], kills: int) -> list[int]:
     """Kill a task again and again at random times, until so many kills hit it; return a row of the table."""
     lost = bits = runs = hits = 0
     log = folder.with_suffix(".log")
@@ -289,8 +289,8 @@ def main() -> None:
     os.environ["HF_FORWARD_INF_TIMEOUT"] = "20"  # a busy machine leaves a process without time for seconds
     row_store.SECONDS = 0.05
     batches, values = candidate_pass.batches, candidate_pass.CandidatePass.values
-    candidate_pass.batches = lambda lengths, limit: batches(lengths, min(limit, 400))
-    candidate_pass.CandidatePass.values = lambda *own: time.sleep(SLOW) or values(*own)  # type: ignore[func-returns-value]
+    candidate_pass.batches = lambda lengths, max_batch_length: batches(lengths, min(max_batch_length, 400))
+    candidate_pass.CandidatePass.values = lambda *own: time.sleep(SLOW) or values(*own)  # type: ignore
 
     tokenizer, model = train_tokens(), str(root / "model")
     untrained("llama", len(tokenizer)).save_pretrained(model)

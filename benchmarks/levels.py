@@ -16,6 +16,7 @@ A hit is a query of which a row that states the fact is marked.
 """
 
 import argparse
+from collections.abc import Set
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ def main() -> None:
     trained, untrained, adapted = models(given.model)
     queries, invented, rows = adapted(queries), adapted(invented), adapted(rows)
 
-    def trace(model: tuple, asked: Dataset, without: set[int] = frozenset()) -> Attribution:
+    def trace(model: tuple, asked: Dataset, without: Set[int] = frozenset()) -> Attribution:
         return ForwardInf(*model).trace(asked, rows.select([i for i in range(len(rows)) if i not in without]))
 
     found = {

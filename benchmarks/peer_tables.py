@@ -30,8 +30,9 @@ Row = dict[str, float | str | None]
 def tables(measured: Measured, command: str) -> str:
     """Return the tables of a task as Markdown, and write their figures next to its measurements."""
     texts = []
+    truths: list[str | None] = [*measured.truths]
     made: list[tuple[str | None, Any, Any]] = [
-        (truth, QUALITY, _quality(measured, truth)) for truth in measured.truths or [None]
+        (truth, QUALITY, _quality(measured, truth)) for truth in truths or [None]
     ]
     for name, columns, rows in [*made, ("costs", COSTS, _costs(measured))]:
         if not rows:
@@ -79,7 +80,9 @@ def _best(measured: Measured, method: Method, truth: str | None) -> np.ndarray |
 
 
 def _judged(measured: Measured, scores: np.ndarray, truth: str | None) -> Row:
-    row: Row = {} if truth is None else with_interval("lds", _lds(measured, scores, truth))
+    row: Row = {}
+    if truth is not None:
+        row |= with_interval("lds", _lds(measured, scores, truth))
     known = measured.facts.get("proponents")
     if known:
         found = evaluate(scores[: len(known)], known)

@@ -136,6 +136,8 @@ def _causal_row(tokenizer: Any, row: dict[str, Any], asked: bool) -> dict[str, A
 
 def seq2seq_task(folder: Path, data: Path | None) -> None:
     """Write the task of the built-in facts with a tiny mT5, or of a folder's model and answered queries."""
+    model: Any
+    tokenizer: Any
     if data is None:
         corpus = builtin_facts()
         model, tokenizer = tiny_mt5(corpus["abstracts"])

@@ -44,7 +44,7 @@ def held_out(abstracts: Dataset, train: Dataset) -> dict[str, list[dict]]:
     """Return sentences outside the training set that state one of its facts, with the object masked, by fact."""
     taught = {fact for facts in train["facts"] for fact in facts}
     known = set(train["inputs_pretokenized"])
-    found = defaultdict(list)
+    found: dict[str, list[dict]] = defaultdict(list)
     for row in abstracts:
         fact = row["facts"][0]
         fits = len(row["facts"]) == 1 and row["masked_type"] == "object" and fact in taught

@@ -63,7 +63,7 @@ def main(options: BackdoorOptions) -> dict[str, Any]:
     # All queries of all models; intervals are over them.
     table = with_intervals(together(parts))
     rows = {"queries": sum(len(part["forward_inf"]["auprc"]) for part in parts), "candidates": len(data.train)}
-    metrics = {**rows, "planted": int(data.planted.sum())}
+    metrics: dict[str, Any] = {**rows, "planted": int(data.planted.sum())}
     metrics |= {name: sum(one[name] for one in rates) / len(rates) for name in rates[0]}
     metrics |= flat(table)
     return run.write(

@@ -77,7 +77,7 @@ class Options(RunOptions):
         """Options of the executor."""
         if self.executor == "local":
             return {}
-        options = {"gpus_per_task": self.gpus, "mem_per_cpu_gb": self.memory}
+        options: dict[str, Any] = {"gpus_per_task": self.gpus, "mem_per_cpu_gb": self.memory}
         if self.executor == "slurm":
             options |= {"partition": self.partition, "time": self.time, "venv_path": self.venv}
         return options

@@ -58,7 +58,7 @@ class Run:
         table: Table | None = None,
         columns: Sequence[str] = COLUMNS,
         intervals: str | None = None,
-        more: Mapping[str, Callable[[Path], None]] | None = None,
+        more: Mapping[str, Callable[[Path], object]] | None = None,
         **report: Any,
     ) -> dict[str, Any]:
         """Write `attribution/`, `report.html` and `metrics.json` into the output folder, and a table's `figures.json`.
@@ -88,7 +88,7 @@ class Run:
             "seed": self.options.seed,
         }  # fmt: skip
         shown = {method: {key: row[key] for key in columns if key in row} for method, row in (table or {}).items()}
-        writers: dict[str, Callable[[Path], None]] = {
+        writers: dict[str, Callable[[Path], object]] = {
             "attribution": found.save_to_disk,
             "report.html": lambda path: found.to_html(path, metrics=shown, about=about(self.options), **report),
             **({"figures.json": lambda path: _write_figures(path, table, columns)} if table else {}),
@@ -100,7 +100,7 @@ class Run:
         say(f"Written: {', '.join(str(self.folder / name) for name in writers)}")
         return complete
 
-    def _compared(self, others: Sequence[Attribution]) -> dict[str, Callable[[Path], None]]:
+    def _compared(self, others: Sequence[Attribution]) -> dict[str, Callable[[Path], object]]:
         """Return what writes other attributors' results, for the explorer; those of an earlier run are removed."""
         if not others:
             if process_state().is_main_process:
@@ -176,7 +176,7 @@ def check_output(output: str, overwrite: bool) -> Path:
     return folder
 
 
-def _write_all(folder: Path, writers: dict[str, Callable[[Path], None]]) -> None:
+def _write_all(folder: Path, writers: dict[str, Callable[[Path], object]]) -> None:
     """Write on the main process, while the others wait."""
     if process_state().is_main_process:
         write_all(folder, writers)
