@@ -53,7 +53,7 @@ class Scorer:
         ascent: AscentConfig | None = None,
         reduction: Literal["sum", "mean"] = "sum",
         measure: Literal["rise", "shift"] = "rise",
-        falls: float = 1.0,
+        falls: float | None = None,
         units: Literal["loss", "base_loss"] | None = None,
         training: Dataset | None = None,
         strategy: Literal["auto", "full", "screen"] = "auto",
@@ -82,29 +82,31 @@ class Scorer:
         if self.ascent.mode in adapter.poor_modes:
             _warn_of_mode(self.ascent.mode, adapter.poor_modes[self.ascent.mode])
         self.reduction, self.measure = reduction, measure
-        whole = measure == "rise" and falls == 1
+        whole = measure == "rise" and falls in (None, 1)
         self.units = units or (adapter.default_units if whole else "loss")
         if not whole and self.units != "loss":
             other = f"falls={falls}" if measure == "rise" else f"measure={measure!r}"
             raise ValueError(f"units='base_loss' is for rises of the loss: leave it out with {other}.")
-        if falls != 1:
-            self._check_falls(falls)
-        self.falls = float(falls)
+        self.falls = self._completed_falls(falls)
         self.training = training
         self.strategy, self.screen, self.keep, self.audit, self.storage = strategy, screen, keep, audit, storage
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self.max_batch_length, self.baseline_model = max_batch_length, baseline_model
         self._perturbers = Memory[Perturber](1)
 
-    def _check_falls(self, falls: float) -> None:
-        """Refuse a weight of falls where nothing was to rise."""
-        if self.measure != "rise":
+    def _completed_falls(self, falls: float | None) -> float:
+        """Return the weight of terms whose losses fall; by default the adapter's, where it has a meaning."""
+        if falls is None:
+            fits = self.measure == "rise" and self.units == "loss" and self.ascent.mode == "ascent"
+            return self.adapter.default_falls if fits else 1.0
+        if falls != 1 and self.measure != "rise":
             raise ValueError(f"falls={falls} is for rises of the loss: leave it out with measure={self.measure!r}.")
-        if self.ascent.mode != "ascent":
+        if falls != 1 and self.ascent.mode != "ascent":
             raise ValueError(
                 f"falls={falls} is for losses that were to rise, and mode={self.ascent.mode!r} lowers them: take "
                 "mode='ascent'."
             )
+        return float(falls)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -248,7 +250,7 @@ def _check(options: Mapping[str, Any]) -> None:
         if not unset and (isinstance(count, bool) or not isinstance(count, int) or count < least):
             raise ValueError(f"{option}={count!r} must be a whole number of at least {least}.")
     falls = options["falls"]
-    if not (isinstance(falls, int | float) and 0 <= falls <= 1):
+    if falls is not None and not (isinstance(falls, int | float) and 0 <= falls <= 1):
         raise ValueError(f"falls={falls!r} must be between 0 and 1.")
     if not (isinstance(options["storage"], int | float) and options["storage"] >= 0):
         raise ValueError(f"storage={options['storage']!r} must be at least 0 GB.")

@@ -60,9 +60,10 @@ class ForwardInf(Scorer):
             the `"shift"` of its prediction: the norm of the change of its centred logits, whatever its label. A shift
             finds copies and near-duplicates (`recipes/leakage.py`); it has no sign, so it does not say whether the
             candidate supports the query or opposes it.
-        falls (`float`, defaults to 1.0): Weight of a candidate's tokens whose losses fall, from 0 to 1: a token that
+        falls (`float`, *optional*): Weight of a candidate's tokens whose losses fall, from 0 to 1: a token that
             holds the answer is less outweighed by others that the model only guesses at. Where it is not 1, a kept
-            candidate is run twice for each query.
+            candidate is run twice for each query. Defaults to the adapter's choice: 0.25 for language models with PEFT
+            adapters, 1 for others.
         units (`str`, *optional*): Units of the scores: `"loss"`, or `"base_loss"`, which divides each rise by the
             candidate's loss: a candidate with a high loss rises under any step, and earns no credit for it. Defaults
             to the adapter's choice: base losses for denoisers.

@@ -45,6 +45,8 @@ class Adapter(ABC):
     """Whether queries without an answer are answered by the model when they are traced."""
     default_units: Literal["loss", "base_loss"] = "loss"
     """Units of scores that are best for this kind of model ([`ForwardInf`])."""
+    default_falls: float = 1.0
+    """Weight of a candidate's tokens whose losses fall that is best for this kind of model ([`ForwardInf`])."""
     poor_modes: ClassVar[Mapping[str, str]] = {}
     """Modes of the ascent ([`AscentConfig`]) that are worse for this kind of model, each with what it loses."""
     default_strategy: Literal["full", "screen"] = "full"

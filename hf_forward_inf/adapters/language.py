@@ -20,7 +20,7 @@ from hf_forward_inf.adapters.columns import IGNORED, UnreadableRow, asked_items,
 from hf_forward_inf.adapters.generation import generate
 from hf_forward_inf.utils.fingerprints import fingerprint
 from hf_forward_inf.utils.memory import once
-from hf_forward_inf.utils.models import device_of, evaluating, is_quantised
+from hf_forward_inf.utils.models import device_of, evaluating, is_quantised, peft_parameters
 from hf_forward_inf.utils.validation import listed
 
 CONTRASTS = ("contrast", "rejected")
@@ -60,9 +60,14 @@ class LanguageAdapter(Adapter):
         """Return rows as Python values, whatever format was set for others."""
         return rows.with_format(None)
 
+    @property
+    def default_falls(self) -> float:  # type: ignore[override]
+        """A quarter for PEFT models ([`preferred_ascent`])."""
+        return 0.25 if peft_parameters(self.model) else 1.0
+
     def default_ascent(self, direction: str | None = None) -> dict[str, Any]:
         """Corrected by curvature ([`preferred_ascent`])."""
-        return preferred_ascent(direction)
+        return preferred_ascent(direction, bool(peft_parameters(self.model)))
 
     def rows_for(self, inputs: Any, candidates: Dataset | None = None) -> Rows:
         """Return what a user asks as rows.
@@ -301,7 +306,7 @@ def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> str:
     return fingerprint(vocabulary, special, tokenizer.chat_template)
 
 
-def preferred_ascent(direction: str | None = None) -> dict[str, Any]:
+def preferred_ascent(direction: str | None = None, peft: bool = False) -> dict[str, Any]:
     """Return K-FAC, fitted once on a small sample: queries cost no more than along the gradient and find more.
 
     One step of length 1 at damping .01, chosen on two models trained again without halves of their data (LDS of 80
@@ -318,16 +323,19 @@ def preferred_ascent(direction: str | None = None) -> dict[str, Any]:
     A divergence fails where the model knows its sentences by heart: predictions of others hardly move, and such
     queries get steps of 5 and more.
 
-    A LoRA asks for about the same. With one of rank 16, trained on 600 sentences, and 60 halves as the truth, the LDS
-    of 80 queries is .636, and .492 after three times the length, .604 at damping .1, .551 at damping 1, .422 along the
-    gradient, which all find more of the rows that plant a backdoor together. Less damping, .003, has .643, and finds
-    fewer of them (docs/results/detection.md).
+    A LoRA asks for less damping, .003. With one of rank 16, trained on 600 sentences, and 60 halves as the truth, the
+    LDS of 80 queries is .643, at damping .01 .636, at .1 .604, at 1 .551, after three times the length .492, along the
+    gradient .422. What loses LDS finds more of the rows that plant a backdoor together. So do scores in which tokens
+    whose losses fall count less: where they count a quarter, the LDS is that of damping .01 again, on another LoRA,
+    too, and the auPRC of the planted rows .888 instead of .846 (docs/results/detection.md).
 
     It is the direction at any size, and for quantised weights: its steps are of low rank, and its factors take a
     quarter of the model's memory ([`AscentConfig`]).
     """
     direction = direction or "kfac"
-    return {"direction": direction} | ({"radius": 1.0, "damping": 0.01, "sample": 128} if direction == "kfac" else {})
+    if direction != "kfac":
+        return {"direction": direction}
+    return {"direction": direction, "radius": 1.0, "damping": 0.003 if peft else 0.01, "sample": 128}
 
 
 def can_be_copied(model: nn.Module) -> bool:

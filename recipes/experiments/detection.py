@@ -14,7 +14,9 @@ from hf_forward_inf.scores.metrics import average_precision
 
 OURS: dict[str, Callable[[ForwardInf], Attributor]] = {
     "forward_inf_full": lambda tracer: tracer.with_options(strategy="full"),
-    "forward_inf_gradient_screened": lambda tracer: tracer.with_options(ascent=AscentConfig(direction="gradient")),
+    "forward_inf_gradient_screened": lambda tracer: tracer.with_options(
+        falls=1, ascent=AscentConfig(direction="gradient")
+    ),
     "forward_inf_risen": lambda tracer: tracer.with_options(falls=0),
     "forward_inf_gradient_risen": lambda tracer: tracer.with_options(
         falls=0, ascent=AscentConfig(direction="gradient")
@@ -22,7 +24,8 @@ OURS: dict[str, Callable[[ForwardInf], Attributor]] = {
     "ekfac": lambda tracer: FirstOrder(adapter=tracer.adapter, ascent=AscentConfig(direction="ekfac")),
 }
 """Attributors besides those of the registry: the default step on all candidates; with the default's strategy, the step
-along the gradient, and of both steps the rises of those tokens alone that rise; and influence functions by EK-FAC."""
+along the gradient, all tokens counted, and of both steps the rises of those tokens alone that rise; and influence
+functions by EK-FAC."""
 COMPARED = (
     "forward_inf", "forward_inf_risen", "forward_inf_gradient_screened", "forward_inf_gradient_risen",
     "tracin_cosine", "tracin", "representation", "bm25", "random",

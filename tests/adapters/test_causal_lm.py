@@ -186,6 +186,18 @@ def test_of_a_peft_model_what_it_has_trained_is_perturbed(network, tokens, rows)
     assert_same_state(before, state(tuned))
 
 
+def test_of_a_peft_model_tokens_that_fall_count_a_quarter(network, tokens):
+    targets = ["c_attn"] if isinstance(network, GPT2LMHeadModel) else ["q_proj", "v_proj"]
+    plain = ForwardInf(network, tokens)
+    assert (plain.falls, plain.ascent.damping) == (1, 0.01)
+    tuned = get_peft_model(network, LoraConfig(r=2, target_modules=targets)).eval()
+    tracer = ForwardInf(tuned, tokens)
+    assert (tracer.falls, tracer.ascent.damping) == (0.25, 0.003)
+    assert tracer.with_options(falls=1).falls == 1
+    # After a descent, what has fallen counts fully.
+    assert ForwardInf(tuned, tokens, ascent=AscentConfig(direction="gradient", mode="descent")).falls == 1
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -71,7 +71,7 @@ def test_losses_and_scores_are_those_of_pefts_own_loss(kind, tmp_path):
     assert_close(LossPass(CausalLMAdapter(model, tokenizer()), rows(), cache_dir=tmp_path).base(), expected)
     for modules in (None, ["all"], [next(iter(sorted(trained)))]):
         ascent = AscentConfig(direction="gradient", radius=0.3, modules=modules)
-        tracer = ForwardInf(model, tokenizer(), ascent=ascent, cache_dir=tmp_path)
+        tracer = ForwardInf(model, tokenizer(), falls=1, ascent=ascent, cache_dir=tmp_path)
         found = tracer.trace(rows().select([0]), rows()).scores[0]
         assert_same_state(before, state(model))
         names = names_for(tracer.adapter, tracer.ascent)

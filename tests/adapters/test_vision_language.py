@@ -187,7 +187,7 @@ def test_of_a_peft_model_what_it_has_trained_is_perturbed(both, rows):
     model, processor = both
     lora = LoraConfig(r=2, target_modules=r".*language_model.*(q|v)_proj", init_lora_weights=False)
     trained = get_peft_model(model, lora).eval()
-    tracer = ForwardInf(trained, processor, ascent=AscentConfig(direction="gradient", radius=RADIUS))
+    tracer = ForwardInf(trained, processor, falls=1, ascent=AscentConfig(direction="gradient", radius=RADIUS))
     names = names_for(tracer.adapter, tracer.ascent)
     assert names
     assert all("lora_" in name for name in names)

@@ -96,7 +96,7 @@ def test_a_change_beyond_the_rank_is_truncated_and_the_share_lost_returned(token
 def test_of_a_peft_model_its_own_adapter_is_saved_perturbed(tokens, rows, tmp_path):
     config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     tuned = get_peft_model(untrained("llama", len(tokens)), config).eval()
-    tracer = ForwardInf(tuned, tokens, training=rows)
+    tracer = ForwardInf(tuned, tokens, falls=1, training=rows)
     expected = losses_of(tracer, rows, rows.select([1]))
     before = state(tuned)
     tracer.save_perturbation(rows[1], tmp_path / "moved")
