@@ -4,7 +4,7 @@ style:  ## format and mend what can be mended
 	ruff format .
 	ruff check --fix .
 
-quality:  ## what CI checks beside the tests
+quality:  ## what CI checks besides the tests
 	ruff format --check .
 	ruff check .
 	mypy

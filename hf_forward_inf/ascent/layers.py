@@ -215,8 +215,15 @@ def _by_position(values: Tensor) -> Tensor:
 
 def _patches(images: Tensor, layer: nn.Conv2d) -> Tensor:
     """Return the patches of images that a convolution multiplies, `[rows, channels x height x width, places]`."""
+    return F.unfold(padded(images, layer), layer.kernel_size, layer.dilation, 0, layer.stride)
+
+
+def padded(images: Tensor, layer: nn.Conv2d) -> Tensor:
+    """Return images with the zeros around them that a convolution reads; "same" has an odd one at the end."""
     if isinstance(layer.padding, str):
-        # "same" pads an odd pixel at the end; the layer itself uses `_reversed_padding_repeated_twice`.
-        images = F.pad(images, layer._reversed_padding_repeated_twice)
-        return F.unfold(images, layer.kernel_size, layer.dilation, 0, layer.stride)
-    return F.unfold(images, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+        windows = zip(layer.dilation, layer.kernel_size, strict=True)
+        sums = [step * (size - 1) if layer.padding == "same" else 0 for step, size in windows]
+        edges = [(both // 2, both - both // 2) for both in sums]
+    else:
+        edges = [(edge, edge) for edge in layer.padding]
+    return F.pad(images, [*edges[1], *edges[0]])  # the last axis first

@@ -41,7 +41,7 @@ TITLES = {
     "bm25": "BM25",
     "bm25_without_answer": "BM25 without the answer",
 }
-"""Titles of the registry's attributors in tables."""
+"""Titles of attributors in tables: of the registry's, and of those that recipes compare with them."""
 
 
 def save_figures(

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from datasets import Dataset
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hf_forward_inf.adapters import DiffusionAdapter
 from hf_forward_inf.adapters.base import Batch
 from hf_forward_inf.adapters.diffusion_inputs import as_arguments
+from hf_forward_inf.ascent.layers import padded
 from hf_forward_inf.ascent.parameters import call
 from hf_forward_inf.passes.candidate_pass import encode
 from hf_forward_inf.toys.denoising import stacked, without_caption
@@ -218,18 +218,21 @@ def _stackable(model: nn.Module) -> nn.Module:
 def _by_patches(model: nn.Module) -> nn.Module:
     """Replace the products of a model's ordinary convolutions, in place."""
     for module in model.modules():
-        if isinstance(module, nn.Conv2d) and module.groups == 1 and module.dilation == (1, 1):
-            module._conv_forward = partial(_convolved, module)  # type: ignore[method-assign]
+        if isinstance(module, nn.Conv2d) and _is_ordinary(module):
+            module.forward = partial(_convolved, module)  # type: ignore[method-assign]
     return model
 
 
-def _convolved(layer: nn.Conv2d, images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _is_ordinary(layer: nn.Conv2d) -> bool:
+    return (layer.groups, layer.dilation, layer.padding_mode) == (1, (1, 1), "zeros")
+
+
+def _convolved(layer: nn.Conv2d, images: Tensor) -> Tensor:
     """Return a convolution's output as a product of patches and weights."""
     height, width = layer.kernel_size
-    patches = F.pad(images, layer._reversed_padding_repeated_twice).unfold(2, height, layer.stride[0])
-    patches = patches.unfold(3, width, layer.stride[1])
-    output = torch.einsum("bchwij,ocij->bohw", patches, weight).contiguous()
-    return output if bias is None else output + bias.view(-1, 1, 1)
+    patches = padded(images, layer).unfold(2, height, layer.stride[0]).unfold(3, width, layer.stride[1])
+    output = torch.einsum("bchwij,ocij->bohw", patches, layer.weight).contiguous()
+    return output if layer.bias is None else output + layer.bias.view(-1, 1, 1)
 
 
 def _without_fused_attention() -> Any:

@@ -100,7 +100,9 @@ def test_unets_are_stacked_as_perceptrons_are():
     np.testing.assert_allclose(by_patches(subsets, seeds), together, rtol=1e-4)
 
 
-@pytest.mark.parametrize("options", [{"padding": 1}, {"padding": (0, 1), "stride": 2, "bias": False}])
+@pytest.mark.parametrize(
+    "options", [{"padding": 1}, {"padding": (0, 1), "stride": 2, "bias": False}, {"padding": "same"}]
+)
 def test_convolutions_are_products_of_patches(options):
     layer = torch.nn.Conv2d(3, 5, (3, 2), **options)
     images = torch.randn(2, 3, 7, 6)
