@@ -23,7 +23,7 @@ TITLES = {
     "forward_inf_gradient": "Forward-INF, gradient",
     "forward_inf_pcg": "Forward-INF, preconditioned",
     "forward_inf_short": "Forward-INF, a step a tenth as long",
-    "forward_inf_long": "Forward-INF, a step 3 times as long",
+    "forward_inf_long": "Forward-INF, a step ten times as long",
     "unlearning": "unlearning by an EK-FAC step (AbU+)",
     "trak": "TRAK, whole gradients",
     "d_trak": "D-TRAK, whole gradients",

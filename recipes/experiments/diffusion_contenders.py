@@ -26,8 +26,8 @@ BASELINES = (
 STEPS = {
     "forward_inf_gradient": AscentConfig(direction="gradient"),
     "forward_inf_pcg": AscentConfig(direction="pcg"),
-    "forward_inf_short": AscentConfig(radius=1e-3, relative=True),
-    "forward_inf_long": AscentConfig(radius=0.03, relative=True),
+    "forward_inf_short": AscentConfig(radius=1e-4, relative=True),
+    "forward_inf_long": AscentConfig(radius=1e-2, relative=True),
 }
 """Other steps of Forward-INF than the default."""
 KERNEL_DAMPINGS = (10.0, 3.0, 1.0, 0.3, 0.1, 0.01)

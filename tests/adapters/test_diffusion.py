@@ -127,12 +127,12 @@ def test_a_picture_is_traced_to_itself(direction):
 def test_by_default_the_step_is_corrected_by_curvature_and_as_long_as_the_weights_allow():
     pipe, candidates = stable_diffusion("v_prediction"), rows(8)
     tracer = ForwardInf.from_pipe(pipe)
-    length = {"radius": 1e-2, "relative": True}
+    length = {"radius": 1e-3, "relative": True}
     assert tracer.ascent == AscentConfig(direction="cg", damping=0.01, sample=128, **length).completed()
     gradient = tracer.with_options(ascent=AscentConfig(direction="gradient")).ascent
     assert gradient == AscentConfig(direction="gradient", **length).completed()  # the length is the adapter's too
     weights = torch.cat([p.detach().flatten() for p in pipe.unet.parameters()]).norm().item()
-    absolute = replace(tracer.ascent, radius=1e-2 * weights, relative=False)
+    absolute = replace(tracer.ascent, radius=1e-3 * weights, relative=False)
     queries = candidates.select([2, 5, 6])
     found = tracer.trace(queries, candidates)
     np.testing.assert_allclose(

@@ -38,7 +38,7 @@ def test_what_overflows_in_float16_is_named_and_ranked_last():
 def test_scores_in_bfloat16_are_close_to_those_in_float32(direction):
     pipe, candidates = stable_diffusion(), rows(24)
     half = DiffusionAdapter(stable_diffusion().to(torch.bfloat16)).default_ascent()
-    assert half == DiffusionAdapter(pipe).default_ascent()
+    assert half == DiffusionAdapter(pipe).default_ascent() | {"radius": 1e-2}
     ascent = (
         AscentConfig(**half)
         if direction == "cg"
