@@ -66,7 +66,7 @@ def main(options: DiffusionOptions, ascent: AscentConfig) -> dict[str, Any]:
     # Where are the exemplars ranked, by Forward-INF and by all others?
     tracer = ForwardInf(adapter=adapter, ascent=ascent)
     table = figures_among(found, task, exemplars, rows, options)
-    metrics: dict[str, Any] = flat(table)
+    metrics: dict[str, Any] = {"candidates": count, **flat(table)}  # of each query; their union is larger
     metrics |= likeness(found["pixel_distance"], task)
     if options.checks and not options.alone:
         assert task.proponents is not None
