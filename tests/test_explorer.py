@@ -108,7 +108,7 @@ def test_the_app_of_an_exported_space_serves_the_results(folder, tmp_path):
     code += "\nimport gradio_client, sys\nfrom gradio.context import Context\n"
     code = code.replace('explorer(".")', 'app = explorer(".")\napp')
     code += "client = gradio_client.Client(app.local_url, verbose=False)\n"
-    code += "print(client.predict('2. None? No.', 'bm25', '', ['none'], 1, api_name='/show'))\napp.close()\n"
+    code += "print(client.predict('2. None? → No.', 'bm25', '', ['none'], 1, api_name='/show'))\napp.close()\n"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(path) for path in sys.path if path])}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=space, capture_output=True, text=True, timeout=200, env=environment
