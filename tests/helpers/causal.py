@@ -1,5 +1,7 @@
 """Small random causal models of every layout, a tokenizer, and rows."""
 
+from typing import Any
+
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -10,7 +12,7 @@ CHAT = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 FACTS = [("France", "Paris"), ("Italy", "Rome"), ("Peru", "Lima"), ("Cuba", "Havana"), ("Kenya", "Nairobi")]
-LAYOUTS = {
+LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "gpt2": ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}),
     "qwen2, tied": ("qwen2", {"tie_word_embeddings": True}),
@@ -25,7 +27,7 @@ SIZE = {
 }  # fmt: skip
 
 
-def train_tokens():
+def train_tokens() -> PreTrainedTokenizerFast:
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     texts = [f"What is the capital of {place}? It is {city}." for place, city in FACTS]
@@ -37,7 +39,7 @@ def train_tokens():
     return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>", chat_template=CHAT)
 
 
-def untrained(layout, vocabulary):
+def untrained(layout: str, vocabulary: int) -> Any:
     torch.manual_seed(0)
     kind, own = LAYOUTS[layout]
     given = {"vocab_size": vocabulary, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}
@@ -45,6 +47,6 @@ def untrained(layout, vocabulary):
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **given, **sizes, **own)).eval()
 
 
-def questions():
+def questions() -> Dataset:
     asked = [f"What is the capital of {place}?" for place, _ in FACTS]
     return Dataset.from_dict({"prompt": asked, "completion": [f" It is {city}." for _, city in FACTS]})
