@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 from experiments.lds import LdsOptions, load_task, retrain_subsets
 from experiments.loo import LooOptions, leave_out, load_blocks
 from experiments.retrainable import Retrainable
+from experiments.retrainable_texts import TUNING
 
 ASKED = 200
 """Queries of the task of sentences: those that are judged, those by which settings are chosen, and more, by which the
@@ -32,6 +33,8 @@ CHECKPOINTS = 6
 """Models of the training that are saved, evenly spaced, the last one among them."""
 QUERIES = 50
 """Queries of the texts that are judged."""
+EPOCHS: int = TUNING["epochs"]
+"""Passes of the texts' fine-tuning, unless others are asked for."""
 
 Pair = tuple[Retrained, Retrained]
 """What training on subsets did to the judged queries, and to the others."""
@@ -55,14 +58,14 @@ def sentences_task(folder: Path) -> None:
     write_truths(folder, task, truths, lambda: task.adapter(0).model, Dataset.from_dict(columns), known=known)
 
 
-def texts_task(folder: Path, data: str | None, seeds: int, epochs: int = 2) -> None:
+def texts_task(folder: Path, data: str | None, seeds: int, epochs: int) -> None:
     """Write the task of `recipes/lds.py --task texts`: sentences without 50%, and without 1%.
 
     Args:
         folder (`Path`): Where to.
         data (`str`, *optional*): Sentences, as of the recipe.
         seeds (`int`): Trainings of each subset.
-        epochs (`int`, defaults to 2): Passes of the fine-tuning, as of the recipe.
+        epochs (`int`): Passes of the fine-tuning, as of the recipe.
     """
     options = LdsOptions(task="texts", data=data, num_queries=QUERIES, seeds=seeds, epochs=epochs)
     few = replace(options, drop=0.01)

@@ -21,7 +21,7 @@ from peer_measures import Measured
 from peer_methods import METHODS, Method
 from peer_tables import tables
 from peer_tasks import causal_task, seq2seq_task
-from peer_truths import loo_task, sentences_task, texts_task
+from peer_truths import EPOCHS, loo_task, sentences_task, texts_task
 
 from hf_forward_inf.utils.processes import say
 
@@ -34,7 +34,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="*", type=Path, default=[], help="Folders with other tasks.")
     parser.add_argument("--data", help="Sentences of texts and loo; of seq2seq a folder: model, candidates, queries.")
     parser.add_argument("--seeds", type=int, default=1, help="Trainings of each subset of texts and loo.")
-    parser.add_argument("--epochs", type=int, default=2, help="Passes of the fine-tuning of texts over its sentences.")
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="Passes of the texts' fine-tuning.")
     parser.add_argument("--output", type=Path, default=Path("outputs/peers"))
     parser.add_argument("--envs", type=Path, default=Path("outputs/peers/envs"), help="The peers' environments.")
     parser.add_argument("--limit", type=int, default=600, help="Maximum processor seconds for a run of a method.")
@@ -48,7 +48,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def made(setting: str, options: argparse.Namespace) -> Path:
     """Return the folder of a built-in task, which is made if it does not exist."""
     parts = [setting] if options.data is None else [setting, Path(options.data).stem]
-    parts += [f"{options.epochs}-epochs"] if options.epochs != 2 else []
+    parts += [f"{options.epochs}-epochs"] if options.epochs != EPOCHS else []
     folder = options.output / "tasks" / "-".join(parts)
     if not (folder / "task.json").exists():
         say(f"Making {folder} ...")
@@ -72,7 +72,7 @@ def command(setting: str, options: argparse.Namespace) -> str:
     wanted = "" if setting == "sentences" else f" --settings {setting}"
     data = "" if options.data is None else f" --data {Path(options.data).name}"
     seeds = "" if options.seeds == 1 else f" --seeds {options.seeds}"
-    epochs = "" if options.epochs == 2 else f" --epochs {options.epochs}"
+    epochs = "" if options.epochs == EPOCHS else f" --epochs {options.epochs}"
     tries = "" if options.tries is None else f" --tries {options.tries}"
     return f"python benchmarks/peers.py{wanted}{data}{seeds}{epochs}{tries}"
 
